@@ -1,0 +1,60 @@
+"""The one tree of errors that users see.
+
+Whatever a user can cause (a recipe, a file, a checkpoint, a disk) is raised as a `TitanGrowthError`. Its message is the
+whole report: where, what, and what to do. The entry points print it as one line and leave without a traceback; anything
+else that escapes is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class TitanGrowthError(Exception):
+    """Base of every error that is reported to the user as a message instead of a traceback."""
+
+    exit_status = 1
+    """Status that `run_train.sh` ends with: 1 failed, 2 bad recipe (nothing was started)."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe: the dotted key, what is wrong, and what to do about it."""
+
+    key: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        head = f"{self.key}: {self.message}" if self.key else self.message
+        return f"{head}. {self.hint}" if self.hint else head
+
+
+class ConfigError(TitanGrowthError):
+    """One or more problems of a recipe, reported together before anything has been started."""
+
+    exit_status = 2
+
+    def __init__(self, problems: list[Problem] | str) -> None:
+        self.problems = [Problem("", problems)] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class DataError(TitanGrowthError):
+    """A corpus, a tokenizer or prepared data that cannot be used."""
+
+    exit_status = 2
+
+
+class CheckpointError(TitanGrowthError):
+    """A checkpoint that cannot be written, is incomplete, or does not belong to this run."""
+
+
+class GrowthError(TitanGrowthError):
+    """A growth that did not produce what its operator declares."""
+
+
+class RunFolderError(TitanGrowthError):
+    """The run's folder cannot be used: locked by another run, not writable, or out of space."""
+
+    exit_status = 2
