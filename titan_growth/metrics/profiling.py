@@ -1,0 +1,177 @@
+"""Profiles of single steps: chrome traces of what ran when, and snapshots of CUDA memory.
+
+Profiling every step would slow the run and fill the disk. Instead, out of every `profile_freq` steps the last
+`profiler_active` are recorded, after `profiler_warmup` steps during which the profiler runs but keeps nothing (starting
+it is slow, and that slowness would otherwise be in the trace). Every rank writes its own file. A trace opens in
+Perfetto or chrome://tracing, a memory snapshot at pytorch.org/memory_viz.
+
+Profiles are a by-product: a trace that cannot be written is a logged warning, never the end of the run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from titan_growth.tools.errors import Problem
+
+logger = logging.getLogger("titan_growth")
+
+_MAX_MEMORY_EVENTS = 100_000
+"""Allocations and frees that a memory snapshot reaches back; older ones are dropped by PyTorch."""
+
+
+def check(
+    *,
+    enable_profiling: bool,
+    profile_freq: int,
+    profiler_active: int,
+    profiler_warmup: int,
+    enable_memory_snapshot: bool,
+    device_type: str,
+) -> list[Problem]:
+    """What is wrong with the keys of `[profiling]` on a device of `device_type`; empty when nothing is."""
+    problems: list[Problem] = []
+    if enable_memory_snapshot and device_type != "cuda":
+        problems.append(
+            Problem(
+                "profiling.enable_memory_snapshot",
+                f"memory snapshots exist on CUDA only and this run is on {device_type}",
+                "Set it to false",
+            )
+        )
+    if (enable_profiling or enable_memory_snapshot) and profile_freq < 1:
+        problems.append(Problem("profiling.profile_freq", f"must be at least 1 step, is {profile_freq}"))
+    if not enable_profiling:
+        return problems
+    if profiler_active < 1:
+        problems.append(Problem("profiling.profiler_active", f"must be at least 1 step, is {profiler_active}"))
+    if profiler_warmup < 0:
+        problems.append(Problem("profiling.profiler_warmup", f"must not be negative, is {profiler_warmup}"))
+    needed = profiler_active + profiler_warmup
+    if profiler_active >= 1 and profiler_warmup >= 0 and 1 <= profile_freq < needed:
+        problems.append(
+            Problem(
+                "profiling.profile_freq",
+                f"is {profile_freq}, less than profiler_active + profiler_warmup = {needed} steps",
+                f"Set it to {needed} or more, or lower the other two",
+            )
+        )
+    return problems
+
+
+class Profiler:
+    """Records steps as the settings say. Call `step()` after every training step and `close()` at the end.
+
+    As a context manager it also catches the moment that memory snapshots are for: when the block ends with CUDA out of
+    memory, one last snapshot is written (`iteration_<N>_exit`) and the error goes on.
+
+    The cycle of `profile_freq` steps starts at `start_step`, the step that a resumed run continues from. Files are
+    `<dump_folder>/<save_traces_folder>/iteration_<N>/rank<R>_trace.json` and
+    `<dump_folder>/<save_memory_snapshot_folder>/iteration_<N>/rank<R>_memory_snapshot.pickle`, N being the step after
+    which the file was written. A run that ends while recording leaves a trace of what it had recorded.
+
+    Settings must have passed `check`.
+    """
+
+    def __init__(
+        self,
+        *,
+        enable_profiling: bool,
+        dump_folder: str | Path,
+        save_traces_folder: str,
+        profile_freq: int,
+        profiler_active: int,
+        profiler_warmup: int,
+        enable_memory_snapshot: bool,
+        save_memory_snapshot_folder: str,
+        rank: int,
+        device_type: str,
+        start_step: int = 0,
+    ) -> None:
+        self._traces = Path(dump_folder) / save_traces_folder
+        self._snapshots = Path(dump_folder) / save_memory_snapshot_folder
+        self._freq = profile_freq
+        self._rank = rank
+        self._start_step = self._step = start_step
+        self._profile: Any = None
+        self._records_memory = enable_memory_snapshot
+        if enable_memory_snapshot:
+            import torch
+
+            torch.cuda.memory._record_memory_history(max_entries=_MAX_MEMORY_EVENTS)
+        if enable_profiling:
+            self._profile = self._started_profile(device_type, profiler_active, profiler_warmup)
+
+    def _started_profile(self, device_type: str, active: int, warmup: int) -> Any:
+        from torch import profiler
+
+        activities = [profiler.ProfilerActivity.CPU]
+        if device_type == "cuda":
+            activities.append(profiler.ProfilerActivity.CUDA)
+        profile = profiler.profile(
+            activities=activities,
+            schedule=profiler.schedule(wait=self._freq - (active + warmup), warmup=warmup, active=active),
+            on_trace_ready=self._write_trace,
+            record_shapes=True,
+        )
+        profile.start()
+        return profile
+
+    def step(self) -> None:
+        """A training step has ended; writes a trace or a snapshot where one is due."""
+        self._step += 1
+        if self._profile is not None:
+            self._profile.step()
+        if self._records_memory and (self._step - self._start_step) % self._freq == 0:
+            self._write_snapshot(f"iteration_{self._step}")
+
+    def close(self) -> None:
+        """Stop recording; a second call does nothing."""
+        profile, self._profile = self._profile, None
+        if profile is not None:
+            profile.stop()
+        if self._records_memory:
+            import torch
+
+            self._records_memory = False
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def __enter__(self) -> Profiler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._records_memory and error is not None:
+            import torch
+
+            if isinstance(error, torch.OutOfMemoryError):
+                # The step under way is not counted yet.
+                self._write_snapshot(f"iteration_{self._step + 1}_exit")
+        self.close()
+
+    def _write_trace(self, profile: Any) -> None:
+        path = self._traces / f"iteration_{self._step}" / f"rank{self._rank}_trace.json"
+        self._write(path, lambda: profile.export_chrome_trace(str(path)))
+
+    def _write_snapshot(self, name: str) -> None:
+        import torch
+
+        path = self._snapshots / name / f"rank{self._rank}_memory_snapshot.pickle"
+        self._write(path, lambda: torch.cuda.memory._dump_snapshot(str(path)))
+
+    def _write(self, path: Path, act: Callable[[], object]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            act()
+            # The trace is written by C++ code, which fails without an exception.
+            if path.stat().st_size == 0:
+                raise OSError("the file is empty")
+        except (OSError, RuntimeError) as error:
+            logger.warning("%s: profile not written: %s", path, getattr(error, "strerror", None) or error)
+        else:
+            logger.info("profile of step %d: %s", self._step, path)

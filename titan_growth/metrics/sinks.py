@@ -1,0 +1,198 @@
+"""Where records go: the `Sink` protocol, the durable file and the console (see `boards` for TensorBoard and W&B).
+
+A sink takes the three kinds of records and is closed once. Only one rank of a run owns sinks, so nothing here talks to
+other ranks.
+
+`metrics.jsonl` is special. A run that stops after its last checkpoint leaves lines of steps that the resumed run will
+take again; simply appending would leave those steps in the file twice. So a checkpoint stores the file's length at
+that moment (`JsonlSink.offset`) and the resumed run cuts the file back to it: the file then always reads as one
+unbroken run. A run that starts afresh never overwrites an older run's lines either: it moves them aside.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from titan_growth.metrics.formatting import growth_line, step_line, validation_line
+from titan_growth.metrics.records import GrowthRecord, StepRecord, Timings, ValidationRecord
+from titan_growth.tools.errors import RunFolderError
+
+logger = logging.getLogger("titan_growth")
+
+
+class Sink(Protocol):
+    """Takes records in the order they happen. `close()` is called once, after the last of them."""
+
+    def step(self, record: StepRecord, timings: Timings) -> None: ...
+
+    def validation(self, record: ValidationRecord) -> None: ...
+
+    def growth(self, record: GrowthRecord) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """Appends every record to `path` as one JSON line, handed to the operating system before the call returns.
+
+    `resume_offset` says how the file that may already be there is taken:
+
+    - None, a fresh run: lines of an older run are moved to `<name>.old-K`, K the smallest free number.
+    - bytes, a resumed run: the file is cut back to that length. A file that is missing, shorter, or whose line breaks
+      do not match keeps the whole lines it has up to there, and a warning says so.
+
+    Raises:
+        RunFolderError: the file cannot be opened, moved, cut or written (permission, no space left).
+        ValueError: `resume_offset` is negative.
+    """
+
+    def __init__(self, path: str | Path, resume_offset: int | None = None) -> None:
+        if resume_offset is not None and resume_offset < 0:
+            raise ValueError(f"resume_offset must not be negative, got {resume_offset}")
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if resume_offset is None:
+                self._move_aside()
+            # Unbuffered, so that a full disk shows in the write itself and never again in some later close().
+            # "a+" because cutting back reads the bytes before the cut.
+            self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (lives as long as the sink)
+            if resume_offset is not None:
+                self._cut_back(resume_offset)
+            self._offset = self._file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    @property
+    def offset(self) -> int:
+        """Length of the file in bytes, a line end included: what a checkpoint stores and a resume cuts back to."""
+        return self._offset
+
+    def step(self, record: StepRecord, timings: Timings) -> None:
+        self._append(record.to_line())
+
+    def validation(self, record: ValidationRecord) -> None:
+        self._append(record.to_line())
+
+    def growth(self, record: GrowthRecord) -> None:
+        self._append(record.to_line())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, line: str) -> None:
+        left = memoryview(f"{line}\n".encode())
+        length = len(left)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._drop_torn_line()
+            raise self._unusable(error) from error
+        self._offset += length
+
+    def _drop_torn_line(self) -> None:
+        """After a failed write, take the half line out again; a disk too broken even for that leaves it to a resume."""
+        try:
+            self._file.truncate(self._offset)
+        except OSError:
+            logger.warning("%s may end in the middle of a line", self.path)
+
+    def _move_aside(self) -> None:
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            return
+        number = 1
+        while os.path.lexists(f"{self.path}.old-{number}"):
+            number += 1
+        aside = Path(f"{self.path}.old-{number}")
+        self.path.rename(aside)
+        logger.info("%s holds an older run: moved to %s", self.path, aside.name)
+
+    def _cut_back(self, resume_offset: int) -> None:
+        size = self._file.seek(0, os.SEEK_END)
+        keep = self._end_of_last_line(min(size, resume_offset))
+        if keep < resume_offset:
+            logger.warning(
+                "%s has %d whole bytes of the %d that the checkpoint counted: lines of earlier steps are missing",
+                self.path,
+                keep,
+                resume_offset,
+            )
+        if keep < size:
+            self._file.truncate(keep)
+
+    def _end_of_last_line(self, end: int) -> int:
+        """The largest position not beyond `end` that directly follows a line end (0 where there is none)."""
+        block = 4096
+        while end > 0:
+            begin = max(0, end - block)
+            self._file.seek(begin)
+            found = self._file.read(end - begin).rfind(b"\n")
+            if found >= 0:
+                return begin + found + 1
+            end = begin
+        return 0
+
+    def _unusable(self, error: OSError) -> RunFolderError:
+        reason = error.strerror or str(error)
+        return RunFolderError(
+            f"{self.path}: cannot write metrics: {reason}. Free space or fix the permissions of the run's folder, then "
+            "start the same command again to resume"
+        )
+
+
+class ConsoleSink:
+    """One line per record through the logger `titan_growth` at INFO.
+
+    Colour codes are written only where every place the line ends up in is a terminal (a log file fed by the same
+    logger would otherwise fill with escape codes), and never when `disable_color` is true, when the environment
+    variable NO_COLOR is set (to anything but the empty text), or when TERM is `dumb`.
+    """
+
+    def __init__(self, disable_color: bool = False) -> None:
+        self._may_color = not disable_color and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+    def step(self, record: StepRecord, timings: Timings) -> None:
+        logger.info("%s", step_line(record, timings, self._color()))
+
+    def validation(self, record: ValidationRecord) -> None:
+        logger.info("%s", validation_line(record, self._color()))
+
+    def growth(self, record: GrowthRecord) -> None:
+        logger.info("%s", growth_line(record, self._color()))
+
+    def close(self) -> None:
+        for handler in _handlers_reached():
+            handler.flush()
+
+    def _color(self) -> bool:
+        # Asked for every line: handlers may be added (or a stream replaced) after the sink was built.
+        return self._may_color and _all_terminals()
+
+
+def _handlers_reached() -> list[logging.Handler]:
+    """The handlers a record of our logger arrives at: its own and those of its parents while they propagate."""
+    handlers: list[logging.Handler] = []
+    node: logging.Logger | None = logger
+    while node is not None:
+        handlers += node.handlers
+        node = node.parent if node.propagate else None
+    return handlers
+
+
+def _all_terminals() -> bool:
+    streams = [getattr(handler, "stream", None) for handler in _handlers_reached()]
+    if not streams:
+        # Nothing configured: logging's own last resort writes to standard error.
+        streams = [sys.stderr]
+    for stream in streams:
+        try:
+            if stream is None or not stream.isatty():
+                return False
+        except (AttributeError, ValueError):  # no such method, or a closed stream
+            return False
+    return True
