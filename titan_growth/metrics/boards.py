@@ -102,20 +102,21 @@ class TensorBoardSink:
             return
         try:
             getattr(self._writer, method)(*arguments)
-        except OSError as error:
+        except Exception as error:  # an OSError, or the file layer's own type where TensorFlow is installed
             writer, self._writer = self._writer, None
             # Ends the thread and waits for it, so that nothing of it outlives the hook that keeps it quiet.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):
                 writer.file_writer.close()
-            logger.warning("TensorBoard events in %s stop here: %s", self.folder, error.strerror or error)
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            logger.warning("TensorBoard events in %s stop here: %s", self.folder, reason)
 
 
 class _QuietWriterThreads:
-    """Keeps the tensorboard package's writer threads from printing a traceback when they end with an `OSError`.
+    """Keeps the tensorboard package's writer threads from printing a traceback when they end with an error.
 
     Python hands a thread's last exception to `threading.excepthook`, which prints it. The writer keeps the same
-    exception and raises it from its next call, where `TensorBoardSink` reports it, so the print is only noise. All
-    other threads and errors pass to the hook that was there before.
+    exception and raises it from its next call, where `TensorBoardSink` reports it, so the print is only noise. The
+    errors of all other threads pass to the hook that was there before.
     """
 
     def __init__(self) -> None:
@@ -128,8 +129,7 @@ class _QuietWriterThreads:
             threading.excepthook = self._before
 
     def _handle(self, args: threading.ExceptHookArgs) -> None:
-        of_tensorboard = type(args.thread).__module__.partition(".")[0] == "tensorboard"
-        if not (of_tensorboard and isinstance(args.exc_value, OSError)):
+        if type(args.thread).__module__.partition(".")[0] != "tensorboard":
             self._before(args)
 
 
