@@ -1,0 +1,80 @@
+"""`build()`: from (model config, mesh, stages) to a model on its device. Start-up, resume and growth all call it.
+
+    meta device -> stages in their declared order -> materialise -> buffers -> weights
+
+It is a function without memory: whoever wants another depth or another mesh calls it again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from titan_growth.mesh import Mesh
+from titan_growth.models.config import ModelConfig
+from titan_growth.models.initialize import init_weights
+from titan_growth.models.registry import family_module
+from titan_growth.stages.base import Stage, StageContext
+
+logger = logging.getLogger("titan_growth")
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """The model parts of this rank together with the stages that made them."""
+
+    config: ModelConfig
+    parts: list[nn.Module]
+    stages: list[Stage]
+    context: StageContext
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """The context managers of all stages, around a forward pass and its loss."""
+        with ExitStack() as stack:
+            for stage in self.stages:
+                stack.enter_context(stage.forward_context(self.context))
+            yield
+
+    def after_optimizer_step(self) -> None:
+        """The post-step hooks of all stages."""
+        for stage in self.stages:
+            stage.after_optimizer_step(self.parts)
+
+
+def build(
+    model_config: ModelConfig,
+    *,
+    family: str,
+    mesh: Mesh,
+    stages: list[Stage],
+    device: torch.device,
+    dtype: torch.dtype,
+    seq_len: int,
+    seed: int | None,
+) -> BuiltModel:
+    """Builds this rank's parts of a model.
+
+    Args:
+        seed: of the initial weights; None leaves them uninitialised, for a model that is about to be loaded.
+    """
+    module = family_module(family)
+    context = StageContext(model_config, mesh.shape, device.type, seq_len, mesh, module)
+    with torch.device("meta"):
+        whole = module.Decoder(model_config, seq_len).to(dtype)
+    parts: list[nn.Module] = [whole]
+    active = [stage for stage in stages if stage.enabled(context)]
+    for stage in active:
+        parts = stage.apply(parts, context)
+    for part in parts:
+        part.to_empty(device=device)
+        part.init_buffers()
+        part.train()
+    if seed is not None:
+        init_weights(parts, lambda name: module.init_rule(model_config, name), seed)
+    return BuiltModel(model_config, parts, active, context)

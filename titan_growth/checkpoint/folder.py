@@ -1,0 +1,171 @@
+"""Step folders and their manifests, without torch.
+
+A checkpoint is committed when its `manifest.json`, written last, is there and fits the files: sizes always, and SHA-256
+sums before a load. No rename is relied on. Whatever is not committed does not exist for a resume; whatever is committed
+and damaged is named, and the next older one is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.run_folder import replace_text
+
+FORMAT = 1
+MANIFEST, METADATA, RECIPE, LINEAGE = "manifest.json", ".metadata", "recipe.toml", "lineage.json"
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds."""
+
+    progress: Progress
+    num_layers: int
+    num_ranks: int
+    mesh: str
+    model_only: bool
+    permanent: bool
+    """Kept by retention: taken at a growth."""
+    metrics_offset: int
+    """Bytes of metrics.jsonl when the checkpoint was taken; a resume cuts the file back to it."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Fingerprints of corpus and tokenizer."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> {"bytes": n, "sha256": hex} of every file of the checkpoint but the manifest."""
+
+    def to_json(self) -> str:
+        table = asdict(self)
+        return json.dumps({"format": FORMAT, **table.pop("progress"), **table}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Raises ValueError, KeyError or TypeError when it is not a manifest."""
+        table = json.loads(text)
+        if table.pop("format") != FORMAT:
+            raise ValueError("written by another version")
+        progress = Progress(**{key: int(table.pop(key)) for key in ("step", "tokens", "flops", "samples")})
+        for name, entry in table["files"].items():
+            if "/" in name or "\\" in name or name in ("", ".", ".."):
+                raise ValueError(f"names a file outside its folder: {name!r}")
+            entry["bytes"] = int(entry["bytes"])
+        return cls(progress=progress, **table)
+
+
+@dataclass(frozen=True)
+class StepFolder:
+    """A committed checkpoint."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        return self.manifest.progress.step
+
+    def recipe_table(self) -> dict[str, Any]:
+        """The recipe the checkpoint was written with."""
+        return tomli.loads((self.path / RECIPE).read_text(encoding="utf-8"))
+
+    def lineage(self) -> Lineage:
+        """The growths behind the checkpoint."""
+        return Lineage.from_dict(json.loads((self.path / LINEAGE).read_text(encoding="utf-8")))
+
+    def damage(self, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> str | None:
+        """What is wrong with the files, or None.
+
+        Args:
+            checksums: also read the files and compare SHA-256 sums.
+            share: (rank, number of ranks) that divide the files among them.
+        """
+        for position, (name, entry) in enumerate(sorted(self.manifest.files.items())):
+            if position % share[1] != share[0]:
+                continue
+            path = self.path / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
+            if checksums and sha256_of(path) != entry["sha256"]:
+                return f"{name} does not match its checksum"
+        return None
+
+
+def open_step(path: Path) -> StepFolder | None:
+    """The committed checkpoint in a folder, or None when nothing was committed there.
+
+    Raises:
+        CheckpointError: when there is a manifest but it cannot be used.
+    """
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path.name} refused: {MANIFEST} cannot be read ({error})") from None
+    if not text.endswith("}\n"):
+        return None  # the process died while writing it: not committed
+    try:
+        return StepFolder(path, Manifest.from_json(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path.name} refused: {MANIFEST} is not valid ({error})") from None
+
+
+def step_path(root: Path, step: int) -> Path:
+    """The folder of a step."""
+    return root / f"step-{step}"
+
+
+def step_numbers(root: Path) -> list[int]:
+    """Steps that have a folder, committed or not, newest first."""
+    if not root.is_dir():
+        return []
+    matches = (_STEP_FOLDER.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def committed_steps(root: Path) -> tuple[list[StepFolder], list[str]]:
+    """(committed checkpoints with whole files, newest first; one line for each that was refused)."""
+    good, refused = [], []
+    for step in step_numbers(root):
+        try:
+            folder = open_step(step_path(root, step))
+        except CheckpointError as error:
+            refused.append(str(error))
+            continue
+        if folder is None:
+            continue
+        damage = folder.damage(checksums=False)
+        if damage:
+            refused.append(f"{folder.path.name} refused: {damage}")
+        else:
+            good.append(folder)
+    return good, refused
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Commits a checkpoint."""
+    replace_text(path / MANIFEST, manifest.to_json())
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """A file's entry in the manifest."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}

@@ -1,0 +1,263 @@
+"""Saving and loading step folders from all ranks together.
+
+    save   fresh folder -> DCP shards of all ranks -> .metadata -> recipe, lineage -> checksums -> manifest (= committed)
+    load   newest committed -> checksums -> every wanted tensor is there, of the right size and type -> read in place
+
+A folder without a manifest is the remains of a save that died; it is never loaded, and cleared when its step is saved
+again. A checkpoint that fails its checks is named and the next older one is used; when none is left the run stops
+rather than start from scratch.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
+
+from titan_growth.checkpoint.folder import (
+    LINEAGE,
+    METADATA,
+    RECIPE,
+    Manifest,
+    StepFolder,
+    committed_steps,
+    file_entry,
+    open_step,
+    step_path,
+    write_manifest,
+)
+from titan_growth.checkpoint.reader import NamesOf, SafeReader
+from titan_growth.config.schema import Checkpoint
+from titan_growth.tools.distributed import describe_os_error, fail_together, gather_objects, on_rank0
+from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.run_folder import gib, replace_text
+
+logger = logging.getLogger("titan_growth")
+
+Tensors = dict[str, Tensor]
+
+
+class CheckpointManager:
+    """The step folders of one run."""
+
+    def __init__(self, section: Checkpoint, dump_folder: Path) -> None:
+        self.section = section
+        self.root = dump_folder / section.folder
+
+    # ---- choosing ------------------------------------------------------------------------------------------------
+
+    def find(self) -> StepFolder | None:
+        """The checkpoint to resume from: the newest good one, or that of `checkpoint.load_step`.
+
+        Raises:
+            CheckpointError: when the one asked for, or every one there is, cannot be used.
+        """
+        if not self.section.enable:
+            return None
+        candidates, refused = on_rank0(lambda: committed_steps(self.root))
+        for line in refused:
+            logger.error("%s", line)
+        if self.section.load_step != -1:
+            candidates = [folder for folder in candidates if folder.step == self.section.load_step]
+            if not candidates:
+                raise CheckpointError(
+                    f"checkpoint.load_step: there is no usable step-{self.section.load_step} in {self.root}"
+                )
+        for folder in candidates:
+            damage = self._damage(folder)
+            if damage is None:
+                return folder
+            refused.append(f"{folder.path.name} refused: {damage}")
+            logger.error("%s", refused[-1])
+        if refused:
+            raise CheckpointError(
+                f"{self.root} holds checkpoints, but none can be used: {'; '.join(refused)}. "
+                "Restore one, or name another job.dump_folder to start from scratch"
+            )
+        return None
+
+    def _damage(self, folder: StepFolder) -> str | None:
+        """Reads all files of a checkpoint, divided over the ranks."""
+        share = (dist.get_rank(), dist.get_world_size())
+        return next((found for found in gather_objects(folder.damage(checksums=True, share=share)) if found), None)
+
+    def committed(self, step: int) -> StepFolder | None:
+        """The committed checkpoint of a step, if there is one."""
+        return on_rank0(lambda: open_step(step_path(self.root, step)))
+
+    def set_aside_after(self, step: int) -> None:
+        """Moves checkpoints of later steps out of the way, when a run goes back to an earlier one."""
+
+        def move() -> list[str]:
+            moved = []
+            for folder in committed_steps(self.root)[0]:
+                if folder.step > step:
+                    target, number = self.root / f"superseded-{folder.step}", 1
+                    while target.exists():
+                        number += 1
+                        target = self.root / f"superseded-{folder.step}-{number}"
+                    folder.path.rename(target)
+                    moved.append(target.name)
+            return moved
+
+        moved = on_rank0(move)
+        if moved:
+            logger.warning("going back to step %d: later checkpoints are kept as %s", step, ", ".join(moved))
+
+    # ---- saving --------------------------------------------------------------------------------------------------
+
+    def save(self, manifest: Manifest, tensors: Tensors, *, recipe_toml: str, lineage_json: str) -> StepFolder:
+        """Writes and commits one checkpoint; every rank passes the tensors it holds.
+
+        Raises:
+            CheckpointError: on every rank, when it could not be written; nothing is left behind then.
+        """
+        path = step_path(self.root, manifest.progress.step)
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        on_rank0(lambda: self._clear(path, num_bytes))
+        errors: list[str] = []
+        try:
+            writer = FileSystemWriter(path, single_file_per_rank=True, sync_files=True)
+            dcp.save(tensors, storage_writer=writer)
+        except Exception as error:  # DCP wraps whatever happened on any rank
+            errors = [_root_cause(error)]
+        self._fail_save(path, errors)
+
+        files: dict[str, Any] = {}
+        try:
+            mine = f"__{dist.get_rank()}_"
+            files = {file.name: file_entry(file) for file in path.iterdir() if file.name.startswith(mine)}
+        except OSError as error:
+            errors = [describe_os_error(error)]
+        self._fail_save(path, errors)
+        gathered = gather_objects(files)
+
+        def commit() -> Manifest:
+            replace_text(path / RECIPE, recipe_toml)
+            replace_text(path / LINEAGE, lineage_json)
+            entries = {name: entry for part in gathered for name, entry in part.items()}
+            entries |= {name: file_entry(path / name) for name in (METADATA, RECIPE, LINEAGE)}
+            complete = replace(manifest, files=entries)
+            write_manifest(path, complete)
+            return complete
+
+        try:
+            complete = on_rank0(commit)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            self._fail_save(path, [str(error)])
+            raise
+        return StepFolder(path, complete)
+
+    def _clear(self, path: Path, num_bytes: int) -> None:
+        """Removes what a dead save left, and makes sure that the new one fits on the disk."""
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+        free = shutil.disk_usage(path).free
+        if free < num_bytes:
+            path.rmdir()
+            raise CheckpointError(
+                f"{path.name} was not saved: it needs {gib(num_bytes)}, but only {gib(free)} are free in {self.root}. "
+                "Make room and run the same command again; the run goes on from the last checkpoint"
+            )
+
+    def _fail_save(self, path: Path, errors: list[str]) -> None:
+        message = f"{path.name} was not saved: {errors[0]}. The checkpoints before it are whole" if errors else ""
+        try:
+            fail_together([message] if message else [], CheckpointError)
+        except CheckpointError:
+            if dist.get_rank() == 0:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    def prune(self) -> None:
+        """Removes the oldest checkpoints beyond `keep_latest_k`; those taken at a growth stay."""
+        keep = self.section.keep_latest_k
+        if keep == 0:
+            return
+
+        def remove() -> None:
+            passing = [folder for folder in committed_steps(self.root)[0] if not folder.manifest.permanent]
+            for folder in passing[keep:]:
+                # The manifest goes first: a half-removed checkpoint is then not a committed one.
+                (folder.path / "manifest.json").unlink(missing_ok=True)
+                shutil.rmtree(folder.path, ignore_errors=True)
+
+        on_rank0(remove)
+
+    # ---- loading -------------------------------------------------------------------------------------------------
+
+    def load(self, path: Path, tensors: Tensors, names_of: NamesOf | None = None) -> SafeReader:
+        """Reads every given tensor in place, each rank only the stored chunks that its shards overlap.
+
+        Args:
+            path: a step folder, ours or another program's.
+            tensors: what to fill, plain or sharded.
+            names_of: serves stored tensors under other names (growth).
+
+        Raises:
+            CheckpointError: when a tensor is missing or does not fit, or a file cannot be read.
+        """
+        reader = SafeReader(path, names_of)
+        fail_together(_misfits(reader, tensors), CheckpointError)
+        errors: list[str] = []
+        try:
+            dcp.load(dict(tensors), storage_reader=reader, planner=DefaultLoadPlanner())
+        except Exception as error:  # DCP wraps whatever happened on any rank
+            errors = [f"{path.name} refused: {_root_cause(error)}"]
+        fail_together(errors, CheckpointError)
+        return reader
+
+    def stored_names(self, path: Path) -> set[str]:
+        """Names of the tensors in a step folder."""
+        return set(SafeReader(path).tensor_entries())
+
+
+def _misfits(reader: SafeReader, tensors: Tensors) -> list[str]:
+    """One message when the stored tensors are not the wanted ones, naming the first few."""
+    try:
+        stored = reader.tensor_entries()
+    except CheckpointError as error:
+        return [str(error)]
+    wrong = []
+    for name, tensor in tensors.items():
+        if name not in stored:
+            wrong.append(f"has no {name}")
+        elif stored[name].size != tensor.shape:
+            wrong.append(f"{name} is {_shape(stored[name].size)} there and {_shape(tensor.shape)} here")
+        elif stored[name].properties.dtype != tensor.dtype:
+            wrong.append(f"{name} is {stored[name].properties.dtype} there and {tensor.dtype} here")
+    if not wrong:
+        return []
+    more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
+    return [f"{reader.folder.name} refused: it is of another model: {'; '.join(wrong[:2])}{more}"]
+
+
+def _shape(size: torch.Size) -> str:
+    return " x ".join(str(length) for length in size) or "a scalar"
+
+
+def _root_cause(error: BaseException) -> str:
+    """The one line that matters of an exception that DCP has wrapped."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        first = next(iter(failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    cause: BaseException = error
+    seen: Callable[[BaseException], BaseException | None] = lambda e: e.__cause__ or e.__context__  # noqa: E731
+    while not isinstance(cause, OSError | CheckpointError) and (deeper := seen(cause)) is not None:
+        cause = deeper
+    if isinstance(cause, OSError):
+        return describe_os_error(cause)
+    return str(cause).strip().split("\n")[0] or type(cause).__name__

@@ -1,0 +1,136 @@
+"""Reading DCP folders: nothing stored in them is run, and each stored chunk is read once.
+
+DCP's own reader unpickles `.metadata`, which runs whatever a stranger put there. This one admits only the few classes
+that DCP's metadata is made of. It also takes `names_of`, a function that says under which names a stored tensor should
+appear: with it a small model reads as if a larger one had been written, which is all that growth needs (design.md,
+decision 7). DCP plans the read from those names, so growing and resharding are one pass. Since one stored chunk may now
+feed many tensors, requests are grouped by chunk; DCP's reader would load it again for each.
+"""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import pickle
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from titan_growth.tools.errors import CheckpointError
+
+NamesOf = Callable[[str], list[str]]
+"""Stored name -> the names it is served under."""
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata")),
+    *((_METADATA, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
+_PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
+_DTYPES = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED or (module == "torch" and name in _DTYPES):
+            return super().find_class(module, name)
+        if module in ("pathlib", "pathlib._local") and name in _PATHS:
+            return pathlib.PurePosixPath
+        raise pickle.UnpicklingError(f"its metadata asks for {module}.{name}")
+
+
+class SafeReader(FileSystemReader):
+    """A DCP storage reader for one step folder."""
+
+    def __init__(self, path: Path, names_of: NamesOf | None = None) -> None:
+        super().__init__(path)
+        self.folder = Path(path)
+        self.names_of = names_of
+        self.num_bytes_read = 0
+        """Stored bytes read so far by this rank."""
+        self.num_chunks_read = 0
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The folder's metadata, under the names that `names_of` gives.
+
+        Raises:
+            CheckpointError: when it is missing, damaged, or holds anything but metadata.
+        """
+        try:
+            with open(self.folder / ".metadata", "rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.folder.name} refused: it has no .metadata") from None
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise CheckpointError(f"{self.folder.name} refused: {error}") from None
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise CheckpointError(f"{self.folder.name} refused: .metadata holds no DCP metadata")
+        for info in metadata.storage_data.values():
+            if "/" in info.relative_path or "\\" in info.relative_path or info.relative_path.startswith("."):
+                raise CheckpointError(f"{self.folder.name} refused: it names the file {info.relative_path!r}")
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata if self.names_of is None else renamed(metadata, self.names_of)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Serves all requests of this rank, reading each stored chunk once."""
+        per_chunk: dict[tuple[str, int, int], list[ReadItem]] = {}
+        for item in plan.items:
+            info = self.storage_data[item.storage_index]
+            per_chunk.setdefault((info.relative_path, info.offset, info.length), []).append(item)
+        for (relative_path, offset, length), items in sorted(per_chunk.items(), key=lambda entry: entry[0]):
+            with open(self.folder / relative_path, "rb") as file:
+                file.seek(offset)
+                chunk = _load_tensor(file.read(length), f"{self.folder.name}/{relative_path}")
+            self.num_bytes_read += length
+            self.num_chunks_read += 1
+            for item in items:
+                assert item.type == LoadItemType.TENSOR, f"{item.storage_index.fqn} is not stored as a tensor"
+                values = chunk
+                for dim, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                    values = values.narrow(dim, start, size)
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(values)
+                planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def tensor_entries(self) -> dict[str, TensorStorageMetadata]:
+        """Name -> size and dtype of every stored tensor, under the names of `names_of`."""
+        entries = self.read_metadata().state_dict_metadata.items()
+        return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def _load_tensor(data: bytes, where: str) -> torch.Tensor:
+    try:
+        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive raises nearly anything
+        raise CheckpointError(f"{where} cannot be read ({type(error).__name__})") from None
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(f"{where} holds a {type(value).__name__} where a tensor should be")
+    return value
+
+
+def renamed(metadata: Metadata, names_of: NamesOf) -> Metadata:
+    """The same stored data listed under other names; one stored tensor may appear under none, one or many."""
+    entries = {new: entry for name, entry in metadata.state_dict_metadata.items() for new in names_of(name)}
+    storage = {
+        MetadataIndex(new, index.offset, index.index): info
+        for index, info in (metadata.storage_data or {}).items()
+        for new in names_of(index.fqn)
+    }
+    others = {f.name: getattr(metadata, f.name, None) for f in fields(metadata)}
+    return Metadata(**{**others, "state_dict_metadata": entries, "storage_data": storage, "planner_data": None})

@@ -1,0 +1,42 @@
+"""The tensors of a run by name: weights, moments, random states.
+
+Weights have their bare names and moments are `optimizer.state.<weight>.<exp_avg|exp_avg_sq|step>`, as in torchtitan's
+checkpoints. There are no byte entries: everything that is not a tensor is JSON beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from titan_growth.optim import Optimizer
+
+OPTIMIZER_PREFIX = "optimizer.state."
+
+
+def model_tensors(parts: Iterable[nn.Module]) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer of this rank's parts; the tensors in use, so they can be loaded into."""
+    return {name: tensor.detach() for part in parts for name, tensor in part.state_dict(keep_vars=True).items()}
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The moments and step counters of this rank's parameters."""
+    return {f"{OPTIMIZER_PREFIX}{name}.{key}": tensor for name, key, tensor in optimizer.named_state()}
+
+
+def rng_tensors(rank: int) -> dict[str, Tensor]:
+    """This rank's random states."""
+    states = {f"rng.rank_{rank}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"rng.rank_{rank}.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng(rank: int, states: dict[str, Tensor]) -> None:
+    """Puts loaded random states in force."""
+    if f"rng.rank_{rank}.cpu" in states:
+        torch.set_rng_state(states[f"rng.rank_{rank}.cpu"])
+    if f"rng.rank_{rank}.cuda" in states:
+        torch.cuda.set_rng_state(states[f"rng.rank_{rank}.cuda"])

@@ -1,0 +1,132 @@
+"""Checks that need several keys of the recipe but neither a device nor a mesh.
+
+Each check yields `Problem`s; things that are allowed but without effect go to `warnings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from titan_growth.config.schema import Recipe
+from titan_growth.tools.errors import Problem
+
+
+def check_recipe(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
+    """All problems between keys of one recipe; warnings are appended to the given list."""
+    yield from _training(recipe, warnings)
+    yield from _validation(recipe)
+    yield from _checkpoint(recipe, warnings)
+    yield from _growth(recipe, warnings)
+    if recipe.profiling.enable_profiling:
+        needed = recipe.profiling.profiler_warmup + recipe.profiling.profiler_active
+        if recipe.profiling.profile_freq < needed:
+            yield Problem(
+                "profiling.profile_freq", f"{recipe.profiling.profile_freq} is less than warmup + active = {needed}"
+            )
+
+
+def _training(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
+    training, loader = recipe.training, recipe.training.dataloader
+    if training.global_batch_size == 0:
+        yield Problem("training.global_batch_size", "must be -1 (derive it) or at least 1, got 0")
+    elif training.global_batch_size > 0 and training.global_batch_size % training.local_batch_size:
+        yield Problem(
+            "training.global_batch_size",
+            f"{training.global_batch_size} is not a multiple of training.local_batch_size = {training.local_batch_size}",
+        )
+    if loader.num_workers == 0:
+        for key in ("persistent_workers", "prefetch_factor"):
+            if getattr(loader, key):
+                yield Problem(f"training.dataloader.{key}", "needs training.dataloader.num_workers of at least 1")
+    if training.dtype == "bfloat16" and training.mixed_precision_param == "float32":
+        yield Problem(
+            "training.mixed_precision_param",
+            "float32 conflicts with training.dtype = bfloat16",
+            "Parameters that are kept in bfloat16 are computed with in bfloat16",
+        )
+    if recipe.data.tokenizer == "bytes" and recipe.data.tokenizer_path is not None:
+        yield Problem("data.tokenizer_path", "conflicts with data.tokenizer = 'bytes', which has no file")
+    total, steps = recipe.lr_scheduler.total_steps, training.steps
+    if total is not None and total < steps:
+        warnings.append(
+            Problem("lr_scheduler.total_steps", f"{total} is less than training.steps = {steps}; the rest runs at the floor")
+        )
+
+
+def _validation(recipe: Recipe) -> Iterator[Problem]:
+    validation = recipe.validation
+    if validation.steps == 0:
+        yield Problem("validation.steps", "must be -1 (the whole set) or at least 1, got 0")
+    if not validation.enable:
+        return
+    if validation.dataset is None and validation.dataset_path is None and recipe.data.validation_fraction == 0:
+        yield Problem(
+            "data.validation_fraction",
+            "0 holds nothing out, but validation.enable is true",
+            "Raise it, or name another corpus in validation.dataset_path",
+        )
+
+
+def _checkpoint(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
+    checkpoint = recipe.checkpoint
+    if checkpoint.keep_latest_k == 1:
+        yield Problem(
+            "checkpoint.keep_latest_k", "must be 0 (all) or at least 2, got 1", "One copy alone can be lost while saving"
+        )
+    if not checkpoint.folder or checkpoint.folder.startswith("/") or ".." in checkpoint.folder.split("/"):
+        yield Problem("checkpoint.folder", f"must name a folder inside job.dump_folder, got '{checkpoint.folder}'")
+    if not checkpoint.enable:
+        for key in ("initial_load_path", "load_only", "last_save_model_only", "enable_first_step_checkpoint"):
+            if getattr(checkpoint, key):
+                warnings.append(Problem(f"checkpoint.{key}", "has no effect because checkpoint.enable is false"))
+        if checkpoint.load_step != -1:
+            warnings.append(Problem("checkpoint.load_step", "has no effect because checkpoint.enable is false"))
+
+
+def _growth(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
+    """The order of the stages; what depends on the model is checked in `growth.schedule`."""
+    if not recipe.growth.active_stages:
+        base = recipe.growth.base
+        if recipe.growth.enable and (base.lr is not None or base.warmup_steps is not None):
+            warnings.append(Problem("growth.base", "has no effect because there are no [[growth.stages]]"))
+        return
+    checkpoint, steps = recipe.checkpoint, recipe.training.steps
+    if not checkpoint.enable:
+        yield Problem(
+            "growth.enable",
+            "growing needs checkpoints: the grown model is read from the one saved at the growth",
+            "Set checkpoint.enable = true, or growth.enable = false",
+        )
+    elif checkpoint.load_only:
+        yield Problem("checkpoint.load_only", "conflicts with growth, which saves a checkpoint", "Set growth.enable = false")
+    batch, seq_len = recipe.training.global_batch_size, recipe.training.seq_len
+    previous = 0.0
+    for index, stage in enumerate(recipe.growth.active_stages):
+        key = f"growth.stages.{index}.at"
+        when = stage.when
+        if when.unit == "steps":
+            if when.value >= steps:
+                yield Problem(
+                    key,
+                    f'"{stage.at}" is not before the last step (training.steps = {steps:,})',
+                    "Grow earlier or train longer; growth.enable = false trains the target model from scratch",
+                )
+            position = float(when.value)
+        elif batch > 0:
+            tokens_per_step = batch * seq_len
+            if when.value > (steps - 1) * tokens_per_step:
+                yield Problem(
+                    key,
+                    f'"{stage.at}" is not before the last step ({steps:,} steps of {tokens_per_step:,} tokens)',
+                    "Grow earlier or train longer; growth.enable = false trains the target model from scratch",
+                )
+            position = float(-(-when.value // tokens_per_step))
+        else:
+            continue  # the batch size is not known yet; preflight checks again with the world size
+        if position <= previous:
+            yield Problem(key, f'"{stage.at}" is not after the growth before it', "Stages are in the order they happen")
+        previous = position
+        if stage.lr_policy == "continue" and stage.warmup_steps is not None:
+            warnings.append(
+                Problem(f"growth.stages.{index}.warmup_steps", 'has no effect because lr_policy is "continue"')
+            )

@@ -1,0 +1,99 @@
+"""Looking up fields of the recipe by dotted key, and reading command-line text as the value that a field expects.
+
+A file gives typed values, a command line gives text. `parse_text` turns that text into what the file would have given,
+and no more: whether the value is acceptable is then decided by the one validator, so both sources get the same message.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Union, get_args, get_origin
+
+import tomli
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+
+def strip_optional(annotation: Any) -> tuple[Any, bool]:
+    """`int | None` -> (int, True); anything else -> (itself, False)."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        if len(members) < len(get_args(annotation)):
+            return (members[0] if len(members) == 1 else Union[tuple(members)]), True  # noqa: UP007 (built at run time)
+    return annotation, False
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class that an annotation holds, directly or as the items of a list."""
+    annotation, _ = strip_optional(annotation)
+    if get_origin(annotation) is list:
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def annotation_at(root: type[BaseModel], path: list[str]) -> Any | None:
+    """The annotation of the field at a dotted path (list items by their number), or None when there is none."""
+    annotation: Any = root
+    for name in path:
+        annotation, _ = strip_optional(annotation)
+        if get_origin(annotation) is list and name.isdigit():
+            annotation = get_args(annotation)[0]
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and name in annotation.model_fields:
+            annotation = annotation.model_fields[name].annotation
+        else:
+            return None
+    return annotation
+
+
+def leaves(root: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the recipe with its field, in the order of the schema; items of lists as `stages.N.key`."""
+    for name, field in root.model_fields.items():
+        section = section_of(field.annotation)
+        key = f"{prefix}{name}"
+        if section is None:
+            yield key, field
+        else:
+            is_list = get_origin(strip_optional(field.annotation)[0]) is list
+            yield from leaves(section, key + (".N." if is_list else "."))
+
+
+def type_text(annotation: Any) -> str:
+    """An annotation in a reader's words: `integer`, `"a" | "b"`, `list of strings`."""
+    annotation, _ = strip_optional(annotation)
+    if get_origin(annotation) is typing.Literal:
+        return " | ".join(repr(value).replace("'", '"') for value in get_args(annotation))
+    if get_origin(annotation) is list:
+        return f"list of {type_text(get_args(annotation)[0])}s"
+    names = {int: "integer", float: "number", bool: "true | false", str: "string"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def parse_text(text: str, annotation: Any | None) -> Any:
+    """Reads command-line text as a TOML value of the expected type; what cannot be read stays text."""
+    if annotation is None:
+        return _toml_value(text)
+    annotation, optional = strip_optional(annotation)
+    if optional and text in ("None", "none", "null"):
+        return None
+    if annotation is str or (get_origin(annotation) is typing.Literal and isinstance(get_args(annotation)[0], str)):
+        return text
+    if annotation is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if annotation is float:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    if get_origin(annotation) is list and not text.lstrip().startswith("["):
+        item = get_args(annotation)[0]
+        return [parse_text(part.strip(), item) for part in text.split(",")] if text else []
+    return _toml_value(text)
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        return text

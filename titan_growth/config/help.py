@@ -1,0 +1,47 @@
+"""`--help`: every key of the recipe with its type, default and text, taken from the schema itself."""
+
+from __future__ import annotations
+
+import textwrap
+
+from pydantic_core import PydanticUndefined
+
+from titan_growth.config.fields import leaves, strip_optional, type_text
+from titan_growth.config.schema import Recipe
+
+USAGE = """usage: python -m titan_growth train --job.config_file FILE [--section.key value ...]
+
+Every key of the recipe can be given on the command line as --section.key value, --section.key=value, or, for
+true/false, as a bare --section.key. Lists are comma-separated or TOML; growths are --growth.stages.0.at "300 steps".
+--help SECTION prints one table only.
+"""
+
+
+def help_text(section: str | None = None) -> str:
+    """The help of the whole recipe or of one table."""
+    blocks = [USAGE]
+    seen = ""
+    fields = list(leaves(Recipe))
+    for key, field in fields:
+        table = key.split(".")[0]
+        if section not in (None, table):
+            continue
+        if table != seen:
+            seen = table
+            annotation = Recipe.model_fields[table].annotation
+            about = (annotation.__doc__ or "").strip().split("\n")[0] if annotation else ""
+            blocks.append(f"\n[{table}]  {about}\n")
+        default = "required" if field.default is PydanticUndefined else f"default {_default(field.default)}"
+        kind = type_text(strip_optional(field.annotation)[0])
+        blocks.append(f"  --{key}  ({kind}; {default})\n")
+        text = " ".join((field.description or "").split())
+        blocks.append(textwrap.fill(text, width=116, initial_indent="      ", subsequent_indent="      ") + "\n")
+    return "".join(blocks)
+
+
+def _default(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,148 @@
+"""From argv to a checked `Recipe`, or to one `ConfigError` that lists every problem.
+
+    defaults < TOML file < command line  ->  one validator  ->  checks across tables  ->  Recipe
+
+All problems are reported together. When a value is unusable its default stands in for it, so that the checks that look
+at several keys can still run on the rest.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from titan_growth.config.checks import check_recipe
+from titan_growth.config.messages import problem_of, unknown_key
+from titan_growth.config.schema import Recipe
+from titan_growth.config.sources import Sources, read_sources
+from titan_growth.config.torchtitan_keys import NEUTRAL, ignored_because
+from titan_growth.tools.errors import ConfigError, Problem
+
+logger = logging.getLogger("titan_growth")
+
+
+def load_recipe(argv: list[str]) -> Recipe:
+    """Reads and checks a recipe from command-line words such as `--job.config_file F --training.steps 10`.
+
+    Raises:
+        ConfigError: with all problems of file and command line.
+    """
+    recipe, problems, warnings = inspect_recipe(argv)
+    if problems or recipe is None:
+        raise ConfigError(problems)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return recipe
+
+
+def inspect_recipe(argv: list[str]) -> tuple[Recipe | None, list[Problem], list[Problem]]:
+    """Like `load_recipe`, but returns (recipe, problems, warnings); the recipe is the best that can be made of it."""
+    try:
+        sources = read_sources(argv, Recipe)
+    except ConfigError as error:
+        return None, error.problems, []
+    return _validate(sources)
+
+
+def recipe_from_toml(table: dict[str, Any]) -> Recipe:
+    """A recipe from a table that this program has written (in a run folder or a checkpoint)."""
+    return Recipe.model_validate(table)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The effective recipe, every key spelled out, as TOML."""
+    return tomli_w.dumps(recipe.model_dump(exclude_none=True), multiline_strings=False)
+
+
+def to_json(recipe: Recipe) -> str:
+    """The effective recipe as JSON."""
+    return json.dumps(recipe.model_dump(), indent=2) + "\n"
+
+
+def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """A copy with some dotted keys replaced (and validated again)."""
+    table = recipe.model_dump()
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        node = table
+        for name in parents:
+            node = node[name]
+        node[last] = value
+    return Recipe.model_validate(table)
+
+
+def _validate(sources: Sources) -> tuple[Recipe | None, list[Problem], list[Problem]]:
+    problems = list(sources.problems)
+    warnings: list[Problem] = []
+    values = copy.deepcopy(sources.values)
+    blamed: set[str] = set()
+    recipe: Recipe | None = None
+    # Each round takes out what was refused and tries again with the defaults in its place.
+    for _ in range(20):
+        try:
+            recipe = Recipe.model_validate(values)
+            break
+        except ValidationError as error:
+            for details in error.errors():
+                key = ".".join(str(part) for part in details["loc"])
+                value = _take_out(values, [str(part) for part in details["loc"]])
+                if details["type"] == "extra_forbidden":
+                    found, ignored = _torchtitan(key, value)
+                    problems += [_with_origin(problem, sources) for problem in found]
+                    warnings += [_with_origin(warning, sources) for warning in ignored]
+                else:
+                    problems.append(_with_origin(problem_of(key, details), sources))
+                    blamed.add(key)
+    if recipe is not None:
+        for problem in check_recipe(recipe, warnings):
+            if not any(problem.key == key or problem.key.startswith(key + ".") for key in blamed):
+                problems.append(_with_origin(problem, sources))
+    return recipe, problems, warnings
+
+
+def _torchtitan(key: str, value: Any) -> tuple[list[Problem], list[Problem]]:
+    """(problems, warnings) for a key that is not in the schema, or for the keys of a table that is not."""
+    if isinstance(value, dict) and value:
+        problems: list[Problem] = []
+        warnings: list[Problem] = []
+        known = [name for name in NEUTRAL if name.startswith(key + ".")]
+        if not known and ignored_because(key + ".x") is None:
+            return [unknown_key(key)], []
+        for name, item in value.items():
+            found, ignored = _torchtitan(f"{key}.{name}", item)
+            problems += found
+            warnings += ignored
+        return problems, warnings
+    if key in NEUTRAL:
+        if any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[key]):
+            return [], []
+        neutral = json.dumps(NEUTRAL[key][0])
+        return [Problem(key, f"{json.dumps(value)} is not supported in this version", f"Only {neutral} is")], []
+    reason = ignored_because(key)
+    if reason is not None:
+        return [], [Problem(key, f"has no effect because {reason}")]
+    return [unknown_key(key)], []
+
+
+def _take_out(values: dict[str, Any], path: list[str]) -> Any:
+    """Removes and returns the value that the validator refused, so that its default stands in for it.
+
+    An item of a list has no default, so for a problem inside a list the whole list goes.
+    """
+    node = values
+    for name in path[:-1]:
+        child = node.get(name)
+        if not isinstance(child, dict):
+            return node.pop(name, None)
+        node = child
+    return node.pop(path[-1], None)
+
+
+def _with_origin(problem: Problem, sources: Sources) -> Problem:
+    origin = sources.origin(problem.key)
+    return Problem(problem.key, f"{problem.message} ({origin})", problem.hint) if origin else problem

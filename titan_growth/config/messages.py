@@ -1,0 +1,103 @@
+"""What the validator found, said so that a user can act on it.
+
+Every message names the dotted key, says what is wrong with which value, and offers the nearest key or choice. The text
+is the same for a file and for the command line; only the origin that the loader adds differs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from titan_growth.config.fields import annotation_at, leaves, section_of, type_text
+from titan_growth.config.schema import Recipe
+from titan_growth.tools.errors import Problem
+
+MOVED = {
+    "model.tokenizer_path": "data.tokenizer_path",
+    "training.seed": "debug.seed",
+    "training.deterministic": "debug.deterministic",
+    "training.compile": "compile.enable",
+    "training.max_seq_len": "training.seq_len",
+    "training.batch_size": "training.local_batch_size",
+    "checkpoint.enable_checkpoint": "checkpoint.enable",
+    "checkpoint.initial_load_model_weights_only": "checkpoint.initial_load_model_only",
+    "checkpoint.last_save_model_weights_only": "checkpoint.last_save_model_only",
+    "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
+    "job.print_args": "job.print_config",
+    "model.num_layers": "model.n_layers",
+    "model.num_heads": "model.n_heads",
+    "model.num_kv_heads": "model.n_kv_heads",
+    "model.n_kv_head": "model.n_kv_heads",
+    "growth.enabled": "growth.enable",
+}
+"""Older or likely spellings -> the key they mean."""
+
+
+def suggestion(word: str, choices: Iterable[str]) -> str:
+    """`Did you mean 'x'?`, or nothing when no choice is near."""
+    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"Did you mean {near[0]!r}?" if near else ""
+
+
+def unknown_key(key: str) -> Problem:
+    """The problem for a key that no table has."""
+    section, _, name = key.rpartition(".")
+    if key in MOVED:
+        return Problem(key, "unknown key", f"Did you mean {MOVED[key]!r}?")
+    annotation = annotation_at(Recipe, section.split(".")) if section else Recipe
+    model = section_of(annotation)
+    if model is None:
+        hint = suggestion(key.split(".")[0], Recipe.model_fields)
+        return Problem(key, f"unknown section [{key.split('.')[0]}]", hint)
+    if not section:
+        return Problem(key, "unknown section" if name else "unknown key", suggestion(name, model.model_fields))
+    near = suggestion(name, model.model_fields)
+    if not near:
+        # The key may exist in another table.
+        elsewhere = [leaf for leaf, _ in leaves(Recipe) if leaf.rpartition(".")[2] == name]
+        near = f"Did you mean {elsewhere[0]!r}?" if elsewhere else ""
+    return Problem(key, f"unknown key in [{section}]", near or "See --help for the keys")
+
+
+def problem_of(key: str, details: Any) -> Problem:
+    """One entry of pydantic's `ValidationError.errors()` as a `Problem`."""
+    kind, value, context = details["type"], details["input"], details.get("ctx", {})
+    got = f"got {_show(value)}"
+    expected = {
+        "int_type": "expected an integer",
+        "int_from_float": "expected an integer",
+        "float_type": "expected a number",
+        "finite_number": "expected a finite number",
+        "bool_type": "expected true or false",
+        "string_type": "expected a string",
+        "list_type": "expected a list",
+        "dict_type": "expected a table",
+        "model_type": "expected a table",
+    }.get(kind)
+    if expected:
+        hint = ""
+        if kind == "string_type" and not isinstance(value, dict | list):
+            hint = f'Write "{value}" in quotes'
+        return Problem(key, f"{expected}, {got}", hint)
+    if kind == "missing":
+        annotation = annotation_at(Recipe, key.split("."))
+        return Problem(key, f"is missing; expected {type_text(annotation)}")
+    if kind == "literal_error":
+        choices = [choice.strip().strip('"') for choice in type_text(annotation_at(Recipe, key.split("."))).split("|")]
+        allowed = ", ".join(repr(choice) for choice in choices)
+        return Problem(key, f"must be one of {allowed}, {got}", suggestion(str(value), choices))
+    bounds = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}
+    if kind in bounds:
+        words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}[bounds[kind]]
+        return Problem(key, f"must be {words} {context[bounds[kind]]:g}, {got}")
+    if kind == "value_error":
+        return Problem(key, str(context["error"]))
+    return Problem(key, f"{details['msg'].lower()}, {got}")
+
+
+def _show(value: Any) -> str:
+    text = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
+    text = text or (f"'{value}'" if isinstance(value, str) else repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,322 @@
+"""The recipe: one pydantic model per TOML table, with torchtitan 0.2.2's key names.
+
+Where a default differs from torchtitan's, the field's text says so. Nothing here looks at two tables at once; what must
+agree between tables is checked in `checks.py`, and what needs the mesh or the model in `preflight.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from titan_growth.config.growth_schema import Growth
+from titan_growth.config.section import Section
+
+PositiveInt = Field(ge=1)
+
+
+class Job(Section):
+    """Where a run writes, and what it calls itself."""
+
+    dump_folder: str = "./outputs"
+    """Folder of everything the run writes. The same folder resumes the run."""
+    description: str = "default job"
+    """Free text, printed at the start and kept in the saved recipe."""
+    print_config: bool = False
+    """Print the effective recipe as TOML at the start."""
+    save_config_file: str | None = None
+    """Also write the effective recipe as JSON under this name in dump_folder (it is always saved as recipe.toml)."""
+
+
+class Profiling(Section):
+    """Traces and memory snapshots."""
+
+    enable_profiling: bool = False
+    """Record torch.profiler traces, one folder per recorded iteration."""
+    save_traces_folder: str = "profile_traces"
+    """Folder of the traces, inside dump_folder."""
+    profile_freq: int = Field(10, ge=1)
+    """A trace every this many steps; at least profiler_warmup + profiler_active."""
+    profiler_active: int = Field(1, ge=1)
+    """Steps recorded in each trace."""
+    profiler_warmup: int = Field(3, ge=0)
+    """Steps traced and thrown away before each recording."""
+    enable_memory_snapshot: bool = False
+    """Record the CUDA allocator's history; refused on a CPU."""
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Folder of the snapshots, inside dump_folder."""
+
+
+class Metrics(Section):
+    """What is logged, how often, and where to."""
+
+    log_freq: int = Field(10, ge=1)
+    """Log the first step, every log_freq-th and the last."""
+    enable_tensorboard: bool = False
+    """Write TensorBoard events (metrics.jsonl is always written)."""
+    disable_color_printing: bool = False
+    """No colour, not even on a terminal."""
+    save_tb_folder: str = "tb"
+    """Folder of the TensorBoard events, inside dump_folder."""
+    save_for_all_ranks: bool = False
+    """Write TensorBoard events on every rank (in rank_N) instead of on rank 0 only."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases too; needs the wandb extra."""
+
+
+class Model(Section):
+    """The model that the run ends with. Growth derives the smaller ones from it."""
+
+    name: str = "llama3"
+    """Model family."""
+    flavor: str = "debugmodel"
+    """Named sizes, or "custom" for sizes that are all given here. A size key beside a named flavor overrides it."""
+    hf_assets_path: str | None = None
+    """Folder with tokenizer.json (or tokenizer.model). torchtitan's default is its own test tokenizer; here: none."""
+    dim: int | None = Field(None, ge=1)
+    """Width of the residual stream."""
+    n_layers: int | None = Field(None, ge=1)
+    """Transformer blocks of the final model."""
+    n_heads: int | None = Field(None, ge=1)
+    """Query heads; must divide dim unless head_dim is given."""
+    n_kv_heads: int | None = Field(None, ge=1)
+    """Key/value heads (grouped-query attention); must divide n_heads. Default: n_heads."""
+    head_dim: int | None = Field(None, ge=2)
+    """Width of a head; even. Default: dim / n_heads."""
+    vocab_size: int | None = Field(None, ge=2)
+    """Rows of the embedding; a tokenizer larger than this is refused."""
+    hidden_dim: int | None = Field(None, ge=1)
+    """Width of the SwiGLU hidden layer. Default: torchtitan's rule from dim, ffn_dim_multiplier and multiple_of."""
+    ffn_dim_multiplier: float | None = Field(None, gt=0)
+    """Factor on 2/3 * 4 * dim before rounding up to multiple_of."""
+    multiple_of: int | None = Field(None, ge=1)
+    """The SwiGLU hidden width is rounded up to a multiple of this. Default: 256."""
+    norm_eps: float | None = Field(None, gt=0)
+    """Epsilon of RMSNorm. Default: 1e-5."""
+    rope_theta: float | None = Field(None, gt=0)
+    """Base of the rotary frequencies. Default: 500000 (10000 in the gstack flavors)."""
+    rope_scaling_factor: float | None = Field(None, ge=1)
+    """Llama 3.1 frequency scaling; 1 switches it off. Default: 8 (1 in the gstack flavors)."""
+    rope_low_freq_factor: float | None = Field(None, gt=0)
+    """Llama 3.1 scaling: wavelengths above original / this are stretched by the full factor. Default: 1."""
+    rope_high_freq_factor: float | None = Field(None, gt=0)
+    """Llama 3.1 scaling: wavelengths below original / this stay as they are. Default: 4."""
+    rope_original_max_seq_len: int | None = Field(None, ge=1)
+    """Llama 3.1 scaling: context length of the unscaled model. Default: 8192."""
+    max_seq_len: int | None = Field(None, ge=1)
+    """Longest sequence the model is meant for; training.seq_len may not exceed it. Default: 131072."""
+    depth_init: bool | None = None
+    """Scale the init of wo, w2, w3 by the layer's own depth (true, default) or by the number of layers."""
+    tie_word_embeddings: bool | None = None
+    """Use the embedding as output head. Default: false."""
+
+
+class Optimizer(Section):
+    """The optimizer; its hyper-parameters always come from the recipe, never from a checkpoint."""
+
+    name: Literal["Adam", "AdamW"] = "AdamW"
+    """Adam or AdamW."""
+    lr: float = Field(8e-4, gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Weight decay, on all parameters."""
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """How PyTorch runs the update."""
+
+
+class LRScheduler(Section):
+    """Linear warmup, an optional stable phase, and a decay; growth may start it again (growth.stages.lr_policy)."""
+
+    warmup_steps: int = Field(200, ge=0)
+    """Steps of linear warmup; clamped, with a warning, to the length of the run."""
+    total_steps: int | None = Field(None, ge=1)
+    """Length the schedule is laid out to. Default: training.steps."""
+    decay_ratio: float | None = Field(None, ge=0, le=1)
+    """Share of the schedule spent decaying (warmup-stable-decay). Default: decay starts right after warmup."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the decay."""
+    min_lr_factor: float = Field(0.0, ge=0, le=1)
+    """The decay ends at lr times this."""
+
+
+class Dataloader(Section):
+    """Passed to torchdata's StatefulDataLoader."""
+
+    num_workers: int = Field(0, ge=0)
+    """Worker processes per rank; 0 loads in the training process."""
+    persistent_workers: bool = False
+    """Keep the workers alive; needs num_workers > 0."""
+    pin_memory: bool = False
+    """Copy batches into page-locked memory (CUDA)."""
+    prefetch_factor: int | None = Field(None, ge=1)
+    """Batches each worker loads ahead; needs num_workers > 0."""
+
+
+class Training(Section):
+    """Length, batch and precision of the run, and its corpus."""
+
+    dataset: str = "stdlib"
+    """Corpus: "stdlib" (the text of Python's own library), a format ("text", "json", "parquet") for dataset_path, or a
+    Hugging Face dataset name. torchtitan's default is c4_test."""
+    dataset_path: str | None = None
+    """File, folder or glob to read the corpus from: txt, md, py, jsonl, parquet; gz and zst too."""
+    local_batch_size: int = Field(8, ge=1)
+    """Sequences per data-parallel rank in one forward pass."""
+    global_batch_size: int = Field(-1, ge=-1)
+    """Sequences per optimizer step; -1 = local_batch_size times the data-parallel degree of the first start. More than
+    that is reached by gradient accumulation."""
+    seq_len: int = Field(2048, ge=1)
+    """Tokens per sequence."""
+    max_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    steps: int = Field(10000, ge=1)
+    """Optimizer steps of the whole run, all depths together."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Type of parameters, gradients and moments."""
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the computation: FSDP casts parameters to it, and on one rank autocast does."""
+    mixed_precision_reduce: Literal["float32"] = "float32"
+    """Type of gradient reductions."""
+    gc_freq: int = Field(50, ge=1)
+    """Python's garbage collector runs only every this many steps, on all ranks at once."""
+    dataloader: Dataloader = Dataloader()
+
+
+class Parallelism(Section):
+    """How the ranks are divided."""
+
+    data_parallel_replicate_degree: int = Field(1, ge=1)
+    """Replicas of the model (HSDP together with sharding; DDP when the shard degree is 1)."""
+    data_parallel_shard_degree: int = Field(-1, ge=-1)
+    """Ranks that share one copy of parameters, gradients and moments (FSDP2); -1 = all that are left."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Free the gathered parameters after the forward pass (default: always without pipeline parallelism)."""
+
+
+class Checkpoint(Section):
+    """Saving and loading."""
+
+    enable: bool = False
+    """Save checkpoints, and resume from the newest one in the folder."""
+    folder: str = "checkpoint"
+    """Folder of the step-N folders, inside dump_folder."""
+    interval: int = Field(500, ge=1)
+    """Save every this many steps, and at the last step."""
+    initial_load_path: str | None = None
+    """Step folder to start a new run from; ignored, with a warning, once the run has a checkpoint of its own."""
+    initial_load_model_only: bool = True
+    """Load only the weights from initial_load_path; false: optimizer state, counters and data cursor too."""
+    last_save_model_only: bool = False
+    """Save only the weights at the last step. Such a checkpoint cannot be resumed. torchtitan's default is true."""
+    keep_latest_k: int = Field(10, ge=0)
+    """Keep this many committed checkpoints, 0 = all. Those taken at a growth are kept besides."""
+    load_step: int = Field(-1, ge=-1)
+    """Resume from this step instead of the newest; later checkpoints and metrics are then written anew."""
+    enable_first_step_checkpoint: bool = False
+    """Save after the first step too, to find out early whether saving works."""
+    load_only: bool = False
+    """Load, but never save (growth is then refused)."""
+
+
+class Validation(Section):
+    """Loss on held-out text; the same sequences for every mesh."""
+
+    enable: bool = False
+    """Validate every freq steps and at the last step."""
+    dataset: str | None = None
+    """Another corpus to validate on, named as training.dataset is. Default: the held-out part of the training corpus."""
+    dataset_path: str | None = None
+    """File, folder or glob of that corpus."""
+    local_batch_size: int = Field(8, ge=1)
+    """Sequences per rank in one forward pass."""
+    seq_len: int | None = Field(None, ge=1)
+    """Tokens per sequence. Default: training.seq_len (torchtitan: 2048)."""
+    freq: int = Field(10, ge=1)
+    """Validate every this many steps."""
+    steps: int = Field(-1, ge=-1)
+    """Batches of local_batch_size sequences, counted over all ranks together so that the result does not depend on
+    their number; -1 = the whole set."""
+
+
+class Comm(Section):
+    """Process groups."""
+
+    init_timeout_seconds: int = Field(300, ge=1)
+    """Time limit of collectives until the first step is done."""
+    train_timeout_seconds: int = Field(100, ge=1)
+    """Time limit of collectives afterwards."""
+    trace_buf_size: int = Field(20000, ge=0)
+    """Entries of NCCL's flight recorder, 0 = off (CUDA)."""
+    save_traces_folder: str = "comm_traces"
+    """Folder of the flight recorder's dumps, inside dump_folder."""
+    save_traces_file_prefix: str = "rank_"
+    """File name prefix of those dumps."""
+    mode: Literal["default", "fake_backend"] = "default"
+    """fake_backend: a dry run of one rank in one process, without the others."""
+
+
+class Debug(Section):
+    """Reproducibility."""
+
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    """Seed of weights and data order. Default: drawn once and kept with the run."""
+    deterministic: bool = False
+    """Only deterministic algorithms, or an error."""
+    deterministic_warn_only: bool = False
+    """Warn instead of an error where there is no deterministic algorithm."""
+    log_batch_hash: bool = False
+    """Put a hash of each global batch into metrics.jsonl."""
+
+
+class Data(Section):
+    """Tokenizer and preparation of the corpus."""
+
+    tokenizer: Literal["auto", "sentencepiece", "huggingface", "bytes"] = "auto"
+    """Kind of tokenizer; auto = by tokenizer_path or model.hf_assets_path, else a sentencepiece model is trained on the
+    corpus with the model's vocab_size."""
+    tokenizer_path: str | None = None
+    """A sentencepiece .model, a tokenizer.json, or a folder with one of them."""
+    text_key: str = "text"
+    """Column or JSON key that holds the text."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    subset: str | None = None
+    """Configuration of a Hugging Face dataset."""
+    bos: bool = True
+    """Put the tokenizer's BOS before each document."""
+    eos: bool = True
+    """Put the tokenizer's EOS after each document."""
+    document_mask: bool = False
+    """Attention stays inside a document, and positions restart with it."""
+    validation_fraction: float = Field(0.01, ge=0, le=0.5)
+    """Share of the corpus held out for validation."""
+    shuffle: bool = True
+    """Visit the blocks of each epoch in a random order fixed by debug.seed."""
+    cache_dir: str | None = None
+    """Where prepared data is kept. Default: $TITAN_GROWTH_CACHE, else the user's cache folder."""
+
+
+class Recipe(Section):
+    """The whole recipe, one field per TOML table."""
+
+    job: Job = Job()
+    profiling: Profiling = Profiling()
+    metrics: Metrics = Metrics()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    lr_scheduler: LRScheduler = LRScheduler()
+    training: Training = Training()
+    parallelism: Parallelism = Parallelism()
+    checkpoint: Checkpoint = Checkpoint()
+    validation: Validation = Validation()
+    comm: Comm = Comm()
+    debug: Debug = Debug()
+    data: Data = Data()
+    growth: Growth = Growth()

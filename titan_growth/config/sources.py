@@ -1,0 +1,156 @@
+"""Where a recipe's values come from: a TOML file and the command line, merged into one table that knows its origins.
+
+The command line is read by hand because `--a.b v`, `--a.b=v`, `--flag true` and a bare `--flag` must all work, items of
+`[[growth.stages]]` are reached by number, and a bad value must get the very message that a file gets; argparse-based
+readers decide types (and complain) before the validator sees anything.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli
+from pydantic import BaseModel
+
+from titan_growth.config.fields import annotation_at, parse_text, strip_optional
+from titan_growth.tools.errors import ConfigError, Problem
+
+CONFIG_FILE_KEY = "job.config_file"
+
+
+@dataclass
+class Sources:
+    """The merged values, and for each dotted key the place it came from."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    config_file: Path | None = None
+
+    def origin(self, key: str) -> str:
+        """The origin of a key or of the nearest table around it; empty for a default."""
+        while key:
+            if key in self.origins:
+                return self.origins[key]
+            key = key.rpartition(".")[0]
+        return ""
+
+
+def read_sources(argv: list[str], root: type[BaseModel]) -> Sources:
+    """Reads `--job.config_file` and then lays every other flag over it.
+
+    Raises:
+        ConfigError: when the file cannot be read or is not TOML (nothing else can be said then).
+    """
+    sources = Sources()
+    flags = _read_flags(argv, root, sources)
+    config_files = [text for key, text, _ in flags if key == CONFIG_FILE_KEY]
+    if config_files:
+        _read_file(Path(config_files[-1]).expanduser(), sources)
+    for key, text, flag in flags:
+        if key != CONFIG_FILE_KEY:
+            _set(sources, key, parse_text(text, annotation_at(root, key.split("."))), flag)
+    return sources
+
+
+def _read_flags(argv: list[str], root: type[BaseModel], sources: Sources) -> list[tuple[str, str, str]]:
+    flags = []
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not word.startswith("--") or len(word) == 2:
+            sources.problems.append(Problem("command line", f"unexpected {word!r}", "Write --section.key value"))
+            continue
+        name, has_value, text = word[2:].partition("=")
+        key = name.replace("-", "_")
+        if not has_value:
+            annotation = annotation_at(root, key.split("."))
+            if position < len(argv) and not argv[position].startswith("--"):
+                text = argv[position]
+                position += 1
+            elif annotation is None or strip_optional(annotation)[0] is bool:
+                text = "true"  # a bare flag; an unknown key gets its own message later
+            else:
+                sources.problems.append(Problem(key, "the flag needs a value", f"Write --{key} VALUE"))
+                continue
+        flags.append((key, text, f"--{key}"))
+    return flags
+
+
+def _read_file(path: Path, sources: Sources) -> None:
+    where = f"{CONFIG_FILE_KEY} {path}"
+    try:
+        text = path.read_bytes().decode("utf-8")
+        table = tomli.loads(text)
+    except FileNotFoundError:
+        raise ConfigError([Problem(where, "no such file", "Give the path of a TOML recipe")]) from None
+    except IsADirectoryError:
+        raise ConfigError([Problem(where, "is a folder", "Give the path of a TOML recipe")]) from None
+    except UnicodeDecodeError as error:
+        message = f"is not UTF-8 text (byte {error.start})"
+        raise ConfigError([Problem(where, message, "Save the recipe as UTF-8")]) from None
+    except OSError as error:
+        raise ConfigError([Problem(where, f"cannot be read ({error.strerror})")]) from None
+    except tomli.TOMLDecodeError as error:
+        raise ConfigError([Problem(where, f"is not valid TOML: {error}")]) from None
+    sources.config_file = path
+    sources.values = table
+    _note_origins(table, "", str(path), _line_numbers(text), sources.origins)
+
+
+def _note_origins(table: Any, prefix: str, path: str, lines: dict[str, int], origins: dict[str, str]) -> None:
+    items = table.items() if isinstance(table, dict) else enumerate(table)
+    for name, value in items:
+        key = f"{prefix}{name}"
+        origins[key] = f"{path}:{lines[key]}" if key in lines else path
+        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+            _note_origins(value, key + ".", path, lines, origins)
+
+
+def _line_numbers(text: str) -> dict[str, int]:
+    """The line of each table header and of each key below it; approximate for inline tables, and only for messages."""
+    lines: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        header = re.match(r"\s*(\[\[?)\s*([^\]#]+?)\s*\]", line)
+        assignment = re.match(r"\s*([A-Za-z0-9_\-.\"']+)\s*=", line)
+        if header:
+            section = header[2].replace('"', "").replace("'", "").replace(" ", "")
+            if header[1] == "[[":
+                index = counts.get(section, 0)
+                counts[section] = index + 1
+                section = f"{section}.{index}"
+            lines.setdefault(section, number)
+        elif assignment:
+            key = assignment[1].replace('"', "").replace("'", "")
+            lines.setdefault(f"{section}.{key}" if section else key, number)
+    return lines
+
+
+def _set(sources: Sources, key: str, value: Any, flag: str) -> None:
+    """Puts one command-line value at its dotted key, making tables on the way."""
+    *parents, last = key.split(".")
+    node: Any = sources.values
+    for depth, name in enumerate(parents):
+        if isinstance(node, list):
+            if not name.isdigit() or int(name) >= len(node):
+                where = ".".join(parents[:depth])
+                message = f"there is no item {name} ({where} has {len(node)})"
+                sources.problems.append(Problem(key, message, "Items are counted from 0"))
+                return
+            node = node[int(name)]
+        else:
+            node = node.setdefault(name, {})
+        if not isinstance(node, dict | list):
+            sources.problems.append(Problem(key, f"{'.'.join(parents[: depth + 1])} is a value, not a table"))
+            return
+    if isinstance(node, list):
+        sources.problems.append(Problem(key, "names an item of a list, not a key of it", f"Write --{key}.KEY VALUE"))
+        return
+    node[last] = value
+    sources.origins[key] = flag

@@ -1,0 +1,92 @@
+"""The growth plan of a run: which model it starts from, when it grows, and into what.
+
+The recipe names the final model; the plan divides its depth by the factors of the stages. It is validated as a whole
+before anything starts. At run time its only memory is the lineage: the number of growths that have happened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.config.growth_schema import Growth, GrowthStage
+from titan_growth.config.messages import suggestion
+from titan_growth.growth.operators import operators
+from titan_growth.models.config import ModelConfig
+from titan_growth.tools.errors import Problem
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """The models of a run in their order, and the stages between them."""
+
+    configs: tuple[ModelConfig, ...]
+    stages: tuple[GrowthStage, ...]
+
+    def config_after(self, num_growths: int) -> ModelConfig:
+        """The model after so many growths."""
+        return self.configs[num_growths]
+
+    def due(self, progress: Progress, lineage: Lineage) -> GrowthStage | None:
+        """The stage to carry out now: the next one, once its count has been reached."""
+        done = len(lineage.events)
+        if done == len(self.stages):
+            return None
+        when = self.stages[done].when
+        count = progress.step if when.unit == "steps" else progress.tokens
+        return self.stages[done] if count >= when.value else None
+
+    def remaining(self, lineage: Lineage) -> tuple[GrowthStage, ...]:
+        """Stages that have not happened."""
+        return self.stages[len(lineage.events) :]
+
+
+def plan_growth(section: Growth, target: ModelConfig) -> tuple[GrowthPlan | None, list[Problem]]:
+    """The plan of a recipe, or what is wrong with it."""
+    stages = section.active_stages
+    known = operators()
+    problems = [
+        Problem(
+            f"growth.stages.{index}.operator",
+            f"unknown operator '{stage.operator}'; known: {', '.join(known)}",
+            suggestion(stage.operator, known),
+        )
+        for index, stage in enumerate(stages)
+        if stage.operator not in known
+    ]
+    factor = prod(stage.factor for stage in stages)
+    if target.num_layers % factor:
+        factors = " x ".join(str(stage.factor) for stage in stages)
+        product = f"{factors} = {factor}" if len(stages) > 1 else factors
+        problems.append(
+            Problem(
+                "growth.stages",
+                f"the growth factor {product} does not divide the target's {target.num_layers} layers",
+                "Choose factors whose product divides model.n_layers",
+            )
+        )
+    if problems:
+        return None, problems
+    configs = [replace(target, num_layers=target.num_layers // factor)]
+    for stage in stages:
+        configs.append(known[stage.operator].grow(configs[-1], stage.factor))
+    assert configs[-1] == target, "the chain of growths does not end at the target"
+    return GrowthPlan(tuple(configs), tuple(stages)), []
+
+
+def tokens_problems(section: Growth, *, steps: int, tokens_per_step: int) -> list[Problem]:
+    """Stages given in tokens that would come too late or out of order, once the batch size is known."""
+    problems, previous = [], 0
+    for index, stage in enumerate(section.active_stages):
+        when = stage.when
+        step = when.value if when.unit == "steps" else -(-when.value // tokens_per_step)
+        key = f"growth.stages.{index}.at"
+        if step >= steps:
+            message = f'"{stage.at}" is not before the last step ({steps:,} steps of {tokens_per_step:,} tokens)'
+            problems.append(Problem(key, message, "Grow earlier or train longer"))
+        elif step <= previous:
+            message = f'"{stage.at}" (step {step:,}) is not after the growth before it (step {previous:,})'
+            problems.append(Problem(key, message, "Stages are in the order they happen"))
+        previous = step
+    return problems

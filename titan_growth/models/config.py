@@ -1,0 +1,60 @@
+"""The sizes of a decoder model, and what follows from them alone: parameters and FLOPs.
+
+A `ModelConfig` is all that `build()` needs to know about the model, so growth is: another `ModelConfig`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of a Llama-style decoder. Frozen, so a grown model is always a new config."""
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling_factor: float = 8.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_max_seq_len: int = 8192
+    max_seq_len: int = 131072
+    depth_init: bool = True
+    tie_word_embeddings: bool = False
+
+    @property
+    def num_layer_params(self) -> int:
+        """Parameters of one transformer block."""
+        attention = 2 * self.dim * self.num_heads * self.head_dim + 2 * self.dim * self.num_kv_heads * self.head_dim
+        return attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+
+    @property
+    def num_params(self) -> int:
+        """All parameters; a tied head counts once."""
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_layers * self.num_layer_params + self.dim
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """FLOPs to train on one token: 6 x (parameters - input embedding) + 12 x layers x heads x head_dim x seq_len.
+
+        torchtitan's formula: forward and backward, no causal halving, no recomputation. A tied embedding is the output
+        head too, so it is not subtracted.
+        """
+        input_embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.dim
+        attention = 12 * self.num_layers * self.num_heads * self.head_dim * seq_len
+        return 6 * (self.num_params - input_embedding) + attention
+
+
+def swiglu_hidden_dim(dim: int, ffn_dim_multiplier: float | None, multiple_of: int) -> int:
+    """Llama's rule: 2/3 of 4 * dim, times the multiplier, rounded up to a multiple."""
+    hidden = int(2 * (4 * dim) / 3)
+    if ffn_dim_multiplier is not None:
+        hidden = int(ffn_dim_multiplier * hidden)
+    return multiple_of * ((hidden + multiple_of - 1) // multiple_of)

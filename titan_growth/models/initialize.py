@@ -1,0 +1,65 @@
+"""Initial weights that do not depend on the layout.
+
+A parameter is drawn in blocks of rows, each from a generator of its own that is seeded by (seed, parameter name, block).
+Names carry the global layer id, so a rank draws exactly the blocks that its shard overlaps and every mesh, on CPU or
+GPU, starts from the same bits. Numbers are drawn on the CPU: generators of different devices disagree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+ROWS_PER_BLOCK = 256
+
+
+@torch.no_grad()
+def init_weights(parts: Iterable[nn.Module], std_of: Callable[[str], float | None], seed: int) -> None:
+    """Fills every parameter of materialised (not meta) parts in place.
+
+    Args:
+        parts: the model parts of this rank, plain or sharded.
+        std_of: standard deviation by parameter name; None means ones.
+        seed: of the whole run; the same on every rank.
+    """
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            local, offset = _local_and_offset(parameter)
+            std = std_of(name)
+            if std is None:
+                local.fill_(1.0)
+            elif local.numel():
+                _draw(local, offset, parameter.shape, name, std, seed)
+
+
+def _local_and_offset(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    if not isinstance(parameter, DTensor):
+        return parameter, (0,) * parameter.dim()
+    _, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return parameter.to_local(), tuple(offset)
+
+
+def _draw(local: Tensor, offset: tuple[int, ...], shape: torch.Size, name: str, std: float, seed: int) -> None:
+    first_row, first_column = offset
+    num_rows, num_columns = local.shape
+    for block in range(first_row // ROWS_PER_BLOCK, (first_row + num_rows - 1) // ROWS_PER_BLOCK + 1):
+        block_start = block * ROWS_PER_BLOCK
+        values = torch.empty(min(ROWS_PER_BLOCK, shape[0] - block_start), shape[1])
+        generator = torch.Generator().manual_seed(_block_seed(seed, name, block))
+        nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
+        start = max(block_start, first_row)
+        stop = min(block_start + values.shape[0], first_row + num_rows)
+        rows = values[start - block_start : stop - block_start, first_column : first_column + num_columns]
+        local[start - first_row : stop - first_row].copy_(rows)
+
+
+def _block_seed(seed: int, name: str, block: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

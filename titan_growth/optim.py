@@ -1,0 +1,70 @@
+"""The optimizer of all model parts of a rank: gradient clipping, the step, and its state by parameter name.
+
+State is created at once instead of at the first step, so a checkpoint can be read straight into it. Hyper-parameters
+are not state: they come from the recipe, every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_growth.config.schema import Optimizer as OptimizerSection
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Optimizer:
+    """Adam or AdamW over the parameters of all parts."""
+
+    def __init__(self, parts: Iterable[nn.Module], section: OptimizerSection, *, max_norm: float) -> None:
+        self.max_norm = max_norm
+        self.parameters: dict[str, Tensor] = {}
+        for part in parts:
+            for name, parameter in part.named_parameters():
+                assert name not in self.parameters, f"two parts hold {name}"
+                self.parameters[name] = parameter
+        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[section.name]
+        self.inner = kind(
+            list(self.parameters.values()),
+            lr=section.lr,
+            betas=(section.beta1, section.beta2),
+            eps=section.eps,
+            weight_decay=section.weight_decay,
+            fused=section.implementation == "fused",
+            foreach=section.implementation == "foreach",
+        )
+        fused = section.implementation == "fused"
+        for parameter in self.parameters.values():
+            self.inner.state[parameter] = {
+                # PyTorch keeps one step counter per tensor; the fused kernels want it on the parameter's device.
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu"),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+    def named_state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(parameter name, state key, tensor) of all state; the tensors are those in use, so they can be loaded into."""
+        for name, parameter in self.parameters.items():
+            for key in STATE_KEYS:
+                yield name, key, self.inner.state[parameter][key]
+
+    def clip_and_step(self, lr: float) -> Tensor:
+        """Clips the gradients to `max_norm`, updates the parameters, and drops the gradients.
+
+        Returns:
+            The global gradient norm before clipping, a float32 scalar.
+        """
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, norm_type=2.0, foreach=True)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.max_norm, norm, foreach=True)
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+        return norm

@@ -1,0 +1,93 @@
+"""Small helpers around `torch.distributed`: starting it, agreeing on results, and failing together.
+
+A check that only one rank can make (a disk, a folder) must have the same outcome everywhere, or the others wait in a
+collective until it times out. `on_rank0` runs such work on rank 0 and gives its result, or its error, to all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from titan_growth.tools.errors import TitanGrowthError
+
+Result = TypeVar("Result")
+
+
+def init_process_group(device_type: str, timeout_seconds: int, *, fake: bool = False) -> None:
+    """Starts the default process group from torchrun's environment, or for one rank when there is none.
+
+    On CUDA, NCCL carries device tensors and gloo host tensors and objects.
+    """
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(seconds=timeout_seconds)
+    if fake:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+        return
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    if num_ranks == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def set_timeout(timeout_seconds: int) -> None:
+    """Changes the time limit of collectives of every process group of this process."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+
+
+def on_rank0(work: Callable[[], Result]) -> Result:
+    """Runs `work` on rank 0 and returns its (picklable) result on every rank.
+
+    Raises:
+        TitanGrowthError: on every rank, when rank 0 raised one. An OSError becomes one too.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except (TitanGrowthError, OSError) as error:
+            outcome[1] = error
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+    if isinstance(outcome[1], OSError):
+        raise TitanGrowthError(describe_os_error(outcome[1]))
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's (picklable) value, in rank order, on every rank."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def fail_together(errors: Sequence[str], kind: type[TitanGrowthError]) -> None:
+    """Raises `kind` on every rank when any rank has an error; each rank passes its own (possibly none).
+
+    Raises:
+        TitanGrowthError: of the given kind, with the first rank's message.
+    """
+    for rank, found in enumerate(gather_objects(list(errors))):
+        if found:
+            raise kind(found[0] if rank == dist.get_rank() == 0 else f"rank {rank}: {found[0]}")
+
+
+def describe_os_error(error: OSError) -> str:
+    """`No space left on device: /path`, without Python's errno prefix."""
+    path = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{path}"

@@ -1,0 +1,99 @@
+"""The run's folder: made, checked, locked, and holding the effective recipe.
+
+A lock keeps two runs out of one folder. It is an advisory lock of the operating system on an open file, so it goes with
+the process, however that ends, and can never be left behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import IO
+
+from titan_growth.tools.errors import RunFolderError
+
+RECIPE_FILE = "recipe.toml"
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunFolder:
+    """A dump_folder that is known to be writable."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self._lock: IO[str] | None = None
+
+    def create(self) -> None:
+        """Makes the folder.
+
+        Raises:
+            RunFolderError: when it cannot be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise RunFolderError(
+                f"job.dump_folder {self.path}: cannot be written to ({reason}). Name another folder, or make room in it"
+            ) from None
+
+    def lock(self) -> None:
+        """Takes the folder for this process.
+
+        Raises:
+            RunFolderError: when another run has it.
+        """
+        file = open(self.path / ".lock", "a+")  # noqa: SIM115 (kept open: closing it gives up the lock)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise RunFolderError(
+                f"job.dump_folder {self.path}: in use by {owner}. Wait for that run, or name another folder"
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Gives the folder back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def require_space(self, num_bytes: int, what: str) -> None:
+        """Raises RunFolderError when fewer bytes than that are free."""
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            raise RunFolderError(
+                f"job.dump_folder {self.path}: {what} needs {gib(num_bytes)}, but only {gib(free)} are free. "
+                "Make room, or name another folder"
+            )
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replaces a file of the folder in one step."""
+        replace_text(self.path / name, text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file so that readers see the old or the new text, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def gib(num_bytes: int) -> str:
+    """`1.50 GiB`, or MiB below a tenth of one."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
