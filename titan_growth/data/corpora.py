@@ -1,0 +1,247 @@
+"""Corpora: where the text comes from.
+
+A corpus is a deterministic sequence of documents. It can be read from any document on (so that an interrupted
+preparation goes on where it was), it knows about how large it is, and it has a fingerprint that changes when its inputs
+do. The default corpus, "stdlib", is the source text of the running Python's own standard library: about 12 MB of real
+text that every machine has, without any network.
+"""
+
+from __future__ import annotations
+
+import abc
+import glob
+import hashlib
+import itertools
+import json
+import logging
+import os
+import platform
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from titan_growth.data.readers import (
+    KINDS,
+    TEXT,
+    Document,
+    Skip,
+    SourceFile,
+    kind_of,
+    read_documents,
+    reading,
+)
+from titan_growth.tools.errors import DataError
+
+logger = logging.getLogger("titan_growth")
+
+STDLIB = "stdlib"
+_NOT_STDLIB_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """What the recipe says about a corpus.
+
+    dataset: "stdlib", a Hugging Face dataset name, or, with dataset_path, "text", "json" or "parquet" to force a kind
+        (any other name then means: by extension).
+    dataset_path: a file, a folder (recursive), a glob, or a folder written by `datasets.Dataset.save_to_disk`.
+    text_key: the field that holds the text, in JSON lines, parquet and Hugging Face datasets.
+    split, subset: of a Hugging Face dataset.
+    """
+
+    dataset: str = STDLIB
+    dataset_path: str | None = None
+    text_key: str = "text"
+    split: str = "train"
+    subset: str | None = None
+
+
+class Corpus(abc.ABC):
+    """A deterministic sequence of documents."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """One line for logs: what it is and how large."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """A string that stays the same exactly as long as the inputs do."""
+
+    @property
+    @abc.abstractmethod
+    def num_bytes(self) -> int | None:
+        """About how many bytes of text there are, or None if that is unknown."""
+
+    @abc.abstractmethod
+    def document_parts(self, start: int = 0) -> Iterator[Document]:
+        """The documents from number `start` on, each as an iterable of text parts, to be used up before the next one.
+
+        Raises DataError, with file and position, at the first thing that cannot be read.
+        """
+
+    def documents(self, start: int = 0) -> Iterator[str]:
+        """The documents from number `start` on, each as one string. Raises DataError like `document_parts`."""
+        return ("".join(parts) for parts in self.document_parts(start))
+
+
+def open_corpus(spec: CorpusSpec) -> Corpus:
+    """Find the corpus that the recipe means. Raises DataError if it is missing, unreadable or empty."""
+    if spec.dataset_path is not None:
+        return _open_path(spec, Path(spec.dataset_path).expanduser())
+    if spec.dataset == STDLIB:
+        return StdlibCorpus()
+    if spec.dataset in KINDS:
+        raise DataError(
+            f"dataset {spec.dataset!r}: needs files to read. Set dataset_path to a file, a folder or a glob"
+        )
+    from titan_growth.data.hub import load_from_hub
+
+    return load_from_hub(spec)
+
+
+def _open_path(spec: CorpusSpec, path: Path) -> Corpus:
+    with reading(path):
+        present = {name for name in ("state.json", "dataset_info.json", "dataset_dict.json") if (path / name).is_file()}
+    is_saved_dataset = "dataset_dict.json" in present or present == {"state.json", "dataset_info.json"}
+    if is_saved_dataset:
+        from titan_growth.data.hub import load_saved
+
+        return load_saved(spec, path)
+    return FileCorpus(str(path), find_files(path, spec.dataset if spec.dataset in KINDS else None), spec.text_key)
+
+
+def find_files(path: Path, forced_kind: str | None) -> list[SourceFile]:
+    """The usable files at `path` (a file, folder or glob), sorted by relative name.
+
+    A forced kind is applied to a file or a glob whatever the extensions; of a folder it selects the files of that kind.
+    Raises DataError if there are none.
+    """
+    with reading(path):
+        is_folder, exists = path.is_dir(), path.exists()
+        if is_folder:
+            base, candidates = path, _walk(path)
+        elif exists:
+            base, candidates = path.parent, [path]
+        else:
+            base = Path(_fixed_part(path))
+            candidates = [Path(match) for match in glob.glob(str(path), recursive=True) if os.path.isfile(match)]
+    if not candidates and not is_folder:
+        what = "the glob matches no file" if glob.has_magic(str(path)) else "does not exist"
+        raise DataError(f"{path}: {what}. Set dataset_path to a file, a folder or a glob that exists")
+    files, num_skipped = [], 0
+    for candidate in candidates:
+        kind = forced_kind if forced_kind and not is_folder else kind_of(candidate)
+        if kind is None or (forced_kind and kind != forced_kind):
+            num_skipped += 1
+            continue
+        with reading(candidate):
+            status = candidate.stat()
+        name = candidate.relative_to(base).as_posix()
+        files.append(SourceFile(candidate, name, kind, status.st_size, status.st_mtime_ns))
+    if not files:
+        raise DataError(
+            f"{path}: no file of a known kind ({num_skipped} others). Known are .txt .text .md .py .json .jsonl "
+            '(also with .gz or .zst) and .parquet; dataset = "text", "json" or "parquet" reads a file or a glob as such'
+        )
+    if num_skipped:
+        logger.warning("%s: skipped %d files of other kinds", path, num_skipped)
+    if sum(file.size_bytes for file in files) == 0:
+        raise DataError(f"{path}: empty (0 bytes in {len(files)} files). Set dataset_path to a corpus with text")
+    return sorted(files, key=lambda file: file.name)
+
+
+def _walk(folder: Path) -> list[Path]:
+    """All files below a folder, without hidden ones (such as a .git folder)."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for where, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(where, name) for name in names if not name.startswith(".")]
+    return found
+
+
+def _fixed_part(pattern: Path) -> str:
+    """The leading folders of a glob that have no wildcard."""
+    parts = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts[:-1])
+    return os.path.join("", *parts)
+
+
+class FileCorpus(Corpus):
+    """The documents of files, in the order of the files' relative names."""
+
+    def __init__(self, origin: str, files: list[SourceFile], text_key: str) -> None:
+        self._origin = origin
+        self._files = files
+        self._text_key = text_key
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.approximate_text_bytes for file in self._files)
+
+    def describe(self) -> str:
+        megabytes = sum(file.size_bytes for file in self._files) / 1e6
+        return f"{self._origin} ({len(self._files)} files, {megabytes:.1f} MB)"
+
+    def fingerprint(self) -> str:
+        # The text key plays no part in plain text, so naming another one must not cost a second preparation.
+        key = None if all(file.kind == TEXT for file in self._files) else self._text_key
+        facts = [(file.name, file.kind, file.size_bytes, file.mtime_ns) for file in self._files]
+        return _digest("files", [key, *facts])
+
+    def document_parts(self, start: int = 0) -> Iterator[Document]:
+        skip = Skip(start)
+        for file in self._files:
+            yield from read_documents(file, self._text_key, skip)
+
+
+class StdlibCorpus(Corpus):
+    """The *.py files of the running Python's standard library, without its tests; one file is one document.
+
+    Files that cannot be read or are not UTF-8 are left out with one log line: they are not the user's files.
+    """
+
+    def __init__(self) -> None:
+        root = Path(sysconfig.get_path("stdlib"))
+        found = (path.relative_to(root) for path in root.rglob("*.py"))
+        names = sorted(name.as_posix() for name in found if not _NOT_STDLIB_FOLDERS.intersection(name.parts[:-1]))
+        self._root = root
+        self._sizes = {name: (root / name).stat().st_size for name in names if (root / name).is_file()}
+        if not self._sizes:
+            raise DataError(
+                f"{root}: this Python has no standard library in source form. Set dataset_path to a corpus of your own"
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def describe(self) -> str:
+        version = platform.python_version()
+        return f"standard library of Python {version} ({len(self._sizes)} files, {self.num_bytes / 1e6:.1f} MB)"
+
+    def fingerprint(self) -> str:
+        # No modification times: they tell when Python was installed, and would differ between equal nodes.
+        return _digest(STDLIB, [platform.python_version(), *self._sizes.items()])
+
+    def document_parts(self, start: int = 0) -> Iterator[Document]:
+        return itertools.islice(self._texts(), start, None)
+
+    def _texts(self) -> Iterator[Document]:
+        num_skipped = 0
+        for name in self._sizes:
+            try:
+                text = (self._root / name).read_bytes().decode("utf-8")
+            except (OSError, UnicodeDecodeError):
+                num_skipped += 1
+                continue
+            yield (text,)
+        if num_skipped:
+            logger.warning("standard library: skipped %d files that are unreadable or not UTF-8", num_skipped)
+
+
+def _digest(kind: str, facts: Iterable[object]) -> str:
+    return f"{kind}-{hashlib.sha256(json.dumps(list(facts)).encode()).hexdigest()}"

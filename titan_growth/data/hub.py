@@ -1,0 +1,91 @@
+"""Corpora that are Hugging Face datasets: from the hub, from its local cache, or from a folder on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from titan_growth.data.corpora import Corpus, CorpusSpec
+from titan_growth.data.readers import Document, missing_key
+from titan_growth.tools.errors import DataError
+
+_BATCH_ROWS = 256
+
+
+class HubCorpus(Corpus):
+    """The texts of one column of a map-style Hugging Face dataset; one row is one document."""
+
+    def __init__(self, origin: str, dataset: Any, text_key: str, identity: str) -> None:
+        self._origin = origin
+        self._text_key = text_key
+        self._identity = f"{identity}-{text_key}-{dataset._fingerprint}"
+        if text_key not in dataset.column_names:
+            raise DataError(missing_key(origin, text_key, list(dataset.column_names)))
+        column_type = getattr(dataset.features[text_key], "dtype", "not a plain column")
+        if column_type not in ("string", "large_string"):
+            raise DataError(
+                f"{origin}: the field {text_key!r} is {column_type}, not a string. Name another one as text_key"
+            )
+        if len(dataset) == 0:
+            raise DataError(f"{origin}: empty (0 rows). Use another split or subset")
+        self._dataset = dataset.select_columns([text_key]).with_format(None)
+
+    @property
+    def num_bytes(self) -> int | None:
+        return int(self._dataset.data.nbytes)
+
+    def describe(self) -> str:
+        return f"{self._origin} ({len(self._dataset)} rows)"
+
+    def fingerprint(self) -> str:
+        return self._identity
+
+    def document_parts(self, start: int = 0) -> Iterator[Document]:
+        for first_row in range(start, len(self._dataset), _BATCH_ROWS):
+            try:
+                texts = self._dataset[first_row : first_row + _BATCH_ROWS][self._text_key]
+            except Exception as error:  # a damaged Arrow file can fail anywhere in the library
+                raise DataError(
+                    f"{self._origin}: row {first_row}: cannot be read ({_first_line(error)}). Download or save it again"
+                ) from error
+            for row, text in enumerate(texts, start=first_row):
+                if text is None:
+                    raise DataError(f"{self._origin}: row {row}: the field {self._text_key!r} is null. Remove the row")
+                yield (text,)
+
+
+def load_from_hub(spec: CorpusSpec) -> Corpus:
+    """The dataset that `spec.dataset` names. Raises DataError if it cannot be had."""
+    import datasets
+
+    origin = f"dataset {spec.dataset!r}"
+    try:
+        dataset = datasets.load_dataset(spec.dataset, spec.subset, split=spec.split, streaming=False)
+    except Exception as error:  # the library, the hub and the network each have their own exceptions
+        raise DataError(
+            f"{origin}: cannot be loaded from the Hugging Face hub, subset {spec.subset!r}, split {spec.split!r} "
+            f"({_first_line(error)}). Check the names and the network, set dataset_path to local files, "
+            'or use dataset = "stdlib"'
+        ) from error
+    return HubCorpus(origin, dataset, spec.text_key, f"hub-{spec.dataset}-{spec.subset}-{spec.split}")
+
+
+def load_saved(spec: CorpusSpec, path: Path) -> Corpus:
+    """The dataset in a folder written by `save_to_disk`. Raises DataError if it is damaged or lacks the split."""
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # a damaged folder can fail anywhere in the library
+        raise DataError(f"{path}: damaged saved dataset ({_first_line(error)}). Save it again") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if spec.split not in dataset:
+            raise DataError(f"{path}: no split {spec.split!r}; it has: {', '.join(dataset)}. Set split to one of them")
+        dataset = dataset[spec.split]
+    return HubCorpus(str(path), dataset, spec.text_key, f"saved-{spec.split}")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

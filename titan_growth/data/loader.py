@@ -1,0 +1,205 @@
+"""Batches: which samples make up which step, on which rank.
+
+Training progress through the data is one integer, the cursor: the number of (base) blocks consumed so far. The global
+batch at cursor c is the samples that follow c; data-parallel rank r takes the r-th contiguous chunk and cuts it, in
+order, into microbatches. Which samples make a step therefore depends neither on the number of ranks nor on the
+microbatch size nor on workers, and to resume is to build a loader with the saved cursor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from titan_growth.data.blocks import IGNORE_INDEX, BlockDataset
+from titan_growth.tools.errors import DataError
+
+_PR_SET_PDEATHSIG = 1
+# Our cursor is the state; the transport's own snapshots are put off for good.
+_NEVER = 2**62
+
+
+class _RankSamples:
+    """For one rank, without end: the sample indices of each microbatch."""
+
+    def __init__(self, first: int, global_batch_size: int, local_batch_size: int, dp_rank: int, dp_degree: int) -> None:
+        self._first = first
+        self._global_batch_size = global_batch_size
+        self._local_batch_size = local_batch_size
+        self._chunk = global_batch_size // dp_degree
+        self._offset = dp_rank * self._chunk
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batch_start = self._first
+        while True:
+            start = batch_start + self._offset
+            for microbatch in range(start, start + self._chunk, self._local_batch_size):
+                yield list(range(microbatch, microbatch + self._local_batch_size))
+            batch_start += self._global_batch_size
+
+
+class BatchLoader:
+    """This rank's part of each global batch.
+
+    blocks: the samples.
+    global_batch_size: samples per step over all ranks; a multiple of dp_degree * local_batch_size.
+    local_batch_size: samples per microbatch.
+    cursor: (base) blocks consumed before the first step. If samples cover m > 1 base blocks, a cursor within a sample
+        is moved up to the next one.
+    num_workers, persistent_workers, pin_memory, prefetch_factor: of the data loader. Memory is pinned only where
+        there is a CUDA device.
+
+    Raises DataError if the sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockDataset,
+        *,
+        global_batch_size: int,
+        local_batch_size: int,
+        dp_rank: int,
+        dp_degree: int,
+        cursor: int,
+        num_workers: int = 0,
+        persistent_workers: bool = False,
+        pin_memory: bool = False,
+        prefetch_factor: int | None = None,
+    ) -> None:
+        _check_rank(dp_rank, dp_degree, local_batch_size)
+        if cursor < 0:
+            raise ValueError(f"cursor {cursor} is negative")
+        if global_batch_size < 1 or global_batch_size % (dp_degree * local_batch_size):
+            raise DataError(
+                f"training.global_batch_size {global_batch_size}: not a positive multiple of data-parallel degree x "
+                f"local_batch_size = {dp_degree} x {local_batch_size}. Change one of the three"
+            )
+        sample = -(-cursor // blocks.blocks_per_sample)
+        self._cursor = sample * blocks.blocks_per_sample
+        self._advance = global_batch_size * blocks.blocks_per_sample
+        self._num_microbatches = global_batch_size // (dp_degree * local_batch_size)
+        samples = _RankSamples(sample, global_batch_size, local_batch_size, dp_rank, dp_degree)
+        with warnings.catch_warnings():
+            # torchdata calls a function that torch has deprecated, which is not the user's business.
+            warnings.filterwarnings("ignore", message=".*set_vital")
+            self._loader: StatefulDataLoader | None = StatefulDataLoader(
+                blocks,
+                batch_sampler=samples,
+                num_workers=num_workers,
+                collate_fn=stack,
+                # The library accepts these two only together with workers.
+                persistent_workers=persistent_workers and num_workers > 0,
+                prefetch_factor=prefetch_factor if num_workers > 0 else None,
+                pin_memory=pin_memory and torch.cuda.is_available(),
+                worker_init_fn=_die_with_parent,
+                snapshot_every_n_steps=_NEVER,
+            )
+        self._iterator: Iterator[dict[str, Tensor]] | None = None
+
+    @property
+    def cursor(self) -> int:
+        """(Base) blocks consumed by the global batches handed out so far, by all ranks; to be saved in checkpoints."""
+        return self._cursor
+
+    def next_batch(self) -> list[dict[str, Tensor]]:
+        """This rank's microbatches of the next global batch; each tensor is (local_batch_size, seq_len) int64.
+
+        The first call starts the workers; they live as long as the thread that made it.
+        """
+        if self._loader is None:
+            raise RuntimeError("the loader is closed")
+        if self._iterator is None:
+            self._iterator = iter(self._loader)
+        microbatches = [next(self._iterator) for _ in range(self._num_microbatches)]
+        self._cursor += self._advance
+        return microbatches
+
+    def close(self) -> None:
+        """Stop the workers, as before a loader with other sizes is made. The cursor can still be read."""
+        self._iterator = None
+        self._loader = None
+
+
+class ValidationBatches:
+    """The same validation sequences at every call, dealt to the ranks; one pass over them per iteration.
+
+    Of the `blocks` (in the order of the stream, whatever their `shuffle`), num_sequences evenly spread ones are used,
+    all if it is None or more than there are. Every rank yields the same number of batches of the same shape; rows
+    that only fill up a batch repeat the first block with all labels IGNORE_INDEX.
+
+    Raises DataError if num_sequences is not positive.
+    """
+
+    def __init__(
+        self, blocks: BlockDataset, num_sequences: int | None, local_batch_size: int, dp_rank: int, dp_degree: int
+    ) -> None:
+        _check_rank(dp_rank, dp_degree, local_batch_size)
+        if num_sequences is not None and num_sequences < 1:
+            raise DataError(f"validation: {num_sequences} sequences are too few. Use at least 1")
+        self.num_sequences = blocks.num_blocks if num_sequences is None else min(num_sequences, blocks.num_blocks)
+        self._blocks = blocks
+        self._local_batch_size = local_batch_size
+        self._dp_rank = dp_rank
+        self._dp_degree = dp_degree
+
+    def __len__(self) -> int:
+        """Batches per pass, the same on every rank."""
+        return -(-self.num_sequences // (self._dp_degree * self._local_batch_size))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for step in range(len(self)):
+            first = (step * self._dp_degree + self._dp_rank) * self._local_batch_size
+            yield stack([self._row(number) for number in range(first, first + self._local_batch_size)])
+
+    def _row(self, number: int) -> dict[str, Tensor]:
+        if number < self.num_sequences:
+            return self._blocks.block(number * self._blocks.num_blocks // self.num_sequences)
+        filler = self._blocks.block(0)
+        filler["labels"].fill_(IGNORE_INDEX)
+        return filler
+
+
+def stack(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Samples of (seq_len,) tensors as one batch of (len(samples), seq_len) tensors."""
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def sample_digests(microbatches: Sequence[dict[str, Tensor]]) -> list[str]:
+    """sha256 (hex) of the inputs and labels of each sample, in order."""
+    return [
+        hashlib.sha256(inputs.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
+        for batch in microbatches
+        for inputs, labels in zip(batch["input"], batch["labels"], strict=True)
+    ]
+
+
+def batch_hash(digests_of_ranks: Sequence[Sequence[str]]) -> str:
+    """One hash (sha256 hex) of a global batch, from every rank's `sample_digests` in rank order.
+
+    It depends on the samples and their order only, so it is the same for every data-parallel degree.
+    """
+    return hashlib.sha256("\n".join(digest for rank in digests_of_ranks for digest in rank).encode()).hexdigest()
+
+
+def _check_rank(dp_rank: int, dp_degree: int, local_batch_size: int) -> None:
+    if not 0 <= dp_rank < dp_degree:
+        raise ValueError(f"dp_rank {dp_rank} is not in range({dp_degree})")
+    if local_batch_size < 1:
+        raise DataError(f"local_batch_size {local_batch_size}: not positive. Use at least 1")
+
+
+def _die_with_parent(_worker: int) -> None:
+    """Ask Linux to kill this worker at once when the thread that started it dies, however that happens.
+
+    Elsewhere the library's own watchdog does it within seconds.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

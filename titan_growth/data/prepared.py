@@ -1,0 +1,155 @@
+"""Prepared corpora: the token files of a finished preparation, opened as memory maps.
+
+A prepared folder holds, for each split, shards of raw little-endian token ids (`train-00000.bin`, ...), an index of the
+token offsets at which documents start (`train.idx`, uint64), the tokenizer's own files, and `meta.json`, which is
+written last: a folder without it is not finished.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from titan_growth.data.splitting import TRAIN, VALIDATION
+from titan_growth.data.tokenizers import Tokenizer, load_tokenizer
+from titan_growth.tools.errors import DataError
+
+FORMAT_VERSION = 1
+META_NAME = "meta.json"
+
+
+class DamagedError(Exception):
+    """A prepared folder whose files do not fit its meta.json; the message says which."""
+
+
+class TokenSplit:
+    """The token stream of one split, read through memory maps that are opened on first use, in each process anew."""
+
+    def __init__(self, name: str, folder: Path, facts: dict[str, Any], dtype: str) -> None:
+        self.name = name
+        self.num_tokens: int = facts["num_tokens"]
+        self.num_documents: int = facts["num_documents"]
+        self._folder = folder
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._shard_names: list[str] = [shard["file"] for shard in facts["shards"]]
+        self._shard_ends = np.cumsum([shard["num_tokens"] for shard in facts["shards"]], dtype=np.int64)
+        self._index_name: str = facts["index"]["file"]
+        self._maps: dict[str, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled memory map would carry the whole file to a worker process.
+        return {**self.__dict__, "_maps": {}}
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as an int64 array of shape (stop - start,). Raises IndexError outside the stream."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens [{start}, {stop}) of the {self.num_tokens} of split {self.name}")
+        tokens = np.empty(stop - start, dtype=np.int64)
+        position = start
+        shard = int(np.searchsorted(self._shard_ends, start, side="right"))
+        while position < stop:
+            shard_start = int(self._shard_ends[shard - 1]) if shard else 0
+            end = min(stop, int(self._shard_ends[shard]))
+            data = self._map(self._shard_names[shard], self._dtype)
+            tokens[position - start : end - start] = data[position - shard_start : end - shard_start]
+            position, shard = end, shard + 1
+        return tokens
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """The token offsets in [start, stop) at which a document starts, ascending, as an int64 array."""
+        if not self.num_documents:
+            return np.empty(0, dtype=np.int64)
+        index = self._map(self._index_name, np.dtype("<u8"))
+        low, high = np.searchsorted(index, np.array([start, stop], dtype=np.uint64))
+        return index[low:high].astype(np.int64)
+
+    def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
+        if name not in self._maps:
+            try:
+                self._maps[name] = np.memmap(self._folder / name, dtype=dtype, mode="r")
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"prepared data {self._folder / name}: cannot be opened any more ({error}). "
+                    "It was removed or changed during the run; start again"
+                ) from error
+        return self._maps[name]
+
+
+@dataclass(frozen=True)
+class PreparedCorpus:
+    """A finished preparation: its splits (`validation` is None if none was asked for) and its tokenizer."""
+
+    folder: Path
+    train: TokenSplit
+    validation: TokenSplit | None
+    tokenizer: Tokenizer
+    tokenizer_fingerprint: str
+    description: str
+    meta: dict[str, Any]
+
+    def verify_checksums(self) -> None:
+        """Read every file and compare its crc32 with meta.json (opening compares sizes only). Raises DataError."""
+        for facts in _file_facts(self.meta):
+            path = self.folder / facts["file"]
+            crc = 0
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    crc = zlib.crc32(chunk, crc)
+            if crc != facts["crc32"]:
+                raise DataError(
+                    f"prepared data {path}: its content does not match its checksum. Remove the folder {self.folder}; "
+                    "the next run makes it again"
+                )
+
+
+def open_prepared(folder: Path) -> PreparedCorpus | None:
+    """Open a prepared folder; None if none was finished there. Raises DamagedError if the files do not fit."""
+    try:
+        meta = json.loads((folder / META_NAME).read_bytes())
+        for facts in _file_facts(meta):
+            size = (folder / facts["file"]).stat().st_size
+            if size != facts["size_bytes"]:
+                raise DamagedError(f"{facts['file']} has {size:,} bytes instead of {facts['size_bytes']:,}")
+        splits = {name: TokenSplit(name, folder, facts, meta["dtype"]) for name, facts in meta["splits"].items()}
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.fingerprint() != meta["tokenizer"]["fingerprint"]:
+            raise DamagedError("the copy of the tokenizer has changed")
+        return PreparedCorpus(
+            folder=folder,
+            train=splits[TRAIN],
+            validation=splits.get(VALIDATION),
+            tokenizer=tokenizer,
+            tokenizer_fingerprint=meta["tokenizer"]["fingerprint"],
+            description=meta["corpus"]["description"],
+            meta=meta,
+        )
+    except FileNotFoundError as error:
+        if not (folder / META_NAME).exists():
+            return None
+        raise DamagedError(f"{Path(error.filename).name} is missing") from error
+    except (ValueError, KeyError, TypeError, DataError) as error:
+        raise DamagedError(f"meta.json or the tokenizer is unreadable ({error})") from error
+    except OSError as error:
+        raise DataError(f"prepared data {folder}: cannot be read ({error.strerror}). Check its permissions") from error
+
+
+def check_tokenizer_matches(prepared: PreparedCorpus, tokenizer: Tokenizer) -> None:
+    """Raise DataError if the data was prepared with another tokenizer than this one."""
+    if prepared.tokenizer_fingerprint != tokenizer.fingerprint():
+        raise DataError(
+            f"prepared data {prepared.folder}: made with the tokenizer {prepared.tokenizer.name} "
+            f"({prepared.tokenizer_fingerprint[:12]}), but this run uses {tokenizer.name} "
+            f"({tokenizer.fingerprint()[:12]}). Prepare the corpus with this tokenizer or use the other one"
+        )
+
+
+def _file_facts(meta: dict[str, Any]) -> list[dict[str, Any]]:
+    facts = list(meta["tokenizer"]["files"])
+    for split in meta["splits"].values():
+        facts += [*split["shards"], split["index"]]
+    return facts

@@ -1,0 +1,290 @@
+"""Reading documents out of single files: plain text, JSON lines and parquet, plain or compressed.
+
+Files are streamed. A document is a sequence of text parts, so that a plain text file of any size (which is one
+document) never has to fit in memory. Whatever is wrong with a file is reported with the file and the position.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from titan_growth.tools.errors import DataError
+
+TEXT, JSON, PARQUET = "text", "json", "parquet"
+KINDS = (TEXT, JSON, PARQUET)
+_KIND_OF_SUFFIX = {
+    ".txt": TEXT,
+    ".text": TEXT,
+    ".md": TEXT,
+    ".py": TEXT,
+    ".json": JSON,
+    ".jsonl": JSON,
+    ".jsonlines": JSON,
+    ".ndjson": JSON,
+    ".parquet": PARQUET,
+}
+_COMPRESSIONS = (".gz", ".zst")
+_CHUNK_BYTES = 1 << 20
+_PARQUET_BATCH_ROWS = 256
+# Text usually shrinks by about this factor; only progress bars and the size of validation pieces depend on it.
+_TYPICAL_COMPRESSION = 3
+
+Document = Iterable[str]
+"""One document, as text parts to be concatenated."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a corpus: where it is, its name relative to the corpus, and how to read it."""
+
+    path: Path
+    name: str
+    kind: str
+    size_bytes: int
+    mtime_ns: int
+
+    @property
+    def approximate_text_bytes(self) -> int:
+        """Size of the text in bytes, guessed for compressed files."""
+        squeezed = self.path.suffix.lower() in _COMPRESSIONS or self.kind == PARQUET
+        return self.size_bytes * (_TYPICAL_COMPRESSION if squeezed else 1)
+
+
+class Skip:
+    """How many documents are still to be passed over before reading starts."""
+
+    def __init__(self, num_documents: int) -> None:
+        self.remaining = num_documents
+
+    def take(self, available: int) -> int:
+        """Of `available` documents, how many to pass over."""
+        taken = min(self.remaining, available)
+        self.remaining -= taken
+        return taken
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind that a file name's extension stands for, or None if it is not one of ours."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        kind = _KIND_OF_SUFFIX.get(suffixes[-2]) if len(suffixes) > 1 else None
+        return kind if kind != PARQUET else None
+    return _KIND_OF_SUFFIX.get(suffixes[-1]) if suffixes else None
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the operating system and the decompressors raise while `path` is read into a DataError."""
+    try:
+        yield
+    except PermissionError as error:
+        where = error.filename or path
+        raise DataError(f"{where}: no permission to read it. Make it readable for the user who trains") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: does not exist. Check the path (dataset_path, tokenizer path)") from error
+    except (EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path}: the compressed data is truncated or damaged ({error}). Copy or download it again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}). Check the file and its disk") from error
+
+
+def read_documents(file: SourceFile, text_key: str, skip: Skip) -> Iterator[Document]:
+    """The documents of one file in order, without those that `skip` says to pass over. Raises DataError."""
+    if file.kind == TEXT:
+        if not skip.take(1):
+            yield read_text(file.path)
+    elif file.size_bytes == 0:
+        return
+    elif file.kind == JSON:
+        for text in read_json_lines(file.path, text_key, skip):
+            yield (text,)
+    else:
+        for text in read_parquet(file.path, text_key, skip):
+            yield (text,)
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """A plain (or .gz, .zst) text file as parts of about 1 MiB; a byte order mark is dropped. Raises DataError."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    num_bytes = 0
+    with reading(path), _open(path) as stream:
+        while True:
+            chunk = stream.read(_CHUNK_BYTES)
+            try:
+                part = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                # The decoder's object starts with the bytes that it had kept from the chunk before.
+                offset = num_bytes + len(chunk) - len(error.object) + error.start
+                raise DataError(
+                    f"{path}: byte offset {offset} is not valid UTF-8 (0x{error.object[error.start]:02x}). "
+                    "Convert the file to UTF-8 (for example with iconv) or leave it out"
+                ) from error
+            if num_bytes == 0:
+                part = part.removeprefix("\ufeff")
+            num_bytes += len(chunk)
+            if part:
+                yield part
+            if not chunk:
+                return
+
+
+def read_json_lines(path: Path, text_key: str, skip: Skip) -> Iterator[str]:
+    """The texts of a JSON-lines file (one object a line; blank lines do not count). Raises DataError."""
+    offset = 0
+    with reading(path), _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            start, offset = offset, offset + len(line)
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.isspace() or skip.take(1):
+                continue
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}:{number}: byte offset {start + error.start} is not valid UTF-8. Convert the file to UTF-8"
+                ) from error
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}:{number}: broken JSON at column {error.colno} ({error.msg}). "
+                    "Each line must be one whole JSON object"
+                ) from error
+            except RecursionError as error:
+                raise DataError(f"{path}:{number}: JSON nested too deeply. Each line must be one object") from error
+            yield _text_of_record(record, text_key, f"{path}:{number}", may_have_surrogates=b"\\u" in line)
+
+
+def _text_of_record(record: Any, text_key: str, where: str, may_have_surrogates: bool) -> str:
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where}: a JSON {type(record).__name__} instead of an object. "
+            "Write one object per line (for an array: jq -c '.[]')"
+        )
+    if text_key not in record:
+        raise DataError(missing_key(where, text_key, list(record)))
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where}: the field {text_key!r} is {type(text).__name__}, not a string. "
+            "Name another field as text_key or repair the line"
+        )
+    if may_have_surrogates:
+        # JSON can spell half of a surrogate pair, which is no character and cannot be written as UTF-8.
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: the field {text_key!r} has a lone surrogate at character {error.start}. Repair the line"
+            ) from error
+    return text
+
+
+def missing_key(where: str, text_key: str, keys: list[str]) -> str:
+    """The message for a text key that is not there, with those that are."""
+    shown = ", ".join(keys[:20]) if keys else "none"
+    return f"{where}: no field {text_key!r}; it has: {shown}. Set text_key to the one that holds the text"
+
+
+def read_parquet(path: Path, text_key: str, skip: Skip) -> Iterator[str]:
+    """The texts of one column of a parquet file, row group by row group. Raises DataError."""
+    # Imported by name since pyarrow ships no types.
+    pa, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
+    try:
+        with reading(path), parquet.ParquetFile(path) as table:
+            schema = table.schema_arrow
+            if text_key not in schema.names:
+                raise DataError(missing_key(str(path), text_key, schema.names))
+            column_type = schema.field(text_key).type
+            if str(column_type) not in ("string", "large_string", "string_view"):
+                raise DataError(
+                    f"{path}: the column {text_key!r} holds {column_type}, not strings. Name another one as text_key"
+                )
+            row = 0
+            for group in range(table.num_row_groups):
+                num_rows = table.metadata.row_group(group).num_rows
+                passed_over = skip.take(num_rows)
+                if passed_over < num_rows:
+                    batches = table.iter_batches(_PARQUET_BATCH_ROWS, row_groups=[group], columns=[text_key])
+                    texts = (text for batch in batches for text in batch.column(0).to_pylist())
+                    for index, text in enumerate(texts):
+                        if index < passed_over:
+                            continue
+                        if text is None:
+                            raise DataError(
+                                f"{path}: row {row + index}: the column {text_key!r} is null, not a string. "
+                                "Remove the row"
+                            )
+                        yield text
+                row += num_rows
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: truncated or not a parquet file ({' '.join(str(error).split())[:200]}). Copy or write it again"
+        ) from error
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        import gzip
+
+        return gzip.open(path, "rb")
+    if suffix == ".zst":
+        return io.BufferedReader(_ZstandardStream(path), _CHUNK_BYTES)
+    return open(path, "rb")
+
+
+class _ZstandardStream(io.RawIOBase):
+    """Decompresses one frame after another; unlike the library's own reader it notices a frame that is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        import zstandard
+
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._broken: type[Exception] = zstandard.ZstdError
+        self._source = open(path, "rb")  # noqa: SIM115 (closed by close())
+        self._frame = self._new_frame()
+        self._inside_frame = False
+        self._compressed = b""
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if not self._compressed:
+                self._compressed = self._source.read(_CHUNK_BYTES // 8)
+                if not self._compressed:
+                    if self._inside_frame:
+                        raise EOFError("it ends in the middle of a zstd frame")
+                    return 0
+            self._inside_frame = True
+            try:
+                self._ready = self._frame.decompress(self._compressed)
+            except self._broken as error:
+                raise EOFError(str(error)) from error
+            self._compressed = b""
+            if self._frame.eof:
+                self._compressed = self._frame.unused_data
+                self._frame = self._new_frame()
+                self._inside_frame = False
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._source.close()
+        super().close()

@@ -1,0 +1,95 @@
+"""Where derived data lives on disk, and how it is written so that a crash never leaves a lie behind.
+
+Everything under the cache folder can be made again from its inputs, so the rules are few: a file that means "this is
+complete" appears in one step (`write_atomic`), only one process of a machine makes a thing while the others wait
+(`exclusive`), and a disk that refuses us is reported with the way out (`writing`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from titan_growth.tools.errors import DataError
+
+logger = logging.getLogger("titan_growth")
+
+CACHE_VARIABLE = "TITAN_GROWTH_CACHE"
+_SECONDS_BEFORE_SAYING_THAT_WE_WAIT = 5.0
+
+
+def cache_root(cache_dir: Path | None = None) -> Path:
+    """The cache folder, created if need be.
+
+    `cache_dir` if given, else $TITAN_GROWTH_CACHE, else $XDG_CACHE_HOME/titan_growth, else ~/.cache/titan_growth.
+    Raises DataError if the folder cannot be created.
+    """
+    if cache_dir is not None:
+        root = Path(cache_dir)
+    elif os.environ.get(CACHE_VARIABLE):
+        root = Path(os.environ[CACHE_VARIABLE])
+    elif os.environ.get("XDG_CACHE_HOME"):
+        root = Path(os.environ["XDG_CACHE_HOME"]) / "titan_growth"
+    else:
+        root = Path(os.path.expanduser("~")) / ".cache" / "titan_growth"
+    root = Path(os.path.expanduser(root)).absolute()
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn any OSError of the block, which writes at `path`, into a DataError that names the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cache {path}: cannot be written ({error.strerror or error}). "
+            f"Point the environment variable {CACHE_VARIABLE} to a writable folder with enough free space"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder (creations, renames) durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that at every instant it is absent (or as it was before) or whole, even if the power fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, purpose: str) -> Iterator[None]:
+    """Hold the lock file `path` during the block; a wait of more than a few seconds is logged once."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(str(path))
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=_SECONDS_BEFORE_SAYING_THAT_WE_WAIT)
+        except Timeout:
+            logger.info("waiting for another process to finish %s (lock: %s)", purpose, path)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

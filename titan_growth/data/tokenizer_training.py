@@ -1,0 +1,144 @@
+"""Training a SentencePiece tokenizer on a corpus: deterministic, lossless, and done in seconds.
+
+The model is a BPE with byte fallback, so every text can be encoded, and whitespace is kept as it is: nothing is
+normalized, nothing is trimmed, no space is put in front. Line breaks and tabs are tokens of their own. (One exception
+lies in the format itself: SentencePiece writes a space as U+2581, so a U+2581 in the text decodes to a space.)
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from titan_growth.data.corpora import Corpus
+from titan_growth.data.storage import write_atomic, writing
+from titan_growth.tools.errors import DataError
+
+logger = logging.getLogger("titan_growth")
+
+TRAINER_VERSION = "bpe-1"
+"""Part of the cache key; to be changed with anything below that changes the trained model."""
+
+_SAMPLE_CHARS = 4_000_000
+_LONGEST_PASSAGE_BYTES = 256_000_000
+_MAX_LINE_CHARS = 1000  # at most 4000 bytes, below the 4192 bytes beyond which the trainer drops a line
+_SPREAD = 2654435761  # odd, close to 2**32 divided by the golden ratio: its multiples spread evenly over 2**32
+_SMALLEST_VOCAB_SIZE = 3 + 256 + 2 + 1  # unk, bos, eos; bytes; line break and tab; one piece
+
+
+def train_sentencepiece(corpus: Corpus, vocab_size: int, path: Path | None = None) -> bytes:
+    """Train on a deterministic sample of the corpus and return the model (also written to `path` if given).
+
+    The ids are: unk 0, bos 1, eos 2, no padding token. Raises DataError if the corpus cannot feed a vocabulary of that
+    size (saying the largest possible), or if the size is too small for the corpus's characters.
+    """
+    import sentencepiece
+
+    if vocab_size < _SMALLEST_VOCAB_SIZE:
+        raise DataError(
+            f"tokenizer training: vocab_size {vocab_size} is too small. Use at least {_SMALLEST_VOCAB_SIZE}, "
+            "or the bytes tokenizer"
+        )
+    started = time.monotonic()
+    lines = iter(sample_lines(corpus))
+    first = next(lines, None)
+    if first is None:
+        raise DataError(f"tokenizer training: {corpus.describe()} holds no text. Use a corpus with text")
+    model = io.BytesIO()
+    # An exception inside the trainer's iterator would be lost in its C++ code; it is kept and raised here.
+    feed = _Feed(first, lines)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=feed,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n", "\t"],
+            num_threads=1,  # the result must not depend on the machine
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _explain(str(error), corpus, vocab_size) from error
+    if feed.error is not None:
+        raise feed.error
+    logger.info("trained a tokenizer of %d tokens in %.1f s", vocab_size, time.monotonic() - started)
+    if path is not None:
+        with writing(path):
+            write_atomic(path, model.getvalue())
+    return model.getvalue()
+
+
+class _Feed(Iterator[str]):
+    """The sample as an iterator that ends, remembering the exception, where reading the corpus fails."""
+
+    def __init__(self, first: str, rest: Iterator[str]) -> None:
+        self._next: str | None = first
+        self._rest = rest
+        self.error: Exception | None = None
+
+    def __next__(self) -> str:
+        line = self._next
+        if line is None:
+            raise StopIteration
+        try:
+            self._next = next(self._rest, None)
+        except DataError as error:
+            self.error, self._next = error, None
+        return line
+
+
+def sample_lines(corpus: Corpus) -> Iterator[str]:
+    """Lines of the corpus, at most about 4 million characters, spread over it (over its first 256 MB if it is larger).
+
+    Which lines are taken depends on nothing but the corpus; long lines are cut into pieces of at most 1000 characters.
+    """
+    passage_bytes = min(corpus.num_bytes or _LONGEST_PASSAGE_BYTES, _LONGEST_PASSAGE_BYTES)
+    share = min(1.0, _SAMPLE_CHARS / max(passage_bytes, 1))
+    threshold = int(share * 2**32)
+    number = num_chars = num_chars_seen = 0
+    for parts in corpus.document_parts():
+        for part in parts:
+            for line in part.split("\n"):
+                for start in range(0, len(line), _MAX_LINE_CHARS):
+                    piece = line[start : start + _MAX_LINE_CHARS]
+                    number += 1
+                    num_chars_seen += len(piece)
+                    if number * _SPREAD % 2**32 >= threshold or not piece.strip() or "\0" in piece:
+                        continue
+                    yield piece
+                    num_chars += len(piece)
+                    if num_chars >= _SAMPLE_CHARS:
+                        return
+            if num_chars_seen > _LONGEST_PASSAGE_BYTES:
+                return
+
+
+def _explain(message: str, corpus: Corpus, vocab_size: int) -> DataError:
+    where = f"tokenizer training on {corpus.describe()}"
+    too_large = re.search(r"too high.*<= (\d+)", message)
+    if too_large:
+        return DataError(
+            f"{where}: the corpus is too small for a vocab_size of {vocab_size:,}. "
+            f"The largest possible is {int(too_large[1]):,}; set vocab_size to that or less, or use a larger corpus"
+        )
+    too_small = re.search(r"required_chars\D*\d+ vs (\d+)", message)
+    if too_small:
+        return DataError(
+            f"{where}: a vocab_size of {vocab_size:,} is smaller than the characters that the corpus needs. "
+            f"Set it to more than {int(too_small[1]):,}"
+        )
+    return DataError(f"{where}: sentencepiece failed ({' '.join(message.split())[:200]}). Use another vocab_size")
