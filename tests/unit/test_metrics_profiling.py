@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import resource
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 
 from titan_growth.metrics.profiling import Profiler, check
 
+ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, object] = {
     "enable_profiling": True,
     "save_traces_folder": "traces",
@@ -94,13 +98,33 @@ def test_metrics_trace_that_cannot_be_written_is_a_warning(tmp_path: Path, caplo
 
 
 def test_metrics_trace_on_a_full_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trace = tmp_path / "traces" / "iteration_4" / "rank2_trace.json"
-    trace.parent.mkdir(parents=True)
-    trace.symlink_to("/dev/full")
     profiler = make(tmp_path)
-    train(profiler, 1, 5)
+    train(profiler, 1, 3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))  # within the trace's first key
+    try:
+        train(profiler, 4, 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     profiler.close()
-    assert "rank2_trace.json: profile not written: " in caplog.text
+    assert "rank2_trace.json: profile not written: the file ends early" in caplog.text
+
+
+def test_metrics_profiler_is_quiet_about_starting_a_second_cycle(tmp_path: Path) -> None:
+    # In a process of its own, because PyTorch gives this warning once per process.
+    code = (
+        "import sys\n"
+        "from titan_growth.metrics import Profiler\n"
+        f"profiler = Profiler(dump_folder=sys.argv[1], **{SETTINGS!r})\n"
+        "for _ in range(9):\n"
+        "    profiler.step()\n"
+        "profiler.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "Warning" not in done.stderr
+    assert len(files_under(tmp_path)) == 2
 
 
 # ---- memory snapshots

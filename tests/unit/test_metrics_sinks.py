@@ -18,6 +18,7 @@ from titan_growth.metrics import ConsoleSink, GrowthRecord, JsonlSink, StepRecor
 from titan_growth.metrics.formatting import format_duration, format_rate
 from titan_growth.tools.errors import RunFolderError
 
+ROOT = Path(__file__).parents[2]
 TIMINGS = Timings(
     step_seconds=0.5, data_seconds=0.1, memory_gib=0.92, peak_memory_gib=1.5, eta_seconds=130.0, step_total=300
 )
@@ -223,15 +224,16 @@ class FakeTerminal(io.StringIO):
 
 
 @pytest.fixture
-def console(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> logging.Logger:
+def console(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
     """The package's logger, away from the root logger, in an environment that allows colour."""
     logger = logging.getLogger("titan_growth")
     monkeypatch.setattr(logger, "propagate", False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    request.addfinalizer(lambda level=logger.level: logger.setLevel(level))
+    level = logger.level
     logger.setLevel(logging.INFO)
-    return logger
+    yield logger
+    logger.setLevel(level)
 
 
 def attach(monkeypatch: pytest.MonkeyPatch, *handlers: logging.Handler) -> None:
@@ -329,5 +331,5 @@ def test_metrics_rates_take_the_fitting_prefix() -> None:
 
 def test_metrics_import_leaves_heavy_libraries_alone() -> None:
     code = "import sys, titan_growth.metrics; print([name for name in ('tensorboard', 'wandb') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

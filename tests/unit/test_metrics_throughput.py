@@ -13,6 +13,8 @@ import torch
 
 from titan_growth.metrics import Throughput, memory_gib, peak_flops_per_second
 
+ROOT = Path(__file__).parents[2]
+
 
 class Clock:
     def __init__(self) -> None:
@@ -214,17 +216,29 @@ def test_metrics_cpu_peak_is_measured_quickly_and_plausibly(dtype: torch.dtype, 
     peak, text = peak_flops_per_second("cpu", "H100", dtype)
     seconds = time.perf_counter() - begin
     assert text.startswith(f"measured {short} matmul peak of this process ")
-    assert seconds < 2.0  # budgeted for 0.4 s; the rest is for a machine busy with other tests
+    assert seconds < 3.0  # budgeted for 0.4 s; the rest is for a machine busy with other tests
+    assert 1e7 < peak < 100e12
     assert torch.equal(torch.get_rng_state(), random_state)
 
-    # A multiplication timed here, the way anyone would: the peak is at least in its neighbourhood.
-    left = torch.ones(256, 256, dtype=dtype)
-    rates = []
-    for _ in range(20):
-        begin = time.perf_counter()
-        left @ left
-        rates.append(2 * 256**3 / (time.perf_counter() - begin))
-    assert 0.3 * sorted(rates)[10] < peak < 1e15
+
+@pytest.mark.parametrize("rate", [2e9, 20e9, 200e9])
+def test_metrics_measurement_finds_the_rate_behind_overheads_and_hiccups_in_time(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, rate: float
+) -> None:
+    # A device of exactly this rate whose every call costs 0.2 ms more, and every third one another 20 ms.
+    num_calls = 0
+
+    def multiply(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        clock.pass_seconds(2.0 * len(left) ** 3 / rate + 0.0002 + (0.02 if num_calls % 3 == 0 else 0.0))
+
+    monkeypatch.setattr(torch, "mm", multiply)
+    monkeypatch.setattr(time, "perf_counter", clock)
+    begin = clock.now
+    peak, _ = peak_flops_per_second("cpu", "", torch.float32)
+    assert 0.93 * rate < peak <= rate
+    assert clock.now - begin < 0.4
 
 
 # ---- memory
@@ -241,7 +255,7 @@ def test_metrics_cpu_memory_follows_what_the_process_holds() -> None:
         "del held\n"
         "print(*before, *during, *memory_gib('cpu'))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     before, before_peak, during, during_peak, after, after_peak = map(float, done.stdout.split())
     assert during - before == pytest.approx(0.25, abs=0.05)
     assert during - after == pytest.approx(0.25, abs=0.05)

@@ -9,6 +9,7 @@ training anyway, and say so next to the number.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from pathlib import Path
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 
-_MEASURE_SECONDS = 0.3
-"""Budget of a measurement. It stops before a repetition that would not fit, so it stays under 0.4 s."""
+_MEASURE_SECONDS = 0.25
+"""Budget of a measurement after its warm-up. Nothing is begun that would not fit, so all of it stays under 0.4 s."""
 
 _LONG_ENOUGH_SECONDS = 0.02
 """A multiplication this long is large enough: launch and threading overheads no longer count."""
@@ -75,33 +76,34 @@ def _measured_matmul_rate(device_type: str, dtype: torch.dtype) -> float:
     import torch
 
     synchronize = torch.get_device_module(device_type).synchronize
-    deadline = time.perf_counter() + _MEASURE_SECONDS
 
     def operand(size: int) -> torch.Tensor:
-        # Distinct small values, without touching the random state that the run's reproducibility hangs on. Constant
+        # Varied small values, without touching the random state that the run's reproducibility hangs on. Constant
         # operands would flatter GPUs, whose clocks depend on how many bits flip.
-        ramp = torch.arange(size * size, device=device_type, dtype=torch.int64)
-        return (ramp.mul_(2654435761).remainder_(1009).to(torch.float32) / 1009.0 - 0.5).to(dtype).reshape(size, size)
+        ramp = torch.arange(size * size, device=device_type, dtype=torch.int32).remainder_(1009)
+        return ramp.to(torch.float32).div_(1009.0).sub_(0.5).to(dtype).reshape(size, size)
 
-    best = 0.0
-    size = 128
+    size = 256
     left = operand(size)
     product = left @ left  # warm-up: starts thread pools and loads kernels, which is not the hardware's speed
     synchronize()
+    deadline = time.perf_counter() + _MEASURE_SECONDS
+    best_rate = 0.0
+    best_seconds = math.inf  # at this size; on a busy machine a single repetition says little
     while True:
         begin = time.perf_counter()
         torch.mm(left, left, out=product)
         synchronize()
-        seconds = max(time.perf_counter() - begin, 1e-9)
-        best = max(best, 2.0 * size**3 / seconds)
-        time_left = deadline - time.perf_counter()
-        # Twice the size is 8 times the work; twice as much again for making the operand and the first, cold pass.
-        if seconds < _LONG_ENOUGH_SECONDS and 16.0 * seconds < time_left and size < 8192:
-            size *= 2
+        end = time.perf_counter()
+        best_seconds = min(best_seconds, max(end - begin, 1e-9))
+        best_rate = max(best_rate, 2.0 * size**3 / best_seconds)
+        # Twice the size is 8 times the work, and as much again for making the operand and a cold first pass.
+        if best_seconds < _LONG_ENOUGH_SECONDS and 16.0 * best_seconds < deadline - end and size < 8192:
+            size, best_seconds = 2 * size, math.inf
             left = operand(size)
             product = torch.empty_like(left)
-        elif seconds > time_left:
-            return best
+        elif best_seconds > deadline - end:
+            return best_rate
 
 
 def memory_gib(device_type: str) -> tuple[float, float]:

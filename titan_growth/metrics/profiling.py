@@ -11,6 +11,7 @@ Profiles are a by-product: a trace that cannot be written is a logged warning, n
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +113,8 @@ class Profiler:
         activities = [profiler.ProfilerActivity.CPU]
         if device_type == "cuda":
             activities.append(profiler.ProfilerActivity.CUDA)
+        # Told at every second cycle; it is exactly what separate traces per cycle are meant to be.
+        warnings.filterwarnings("ignore", message="Warning: Profiler clears events", category=UserWarning)
         profile = profiler.profile(
             activities=activities,
             schedule=profiler.schedule(wait=self._freq - (active + warmup), warmup=warmup, active=active),
@@ -156,7 +159,16 @@ class Profiler:
 
     def _write_trace(self, profile: Any) -> None:
         path = self._traces / f"iteration_{self._step}" / f"rank{self._rank}_trace.json"
-        self._write(path, lambda: profile.export_chrome_trace(str(path)))
+
+        def export() -> None:
+            profile.export_chrome_trace(str(path))
+            # C++ code writes the file and keeps quiet about a full disk, so look whether the JSON came to its end.
+            with open(path, "rb") as file:
+                file.seek(max(0, path.stat().st_size - 64))
+                if not file.read().rstrip().endswith(b"}"):
+                    raise OSError("the file ends early (no space left on the device?)")
+
+        self._write(path, export)
 
     def _write_snapshot(self, name: str) -> None:
         import torch
@@ -168,9 +180,6 @@ class Profiler:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             act()
-            # The trace is written by C++ code, which fails without an exception.
-            if path.stat().st_size == 0:
-                raise OSError("the file is empty")
         except (OSError, RuntimeError) as error:
             logger.warning("%s: profile not written: %s", path, getattr(error, "strerror", None) or error)
         else:
