@@ -6,7 +6,8 @@ sinks, and remembers enough to say at the end what the run did. The steps that a
 because getting a loss to log is a collective operation, and a resumed run logs exactly the steps that an uninterrupted
 one would have.
 
-Every rank builds a `Metrics`, but only one is given sinks; on the others nothing is written anywhere.
+Every rank builds a `Metrics`, but one rank alone is given the console and `metrics.jsonl`; a rank without sinks writes
+nothing anywhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Where records go: the `Sink` protocol, the durable file and the console (see `boards` for TensorBoard and W&B).
 
-A sink takes the three kinds of records and is closed once. Only one rank of a run owns sinks, so nothing here talks to
-other ranks.
+A sink takes the three kinds of records and is closed once. It belongs to one process and talks to no other rank.
 
 `metrics.jsonl` is special. A run that stops after its last checkpoint leaves lines of steps that the resumed run will
 take again; simply appending would leave those steps in the file twice. So a checkpoint stores the file's length at
