@@ -7,7 +7,7 @@ layout and every way of accumulating.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,12 +30,9 @@ def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     )
 
 
-def num_valid_tokens(microbatches: Sequence[Microbatch], device: torch.device) -> Tensor:
-    """Valid positions in the global batch, over all ranks, as an int64 scalar."""
-    count = torch.zeros((), dtype=torch.int64, device=device)
-    for microbatch in microbatches:
-        count += (microbatch["labels"] != IGNORE_INDEX).sum().to(device)
-    return sum_over_ranks(count)
+def num_valid_tokens(microbatches: Iterable[Microbatch]) -> int:
+    """Valid positions in this rank's share of a batch. Counted on the host, so that no device has to be waited for."""
+    return sum(int((microbatch["labels"] != IGNORE_INDEX).sum()) for microbatch in microbatches)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -53,12 +50,12 @@ class Engine:
         self.model = model
         self.device = device
 
-    def forward_backward(self, microbatches: Sequence[Microbatch], num_tokens: Tensor) -> Tensor:
+    def forward_backward(self, microbatches: Sequence[Microbatch], num_tokens: int) -> Tensor:
         """Accumulates the gradients of one global batch.
 
         Args:
             microbatches: this rank's share of the batch.
-            num_tokens: valid tokens of the whole batch, as `num_valid_tokens` gives them.
+            num_tokens: valid tokens of the whole batch, over all ranks.
 
         Returns:
             The mean loss over the whole global batch, a float32 scalar, the same on every rank.
@@ -72,7 +69,7 @@ class Engine:
         return sum_over_ranks(total)
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[Microbatch]) -> float:
+    def evaluate(self, microbatches: Iterable[Microbatch]) -> float:
         """Mean loss over the valid positions of all ranks' microbatches; every rank passes equally many."""
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         (part,) = self.model.parts

@@ -35,7 +35,6 @@ NOTHING_TO_DO = 10
 DUMP_FOLDER_VARIABLE = "TITAN_GROWTH_DUMP_FOLDER"
 CHECKOUT_VARIABLE = "TITAN_GROWTH_CHECKOUT"
 SCHEDULER_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "OAR_JOB_ID")
-_TAIL_LINES = 30
 
 Preflight = Callable[[list[str]], int]
 
@@ -145,8 +144,9 @@ def _train(settings: LaunchSettings, relay: SignalRelay) -> tuple[Verdict, Path 
     if report is not None and report.get("attempt", 0) < attempts - 1:
         report = None
     verdict = exit_report.judge(report, failed, relay.stopped_by, relay.killed)
-    outputs = sorted(logs.glob(f"*/attempt_{attempts - 1}/{verdict.local_rank}/stderr.log"))
-    return verdict, outputs[-1] if outputs and verdict.local_rank not in settings.shown else None
+    outputs = list(logs.glob(f"*/attempt_{attempts - 1}/{verdict.local_rank}/stderr.log"))
+    hidden = outputs and verdict.local_rank not in settings.shown and outputs[0].stat().st_size > 0
+    return verdict, outputs[0] if hidden else None
 
 
 def _run_elastic(settings: LaunchSettings, launch_id: str, logs: Path) -> list[RankEnd]:

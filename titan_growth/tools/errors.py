@@ -58,3 +58,7 @@ class RunFolderError(TitanGrowthError):
     """The run's folder cannot be used: locked by another run, not writable, or out of space."""
 
     exit_status = 2
+
+
+class TrainingError(TitanGrowthError):
+    """Training cannot go on: a loss that is not finite, a batch without tokens."""

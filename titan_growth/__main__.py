@@ -1,0 +1,47 @@
+"""`python -m titan_growth COMMAND`: dispatch, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+
+from titan_growth.version import __version__
+
+USAGE = """usage: python -m titan_growth COMMAND [--job.config_file FILE] [--section.key value ...]
+
+commands:
+  train   train in this process (one rank); run_train.sh starts many
+  check   check a recipe and prepare its data without training; WORLD_SIZE is the number of ranks
+  launch  what run_train.sh calls: check, start the ranks, report how it ended
+
+python -m titan_growth train --help lists every key of a recipe.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command == "train":
+        from titan_growth.train import main as train
+
+        return train(rest)
+    if command == "check":
+        from titan_growth.preflight import main as check
+
+        return check(rest)
+    if command == "launch":
+        from titan_growth.launch import main as launch
+
+        return launch(rest)
+    print(f"error: unknown command {command!r}\n\n{USAGE}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Starting a new run from somebody's checkpoint: `checkpoint.initial_load_path`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from titan_growth.checkpoint.folder import StepFolder, open_step
+from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.config.schema import Checkpoint
+from titan_growth.tools.errors import CheckpointError
+
+
+def initial_state(section: Checkpoint) -> tuple[Path, Progress, Lineage]:
+    """(folder to load from, counters and growths to go on with).
+
+    With `initial_load_model_only` the counters start at zero and any DCP folder will do, also one of another program;
+    otherwise the folder must be a committed checkpoint of ours.
+
+    Raises:
+        CheckpointError: when the folder cannot be used in that way.
+    """
+    assert section.initial_load_path is not None
+    path = Path(section.initial_load_path).expanduser()
+    key = f"checkpoint.initial_load_path {path}"
+    if not path.is_dir():
+        raise CheckpointError(f"{key}: no such folder. Name a step-N folder")
+    if not (path / ".metadata").is_file():
+        raise CheckpointError(f"{key}: is not a checkpoint (it has no .metadata). Name a step-N folder")
+    folder = open_step(path)
+    if folder is not None and (damage := folder.damage(checksums=True)):
+        raise CheckpointError(f"{path.name} refused: {damage}")
+    if section.initial_load_model_only:
+        return path, Progress(), Lineage()
+    return path, *_whole_state(folder, key)
+
+
+def _whole_state(folder: StepFolder | None, key: str) -> tuple[Progress, Lineage]:
+    if folder is None:
+        raise CheckpointError(
+            f"{key}: has no manifest, so its counters are not known. Set checkpoint.initial_load_model_only = true"
+        )
+    if folder.manifest.model_only:
+        raise CheckpointError(f"{key}: holds only weights. Set checkpoint.initial_load_model_only = true")
+    return folder.manifest.progress, folder.lineage()

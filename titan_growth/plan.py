@@ -1,0 +1,127 @@
+"""What a recipe comes to on so many ranks, worked out before anything is started.
+
+`plan_run` is pure: no device, no process group, no file. The preflight and every rank call it, so they cannot disagree
+about what a recipe means, and all problems of a recipe are found in one place and reported together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from titan_growth.config.schema import Recipe
+from titan_growth.growth.schedule import GrowthPlan, plan_growth, tokens_problems
+from titan_growth.lr_scheduler import LRSchedule
+from titan_growth.mesh import MeshShape, resolve_batch, resolve_mesh
+from titan_growth.models.config import ModelConfig
+from titan_growth.models.registry import model_config_of
+from titan_growth.stages.base import Stage, StageContext, stages_of
+from titan_growth.tools.errors import Problem
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything about a run that follows from its recipe and the number of ranks."""
+
+    recipe: Recipe
+    """With `training.global_batch_size` resolved."""
+    target: ModelConfig
+    growth: GrowthPlan
+    mesh_shape: MeshShape
+    stages: list[Stage]
+    num_accumulation_steps: int
+    schedule: LRSchedule
+
+    def describe(self, device_type: str) -> list[str]:
+        """The plan in a few lines, for the log."""
+        training = self.recipe.training
+        first = self.growth.configs[0]
+        context = stage_context(first, self.mesh_shape, device_type, training.seq_len)
+        active = [stage for stage in self.stages if stage.enabled(context)]
+        batch = training.global_batch_size
+        lines = [
+            f"model {self.recipe.model.name} {self.recipe.model.flavor}: {self.target.num_layers} layers, "
+            f"{self.target.num_params:,} parameters in the end",
+            f"mesh: {self.mesh_shape}; batch: {batch} sequences of {training.seq_len} tokens "
+            f"({self.num_accumulation_steps} accumulation step{'s' if self.num_accumulation_steps > 1 else ''})",
+            "stages: " + (" -> ".join(stage.name for stage in active) or "none"),
+            *(f"  {stage.describe(context)}" for stage in active),
+        ]
+        for stage, before, after in zip(
+            self.growth.stages, self.growth.configs[:-1], self.growth.configs[1:], strict=True
+        ):
+            lines.append(
+                f"growth at {stage.when}: {stage.operator} x{stage.factor}, {before.num_layers} -> {after.num_layers} "
+                f"layers, moments {stage.optimizer_state}, learning rate {stage.lr_policy}"
+            )
+        return lines
+
+
+def stage_context(config: ModelConfig, shape: MeshShape, device_type: str, seq_len: int) -> StageContext:
+    """The context that stages are checked and described in while nothing is running."""
+    return StageContext(config, shape, device_type, seq_len)
+
+
+def plan_run(
+    recipe: Recipe, *, num_ranks: int, device_type: str, global_batch_size: int | None = None
+) -> tuple[RunPlan | None, list[Problem], list[Problem]]:
+    """(plan, problems, warnings); the plan is None when there are problems.
+
+    Args:
+        global_batch_size: what -1 was resolved to when the run was first started; None at that first start.
+    """
+    problems: list[Problem] = []
+    warnings: list[Problem] = []
+    target, found = model_config_of(recipe.model)
+    problems += found
+    shape, found = resolve_mesh(recipe.parallelism, num_ranks)
+    problems += found
+    training = recipe.training
+    if target is not None:
+        longest = max(training.seq_len, recipe.validation.seq_len or 0)
+        if longest > target.max_seq_len:
+            key = "training.seq_len" if longest == training.seq_len else "validation.seq_len"
+            problems.append(Problem(key, f"{longest} is more than model.max_seq_len = {target.max_seq_len}"))
+        growth, found = plan_growth(recipe.growth, target)
+        problems += found
+    else:
+        growth = None
+    schedule = LRSchedule(recipe.lr_scheduler, lr=recipe.optimizer.lr, steps=training.steps, growth=recipe.growth)
+    for key, warmup, length in schedule.clamped_warmups():
+        warnings.append(Problem(key, f"{warmup} is longer than the {length} steps it is for, and is cut to that"))
+    num_accumulation_steps = 1
+    if shape is not None:
+        asked = training.global_batch_size
+        batch = global_batch_size if asked == -1 and global_batch_size else asked
+        batch, num_accumulation_steps, found = resolve_batch(batch, training.local_batch_size, shape)
+        problems += found
+        if not found and asked == -1:
+            # With the batch in the recipe, stages in tokens have been checked already.
+            problems += tokens_problems(recipe.growth, steps=training.steps, tokens_per_step=batch * training.seq_len)
+        recipe = recipe.model_copy(update={"training": training.model_copy(update={"global_batch_size": batch})})
+    problems += _device_problems(recipe, device_type)
+    stages = stages_of(recipe)
+    if target is None or shape is None or growth is None:
+        return None, problems, warnings
+    for config in growth.configs:
+        context = stage_context(config, shape, device_type, training.seq_len)
+        for stage in stages:
+            if stage.enabled(context):
+                problems += [problem for problem in stage.check(context) if problem not in problems]
+    if problems:
+        return None, problems, warnings
+    return RunPlan(recipe, target, growth, shape, stages, num_accumulation_steps, schedule), [], warnings
+
+
+def _device_problems(recipe: Recipe, device_type: str) -> list[Problem]:
+    problems = []
+    if recipe.profiling.enable_memory_snapshot and device_type != "cuda":
+        message = "memory snapshots exist on CUDA only, and this run is on the CPU"
+        problems.append(Problem("profiling.enable_memory_snapshot", message, "Set it to false"))
+    if recipe.metrics.enable_wandb:
+        from importlib.util import find_spec
+
+        if find_spec("wandb") is None:
+            message = "needs the package wandb, which is not installed"
+            hint = "Run pip install 'titan_growth[wandb]', or set it to false"
+            problems.append(Problem("metrics.enable_wandb", message, hint))
+    return problems

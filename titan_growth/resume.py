@@ -1,0 +1,135 @@
+"""Coming back to a run: what it had decided for itself, and what may have changed since.
+
+A run folder resumes. Some of what the recipe left open was decided at the first start (a drawn seed, a derived batch
+size) and must not be decided again; some changes would make the run another run and are refused; all others are printed
+and take effect.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from titan_growth.checkpoint.folder import StepFolder, committed_steps
+from titan_growth.config.loader import recipe_from_toml
+from titan_growth.config.schema import Recipe
+from titan_growth.models.registry import model_config_of
+from titan_growth.tools.errors import CheckpointError, Problem
+from titan_growth.tools.run_folder import RECIPE_FILE
+
+_FIXED = (
+    "training.seq_len",
+    "training.dtype",
+    "debug.seed",
+    "data.bos",
+    "data.eos",
+    "data.document_mask",
+    "data.shuffle",
+    "data.validation_fraction",
+    "optimizer.name",
+)
+"""Keys whose change makes it another run. The model is compared by its sizes, and the data by its content."""
+
+_UNREMARKABLE = ("job.", "model.", "data.", "growth.", "metrics.", "profiling.")
+"""Sections whose changes are not worth a line: they change nothing, or are compared in another way."""
+
+
+def decided_before(folder: Path, checkpoint: StepFolder | None) -> Recipe | None:
+    """The effective recipe of the run's earlier start, from its checkpoint or else from its folder."""
+    if checkpoint is not None:
+        return recipe_from_toml(checkpoint.recipe_table())
+    try:
+        return recipe_from_toml(tomli.loads((folder / RECIPE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def newest_checkpoint(recipe: Recipe, dump_folder: Path) -> StepFolder | None:
+    """The checkpoint that a start would resume from, by size checks alone (checksums are left to the run itself)."""
+    if not recipe.checkpoint.enable:
+        return None
+    candidates, _ = committed_steps(dump_folder / recipe.checkpoint.folder)
+    if recipe.checkpoint.load_step != -1:
+        candidates = [folder for folder in candidates if folder.step == recipe.checkpoint.load_step]
+    return candidates[0] if candidates else None
+
+
+def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list[str]]:
+    """(changes that are refused, lines about those that take effect) between a checkpoint and the present recipe.
+
+    Both recipes are effective ones, with seed and batch size resolved.
+    """
+    try:
+        before = recipe_from_toml(checkpoint.recipe_table())
+        lineage = checkpoint.lineage()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path.name} refused: its recipe or lineage cannot be read ({error})") from None
+    refused: list[Problem] = []
+    where = f"{checkpoint.path.name} was written with"
+    old_model, _ = model_config_of(before.model)
+    new_model, _ = model_config_of(recipe.model)
+    if (before.model.name, old_model) != (recipe.model.name, new_model):
+        names = [name for name in vars(old_model) if getattr(old_model, name) != getattr(new_model, name)]
+        for name in names or ["name"]:
+            old, new = (getattr(model, name, None) for model in (old_model, new_model))
+            refused.append(
+                Problem(f"model ({name})", f"{where} {_show(old)}, the recipe says {_show(new)}", _NEW_FOLDER)
+            )
+    old, new = _flat(before), _flat(recipe)
+    for key in _FIXED:
+        if old.get(key) != new.get(key):
+            refused.append(
+                Problem(key, f"{where} {_show(old.get(key))}, the recipe says {_show(new.get(key))}", _NEW_FOLDER)
+            )
+    done = len(lineage.events)
+    if before.growth.active_stages[:done] != recipe.growth.active_stages[:done]:
+        message = f"{checkpoint.path.name} has {done} growth{'s' if done > 1 else ''} behind it that the recipe changes"
+        refused.append(Problem("growth.stages", message, _NEW_FOLDER))
+    elif done == 0 and _first_factor(before) != _first_factor(recipe):
+        message = f"{checkpoint.path.name} has {checkpoint.manifest.num_layers} layers, the recipe starts from another depth"
+        refused.append(Problem("growth.stages", message, _NEW_FOLDER))
+    if checkpoint.manifest.model_only:
+        refused.append(
+            Problem(
+                "checkpoint.last_save_model_only",
+                f"{checkpoint.path.name} holds only weights, so the run cannot go on from it",
+                "Start a new run with checkpoint.initial_load_path, or resume an earlier step with checkpoint.load_step",
+            )
+        )
+    changes = [
+        f"changed since {checkpoint.path.name}: {key} = {_show(new.get(key))} (was {_show(old.get(key))})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in _FIXED and not key.startswith(_UNREMARKABLE)
+    ]
+    return refused, changes
+
+
+_NEW_FOLDER = "Name another job.dump_folder to start a new run"
+
+
+def _first_factor(recipe: Recipe) -> int:
+    factor = 1
+    for stage in recipe.growth.active_stages:
+        factor *= stage.factor
+    return factor
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def walk(table: dict[str, Any], prefix: str) -> None:
+        for name, value in table.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{name}.")
+            else:
+                flat[prefix + name] = value
+
+    walk(recipe.model_dump(), "")
+    return flat
+
+
+def _show(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)

@@ -1,0 +1,81 @@
+"""From a recipe to a run that can start: what is open gets decided, what is wrong gets reported, and all at once.
+
+Shared by the preflight (one process, before torchrun) and by every rank, so both come to the same plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import dataclass
+
+from titan_growth.checkpoint.folder import StepFolder
+from titan_growth.config.loader import with_values
+from titan_growth.config.schema import Recipe
+from titan_growth.plan import RunPlan, plan_run
+from titan_growth.resume import compare, decided_before, newest_checkpoint
+from titan_growth.tools.errors import ConfigError
+from titan_growth.tools.run_folder import RunFolder
+
+logger = logging.getLogger("titan_growth")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a recipe left open and a run has decided."""
+
+    seed: int
+    global_batch_size: int | None
+
+
+def decide(recipe: Recipe, folder: RunFolder, checkpoint: StepFolder | None) -> Decisions:
+    """Seed and batch size of the run: the recipe's, else those of its earlier start, else new ones."""
+    before = decided_before(folder.path, checkpoint)
+    seed = recipe.debug.seed
+    if seed is None:
+        seed = before.debug.seed if before is not None else None
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+    return Decisions(seed, before.training.global_batch_size if before is not None else None)
+
+
+def settle(
+    recipe: Recipe, decisions: Decisions, checkpoint: StepFolder | None, *, num_ranks: int, device_type: str
+) -> RunPlan:
+    """The plan of a run, checked against the checkpoint it goes on from.
+
+    Raises:
+        ConfigError: with every problem of the recipe, or every change that the checkpoint does not allow.
+    """
+    recipe = with_values(recipe, {"debug.seed": decisions.seed})
+    before = decisions.global_batch_size
+    plan, problems, warnings = plan_run(
+        recipe, num_ranks=num_ranks, device_type=device_type, global_batch_size=before if before != -1 else None
+    )
+    if plan is None:
+        raise ConfigError(problems)
+    for warning in warnings:
+        logger.warning("%s", warning)
+    if checkpoint is not None:
+        refused, changes = compare(checkpoint, plan.recipe)
+        if refused:
+            raise ConfigError(refused)
+        for line in changes:
+            logger.info("%s", line)
+    return plan
+
+
+def finished(recipe: Recipe, folder: RunFolder) -> StepFolder | None:
+    """The last checkpoint of a run that has nothing left to do, or None."""
+    if recipe.checkpoint.load_step != -1:
+        return None  # the user goes back on purpose
+    newest = newest_checkpoint(recipe, folder.path)
+    return newest if newest is not None and newest.step >= recipe.training.steps else None
+
+
+def finished_message(checkpoint: StepFolder) -> str:
+    """What to say then."""
+    return (
+        f"nothing to do: this run is finished at step {checkpoint.step} ({checkpoint.path}). "
+        "Raise training.steps to go on, or name another job.dump_folder"
+    )

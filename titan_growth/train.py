@@ -1,0 +1,183 @@
+"""The entry of every rank: `torchrun ... -m titan_growth.train --job.config_file FILE --section.key value`.
+
+Parses, starts the process group, trains, and says how it ended: a message instead of a traceback for whatever a user can
+cause, and an exit report for `run_train.sh`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from titan_growth.config.help import help_text
+from titan_growth.config.loader import load_recipe, to_json, to_toml, with_values
+from titan_growth.config.schema import Recipe
+from titan_growth.preflight import report_problems
+from titan_growth.tools.errors import ConfigError, TitanGrowthError
+from titan_growth.tools.exit_report import DONE, FAILED, REQUEUE, ExitReport, caused_by_peer, process_status
+from titan_growth.tools.logs import logger, setup_logging
+from titan_growth.tools.run_folder import RunFolder
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs this rank to its end and returns the exit status of its process."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        following = [word for word in argv if not word.startswith("-")]
+        print(help_text(following[0] if following else None))
+        return DONE
+    setup_logging()
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        recipe = load_recipe(argv)
+    except ConfigError as error:
+        if rank == 0:
+            report_problems(error)
+        return error.exit_status
+    folder = RunFolder(recipe.job.dump_folder)
+    report = ExitReport(folder.path, rank)
+    status, message, secondary = FAILED, "", False
+    try:
+        status, message = run(recipe, folder)
+    except ConfigError as error:
+        status, message = error.exit_status, str(error)
+        report_problems(error)
+    except TitanGrowthError as error:
+        status, message = error.exit_status, str(error)
+        print(f"error: {message}", file=sys.stderr)
+    except Exception as error:
+        secondary = caused_by_peer(error)
+        if secondary:
+            first_line = str(error).strip().split("\n")[0]
+            message = f"rank {rank} lost another rank: {first_line}. The last checkpoint is whole; run the command again"
+            print(f"error: {message}", file=sys.stderr)
+        else:
+            message = f"rank {rank}: {type(error).__name__}: {error}"
+            traceback.print_exc()
+    report.write(status, message, secondary=secondary)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status not in (DONE, REQUEUE):
+        # Without the interpreter's own farewell: it would wait for collectives that nobody else takes part in.
+        os._exit(process_status(status))
+    return process_status(status)
+
+
+def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
+    """Trains, and returns (status, message) for the exit report."""
+    import torch
+    import torch.distributed as dist
+
+    from titan_growth.checkpoint.manager import CheckpointManager
+    from titan_growth.observers import Observers
+    from titan_growth.run_data import check_run_data, prepare_run_data
+    from titan_growth.start import decide, finished, finished_message, settle
+    from titan_growth.tools.device import Device
+    from titan_growth.tools.distributed import init_process_group, on_rank0
+    from titan_growth.tools.signals import StopSignal
+    from titan_growth.trainer import Trainer
+
+    dry_run = recipe.comm.mode == "fake_backend"
+    if dry_run:
+        off = {"checkpoint.enable": False, "growth.enable": False, "validation.enable": False}
+        recipe = with_values(recipe, {**off, "training.steps": 1, "metrics.enable_tensorboard": False})
+    stop = StopSignal()
+    stop.install()
+    _set_environment(recipe)
+    device = Device.detect()
+    _set_determinism(recipe)
+    # The corpus is prepared before the process group exists: it may take longer than any collective should.
+    vocab_size = _vocab_size(recipe)
+    run_data = prepare_run_data(recipe, vocab_size, progress=os.environ.get("RANK", "0") == "0")
+    check_run_data(run_data, recipe)
+
+    init_process_group(device.type, recipe.comm.init_timeout_seconds, fake=dry_run)
+    try:
+        if not dry_run:
+            on_rank0(folder.create)
+            on_rank0(folder.lock)
+            if (done := on_rank0(lambda: finished(recipe, folder))) is not None:
+                logger.info("%s", finished_message(done))
+                return DONE, finished_message(done)
+        checkpointer = CheckpointManager(recipe.checkpoint, folder.path)
+        checkpoint = checkpointer.find()
+        decisions = on_rank0(lambda: decide(recipe, folder, checkpoint))
+        plan = settle(recipe, decisions, checkpoint, num_ranks=dist.get_world_size(), device_type=device.type)
+        if checkpoint is not None and recipe.checkpoint.load_step != -1:
+            checkpointer.set_aside_after(checkpoint.step)
+        if not dry_run:
+            on_rank0(lambda: _save_recipe(plan.recipe, folder))
+        observers = Observers(plan.recipe, folder, device, checkpoint)
+        for line in (plan.recipe.job.description, *plan.describe(device.type), observers.peak_source):
+            logger.info("%s", line)
+        trainer = Trainer(
+            plan,
+            run_data=run_data,
+            device=device,
+            checkpointer=checkpointer,
+            checkpoint=checkpoint,
+            observers=observers,
+            stop=stop,
+        )
+        try:
+            completed = trainer.fit()
+            for line in observers.summary(trainer.last_saved):
+                logger.info("%s", line)
+        finally:
+            observers.close()
+            trainer.data.close()
+        if completed:
+            return DONE, ""
+        if trainer.last_saved is not None and trainer.last_saved.step == trainer.progress.step:
+            return REQUEUE, f"stopped at step {trainer.progress.step} and saved; run the same command again to go on"
+        return FAILED, f"stopped at step {trainer.progress.step} without saving (checkpoint.enable is false)"
+    finally:
+        folder.unlock()
+        if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+def _vocab_size(recipe: Recipe) -> int:
+    from titan_growth.models.registry import model_config_of
+
+    config, problems = model_config_of(recipe.model)
+    if config is None:
+        raise ConfigError(problems)
+    return config.vocab_size
+
+
+def _save_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    folder.write_text("recipe.toml", to_toml(recipe))
+    if recipe.job.save_config_file is not None:
+        folder.write_text(recipe.job.save_config_file, to_json(recipe))
+    if recipe.job.print_config:
+        print(to_toml(recipe))
+
+
+def _set_environment(recipe: Recipe) -> None:
+    """Settings that libraries read from the environment when they start."""
+    if recipe.comm.trace_buf_size:
+        folder = RunFolder(recipe.job.dump_folder).path / recipe.comm.save_traces_folder
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(recipe.comm.trace_buf_size))
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / recipe.comm.save_traces_file_prefix))
+        from torch.cuda import is_available
+
+        if is_available():
+            folder.mkdir(parents=True, exist_ok=True)
+    if recipe.debug.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def _set_determinism(recipe: Recipe) -> None:
+    import torch
+
+    if recipe.debug.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=recipe.debug.deterministic_warn_only)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

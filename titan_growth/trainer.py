@@ -1,0 +1,333 @@
+"""The trainer: build, fit, grow.
+
+`fit` is the whole story of a run. What it calls is built by `_build`, which start-up, resume and growth all go through.
+The trainer knows of no parallelism and no precision; those are stages, and it calls an engine.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_growth.build import build
+from titan_growth.checkpoint.folder import Manifest, StepFolder
+from titan_growth.checkpoint.initial import initial_state
+from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
+from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.checkpoint.reader import NamesOf
+from titan_growth.checkpoint.state import model_tensors, optimizer_tensors, rng_tensors, set_rng
+from titan_growth.config.growth_schema import GrowthStage
+from titan_growth.config.loader import to_toml
+from titan_growth.data import BatchLoader, batch_hash, sample_digests
+from titan_growth.engine import Engine, Microbatch, num_valid_tokens, sum_over_ranks
+from titan_growth.growth.operators import operators
+from titan_growth.growth.reader import grown_names
+from titan_growth.growth.verify import verify_growth
+from titan_growth.mesh import Mesh
+from titan_growth.observers import Observers
+from titan_growth.optim import Optimizer
+from titan_growth.plan import RunPlan
+from titan_growth.run_data import RunData
+from titan_growth.tools.device import Device
+from titan_growth.tools.distributed import gather_objects, on_rank0, set_timeout
+from titan_growth.tools.errors import CheckpointError, TrainingError
+from titan_growth.tools.signals import StopSignal
+from titan_growth.validator import Validator
+
+logger = logging.getLogger("titan_growth")
+
+
+class Trainer:
+    """One run, on this rank.
+
+    Args:
+        plan: the checked recipe on this number of ranks.
+        run_data: the prepared corpus.
+        checkpoint: what to resume from; None starts from scratch (or from `checkpoint.initial_load_path`).
+        observers: metrics and profiler of this rank.
+        stop: set when the run should save and end early.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        *,
+        run_data: RunData,
+        device: Device,
+        checkpointer: CheckpointManager,
+        checkpoint: StepFolder | None,
+        observers: Observers,
+        stop: StopSignal,
+    ) -> None:
+        self.plan = plan
+        self.recipe = plan.recipe
+        self.run_data = run_data
+        self.device = device
+        self.checkpointer = checkpointer
+        self.observers = observers
+        self.stop = stop
+        self.mesh = Mesh.get(plan.mesh_shape, device.type)
+        self.progress = Progress()
+        self.lineage = Lineage()
+        self.last_saved: StepFolder | None = None
+        validation_blocks = run_data.validation_blocks(self.recipe) if run_data.validation is not None else None
+        self.validator = Validator(self.recipe.validation, validation_blocks, self.mesh, self.recipe.training.steps)
+        self.train_blocks = run_data.train_blocks(self.recipe)
+        self._start(checkpoint)
+
+    # ---- start ---------------------------------------------------------------------------------------------------
+
+    def _start(self, checkpoint: StepFolder | None) -> None:
+        torch.manual_seed(self.seed + dist.get_rank())
+        initial = self.recipe.checkpoint.initial_load_path
+        if checkpoint is not None:
+            self.progress = checkpoint.manifest.progress
+            self.lineage = checkpoint.lineage()
+            self.last_saved = checkpoint
+            self._build(seed=None)
+            rng = self._stored_rng(checkpoint)
+            self._load(checkpoint, optimizer=True, extra=rng)
+            set_rng(dist.get_rank(), rng)
+            logger.info("resumed from %s", checkpoint.path)
+        elif initial is not None and self.recipe.checkpoint.enable:
+            self._start_from_another_run()
+        else:
+            self._build(seed=self.seed)
+        self.data = self._loader()
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        assert self.recipe.debug.seed is not None, "the seed has not been resolved"
+        return self.recipe.debug.seed
+
+    def _build(self, *, seed: int | None) -> None:
+        """Model, engine and optimizer at the depth that the lineage has come to."""
+        self.model_config = self.plan.growth.config_after(len(self.lineage.events))
+        model = build(
+            self.model_config,
+            family=self.recipe.model.name,
+            mesh=self.mesh,
+            stages=self.plan.stages,
+            device=self.device.torch,
+            dtype=getattr(torch, self.recipe.training.dtype),
+            seq_len=max(self.recipe.training.seq_len, self.recipe.validation.seq_len or 0),
+            seed=seed,
+        )
+        self.engine = Engine(model, self.device.torch)
+        self.optimizer = Optimizer(model.parts, self.recipe.optimizer, max_norm=self.recipe.training.max_norm)
+
+    def _loader(self) -> BatchLoader:
+        return BatchLoader(
+            self.train_blocks,
+            global_batch_size=self.recipe.training.global_batch_size,
+            local_batch_size=self.recipe.training.local_batch_size,
+            dp_rank=self.mesh.dp_rank,
+            dp_degree=self.mesh.shape.dp_degree,
+            cursor=self.progress.samples,
+            **self.recipe.training.dataloader.model_dump(),
+        )
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def fit(self) -> bool:
+        """Trains to the last step. Returns False when the run was asked to stop early (and has saved, if it saves)."""
+        gc.disable()  # collected below, on all ranks at once, so that no rank stalls the others at its own moment
+        stopped = False
+        self.observers.start()
+        while self.progress.step < self.recipe.training.steps and not stopped:
+            if stage := self.plan.growth.due(self.progress, self.lineage):
+                self.grow(stage)
+            with self.observers.meter.data():
+                batch = self.data.next_batch()
+            num_tokens, stopped = self._agree(batch)
+            loss = self.engine.forward_backward(batch, num_tokens)
+            lr = self.plan.schedule(self.progress.step + 1, self.lineage.grown_at)
+            grad_norm = self.optimizer.clip_and_step(lr)
+            self.engine.model.after_optimizer_step()
+            self._advance(num_tokens)
+            self._record(batch, loss, grad_norm, lr)
+            self._after_step(stopped)
+        if not stopped:
+            for stage in self.plan.growth.remaining(self.lineage):
+                logger.error("the growth at %s never came: the run ended before it", stage.when)
+        return not stopped
+
+    def _agree(self, batch: list[Microbatch]) -> tuple[int, bool]:
+        """(valid tokens of the global batch, whether any rank was asked to stop)."""
+        num_tokens, stop = sum_over_ranks(torch.tensor([num_valid_tokens(batch), int(self.stop.is_set)])).tolist()
+        if num_tokens == 0:
+            raise TrainingError(f"step {self.progress.step + 1}: the global batch has no token to train on")
+        return num_tokens, stop > 0
+
+    def _advance(self, num_tokens: int) -> None:
+        flops_per_token = self.model_config.flops_per_token(self.recipe.training.seq_len)
+        self.progress = self.progress.advanced(
+            tokens=num_tokens, flops=num_tokens * flops_per_token, samples=self.data.cursor - self.progress.samples
+        )
+        self.observers.count_step(tokens=num_tokens, flops_per_token=flops_per_token)
+
+    def _record(self, batch: list[Microbatch], loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Logs the step when it is to be logged; a loss or gradient that is not finite ends the run there."""
+        step = self.progress.step
+        saves = self._save_due(False)
+        if not (self.observers.should_log(step) or saves):
+            return
+        values = (loss.item(), grad_norm.item())
+        if self.observers.should_log(step):
+            digest = None
+            if self.recipe.debug.log_batch_hash:
+                digest = batch_hash(gather_objects(sample_digests(batch)))
+            self.observers.record_step(self.progress, *values, lr, self.model_config.num_layers, digest)
+        if not all(math.isfinite(value) for value in values):
+            raise TrainingError(
+                f"step {step}: loss {values[0]}, gradient norm {values[1]}. Nothing was saved from here; resume from the "
+                "last checkpoint with a lower optimizer.lr or a longer warmup"
+            )
+
+    def _after_step(self, stopped: bool) -> None:
+        step = self.progress.step
+        if step == 1 and dist.get_world_size() > 1:
+            set_timeout(self.recipe.comm.train_timeout_seconds)
+        growing = self.plan.growth.due(self.progress, self.lineage) is not None and step < self.recipe.training.steps
+        if self.validator.due(step) or (growing and self.recipe.validation.enable):
+            with self.observers.meter.pause("validation"):
+                self.observers.record_validation(self.progress, self.validator.run(self.engine))
+        # After the validation, so that a resume finds its line already written.
+        if self._save_due(growing or stopped):
+            self.save(permanent=growing)
+        self.observers.end_of_step()
+        if step % self.recipe.training.gc_freq == 0:
+            gc.collect()
+
+    # ---- growth --------------------------------------------------------------------------------------------------
+
+    def grow(self, stage: GrowthStage) -> None:
+        """Replaces the model by the grown one, read from the checkpoint that this step was saved in.
+
+        Nothing is written before the grown model has proved right, so a crash anywhere in here resumes at the small
+        model and grows again to the same bits.
+        """
+        with self.observers.meter.pause("growth"):
+            source = self.last_saved
+            assert source is not None and source.step == self.progress.step, "growing from a step that was not saved"
+            operator = operators()[stage.operator]
+            before = self.model_config
+            source_of = operator.source_of(before.num_layers, stage.factor)
+            loss_before = self._held_out_loss()
+            event = GrowthEvent(
+                step=self.progress.step,
+                tokens=self.progress.tokens,
+                flops=self.progress.flops,
+                operator=stage.operator,
+                factor=stage.factor,
+                optimizer_state=stage.optimizer_state,
+                lr_policy=stage.lr_policy,
+                from_layers=before.num_layers,
+                to_layers=len(source_of),
+                source=source.path.name,
+                source_of=source_of,
+                mesh=str(self.mesh.shape),
+                loss_before=loss_before,
+                loss_after=math.nan,
+            )
+            self._release()
+            self.lineage = Lineage((*self.lineage.events, event))
+            self._build(seed=None)
+            copy_moments = stage.optimizer_state == "copy"
+            self._load(source, optimizer=copy_moments, names_of=grown_names(source_of))
+            grown = self._tensors(optimizer=copy_moments)
+            num_compared = verify_growth(grown, source_of, lambda wanted: self.checkpointer.load(source.path, wanted))
+            event = replace(event, loss_after=self._held_out_loss())
+            self.lineage = Lineage((*self.lineage.events[:-1], event))
+            logger.info("every tensor equals its source (%d compared on this rank)", num_compared)
+            self.observers.record_growth(event)
+
+    def _held_out_loss(self) -> float:
+        if self.validator.blocks is not None:
+            return self.validator.one_batch(self.engine)
+        # Nothing is held out: the next global batch, which has not been trained on, serves.
+        upcoming = self._loader()
+        try:
+            return self.engine.evaluate(upcoming.next_batch())
+        finally:
+            upcoming.close()
+
+    def _release(self) -> None:
+        """Lets go of the model before the larger one is built."""
+        del self.engine, self.optimizer
+        gc.collect()
+        self.device.free_memory()
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_due(self, wanted: bool) -> bool:
+        section, step = self.recipe.checkpoint, self.progress.step
+        if not section.enable or section.load_only:
+            return False
+        first = section.enable_first_step_checkpoint and step == 1
+        return wanted or first or step % section.interval == 0 or step == self.recipe.training.steps
+
+    def save(self, *, permanent: bool) -> None:
+        """Writes and commits a checkpoint of this step."""
+        with self.observers.meter.pause("checkpoint"):
+            section, last = self.recipe.checkpoint, self.progress.step == self.recipe.training.steps
+            model_only = last and section.last_save_model_only
+            manifest = Manifest(
+                progress=self.progress,
+                num_layers=self.model_config.num_layers,
+                num_ranks=dist.get_world_size(),
+                mesh=str(self.mesh.shape),
+                model_only=model_only,
+                permanent=permanent,
+                metrics_offset=self.observers.metrics_offset,
+                data=self.run_data.fingerprints(),
+            )
+            tensors = self._tensors(optimizer=not model_only)
+            if not model_only:
+                tensors |= rng_tensors(dist.get_rank())
+            self.last_saved = self.checkpointer.save(
+                manifest,
+                tensors,
+                recipe_toml=to_toml(self.recipe),
+                lineage_json=json.dumps(self.lineage.to_dict(), indent=1) + "\n",
+            )
+            self.checkpointer.prune()
+            logger.info("saved %s", self.last_saved.path)
+
+    def _tensors(self, *, optimizer: bool) -> dict[str, Tensor]:
+        tensors = model_tensors(self.engine.model.parts)
+        return tensors | optimizer_tensors(self.optimizer) if optimizer else tensors
+
+    def _load(
+        self,
+        checkpoint: StepFolder,
+        *,
+        optimizer: bool,
+        names_of: NamesOf | None = None,
+        extra: dict[str, Tensor] | None = None,
+    ) -> None:
+        wanted = self._tensors(optimizer=optimizer) | (extra or {})
+        self.checkpointer.load(checkpoint.path, wanted, names_of)
+
+    def _stored_rng(self, checkpoint: StepFolder) -> dict[str, Tensor]:
+        """Room for this rank's random states, as far as the checkpoint has them (it may be of fewer ranks)."""
+        stored = self.checkpointer.stored_names(checkpoint.path)
+        return {name: state for name, state in rng_tensors(dist.get_rank()).items() if name in stored}
+
+    def _start_from_another_run(self) -> None:
+        """Takes another run's weights, or all of its state, from `checkpoint.initial_load_path`."""
+        section = self.recipe.checkpoint
+        path, self.progress, self.lineage = on_rank0(lambda: initial_state(section))
+        if len(self.lineage.events) > len(self.plan.growth.stages):
+            raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
+        self._build(seed=None)
+        self.checkpointer.load(path, self._tensors(optimizer=not section.initial_load_model_only))
+        logger.info("started from %s of %s", "the weights" if section.initial_load_model_only else "all state", path)
