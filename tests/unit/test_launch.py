@@ -27,10 +27,13 @@ report = ExitReport(Path("outputs"), rank)
 """
 # The preflight is the caller's to give, so the launch below differs from the real one in nothing else.
 LAUNCH = """
-import os, sys
+import os, sys, time
 from titan_growth import launch
 def preflight(argv):
     print("preflight for", os.environ["WORLD_SIZE"], "with", *argv, flush=True)
+    if {status} < 0:
+        open("checking", "w").close()
+        time.sleep(60)
     return {status}
 sys.exit(launch.main(sys.argv[1:], preflight=preflight))
 """
@@ -194,7 +197,11 @@ def test_restarted_ranks_are_judged_by_their_last_attempt(folder: Folder) -> Non
 
 
 def test_module_that_leaves_no_report(folder: Folder) -> None:
-    folder.module("sys.exit(3 if rank == 1 else 0)")
+    folder.module("""
+        if rank == 1:
+            print("odd", file=sys.stderr)
+            sys.exit(3)
+    """)
     status, output = folder.run(NGPU="2")
     assert status == 1
     assert "rank 1 ended with status 3 and left no report" in output
@@ -214,6 +221,16 @@ def test_preflight_can_end_the_launch(folder: Folder, preflight: int, expected: 
     status, output = folder.run(preflight=preflight, NGPU="1")
     assert status == expected
     assert "started" not in output
+
+
+def test_signal_during_the_preflight_ends_the_launch_at_once(folder: Folder) -> None:
+    folder.module("print('started')")
+    process = folder.start(preflight=-1, NGPU="1")
+    folder.wait_for("checking")
+    process.send_signal(signal.SIGTERM)
+    status, output = folder.finish(process)
+    assert status == 75
+    assert output.splitlines()[-1].startswith("stopped by SIGTERM before training had begun")
 
 
 def test_two_nodes(folder: Folder) -> None:
