@@ -259,6 +259,8 @@ class _Job:
 
     def _commit(self, splits: dict[str, dict[str, Any]]) -> None:
         """Write the tokenizer's files and, last, meta.json. Nothing in it depends on when or how often we ran."""
+        for leftover in self._folder.glob(".*.tmp"):
+            leftover.unlink()  # of a process that died while it put a file in place
         tokenizer_files = []
         for name, content in self._tokenizer.files().items():
             write_atomic(self._folder / name, content)

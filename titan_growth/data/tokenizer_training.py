@@ -72,7 +72,7 @@ def train_sentencepiece(corpus: Corpus, vocab_size: int, path: Path | None = Non
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise _explain(str(error), corpus, vocab_size) from error
+        raise feed.error or _explain(str(error), corpus, vocab_size) from error
     if feed.error is not None:
         raise feed.error
     logger.info("trained a tokenizer of %d tokens in %.1f s", vocab_size, time.monotonic() - started)

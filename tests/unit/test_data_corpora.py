@@ -1,0 +1,266 @@
+"""Corpora: what is read, in which order, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from titan_growth.data.corpora import CorpusSpec, find_files, open_corpus
+from titan_growth.tools.errors import DataError
+
+
+def read(
+    path: Path | str, dataset: str = "stdlib", text_key: str = "text", start: int = 0, split: str = "train"
+) -> list:
+    spec = CorpusSpec(dataset, str(path), text_key=text_key, split=split)
+    return list(open_corpus(spec).documents(start))
+
+
+def lines(*records: object) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A folder with every kind of file, and what is to be skipped: another extension, hidden files."""
+    folder = tmp_path / "mixed"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "hidden.txt").write_text("hidden")
+    (folder / "a.txt").write_bytes("\ufeffone\r\ntwo".encode())
+    (folder / "b.jsonl").write_text(lines({"text": "b0", "x": 1}) + "\n" + lines({"text": "b1 é"}))
+    (folder / "c.json.gz").write_bytes(gzip.compress(lines({"text": "c0"}, {"text": "c1"}).encode()))
+    compressor = zstandard.ZstdCompressor()
+    frames = [compressor.compress(lines({"text": text}).encode()) for text in ("d0", "d1")]
+    (folder / "d.jsonl.zst").write_bytes(b"".join(frames))
+    pq.write_table(pa.table({"text": ["e0", "e1", "e2"], "n": [1, 2, 3]}), folder / "e.parquet", row_group_size=2)
+    (folder / "f.txt.gz").write_bytes(gzip.compress(b"f"))
+    (folder / "g.txt.zst").write_bytes(compressor.compress(b"g"))
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    (folder / "sub" / "h.md").write_text("h")
+    return folder
+
+
+EXPECTED = ["one\r\ntwo", "b0", "b1 é", "c0", "c1", "d0", "d1", "e0", "e1", "e2", "f", "g", "h"]
+
+
+def test_folder_of_all_kinds_is_read_in_order(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert read(mixed) == EXPECTED
+    assert [record.message for record in caplog.records] == [f"{mixed}: skipped 1 files of other kinds"]
+
+
+@pytest.mark.parametrize("start", range(len(EXPECTED) + 1))
+def test_reading_resumes_at_any_document(mixed: Path, start: int) -> None:
+    assert read(mixed, start=start) == EXPECTED[start:]
+
+
+def test_file_and_glob_and_forced_kind(mixed: Path, tmp_path: Path) -> None:
+    assert read(mixed / "b.jsonl", "c4") == ["b0", "b1 é"]
+    assert read(f"{mixed}/**/*.[tm][xd]*", "c4") == ["one\r\ntwo", "f", "g", "h"]
+    assert read(mixed, "parquet") == ["e0", "e1", "e2"]
+    (tmp_path / "records.log").write_text(lines({"body": "x"}))
+    assert read(tmp_path / "records.log", "json", "body") == ["x"]
+    assert read(tmp_path / "records.log", "text") == ['{"body": "x"}\n']
+
+
+def test_fingerprint_follows_the_inputs_but_not_their_place(mixed: Path, tmp_path: Path) -> None:
+    def fingerprint(path: Path, key: str = "text") -> str:
+        return open_corpus(CorpusSpec("c4", str(path), text_key=key)).fingerprint()
+
+    before = fingerprint(mixed)
+    moved = mixed.rename(tmp_path / "moved")
+    assert fingerprint(moved) == before
+    assert fingerprint(moved, "body") != before
+    os.utime(moved / "a.txt", ns=(1, 1))
+    touched = fingerprint(moved)
+    assert touched != before
+    (moved / "a.txt").rename(moved / "aa.txt")
+    assert fingerprint(moved) != touched
+
+
+def test_stdlib_is_real_text_without_tests() -> None:
+    corpus = open_corpus(CorpusSpec())
+    documents = list(corpus.documents())
+    assert 5e6 < sum(map(len, documents)) <= corpus.num_bytes < 20e6  # type: ignore[operator]
+    assert any("class OrderedDict(dict)" in text for text in documents)
+    assert not any("class TestBaseException" in text for text in documents)
+    assert list(corpus.documents(start=700)) == documents[700:]
+    assert open_corpus(CorpusSpec()).fingerprint() == corpus.fingerprint()
+
+
+def test_stdlib_fingerprint_includes_the_python_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_corpus(CorpusSpec()).fingerprint()
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
+    assert open_corpus(CorpusSpec()).fingerprint() != before
+
+
+def test_stdlib_skips_unreadable_files_with_one_log_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "test").mkdir()
+    for name, content in {"a.py": b"a", "b.py": b"\xff", "c.py": b"c", "test/d.py": b"d"}.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert list(open_corpus(CorpusSpec()).documents()) == ["a", "c"]
+    assert "skipped 1 files" in caplog.text
+
+
+def test_utf8_across_chunk_borders(tmp_path: Path) -> None:
+    text = "x" + "é漢" * 700_000
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert read(tmp_path / "a.txt") == [text]
+
+
+@pytest.mark.parametrize("num_before", [0, 5, (1 << 20) - 1, (1 << 20) + 7])
+def test_bad_utf8_is_reported_with_its_offset(tmp_path: Path, num_before: int) -> None:
+    # 0xe2 0x82 begins a character of three bytes; with num_before = 2**20 - 1 a chunk ends within it.
+    (tmp_path / "a.txt").write_bytes(b"a" * num_before + b"\xe2\x82a")
+    with pytest.raises(DataError, match=rf"a\.txt: byte offset {num_before} is not valid UTF-8"):
+        read(tmp_path)
+
+
+BROKEN = {
+    "truncated.txt.gz": (
+        gzip.compress(os.urandom(5000))[:-900],
+        r"truncated\.txt\.gz: the compressed data is truncated",
+    ),
+    "not.txt.gz": (b"plain", r"not\.txt\.gz: cannot be read \(Not a gzipped file"),
+    "cut.txt.zst": (zstandard.compress(os.urandom(5000))[:-900], r"cut\.txt\.zst: the compressed data is truncated"),
+    "not.txt.zst": (b"plain text", r"not\.txt\.zst: the compressed data is truncated or damaged"),
+    "bad.parquet": (b"PAR1" + b"x" * 50, r"bad\.parquet: truncated or not a parquet file"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"broken\.jsonl:2: broken JSON at column"),
+    "nokey.jsonl": (b'{"body": "a", "id": 1}\n', r"nokey\.jsonl:1: no field 'text'; it has: body, id\. Set text_key"),
+    "number.jsonl": (b'{"text": "a"}\n{"text": 5}\n', r"number\.jsonl:2: the field 'text' is int, not a string"),
+    "null.jsonl": (b'{"text": null}\n', r"null\.jsonl:1: the field 'text' is NoneType, not a string"),
+    "array.json": (b'[{"text": "a"}]', r"array\.json:1: a JSON list instead of an object"),
+    "half.jsonl": (b'{"text": "a\\ud800"}', r"half\.jsonl:1: .* lone surrogate at character 1"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}', r"latin\.jsonl:2: byte offset 24 is not valid UTF-8"),
+    "deep.jsonl": (b'{"text":' + b"[" * 200_000, r"deep\.jsonl:1: JSON nested too deeply"),
+    "empty.txt": (b"", r"empty\.txt: empty \(0 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_file_is_reported_with_its_position(tmp_path: Path, name: str) -> None:
+    content, message = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    if b"\\ud800" not in content and name != "empty.txt":
+        with pytest.raises(DataError, match=message):
+            read(tmp_path)
+
+
+def test_parquet_columns_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"n": [1, 2], "s": ["a", None], "d": pa.array(["x", "y"], pa.large_string())}), path)
+    with pytest.raises(DataError, match=r"a\.parquet: no field 'text'; it has: n, s, d\. Set text_key"):
+        read(path)
+    with pytest.raises(DataError, match=r"a\.parquet: the column 'n' holds int64, not strings"):
+        read(path, text_key="n")
+    with pytest.raises(DataError, match=r"a\.parquet: row 1: the column 's' is null"):
+        read(path, text_key="s")
+    assert read(path, text_key="d") == ["x", "y"]
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=r"a\.parquet: truncated or not a parquet file"):
+        read(path, text_key="d")
+
+
+def test_missing_and_unusable_paths(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.txt: does not exist\. Set dataset_path"):
+        read(tmp_path / "nowhere.txt")
+    with pytest.raises(DataError, match=r"the glob matches no file"):
+        read(f"{tmp_path}/*.txt")
+    (tmp_path / "x.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no file of a known kind \(1 others\)"):
+        read(tmp_path)
+    with pytest.raises(DataError, match=r"dataset 'json': needs files to read\. Set dataset_path"):
+        open_corpus(CorpusSpec("json"))
+
+
+@pytest.fixture
+def locked_file() -> Iterator[Path]:
+    """A file that this process may not read, also where the tests run as root."""
+    import shutil
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="titan_growth_test_"))
+    (folder / "secret.txt").write_text("secret")
+    (folder / "secret.txt").chmod(0)
+    folder.chmod(0o755)
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(65534)
+    yield folder / "secret.txt"
+    if was_root:
+        os.seteuid(0)
+    shutil.rmtree(folder)
+
+
+def test_no_permission(locked_file: Path) -> None:
+    with pytest.raises(DataError, match=r"secret\.txt: no permission to read it"):
+        read(locked_file)
+
+
+def test_saved_dataset_folder(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = [f"row {number}" for number in range(600)]
+    table = datasets.Dataset.from_dict({"text": rows, "n": list(range(600))})
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": table, "tail": table.select([1])}).save_to_disk(tmp_path / "dict")
+    assert read(tmp_path / "one") == rows
+    assert read(tmp_path / "one", start=300) == rows[300:]
+    assert read(tmp_path / "dict", split="tail") == ["row 1"]
+    with pytest.raises(DataError, match=r"no split 'test'; it has: train, tail"):
+        read(tmp_path / "dict", split="test")
+    with pytest.raises(DataError, match=r"no field 'body'; it has: text, n"):
+        read(tmp_path / "one", text_key="body")
+    with pytest.raises(DataError, match=r"the field 'n' is int64, not a string"):
+        read(tmp_path / "one", text_key="n")
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"one: damaged saved dataset"):
+        read(tmp_path / "one")
+
+
+def test_unreachable_hub_is_one_line(tmp_path: Path) -> None:
+    program = (
+        "from titan_growth.data.corpora import CorpusSpec, open_corpus\n"
+        "from titan_growth.tools.errors import DataError\n"
+        "try:\n    open_corpus(CorpusSpec('nobody/nothing', subset='en'))\n"
+        "except DataError as error:\n    print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stdout.startswith("dataset 'nobody/nothing': cannot be loaded from the Hugging Face hub, subset 'en'")
+    assert 'or use dataset = "stdlib"' in done.stdout
+
+
+def test_importing_corpora_needs_no_heavy_library() -> None:
+    program = (
+        "import sys, titan_growth.data.corpora, titan_growth.data as data; data.CorpusSpec()\n"
+        "print([name for name in ('torch', 'datasets', 'numpy', 'tokenizers', 'sentencepiece') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_files_are_sorted_by_relative_name(mixed: Path) -> None:
+    names = [file.name for file in find_files(mixed, None)]
+    assert names == sorted(names)
+    assert names[-1] == "sub/h.md"
