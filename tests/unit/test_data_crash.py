@@ -102,7 +102,7 @@ def test_killed_preparations_end_with_the_same_bytes(corpus: Path, tmp_path: Pat
         ("replace", 2),
         ("append", 190),
         ("replace", 3),
-        ("append", 70),
+        ("append", 25),
         ("replace", 2),
     ]
     for event, count in deaths:
