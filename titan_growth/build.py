@@ -1,6 +1,6 @@
 """`build()`: from (model config, mesh, stages) to a model on its device. Start-up, resume and growth all call it.
 
-    meta device -> stages in their declared order -> materialise -> buffers -> weights
+    meta device -> stages in their declared order -> materialise -> weights
 
 It is a function without memory: whoever wants another depth or another mesh calls it again.
 """
@@ -13,13 +13,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from titan_growth.mesh import Mesh
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.registry import family_module
-from titan_growth.stages.base import Stage, StageContext
+from titan_growth.stages.base import ModelParts, Stage, StageContext
 
 logger = logging.getLogger("titan_growth")
 
@@ -29,7 +28,7 @@ class BuiltModel:
     """The model parts of this rank together with the stages that made them."""
 
     config: ModelConfig
-    parts: list[nn.Module]
+    parts: ModelParts
     stages: list[Stage]
     context: StageContext
 
@@ -67,13 +66,13 @@ def build(
     context = StageContext(model_config, mesh.shape, device.type, seq_len, mesh, module)
     with torch.device("meta"):
         whole = module.Decoder(model_config, seq_len).to(dtype)
-    parts: list[nn.Module] = [whole]
+    parts: ModelParts = [whole]
     active = [stage for stage in stages if stage.enabled(context)]
     for stage in active:
         parts = stage.apply(parts, context)
     for part in parts:
         part.to_empty(device=device)
-        part.init_buffers()
+        part.materialized()
         part.train()
     if seed is not None:
         init_weights(parts, lambda name: module.init_rule(model_config, name), seed)

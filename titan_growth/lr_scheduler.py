@@ -1,8 +1,8 @@
 """The learning rate as a pure function of the step and of the growths that have happened.
 
-Nothing is stored in a checkpoint and nothing can be frozen there: a changed recipe takes effect on resume. A schedule is
-a warmup, an optional stable phase and a decay, laid over a *segment* of the run. The run starts with one segment from
-step 0 to the end, as if it would never grow (the base of G_stack is grown un-annealed). A growth with
+Nothing is stored in a checkpoint and nothing can be frozen there: a changed recipe takes effect on resume. A schedule
+is a warmup, an optional stable phase and a decay, laid over a *segment* of the run. The run starts with one segment
+from step 0 to the end, as if it would never grow (the base of G_stack is grown un-annealed). A growth with
 `lr_policy = "restart"` opens a new segment from there to the end; "continue" changes at most the peak.
 """
 

@@ -2,8 +2,8 @@
 
 The axes are always `pp, dp_replicate, dp_shard, cp, tp`, outermost first, so ranks of one node share the axes that talk
 the most. `MeshShape` is pure arithmetic and can be planned without devices; `Mesh` holds the process groups. Meshes are
-made once per shape and kept for the life of the process: DTensor caches them, so destroying or remaking one breaks later
-steps (design.md section 6), and a run that grows to another mesh and back finds the first one again.
+made once per shape and kept for the life of the process: DTensor caches them, so destroying or remaking one breaks
+later steps (design.md section 6), and a run that grows to another mesh and back finds the first one again.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def resolve_mesh(section: Parallelism, num_ranks: int) -> tuple[MeshShape | None
     return shape, []
 
 
-def resolve_batch(
-    global_batch_size: int, local_batch_size: int, shape: MeshShape
-) -> tuple[int, int, list[Problem]]:
+def resolve_batch(global_batch_size: int, local_batch_size: int, shape: MeshShape) -> tuple[int, int, list[Problem]]:
     """(global batch size, gradient accumulation steps, problems) on a mesh; -1 becomes local x data-parallel degree."""
     per_step = local_batch_size * shape.dp_degree
     if global_batch_size == -1:
@@ -117,5 +115,5 @@ class Mesh:
 
         replicate = self.device_mesh.get_local_rank("dp_replicate")
         shard = self.device_mesh.get_local_rank("dp_shard")
-        assert replicate >= 0 and shard >= 0, f"rank {dist.get_rank()} is not part of the mesh"
+        assert min(replicate, shard) >= 0, f"rank {dist.get_rank()} is not part of the mesh"
         return int(replicate * self.shape.dp_shard + shard)

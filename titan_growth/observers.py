@@ -24,7 +24,7 @@ from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
 
 
 class Observers:
-    """Metrics and profiler, wired to a recipe. Only rank 0 writes, unless `metrics.save_for_all_ranks` says otherwise."""
+    """Metrics and profiler, wired to a recipe. Only rank 0 writes, unless `metrics.save_for_all_ranks` is on."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, device: Device, resumed: StepFolder | None) -> None:
         self.recipe = recipe

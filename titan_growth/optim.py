@@ -22,7 +22,7 @@ class Optimizer:
 
     def __init__(self, parts: Iterable[nn.Module], section: OptimizerSection, *, max_norm: float) -> None:
         self.max_norm = max_norm
-        self.parameters: dict[str, Tensor] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
         for part in parts:
             for name, parameter in part.named_parameters():
                 assert name not in self.parameters, f"two parts hold {name}"
@@ -47,7 +47,7 @@ class Optimizer:
             }
 
     def named_state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(parameter name, state key, tensor) of all state; the tensors are those in use, so they can be loaded into."""
+        """(parameter name, state key, tensor) of all state; the tensors in use, so they can be loaded into."""
         for name, parameter in self.parameters.items():
             for key in STATE_KEYS:
                 yield name, key, self.inner.state[parameter][key]

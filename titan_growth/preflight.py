@@ -50,9 +50,10 @@ def _check(argv: list[str]) -> int:
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     # torch is needed for the device and the data; a recipe that is already known to be wrong is still looked through.
     from titan_growth.plan import plan_run
-    from titan_growth.start import decide, finished, finished_message, settle
+    from titan_growth.start import decide, dry_run_of, finished, finished_message, settle
 
     device_type = _device_type()
+    recipe = dry_run_of(recipe)
     _, more, _ = plan_run(recipe, num_ranks=num_ranks, device_type=device_type)
     known = {problem.key for problem in problems}
     if problems:

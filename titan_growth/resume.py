@@ -66,7 +66,9 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
         before = recipe_from_toml(checkpoint.recipe_table())
         lineage = checkpoint.lineage()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path.name} refused: its recipe or lineage cannot be read ({error})") from None
+        raise CheckpointError(
+            f"{checkpoint.path.name} refused: its recipe or lineage cannot be read ({error})"
+        ) from None
     refused: list[Problem] = []
     where = f"{checkpoint.path.name} was written with"
     old_model, _ = model_config_of(before.model)
@@ -89,14 +91,16 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
         message = f"{checkpoint.path.name} has {done} growth{'s' if done > 1 else ''} behind it that the recipe changes"
         refused.append(Problem("growth.stages", message, _NEW_FOLDER))
     elif done == 0 and _first_factor(before) != _first_factor(recipe):
-        message = f"{checkpoint.path.name} has {checkpoint.manifest.num_layers} layers, the recipe starts from another depth"
+        message = (
+            f"{checkpoint.path.name} has {checkpoint.manifest.num_layers} layers, the recipe starts from another depth"
+        )
         refused.append(Problem("growth.stages", message, _NEW_FOLDER))
     if checkpoint.manifest.model_only:
         refused.append(
             Problem(
                 "checkpoint.last_save_model_only",
                 f"{checkpoint.path.name} holds only weights, so the run cannot go on from it",
-                "Start a new run with checkpoint.initial_load_path, or resume an earlier step with checkpoint.load_step",
+                "Start a new run with checkpoint.initial_load_path, or resume an earlier checkpoint.load_step",
             )
         )
     changes = [

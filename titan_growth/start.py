@@ -28,6 +28,15 @@ class Decisions:
     global_batch_size: int | None
 
 
+def dry_run_of(recipe: Recipe) -> Recipe:
+    """The recipe of a dry run (`comm.mode`): one step, which leaves nothing behind; any other recipe as it is."""
+    if recipe.comm.mode == "default":
+        return recipe
+    sections = ("checkpoint", "growth", "validation")
+    off: dict[str, object] = {f"{section}.enable": False for section in sections}
+    return with_values(recipe, {**off, "training.steps": 1, "metrics.enable_tensorboard": False})
+
+
 def decide(recipe: Recipe, folder: RunFolder, checkpoint: StepFolder | None) -> Decisions:
     """Seed and batch size of the run: the recipe's, else those of its earlier start, else new ones."""
     before = decided_before(folder.path, checkpoint)

@@ -1,17 +1,18 @@
 """The entry of every rank: `torchrun ... -m titan_growth.train --job.config_file FILE --section.key value`.
 
-Parses, starts the process group, trains, and says how it ended: a message instead of a traceback for whatever a user can
-cause, and an exit report for `run_train.sh`.
+Parses, starts the process group, trains, and says how it ended: a message instead of a traceback for whatever a user
+can cause, and an exit report for `run_train.sh`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
 
 from titan_growth.config.help import help_text
-from titan_growth.config.loader import load_recipe, to_json, to_toml, with_values
+from titan_growth.config.loader import load_recipe, to_json, to_toml
 from titan_growth.config.schema import Recipe
 from titan_growth.preflight import report_problems
 from titan_growth.tools.errors import ConfigError, TitanGrowthError
@@ -25,8 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         following = [word for word in argv if not word.startswith("-")]
-        print(help_text(following[0] if following else None))
-        return DONE
+        with contextlib.suppress(BrokenPipeError):  # the reader had seen enough, as in `--help | head`
+            print(help_text(following[0] if following else None), flush=True)
+            return DONE
+        os._exit(DONE)
     setup_logging()
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -50,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         secondary = caused_by_peer(error)
         if secondary:
             first_line = str(error).strip().split("\n")[0]
-            message = f"rank {rank} lost another rank: {first_line}. The last checkpoint is whole; run the command again"
+            message = (
+                f"rank {rank} lost another rank: {first_line}. The last checkpoint is whole; run the command again"
+            )
             print(f"error: {message}", file=sys.stderr)
         else:
             message = f"rank {rank}: {type(error).__name__}: {error}"
@@ -72,16 +77,14 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
     from titan_growth.checkpoint.manager import CheckpointManager
     from titan_growth.observers import Observers
     from titan_growth.run_data import check_run_data, prepare_run_data
-    from titan_growth.start import decide, finished, finished_message, settle
+    from titan_growth.start import decide, dry_run_of, finished, finished_message, settle
     from titan_growth.tools.device import Device
     from titan_growth.tools.distributed import init_process_group, on_rank0
     from titan_growth.tools.signals import StopSignal
     from titan_growth.trainer import Trainer
 
     dry_run = recipe.comm.mode == "fake_backend"
-    if dry_run:
-        off = {"checkpoint.enable": False, "growth.enable": False, "validation.enable": False}
-        recipe = with_values(recipe, {**off, "training.steps": 1, "metrics.enable_tensorboard": False})
+    recipe = dry_run_of(recipe)
     stop = StopSignal()
     stop.install()
     _set_environment(recipe)

@@ -188,8 +188,8 @@ class Trainer:
             self.observers.record_step(self.progress, *values, lr, self.model_config.num_layers, digest)
         if not all(math.isfinite(value) for value in values):
             raise TrainingError(
-                f"step {step}: loss {values[0]}, gradient norm {values[1]}. Nothing was saved from here; resume from the "
-                "last checkpoint with a lower optimizer.lr or a longer warmup"
+                f"step {step}: loss {values[0]}, gradient norm {values[1]}. Nothing was saved from here; resume "
+                "from the last checkpoint with a lower optimizer.lr or a longer warmup"
             )
 
     def _after_step(self, stopped: bool) -> None:
@@ -217,7 +217,8 @@ class Trainer:
         """
         with self.observers.meter.pause("growth"):
             source = self.last_saved
-            assert source is not None and source.step == self.progress.step, "growing from a step that was not saved"
+            assert source is not None, "growing without a checkpoint"
+            assert source.step == self.progress.step, "growing from a step that was not saved"
             operator = operators()[stage.operator]
             before = self.model_config
             source_of = operator.source_of(before.num_layers, stage.factor)

@@ -1,6 +1,6 @@
 """Saving and loading step folders from all ranks together.
 
-    save   fresh folder -> DCP shards of all ranks -> .metadata -> recipe, lineage -> checksums -> manifest (= committed)
+    save   fresh folder -> DCP shards of all ranks -> .metadata -> recipe, lineage -> manifest (= committed)
     load   newest committed -> checksums -> every wanted tensor is there, of the right size and type -> read in place
 
 A folder without a manifest is the remains of a save that died; it is never loaded, and cleared when its step is saved

@@ -9,11 +9,11 @@ feed many tensors, requests are grouped by chunk; DCP's reader would load it aga
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pathlib
 import pickle
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,9 @@ class SafeReader(FileSystemReader):
         for info in metadata.storage_data.values():
             if "/" in info.relative_path or "\\" in info.relative_path or info.relative_path.startswith("."):
                 raise CheckpointError(f"{self.folder.name} refused: it names the file {info.relative_path!r}")
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+        storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
+        storage_meta.load_id = self.load_id
+        metadata.storage_meta = storage_meta
         return metadata if self.names_of is None else renamed(metadata, self.names_of)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -132,5 +132,4 @@ def renamed(metadata: Metadata, names_of: NamesOf) -> Metadata:
         for index, info in (metadata.storage_data or {}).items()
         for new in names_of(index.fqn)
     }
-    others = {f.name: getattr(metadata, f.name, None) for f in fields(metadata)}
-    return Metadata(**{**others, "state_dict_metadata": entries, "storage_data": storage, "planner_data": None})
+    return dataclasses.replace(metadata, state_dict_metadata=entries, storage_data=storage, planner_data=None)

@@ -32,7 +32,7 @@ def _training(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
     elif training.global_batch_size > 0 and training.global_batch_size % training.local_batch_size:
         yield Problem(
             "training.global_batch_size",
-            f"{training.global_batch_size} is not a multiple of training.local_batch_size = {training.local_batch_size}",
+            f"{training.global_batch_size} is not a multiple of training.local_batch_size {training.local_batch_size}",
         )
     if loader.num_workers == 0:
         for key in ("persistent_workers", "prefetch_factor"):
@@ -49,7 +49,9 @@ def _training(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
     total, steps = recipe.lr_scheduler.total_steps, training.steps
     if total is not None and total < steps:
         warnings.append(
-            Problem("lr_scheduler.total_steps", f"{total} is less than training.steps = {steps}; the rest runs at the floor")
+            Problem(
+                "lr_scheduler.total_steps", f"{total} is less than training.steps = {steps}; the rest runs at the floor"
+            )
         )
 
 
@@ -71,7 +73,9 @@ def _checkpoint(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
     checkpoint = recipe.checkpoint
     if checkpoint.keep_latest_k == 1:
         yield Problem(
-            "checkpoint.keep_latest_k", "must be 0 (all) or at least 2, got 1", "One copy alone can be lost while saving"
+            "checkpoint.keep_latest_k",
+            "must be 0 (all) or at least 2, got 1",
+            "One copy alone can be lost while saving",
         )
     if not checkpoint.folder or checkpoint.folder.startswith("/") or ".." in checkpoint.folder.split("/"):
         yield Problem("checkpoint.folder", f"must name a folder inside job.dump_folder, got '{checkpoint.folder}'")
@@ -85,6 +89,8 @@ def _checkpoint(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
 
 def _growth(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
     """The order of the stages; what depends on the model is checked in `growth.schedule`."""
+    if recipe.comm.mode != "default":
+        return  # a dry run does not grow
     if not recipe.growth.active_stages:
         base = recipe.growth.base
         if recipe.growth.enable and (base.lr is not None or base.warmup_steps is not None):
@@ -98,7 +104,9 @@ def _growth(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
             "Set checkpoint.enable = true, or growth.enable = false",
         )
     elif checkpoint.load_only:
-        yield Problem("checkpoint.load_only", "conflicts with growth, which saves a checkpoint", "Set growth.enable = false")
+        yield Problem(
+            "checkpoint.load_only", "conflicts with growth, which saves a checkpoint", "Set growth.enable = false"
+        )
     batch, seq_len = recipe.training.global_batch_size, recipe.training.seq_len
     previous = 0.0
     for index, stage in enumerate(recipe.growth.active_stages):

@@ -22,7 +22,7 @@ class GrowthStage(Section):
     optimizer_state: Literal["reset", "copy"] = "reset"
     """What becomes of the moments: zero again (official G_stack), or copied along with the weights."""
     lr_policy: Literal["restart", "continue"] = "restart"
-    """restart = warmup again and a decay that ends with the run (official G_stack); continue = as if nothing happened."""
+    """restart = warmup again and a decay to the run's end (official G_stack); continue = the ungrown run's curve."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate from this growth on. Default: optimizer.lr."""
     warmup_steps: int | None = Field(None, ge=0)

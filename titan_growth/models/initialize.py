@@ -1,6 +1,6 @@
 """Initial weights that do not depend on the layout.
 
-A parameter is drawn in blocks of rows, each from a generator of its own that is seeded by (seed, parameter name, block).
+A parameter is drawn in blocks of rows, each from a generator of its own, seeded by (seed, parameter name, block).
 Names carry the global layer id, so a rank draws exactly the blocks that its shard overlaps and every mesh, on CPU or
 GPU, starts from the same bits. Numbers are drawn on the CPU: generators of different devices disagree.
 """
@@ -40,9 +40,7 @@ def init_weights(parts: Iterable[nn.Module], std_of: Callable[[str], float | Non
 def _local_and_offset(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.dim()
-    _, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return parameter.to_local(), tuple(offset)
 
 

@@ -137,13 +137,20 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(layer): TransformerBlock(config) for layer in range(config.num_layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output: nn.Linear | None = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.output.weight = self.tok_embeddings.weight
+        self.tie_weights()
+        self.rope_cos: Tensor
+        self.rope_sin: Tensor
         self.register_buffer("rope_cos", torch.empty(seq_len, config.head_dim // 2), persistent=False)
         self.register_buffer("rope_sin", torch.empty(seq_len, config.head_dim // 2), persistent=False)
 
-    def init_buffers(self) -> None:
-        """Fills the rotary tables; called after the model has left the meta device."""
+    def tie_weights(self) -> None:
+        """Makes the head share the embedding's weight, if the config says so."""
+        if self.config.tie_word_embeddings and self.tok_embeddings is not None and self.output is not None:
+            self.output.weight = self.tok_embeddings.weight
+
+    def materialized(self) -> None:
+        """To be called when the model has left the meta device, which unties weights and leaves buffers empty."""
+        self.tie_weights()
         cos, sin = rope_cache(self.config, self.seq_len, device=self.rope_cos.device)
         self.rope_cos.copy_(cos)
         self.rope_sin.copy_(sin)

@@ -82,7 +82,7 @@ def family_module(name: str) -> ModuleType:
 
 
 def model_config_of(section: Model) -> tuple[ModelConfig | None, list[Problem]]:
-    """The `ModelConfig` that a `[model]` table describes, or what is wrong with the table. Pure; does not need torch."""
+    """The `ModelConfig` that a `[model]` table describes, or what is wrong with the table. Pure, without torch."""
     if section.name not in FAMILIES:
         known = ", ".join(FAMILIES)
         hint = suggestion(section.name, FAMILIES)

@@ -59,7 +59,9 @@ class FSDP(StageDefaults):
                 # The last unit's gather would be repeated at once by the backward pass.
                 is_last = position == len(units) - 1
                 modules = unit if len(unit) > 1 else unit[0]
-                fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard and (always or not is_last))
+                fully_shard(
+                    modules, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard and (always or not is_last)
+                )
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
             for module in part.modules():
                 if isinstance(module, FSDPModule):

@@ -43,6 +43,8 @@ def init_process_group(device_type: str, timeout_seconds: int, *, fake: bool = F
 def set_timeout(timeout_seconds: int) -> None:
     """Changes the time limit of collectives of every process group of this process."""
     for group in list(dist.distributed_c10d._world.pg_map):
+        if dist.get_backend(group) == "fake":
+            continue
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 

@@ -1,0 +1,117 @@
+"""Small runs for tests: a recipe, and training it in this process on forked ranks through the real entry's pieces."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.config.loader import inspect_recipe
+from titan_growth.config.schema import Recipe
+from titan_growth.observers import Observers
+from titan_growth.run_data import prepare_run_data
+from titan_growth.start import decide, settle
+from titan_growth.tools.device import Device
+from titan_growth.tools.distributed import on_rank0
+from titan_growth.tools.run_folder import RunFolder
+from titan_growth.tools.signals import StopSignal
+from titan_growth.trainer import Trainer
+
+BASE = {
+    "model.flavor": "custom",
+    "model.dim": 32,
+    "model.n_layers": 4,
+    "model.n_heads": 4,
+    "model.n_kv_heads": 2,
+    "model.vocab_size": 258,
+    "data.tokenizer": "bytes",
+    "data.validation_fraction": 0.05,
+    "training.seq_len": 32,
+    "training.global_batch_size": 8,
+    "training.local_batch_size": 2,
+    "training.steps": 6,
+    "training.mixed_precision_param": "float32",
+    "optimizer.lr": 1e-2,
+    "lr_scheduler.warmup_steps": 2,
+    "metrics.log_freq": 1,
+    "debug.seed": 7,
+}
+"""A recipe small enough for a step in milliseconds."""
+
+WORDS = ["the", "model", "grows", "from", "a", "few", "layers", "into", "many", "and", "goes", "on", "learning"]
+
+
+def write_corpus(path: Path, num_words: int = 20_000) -> Path:
+    """A text file with some structure to learn."""
+    generator = random.Random(0)
+    text = " ".join(generator.choice(WORDS) for _ in range(num_words))
+    path.write_text(text)
+    return path
+
+
+def argv_of(values: dict[str, Any]) -> list[str]:
+    """Recipe values as command-line words."""
+    words = []
+    for key, value in values.items():
+        text = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else json.dumps(value)
+        words += [f"--{key}", text]
+    return words
+
+
+def make_recipe(folder: Path, **overrides: Any) -> Recipe:
+    """The base recipe with changes; keys are written with __ for the dot."""
+    corpus = folder.parent / "corpus.txt"
+    if not corpus.exists():
+        write_corpus(corpus)
+    values = {**BASE, "job.dump_folder": str(folder), "training.dataset_path": str(corpus)}
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    recipe, problems, _ = inspect_recipe(argv_of(values))
+    assert recipe is not None
+    assert not problems, [str(problem) for problem in problems]
+    return recipe
+
+
+@contextlib.contextmanager
+def trainer_of(recipe: Recipe, num_ranks: int):
+    """A trainer of this rank, made of the same pieces as `train.run`, inside a process group."""
+    device = Device.detect()
+    folder = RunFolder(recipe.job.dump_folder)
+    on_rank0(folder.create)
+    run_data = prepare_run_data(recipe, recipe.model.vocab_size or 2048, progress=False)
+    checkpointer = CheckpointManager(recipe.checkpoint, folder.path)
+    checkpoint = checkpointer.find()
+    decisions = on_rank0(lambda: decide(recipe, folder, checkpoint))
+    plan = settle(recipe, decisions, checkpoint, num_ranks=num_ranks, device_type=device.type)
+    observers = Observers(plan.recipe, folder, device, checkpoint)
+    trainer = Trainer(
+        plan,
+        run_data=run_data,
+        device=device,
+        checkpointer=checkpointer,
+        checkpoint=checkpoint,
+        observers=observers,
+        stop=StopSignal(),
+    )
+    try:
+        yield trainer
+    finally:
+        observers.close()
+
+
+def train(rank: int, num_ranks: int, recipe: Recipe) -> None:
+    """Trains a recipe to its end on this rank."""
+    with trainer_of(recipe, num_ranks) as trainer:
+        assert trainer.fit()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timings(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines without what depends on the clock."""
+    return [{key: value for key, value in line.items() if key not in ("tokens_per_second", "mfu")} for line in lines]
