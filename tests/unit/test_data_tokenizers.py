@@ -100,6 +100,8 @@ def test_trained_model_round_trips_python_sources(stdlib: Corpus, model: bytes, 
     round_trips(tokenizer, documents + NASTY)
     # A tokenizer that fell back to bytes or characters would round-trip, too.
     assert sum(map(len, documents)) / sum(map(len, tokenizer.encode_batch(documents))) > 2.5
+    # Pieces of a cut document are encoded one by one; no space may come in between.
+    assert tokenizer.decode(tokenizer.encode("de") + tokenizer.encode("f x")) == "def x"
     assert tokenizer.fingerprint() == hashlib.sha256(model).hexdigest()
 
 
