@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+import titan_growth
 from titan_growth.data.corpora import CorpusSpec, find_files, open_corpus
 from titan_growth.tools.errors import DataError
+
+ROOT = str(Path(titan_growth.__file__).parents[1])
 
 
 def read(
@@ -243,7 +246,7 @@ def test_unreachable_hub_is_one_line(tmp_path: Path) -> None:
         "try:\n    open_corpus(CorpusSpec('nobody/nothing', subset='en'))\n"
         "except DataError as error:\n    print(error)\n"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ROOT}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
@@ -256,7 +259,8 @@ def test_importing_corpora_needs_no_heavy_library() -> None:
         "import sys, titan_growth.data.corpora, titan_growth.data as data; data.CorpusSpec()\n"
         "print([name for name in ('torch', 'datasets', 'numpy', 'tokenizers', 'sentencepiece') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 
 

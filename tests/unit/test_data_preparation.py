@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import titan_growth
 from titan_growth.data.corpora import CorpusSpec
 from titan_growth.data.preparation import prepare
 from titan_growth.data.prepared import PreparedCorpus, TokenSplit, check_tokenizer_matches
@@ -263,7 +264,11 @@ def test_full_disk_names_the_way_out(tmp_path: Path) -> None:
         "except Exception as error:\n    print(type(error).__name__, error)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, spec.dataset_path or ""], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program, spec.dataset_path or ""],
+        env={**os.environ, "PYTHONPATH": str(Path(titan_growth.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.stdout.startswith("DataError cache "), done.stdout + done.stderr
     assert "cannot be written (File too large). Point the environment variable TITAN_GROWTH_CACHE" in done.stdout
