@@ -56,14 +56,12 @@ make_environment() {
         PYTHONPATH="$work/virtualenv" "$python" -m virtualenv --clear "$folder" >>"$work/venv.log" 2>&1; then
         return 0
     fi
-    # Last, an environment without pip, and into it a pip from any other pip of this machine or from pip's own site.
+    # Last, an environment without pip, and into it a pip from any other pip of this machine.
     "$python" -m venv --clear --without-pip "$folder" >>"$work/venv.log" 2>&1 || return 1
     for pip in pip3 pip; do
         "$pip" --python "$folder/bin/python" install --quiet pip >>"$work/venv.log" 2>&1 && return 0
     done
-    "$folder/bin/python" -c 'import sys, urllib.request; urllib.request.urlretrieve(*sys.argv[1:])' \
-        https://bootstrap.pypa.io/get-pip.py "$work/get-pip.py" >>"$work/venv.log" 2>&1 &&
-        "$folder/bin/python" "$work/get-pip.py" --quiet >>"$work/venv.log" 2>&1
+    return 1
 }
 
 # Sets `environment` to the folder of the environment to use.

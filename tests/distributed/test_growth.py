@@ -1,0 +1,141 @@
+"""Growth in the middle of a run: every tensor is its source, whatever the mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests.harness import run_ranks
+from tests.runs import make_recipe, read_metrics, train, trainer_of
+from titan_growth.growth.reader import layer_of, with_layer
+
+STAGE = '{{at = "3 steps", operator = "stack", factor = 4, optimizer_state = "{moments}", lr_policy = "{lr}"}}'
+
+
+def growing(moments: str = "reset", lr: str = "restart", **more: Any) -> dict[str, Any]:
+    """3 layers grown to 12 after step 3."""
+    return {
+        "model__n_layers": 12,
+        "training__steps": 6,
+        "checkpoint__enable": True,
+        "checkpoint__interval": 100,
+        "growth__stages": f"[{STAGE.format(moments=moments, lr=lr)}]",
+        **more,
+    }
+
+
+def stored(path: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a step folder, read with PyTorch's own converter."""
+    target = tmp_path / f"{path.parent.parent.name}-{path.name}.pt"
+    dcp_to_torch_save(path, target)
+    return torch.load(target, weights_only=True)
+
+
+def just_grown(rank: int, num_ranks: int, recipe: Any) -> dict[str, torch.Tensor]:
+    """Trains up to the growth, grows, and returns this rank's view of every full tensor."""
+    with trainer_of(recipe, num_ranks) as trainer:
+        original = trainer.grow
+        found: dict[str, torch.Tensor] = {}
+
+        def grow_and_look(stage: Any) -> None:
+            original(stage)
+            for name, tensor in trainer._tensors(optimizer=True).items():
+                full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                found[name] = full.clone()
+
+        trainer.grow = grow_and_look
+        trainer.fit()
+        return found
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("moments", ["reset", "copy"])
+def test_every_layer_is_bitwise_its_source(num_ranks: int, moments: str, tmp_path: Path) -> None:
+    """12 layers from 3; with `copy` the moments too, with `reset` they are zero."""
+    recipe = make_recipe(tmp_path / "run", **growing(moments=moments))
+    (grown, *_) = run_ranks(just_grown, num_ranks, num_ranks, recipe)
+    source = stored(tmp_path / "run" / "checkpoint" / "step-3", tmp_path)
+    layers = {layer_of(name) for name in grown}
+    assert layers == {None, *range(12)}
+    for name, tensor in grown.items():
+        layer = layer_of(name)
+        origin = source[name if layer is None else with_layer(name, layer % 3)]
+        if name.startswith("optimizer.") and moments == "reset":
+            assert not tensor.any(), f"{name} was not reset"
+        else:
+            assert torch.equal(tensor, origin), f"{name} is not its source"
+    assert source["optimizer.state.layers.2.attention.wo.weight.exp_avg"].any(), "the source has no moments to copy"
+
+
+def test_growth_is_reported_and_the_run_goes_on(tmp_path: Path) -> None:
+    """The growth line, the depth of each step, and FLOPs counted at the depth of the moment."""
+    run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **growing(), validation__enable=True, validation__freq=100))
+    lines = read_metrics(tmp_path / "run")
+    (growth,) = [line for line in lines if "event" in line]
+    assert (growth["event"], growth["step"], growth["from_layers"], growth["to_layers"]) == ("growth", 3, 3, 12)
+    assert "loss" not in growth
+    assert growth["loss_before"] != growth["loss_after"]
+    before = lines[lines.index(growth) - 1]
+    assert before["step"] == 3
+    assert "validation_loss" in before, "the small model is validated just before it grows"
+    steps = [line for line in lines if "num_layers" in line]
+    assert [line["num_layers"] for line in steps] == [3, 3, 3, 12, 12, 12]
+    per_token = [steps[2]["flops"] / steps[2]["tokens"], (steps[5]["flops"] - steps[2]["flops"]) / (3 * 8 * 32)]
+    layer_flops = 6 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 256 + 2 * 32) + 12 * 32 * 32
+    assert per_token[1] - per_token[0] == pytest.approx(9 * layer_flops)
+
+
+def test_continue_keeps_the_ungrown_runs_learning_rate(tmp_path: Path) -> None:
+    """`continue` is the curve of the same run without growth; `restart` warms up again."""
+    curves = {}
+    for policy in ("continue", "restart"):
+        run_ranks(train, 1, 1, make_recipe(tmp_path / policy, **growing(lr=policy)))
+        curves[policy] = [line["lr"] for line in read_metrics(tmp_path / policy) if "lr" in line]
+    scratch = growing() | {"growth__enable": False}
+    run_ranks(train, 1, 1, make_recipe(tmp_path / "scratch", **scratch))
+    lines = read_metrics(tmp_path / "scratch")
+    assert all(line["num_layers"] == 12 for line in lines), "growth.enable = false trains the target from scratch"
+    assert curves["continue"] == [line["lr"] for line in lines]
+    assert curves["restart"][:3] == curves["continue"][:3]
+    assert curves["restart"][3] == pytest.approx(0.5e-2)
+
+
+def test_two_growths_by_tokens_chain_to_the_target(tmp_path: Path) -> None:
+    """1 -> 2 -> 4 layers, each after the first step whose tokens have reached the count."""
+    stages = '[{at = "300 tokens", factor = 2, lr_policy = "continue"}, {at = "1K tokens", factor = 2}]'
+    settings = {"checkpoint__enable": True, "checkpoint__interval": 100, "growth__stages": stages}
+    run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **settings))
+    lines = read_metrics(tmp_path / "run")
+    assert [(line["step"], line["to_layers"]) for line in lines if "event" in line] == [(2, 2), (4, 4)]
+    assert [line["num_layers"] for line in lines if "num_layers" in line] == [1, 1, 2, 2, 4, 4]
+
+
+def corrupted(rank: int, num_ranks: int, recipe: Any) -> None:
+    """Trains with an aliased read that serves one layer from the wrong source."""
+    from titan_growth import trainer as module
+
+    honest = module.grown_names
+
+    def dishonest(source_of: Any) -> Any:
+        return honest((source_of[1], *source_of[1:]))
+
+    module.grown_names = dishonest
+    train(rank, num_ranks, recipe)
+
+
+def test_a_wrong_read_is_caught(tmp_path: Path) -> None:
+    """The verification does not trust the reader: layer 0 served from layer 1 aborts the run on every rank."""
+    with pytest.raises(AssertionError, match=r"the grown model is wrong: .*differs from its source layers\.0\."):
+        run_ranks(corrupted, 2, 2, make_recipe(tmp_path / "run", **growing()))
+
+
+def test_checkpoints_at_a_growth_are_kept(tmp_path: Path) -> None:
+    """keep_latest_k counts only the others."""
+    settings = growing(training__steps=12, checkpoint__interval=2, checkpoint__keep_latest_k=2)
+    run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
+    folders = {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()}
+    assert folders == {"step-3", "step-10", "step-12"}
