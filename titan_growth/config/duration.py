@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _PATTERN = re.compile(
@@ -33,7 +34,8 @@ class Duration:
         if match is None:
             raise ValueError(expected)
         unit = match["unit"].lower().rstrip("s") + "s"
-        value = float(match["number"].replace("_", "").replace(",", "")) * _SUFFIXES[match["suffix"].lower()]
+        # Decimal: in binary floating point 1.001k would come to 1000.9999999999999.
+        value = Decimal(match["number"].replace("_", "").replace(",", "")) * _SUFFIXES[match["suffix"].lower()]
         if value != int(value) or value < 1:
             raise ValueError(f"{expected}; it must come to a whole number of {unit}, at least 1")
         return cls(int(value), unit)
