@@ -80,12 +80,12 @@ def parse_text(text: str, annotation: Any | None) -> Any:
     if annotation is str or (get_origin(annotation) is typing.Literal and isinstance(get_args(annotation)[0], str)):
         return text
     if annotation is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
+        return {"true": True, "false": False}.get(text.lower(), _toml_value(text))
     if annotation is float:
         try:
             return float(text)
         except ValueError:
-            return text
+            return _toml_value(text)
     if get_origin(annotation) is list and not text.lstrip().startswith("["):
         item = get_args(annotation)[0]
         return [parse_text(part.strip(), item) for part in text.split(",")] if text else []

@@ -49,16 +49,14 @@ def unknown_key(key: str) -> Problem:
     annotation = annotation_at(Recipe, section.split(".")) if section else Recipe
     model = section_of(annotation)
     if model is None:
-        hint = suggestion(key.split(".")[0], Recipe.model_fields)
-        return Problem(key, f"unknown section [{key.split('.')[0]}]", hint)
-    if not section:
-        return Problem(key, "unknown section" if name else "unknown key", suggestion(name, model.model_fields))
+        return Problem(key, f"unknown section [{section}]", "See --help for the sections")
     near = suggestion(name, model.model_fields)
     if not near:
         # The key may exist in another table.
         elsewhere = [leaf for leaf, _ in leaves(Recipe) if leaf.rpartition(".")[2] == name]
         near = f"Did you mean {elsewhere[0]!r}?" if elsewhere else ""
-    return Problem(key, f"unknown key in [{section}]", near or "See --help for the keys")
+    message = f"unknown key in [{section}]" if section else "unknown section"
+    return Problem(key, message, near or "See --help for the keys")
 
 
 def problem_of(key: str, details: Any) -> Problem:

@@ -231,7 +231,8 @@ class Validation(Section):
     enable: bool = False
     """Validate every freq steps and at the last step."""
     dataset: str | None = None
-    """Another corpus to validate on, named as training.dataset is. Default: the held-out part of the training one."""
+    """Another corpus to validate on, named as training.dataset is. Default: the held-out part of the training one
+    (torchtitan: c4_validation)."""
     dataset_path: str | None = None
     """File, folder or glob of that corpus."""
     local_batch_size: int = Field(8, ge=1)

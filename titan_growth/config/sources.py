@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import tomli
 from pydantic import BaseModel
@@ -31,12 +31,13 @@ class Sources:
     config_file: Path | None = None
 
     def origin(self, key: str) -> str:
-        """The origin of a key or of the nearest table around it; empty for a default."""
-        while key:
-            if key in self.origins:
-                return self.origins[key]
-            key = key.rpartition(".")[0]
-        return ""
+        """The origin of a key, of the nearest table around it, or of what is in it; empty for a default."""
+        around = key
+        while around:
+            if around in self.origins:
+                return self.origins[around]
+            around = around.rpartition(".")[0]
+        return next((origin for inner, origin in self.origins.items() if inner.startswith(key + ".")), "")
 
 
 def read_sources(argv: list[str], root: type[BaseModel]) -> Sources:
@@ -52,7 +53,7 @@ def read_sources(argv: list[str], root: type[BaseModel]) -> Sources:
         _read_file(Path(config_files[-1]).expanduser(), sources)
     for key, text, flag in flags:
         if key != CONFIG_FILE_KEY:
-            _set(sources, key, parse_text(text, annotation_at(root, key.split("."))), flag)
+            _set(sources, root, key, parse_text(text, annotation_at(root, key.split("."))), flag)
     return sources
 
 
@@ -67,8 +68,11 @@ def _read_flags(argv: list[str], root: type[BaseModel], sources: Sources) -> lis
             continue
         name, has_value, text = word[2:].partition("=")
         key = name.replace("-", "_")
+        if not all(key.split(".")):
+            sources.problems.append(Problem("command line", f"unexpected {word!r}", "Write --section.key value"))
+            continue
         if not has_value:
-            annotation = annotation_at(root, key.split("."))
+            annotation = str if key == CONFIG_FILE_KEY else annotation_at(root, key.split("."))
             if position < len(argv) and not argv[position].startswith("--"):
                 text = argv[position]
                 position += 1
@@ -132,12 +136,14 @@ def _line_numbers(text: str) -> dict[str, int]:
     return lines
 
 
-def _set(sources: Sources, key: str, value: Any, flag: str) -> None:
-    """Puts one command-line value at its dotted key, making tables on the way."""
+def _set(sources: Sources, root: type[BaseModel], key: str, value: Any, flag: str) -> None:
+    """Puts one command-line value at its dotted key; tables, and the next item of a list, are made on the way."""
     *parents, last = key.split(".")
     node: Any = sources.values
     for depth, name in enumerate(parents):
         if isinstance(node, list):
+            if name == str(len(node)):
+                node.append({})
             if not name.isdigit() or int(name) >= len(node):
                 where = ".".join(parents[:depth])
                 message = f"there is no item {name} ({where} has {len(node)})"
@@ -145,7 +151,8 @@ def _set(sources: Sources, key: str, value: Any, flag: str) -> None:
                 return
             node = node[int(name)]
         else:
-            node = node.setdefault(name, {})
+            annotation, _ = strip_optional(annotation_at(root, parents[: depth + 1]))
+            node = node.setdefault(name, [] if get_origin(annotation) is list else {})
         if not isinstance(node, dict | list):
             sources.problems.append(Problem(key, f"{'.'.join(parents[: depth + 1])} is a value, not a table"))
             return

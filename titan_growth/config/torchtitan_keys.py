@@ -54,6 +54,7 @@ IGNORED: dict[str, str] = {
     "parallelism.context_parallel_load_balancer": "parallelism.context_parallel_degree is 1",
     "parallelism.context_parallel_rotate_method": "parallelism.context_parallel_degree is 1",
     "parallelism.expert_parallel_comm_backend": "parallelism.expert_parallel_degree is 1",
+    "validation.dataloader.prefetch_factor": "validation.dataloader.num_workers is 0",
     "activation_checkpoint.*": "activation_checkpoint.mode is none",
     "compile.*": "compile.enable is false",
     "quantize.*": "model.converters is empty",
