@@ -86,7 +86,7 @@ def parse_text(text: str, annotation: Any | None) -> Any:
             return float(text)
         except ValueError:
             return _toml_value(text)
-    if get_origin(annotation) is list and not text.lstrip().startswith("["):
+    if get_origin(annotation) is list and section_of(annotation) is None and not text.lstrip().startswith("["):
         item = get_args(annotation)[0]
         return [parse_text(part.strip(), item) for part in text.split(",")] if text else []
     return _toml_value(text)

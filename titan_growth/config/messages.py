@@ -37,8 +37,9 @@ MOVED = {
 
 def suggestion(word: str, choices: Iterable[str]) -> str:
     """`Did you mean 'x'?`, or nothing when no choice is near."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f"Did you mean {near[0]!r}?" if near else ""
+    spellings = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(word.lower(), spellings, n=1, cutoff=0.6)
+    return f"Did you mean {spellings[near[0]]!r}?" if near else ""
 
 
 def unknown_key(key: str) -> Problem:

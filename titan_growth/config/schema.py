@@ -132,7 +132,7 @@ class Optimizer(Section):
 
 
 class LRScheduler(Section):
-    """Linear warmup, an optional stable phase, and a decay; growth may start it again (growth.stages.lr_policy)."""
+    """Linear warmup, an optional stable phase, a decay; growth may restart it (growth.stages.lr_policy)."""
 
     warmup_steps: int = Field(200, ge=0)
     """Steps of linear warmup; clamped, with a warning, to the length of the run."""
