@@ -151,9 +151,8 @@ class Decoder(nn.Module):
     def materialized(self) -> None:
         """To be called when the model has left the meta device, which unties weights and leaves buffers empty."""
         self.tie_weights()
-        cos, sin = rope_cache(self.config, self.seq_len, device=self.rope_cos.device)
-        self.rope_cos.copy_(cos)
-        self.rope_sin.copy_(sin)
+        # New tensors, not copies into the old ones: those have taken the parameters' dtype, and angles need float32.
+        self.rope_cos, self.rope_sin = rope_cache(self.config, self.seq_len, device=self.rope_cos.device)
 
     def forward(self, tokens: Tensor, positions_BS: Tensor | None = None) -> Tensor:
         """Logits (B, S, V) from token ids (B, S); hidden states in and out for an inner pipeline part.
