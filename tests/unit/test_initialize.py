@@ -1,0 +1,161 @@
+"""Initial weights: the same bits on every mesh, the right spread, seeded by global name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from tests.harness import run_ranks
+from titan_growth.models.config import ModelConfig
+from titan_growth.models.initialize import ROWS_PER_BLOCK, init_weights
+from titan_growth.models.llama import Decoder, init_rule
+
+CONFIG = ModelConfig(
+    dim=36, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=6, hidden_dim=90, vocab_size=2 * ROWS_PER_BLOCK + 19
+)
+"""Odd sizes: a vocabulary of two blocks and a bit, rows that 4 ranks cannot divide."""
+
+
+def initialised(config: ModelConfig, seed: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    model = Decoder(config, 8).to(dtype)
+    init_weights([model], lambda name: init_rule(config, name), seed)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+LAYOUTS = {
+    "rows": ((Shard(0),), 1),
+    "columns": ((Shard(1),), 1),
+    "replicated": ((Replicate(),), 1),
+    "columns x rows": ((Shard(1), Shard(0)), 2),
+    "rows x rows": ((Shard(0), Shard(0)), 2),
+    "replicated x rows": ((Replicate(), Shard(0)), 2),
+}
+
+
+def sharded_equals_slices(rank: int, num_ranks: int, layout: str) -> int:
+    """Shards an uninitialised model, initialises the shards, and compares with slices of the whole."""
+    placements, num_axes = LAYOUTS[layout]
+    shape = (num_ranks,) if num_axes == 1 else (2, num_ranks // 2)
+    mesh = init_device_mesh("cpu", shape)
+    model = Decoder(CONFIG, 8)
+    for name, parameter in list(model.named_parameters()):
+        module_name, _, leaf = name.rpartition(".")
+        own = tuple(Replicate() if isinstance(p, Shard) and p.dim >= parameter.dim() else p for p in placements)
+        sharded = distribute_tensor(torch.full_like(parameter, float("nan")), mesh, own)
+        setattr(model.get_submodule(module_name), leaf, nn.Parameter(sharded))
+    init_weights([model], lambda name: init_rule(CONFIG, name), 3)
+    num_partial = 0
+    for name, whole in initialised(CONFIG).items():
+        found = model.get_parameter(name)
+        assert isinstance(found, DTensor)
+        expected = distribute_tensor(whole, mesh, found.placements)
+        assert torch.equal(found.to_local(), expected.to_local()), f"{name} on rank {rank}"
+        num_partial += found.to_local().shape != whole.shape
+    return num_partial
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards_are_slices_of_the_whole(layout: str, num_ranks: int) -> None:
+    counts = run_ranks(sharded_equals_slices, num_ranks, num_ranks, layout)
+    if layout not in ("replicated",) and not (layout == "replicated x rows" and num_ranks == 2):
+        assert min(counts) >= 16, "nothing was sharded"
+
+
+def test_an_empty_shard_is_left_alone() -> None:
+    """5 rows over 4 ranks leave one rank without any."""
+    assert run_ranks(_five_rows, 4) == [2, 2, 1, 0]
+
+
+def _five_rows(rank: int) -> int:
+    layer = nn.Linear(3, 5, bias=False)
+    mesh = init_device_mesh("cpu", (4,))
+    layer.weight = nn.Parameter(distribute_tensor(torch.zeros(5, 3), mesh, (Shard(0),)))
+    init_weights([layer], lambda name: 1.0, 0)
+    assert bool((layer.weight.to_local() != 0).all())
+    return layer.weight.to_local().shape[0]
+
+
+def test_spread_is_that_of_the_rule() -> None:
+    config = replace(CONFIG, dim=128, hidden_dim=512, vocab_size=1024, head_dim=64, num_layers=3)
+    found = initialised(config)
+    for name, values in found.items():
+        std = init_rule(config, name)
+        if std is None:
+            assert torch.equal(values, torch.ones_like(values)), name
+            continue
+        assert values.abs().max() <= 3 * std, f"{name} is not truncated at three deviations"
+        assert values.abs().max() > 2.5 * std, f"{name} is truncated too early"
+        assert values.std().item() == pytest.approx(0.9866 * std, rel=0.02), name  # of a normal cut at 3
+        assert abs(values.mean().item()) < 0.03 * std
+
+
+@pytest.mark.parametrize(
+    ("name", "depth_init", "expected"),
+    [
+        ("tok_embeddings.weight", True, 1.0),
+        ("output.weight", True, 36**-0.5),
+        ("norm.weight", True, None),
+        ("layers.1.attention_norm.weight", True, None),
+        ("layers.1.ffn_norm.weight", True, None),
+        *((f"layers.1.attention.{name}.weight", True, 0.02) for name in ("wq", "wk", "wv")),
+        ("layers.1.feed_forward.w1.weight", True, 0.02),
+        *((f"layers.0.{name}.weight", True, 0.02 / 2**0.5) for name in ("attention.wo", "feed_forward.w2")),
+        *((f"layers.1.{name}.weight", True, 0.02 / 4**0.5) for name in ("attention.wo", "feed_forward.w3")),
+        *((f"layers.7.{name}.weight", True, 0.02 / 16**0.5) for name in ("attention.wo", "feed_forward.w2")),
+        *((f"layers.0.{name}.weight", False, 0.02 / 16**0.5) for name in ("attention.wo", "feed_forward.w2")),
+        *((f"layers.7.{name}.weight", False, 0.02 / 16**0.5) for name in ("attention.wo", "feed_forward.w3")),
+    ],
+)
+def test_init_rule(name: str, depth_init: bool, expected: float | None) -> None:
+    """torchtitan's: 0.02, with 0.02 / sqrt(2 * depth) for what writes to the residual stream (and w3)."""
+    config = replace(CONFIG, num_layers=8, depth_init=depth_init)
+    assert init_rule(config, name) == (expected if expected is None else pytest.approx(expected, rel=1e-12))
+
+
+def test_a_tied_embedding_starts_as_a_head() -> None:
+    tied = replace(CONFIG, tie_word_embeddings=True)
+    assert init_rule(tied, "tok_embeddings.weight") == pytest.approx(36**-0.5)
+
+
+def test_a_deeper_model_begins_with_the_same_layers() -> None:
+    """Names carry the global layer id, so depth does not move the numbers (with depth_init, which names the layer)."""
+    shallow, deep = initialised(CONFIG), initialised(replace(CONFIG, num_layers=5))
+    assert shallow.keys() < deep.keys()
+    for name, values in shallow.items():
+        assert torch.equal(values, deep[name]), name
+
+
+def test_layers_parameters_blocks_and_seeds_differ() -> None:
+    found = initialised(CONFIG)
+    assert not torch.equal(found["layers.0.attention.wq.weight"], found["layers.1.attention.wq.weight"])
+    assert not torch.equal(found["layers.0.attention.wk.weight"], found["layers.0.attention.wv.weight"])
+    table = found["tok_embeddings.weight"]
+    assert not torch.equal(table[:ROWS_PER_BLOCK], table[ROWS_PER_BLOCK : 2 * ROWS_PER_BLOCK])
+    assert torch.unique(table, dim=0).shape == table.shape
+    other = initialised(CONFIG, seed=4)
+    assert not torch.equal(table, other["tok_embeddings.weight"])
+    assert torch.equal(table, initialised(CONFIG)["tok_embeddings.weight"])
+
+
+def test_the_global_generator_is_neither_read_nor_moved() -> None:
+    torch.manual_seed(1)
+    first, state = initialised(CONFIG), torch.get_rng_state()
+    torch.manual_seed(2)
+    second = initialised(CONFIG)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    model = Decoder(CONFIG, 8)
+    before = torch.get_rng_state()
+    init_weights([model], lambda name: init_rule(CONFIG, name), 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(state, before)
+
+
+def test_bfloat16_weights_are_the_rounded_float32_ones() -> None:
+    whole, rounded = initialised(CONFIG), initialised(CONFIG, dtype=torch.bfloat16)
+    assert all(torch.equal(rounded[name], whole[name].bfloat16()) for name in whole)
