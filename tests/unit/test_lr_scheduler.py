@@ -1,0 +1,150 @@
+"""The learning rate, against torchtitan's formula written out once more, and over growths."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from titan_growth.config.growth_schema import Growth
+from titan_growth.config.schema import LRScheduler
+from titan_growth.lr_scheduler import LRSchedule
+
+PEAK = 8e-4
+
+
+def torchtitan(step: int, *, steps: int, warmup: int, ratio: float | None, kind: str, floor: float) -> float:
+    """Factor of step (from 1), as components/lr_scheduler.py of 0.2.2 computes it from the 0-based LambdaLR step."""
+    current = step - 1
+    warmup = min(warmup, steps)
+    decay = steps - warmup if ratio is None else min(round(steps * ratio), steps - warmup)
+    stable = steps + 1 - warmup - decay  # one virtual step more, so that the last one still learns
+    if current < warmup:
+        return (current + 1) / warmup
+    if current < warmup + stable:
+        return 1.0
+    progress = (current + 1 - (warmup + stable)) / decay
+    shape = {"linear": 1 - progress, "sqrt": 1 - math.sqrt(progress), "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return floor + (1 - floor) * shape[kind]
+
+
+def schedule(steps: int = 100, growth: Growth | None = None, **section: object) -> LRSchedule:
+    return LRSchedule(LRScheduler(**section), lr=PEAK, steps=steps, growth=growth or Growth())  # type: ignore[arg-type]
+
+
+def growth(*stages: dict[str, object], **base: object) -> Growth:
+    return Growth.model_validate({"stages": [{"factor": 2, **stage} for stage in stages], "base": base})
+
+
+@pytest.mark.parametrize("kind", ["linear", "sqrt", "cosine"])
+@pytest.mark.parametrize("ratio", [None, 0.0, 0.1, 0.35, 0.8, 1.0])
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+@pytest.mark.parametrize("warmup", [0, 1, 20, 99, 100, 250])
+def test_torchtitans_formula(kind: str, ratio: float | None, floor: float, warmup: int) -> None:
+    found = schedule(decay_type=kind, decay_ratio=ratio, min_lr_factor=floor, warmup_steps=warmup)
+    factors = [found(step) / PEAK for step in range(1, 101)]
+    expected = [
+        torchtitan(step, steps=100, warmup=warmup, ratio=ratio, kind=kind, floor=floor) for step in range(1, 101)
+    ]
+    assert factors == pytest.approx(expected, abs=1e-12)
+    assert factors[-1] > floor, "the last step does not learn"
+    top = factors.index(max(factors))
+    assert max(factors) == pytest.approx(1.0)
+    assert all(a >= b for a, b in pairwise(factors[top:])), "it rises after the peak"
+    assert all(a <= b for a, b in pairwise(factors[: top + 1])), "it falls in the warmup"
+
+
+def test_known_values() -> None:
+    found = schedule(steps=10, warmup_steps=2)
+    assert [found(step) / PEAK for step in range(1, 11)] == pytest.approx(
+        [0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    )
+
+
+def test_total_steps_stretches_or_cuts_the_layout() -> None:
+    longer = schedule(steps=50, total_steps=100, warmup_steps=10)
+    assert [longer(step) for step in range(1, 51)] == [schedule(warmup_steps=10)(step) for step in range(1, 51)]
+    shorter = schedule(steps=100, total_steps=50, warmup_steps=10, min_lr_factor=0.1)
+    assert [shorter(step) for step in range(51, 101)] == pytest.approx([PEAK * 0.1] * 50)
+
+
+# ---- growth ----------------------------------------------------------------------------------------------------------
+
+
+def test_before_a_growth_the_schedule_is_that_of_the_whole_run() -> None:
+    growing, plain = schedule(growth=growth({"at": "40 steps"}), warmup_steps=10), schedule(warmup_steps=10)
+    assert [growing(step, [40]) for step in range(1, 41)] == [plain(step) for step in range(1, 41)]
+    assert [growing(step) for step in range(1, 101)] == [plain(step) for step in range(1, 101)]
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_restart_is_a_schedule_of_its_own_to_the_runs_end(kind: str) -> None:
+    found = schedule(growth=growth({"at": "40 steps"}), warmup_steps=10, decay_type=kind)
+    fresh = schedule(steps=60, warmup_steps=10, decay_type=kind)
+    assert [found(40 + step, [40]) for step in range(1, 61)] == [fresh(step) for step in range(1, 61)]
+    assert found(41, [40]) == PEAK / 10
+    assert 0 < found(100, [40]) < PEAK / 49
+
+
+def test_restart_begins_where_the_growth_really_was() -> None:
+    """A growth given in tokens happens at a step that only the lineage knows."""
+    found = schedule(growth=growth({"at": "1M tokens"}), warmup_steps=10)
+    assert [found(33 + step, [33]) for step in range(1, 68)] == [
+        schedule(steps=67, warmup_steps=10)(step) for step in range(1, 68)
+    ]
+
+
+def test_continue_is_the_curve_of_the_ungrown_run() -> None:
+    found = schedule(growth=growth({"at": "40 steps", "lr_policy": "continue"}), warmup_steps=10)
+    assert [found(step, [40]) for step in range(1, 101)] == [schedule(warmup_steps=10)(step) for step in range(1, 101)]
+
+
+def test_continue_with_another_peak() -> None:
+    found = schedule(growth=growth({"at": "40 steps", "lr_policy": "continue", "lr": PEAK / 2}), warmup_steps=10)
+    plain = schedule(warmup_steps=10)
+    assert found(40, [40]) == plain(40)
+    assert [found(step, [40]) for step in range(41, 101)] == pytest.approx([plain(step) / 2 for step in range(41, 101)])
+
+
+def test_rates_of_base_and_stages() -> None:
+    """The base has its own peak and warmup; each stage its own; without them [optimizer] and [lr_scheduler] hold."""
+    stages = ({"at": "20 steps", "lr": 3e-4, "warmup_steps": 4}, {"at": "60 steps"})
+    found = schedule(growth=growth(*stages, lr=1e-3, warmup_steps=5), warmup_steps=10)
+    assert found(1) == pytest.approx(1e-3 / 5)
+    assert found(5) == pytest.approx(1e-3)
+    assert found(21, [20]) == pytest.approx(3e-4 / 4)
+    assert found(24, [20]) == pytest.approx(3e-4)
+    assert found(61, [20, 60]) == pytest.approx(PEAK / 10)
+    assert found(70, [20, 60]) == pytest.approx(PEAK)
+    assert found(20, [20, 60]) == found(20), "a later growth changes what came before it"
+    zero = schedule(growth=growth({"at": "20 steps", "warmup_steps": 0}), warmup_steps=10)
+    assert zero(21, [20]) == PEAK
+
+
+def test_a_baseline_has_nothing_of_growth() -> None:
+    section = growth({"at": "20 steps", "lr": 3e-4}, lr=1e-3, warmup_steps=5)
+    off = section.model_copy(update={"enable": False})
+    found = schedule(growth=off, warmup_steps=10)
+    assert [found(step) for step in range(1, 101)] == [schedule(warmup_steps=10)(step) for step in range(1, 101)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "section", "expected"),
+    [
+        (100, growth(), []),
+        (9, growth(), [("lr_scheduler.warmup_steps", 10, 9)]),
+        (10, growth(), []),
+        (100, growth({"at": "95 steps"}), [("lr_scheduler.warmup_steps", 10, 5)]),
+        (100, growth({"at": "95 steps", "warmup_steps": 6}), [("growth.stages.0.warmup_steps", 6, 5)]),
+        (100, growth({"at": "95 steps", "warmup_steps": 5}), []),
+        (100, growth({"at": "95 steps", "lr_policy": "continue"}), []),
+        (100, growth({"at": "9M tokens"}), []),
+        (100, growth({"at": "20 steps"}, warmup_steps=200), [("growth.base.warmup_steps", 200, 100)]),
+    ],
+)
+def test_warmups_that_are_clamped_are_told(steps: int, section: Growth, expected: list[tuple[str, int, int]]) -> None:
+    found = schedule(steps=steps, growth=section, warmup_steps=10)
+    assert found.clamped_warmups() == expected
+    factors = [found(step) / PEAK for step in range(1, steps + 1)]
+    assert max(factors) == pytest.approx(1.0), "a clamped warmup still reaches the peak"
