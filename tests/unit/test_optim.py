@@ -1,0 +1,167 @@
+"""One step of our optimizer against PyTorch's own, clipping, and state that is there before the first step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from tests.harness import run_ranks
+from titan_growth.config.schema import Optimizer as Section
+from titan_growth.optim import STATE_KEYS, Optimizer
+
+IMPLEMENTATIONS = ["for-loop", "foreach", "fused"]
+
+
+def model_with_gradients(scale: float = 1.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3, bias=False))
+    set_gradients(model, scale, seed=1)
+    return model
+
+
+def set_gradients(model: nn.Module, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_steps_equal_pytorchs(name: str, implementation: str) -> None:
+    """Three steps with other rates and gradients; no clipping."""
+    section = Section(name=name, implementation=implementation, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)  # type: ignore[arg-type]
+    model = model_with_gradients()
+    twin = copy.deepcopy(model)
+    ours = Optimizer([model], section, max_norm=1e9)
+    theirs = getattr(torch.optim, name)(twin.parameters(), lr=1.0, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+    for step, lr in enumerate((1e-2, 3e-2, 1e-3)):
+        set_gradients(model, 1.0, seed=step)
+        set_gradients(twin, 1.0, seed=step)
+        ours.clip_and_step(lr)
+        theirs.param_groups[0]["lr"] = lr
+        theirs.step()
+        for mine, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
+    for mine, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        for key in STATE_KEYS:
+            torch.testing.assert_close(ours.inner.state[mine][key], theirs.state[expected][key])
+
+
+def test_adamw_by_hand() -> None:
+    """First step: weights shrink by lr * decay, then move by lr against the gradient's sign."""
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(layer.weight, 2.0)
+    layer.weight.grad = torch.full((1, 1), 0.25)
+    optimizer = Optimizer([layer], Section(weight_decay=0.1, beta1=0.9, beta2=0.95), max_norm=1e9)
+    norm = optimizer.clip_and_step(0.01)
+    assert norm.item() == 0.25
+    assert layer.weight.item() == pytest.approx(2.0 * (1 - 0.01 * 0.1) - 0.01, rel=1e-6)
+    state = {key: value.item() for _, key, value in optimizer.named_state()}
+    assert state == {"exp_avg": pytest.approx(0.025), "exp_avg_sq": pytest.approx(0.003125), "step": 1.0}
+
+
+def test_adam_is_not_adamw() -> None:
+    results = []
+    for name in ("Adam", "AdamW"):
+        model = model_with_gradients()
+        Optimizer([model], Section(name=name, weight_decay=0.5), max_norm=1e9).clip_and_step(0.1)  # type: ignore[arg-type]
+        results.append(weights(model))
+    assert not any(torch.allclose(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e9])
+def test_gradients_are_clipped_to_the_global_norm(max_norm: float) -> None:
+    model, twin = model_with_gradients(scale=4.0), model_with_gradients(scale=4.0)
+    expected_norm = torch.cat([p.grad.flatten() for p in twin.parameters()]).norm()  # type: ignore[union-attr]
+    # eps = 1 makes the step proportional to the gradient's size, so that clipping shows in the weights
+    section = Section(eps=1.0, weight_decay=0.0)
+    norm = Optimizer([model], section, max_norm=max_norm).clip_and_step(0.1)
+    assert norm.dtype == torch.float32
+    assert norm.shape == ()
+    torch.testing.assert_close(norm, expected_norm)
+    factor = min(1.0, max_norm / (expected_norm.item() + 1e-6))
+    for before, after in zip(twin.parameters(), model.parameters(), strict=True):
+        gradient = before.grad * factor  # type: ignore[operator]
+        torch.testing.assert_close(after, before - 0.1 * gradient / (gradient.abs() + 1.0), rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_dropped_and_missing_ones_left_alone() -> None:
+    model = model_with_gradients()
+    model[1].weight.grad = None
+    before = weights(model)
+    Optimizer([model], Section(), max_norm=1.0).clip_and_step(0.1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    after = weights(model)
+    assert torch.equal(before[2], after[2])
+    assert not torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_state_is_there_at_once_and_is_the_state_in_use(implementation: str) -> None:
+    """A checkpoint is read into it before the first step."""
+    model = model_with_gradients()
+    optimizer = Optimizer([model], Section(implementation=implementation), max_norm=1e9)  # type: ignore[arg-type]
+    state = {(name, key): tensor for name, key, tensor in optimizer.named_state()}
+    names = [name for name, _ in model.named_parameters()]
+    assert list(state) == [(name, key) for name in names for key in STATE_KEYS]
+    assert all(not tensor.any() for tensor in state.values())
+    assert all(state[name, "exp_avg"].shape == p.shape for name, p in model.named_parameters())
+    twin = copy.deepcopy(model)
+    theirs = torch.optim.AdamW(twin.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(3):
+        set_gradients(twin, 1.0, seed=step)
+        theirs.step()
+    # as if loaded: two parameters' worth of copies into the tensors that named_state gave
+    for (name, parameter), theirs_parameter in zip(model.named_parameters(), twin.parameters(), strict=True):
+        parameter.data.copy_(theirs_parameter.data)
+        for key in STATE_KEYS:
+            state[name, key].copy_(theirs.state[theirs_parameter][key])
+    set_gradients(model, 1.0, seed=9)
+    set_gradients(twin, 1.0, seed=9)
+    optimizer.clip_and_step(1e-2)
+    theirs.step()
+    for mine, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
+    assert {tensor.item() for (_, key), tensor in state.items() if key == "step"} == {4.0}
+
+
+def test_parts_and_tied_weights() -> None:
+    first, second = nn.Linear(2, 2, bias=False), nn.Sequential(nn.Linear(2, 2, bias=False))
+    optimizer = Optimizer([first, second], Section(), max_norm=1.0)
+    assert list(optimizer.parameters) == ["weight", "0.weight"]
+    with pytest.raises(AssertionError, match="two parts hold weight"):
+        Optimizer([first, nn.Linear(2, 2)], Section(), max_norm=1.0)
+    tied = nn.ModuleList([first, first])
+    assert len(Optimizer([tied], Section(), max_norm=1.0).parameters) == 1
+
+
+def _sharded(rank: int) -> tuple[float, list[torch.Tensor]]:
+    mesh = init_device_mesh("cpu", (2,))
+    model = model_with_gradients(scale=4.0)
+    for module in model:
+        for name, parameter in list(module.named_parameters()):
+            gradient = parameter.grad
+            sharded = nn.Parameter(distribute_tensor(parameter.detach(), mesh, (Shard(0),)))
+            sharded.grad = distribute_tensor(gradient, mesh, (Shard(0),))
+            setattr(module, name, sharded)
+    norm = Optimizer([model], Section(), max_norm=0.5).clip_and_step(0.1)
+    return norm.item(), [parameter.full_tensor().detach() for parameter in model.parameters()]  # type: ignore[attr-defined]
+
+
+def test_the_norm_of_shards_is_that_of_the_whole() -> None:
+    """7 and 3 rows over 2 ranks; the same norm and the same weights on both."""
+    model = model_with_gradients(scale=4.0)
+    norm = Optimizer([model], Section(), max_norm=0.5).clip_and_step(0.1).item()
+    for found, tensors in run_ranks(_sharded, 2):
+        assert found == pytest.approx(norm, rel=1e-6)
+        for mine, expected in zip(tensors, model.parameters(), strict=True):
+            torch.testing.assert_close(mine, expected.detach(), rtol=1e-6, atol=1e-6)
