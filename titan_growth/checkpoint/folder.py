@@ -57,7 +57,7 @@ class Manifest:
         for name, entry in table["files"].items():
             if "/" in name or "\\" in name or name in ("", ".", ".."):
                 raise ValueError(f"names a file outside its folder: {name!r}")
-            entry["bytes"] = int(entry["bytes"])
+            entry["bytes"], entry["sha256"] = int(entry["bytes"]), str(entry["sha256"])
         return cls(progress=progress, **table)
 
 
