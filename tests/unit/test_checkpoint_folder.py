@@ -1,0 +1,205 @@
+"""Step folders without torch: what is committed, what is damaged, and which is the newest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from titan_growth.checkpoint.folder import (
+    Manifest,
+    committed_steps,
+    file_entry,
+    open_step,
+    sha256_of,
+    step_numbers,
+    step_path,
+    write_manifest,
+)
+from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
+from titan_growth.tools.errors import CheckpointError
+
+MANIFEST = Manifest(
+    progress=Progress(step=7, tokens=70, flops=10**21, samples=14),
+    num_layers=3,
+    num_ranks=4,
+    mesh="dp_shard 4",
+    model_only=False,
+    permanent=True,
+    metrics_offset=123,
+    data={"corpus": "ab"},
+)
+EVENT = GrowthEvent(
+    step=10, tokens=1, flops=10**20, operator="stack", factor=2, optimizer_state="reset", lr_policy="restart",
+    from_layers=2, to_layers=4, source="step-10", source_of=(0, 1, 0, 1), mesh="1 rank",
+    loss_before=2.5, loss_after=3.125,
+)  # fmt: skip
+
+
+def commit(root: Path, step: int, **changes: object) -> Path:
+    """A committed folder with two small files."""
+    path = step_path(root, step)
+    path.mkdir(parents=True)
+    (path / "__0_0.distcp").write_bytes(b"shard of rank 0")
+    (path / "recipe.toml").write_text("[training]\nsteps = 3\n")
+    files = {name: file_entry(path / name) for name in ("__0_0.distcp", "recipe.toml")}
+    progress = Progress(step=step)
+    write_manifest(path, replace(MANIFEST, progress=progress, files=files, **changes))  # type: ignore[arg-type]
+    return path
+
+
+def test_manifest_round_trip() -> None:
+    manifest = replace(MANIFEST, files={"a": {"bytes": 3, "sha256": "x"}})
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    table = json.loads(manifest.to_json())
+    assert table["step"] == 7
+    assert table["files"]["a"] == {"bytes": 3, "sha256": "x"}
+
+
+def test_lineage_round_trip() -> None:
+    lineage = Lineage((EVENT, replace(EVENT, step=20)))
+    assert Lineage.from_dict(json.loads(json.dumps(lineage.to_dict()))) == lineage
+    assert lineage.grown_at == [10, 20]
+    assert Lineage.from_dict({"events": []}) == Lineage()
+
+
+def test_progress_never_restarts() -> None:
+    later = Progress(step=3, tokens=30, flops=300, samples=6).advanced(tokens=10, flops=1000, samples=2)
+    assert later == Progress(step=4, tokens=40, flops=1300, samples=8)
+
+
+def test_a_committed_folder_opens(tmp_path: Path) -> None:
+    folder = open_step(commit(tmp_path, 12))
+    assert folder is not None
+    assert folder.step == 12
+    assert folder.recipe_table() == {"training": {"steps": 3}}
+    assert folder.damage(checksums=True) is None
+
+
+def test_a_manifest_cut_anywhere_is_not_committed_or_refused(tmp_path: Path) -> None:
+    """A process that dies while writing leaves a prefix; no prefix may pass for a checkpoint."""
+    path = commit(tmp_path, 1)
+    text = (path / "manifest.json").read_text()
+    for length in range(len(text)):
+        (path / "manifest.json").write_text(text[:length])
+        try:
+            assert open_step(path) is None, f"the first {length} bytes pass for a manifest"
+        except CheckpointError as error:
+            assert "step-1 refused: manifest.json is not valid" in str(error)  # noqa: PT017
+    (path / "manifest.json").unlink()
+    assert open_step(path) is None
+    assert open_step(tmp_path / "nowhere") is None
+    assert committed_steps(tmp_path) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ".", "", "a\\b"])
+def test_a_manifest_cannot_name_files_outside_its_folder(name: str, tmp_path: Path) -> None:
+    path = commit(tmp_path, 1)
+    table = json.loads((path / "manifest.json").read_text())
+    table["files"][name] = {"bytes": 1, "sha256": "0"}
+    (path / "manifest.json").write_text(json.dumps(table, indent=1) + "\n")
+    with pytest.raises(CheckpointError, match=r"step-1 refused: manifest\.json is not valid \(names a file outside"):
+        open_step(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"format": None},
+        {"step": "seven"},
+        {"step": None},
+        {"files": None},
+        {"files": []},
+        {"files": {"a": 3}},
+        {"files": {"a": {"bytes": "x", "sha256": "0"}}},
+        {"files": {"a": {"bytes": 3}}},
+        {"unknown": 3},
+    ],
+)
+def test_a_manifest_that_is_not_one_is_refused_in_one_line(change: dict[str, object], tmp_path: Path) -> None:
+    path = commit(tmp_path, 1)
+    table = json.loads((path / "manifest.json").read_text()) | change
+    (path / "manifest.json").write_text(json.dumps(table, indent=1) + "\n")
+    with pytest.raises(CheckpointError, match=r"^step-1 refused: manifest.json is not valid [^\n]*$"):
+        open_step(path)
+    for key in ("step", "files", "num_layers", "format"):
+        cut = {name: value for name, value in table.items() if name != key}
+        (path / "manifest.json").write_text(json.dumps(cut, indent=1) + "\n")
+        with pytest.raises(CheckpointError, match="step-1 refused"):
+            open_step(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3", '"x"', "\x00", "[1}"])
+def test_a_manifest_that_is_no_table(text: str, tmp_path: Path) -> None:
+    path = commit(tmp_path, 1)
+    (path / "manifest.json").write_text(text + "\n")
+    try:
+        assert open_step(path) is None
+    except CheckpointError as error:
+        assert str(error).startswith("step-1 refused")  # noqa: PT017
+    (path / "manifest.json").write_bytes(b"\xff\xfe}\n")
+    with pytest.raises(CheckpointError, match=r"step-1 refused: manifest\.json cannot be read"):
+        open_step(path)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    path = commit(tmp_path, 1)
+    folder = open_step(path)
+    assert folder is not None
+    shard = path / "__0_0.distcp"
+    whole = shard.read_bytes()
+    shard.write_bytes(b"Shard of rank 0")
+    assert folder.damage(checksums=False) is None
+    assert folder.damage(checksums=True) == "__0_0.distcp does not match its checksum"
+    shard.write_bytes(whole[:-1])
+    assert folder.damage(checksums=False) == "__0_0.distcp has 14 bytes instead of 15"
+    shard.unlink()
+    assert folder.damage(checksums=False) == "__0_0.distcp is missing"
+    shard.mkdir()
+    assert folder.damage(checksums=False) == "__0_0.distcp is missing"
+
+
+def test_ranks_divide_the_files(tmp_path: Path) -> None:
+    path = commit(tmp_path, 1)
+    (path / "recipe.toml").write_text("[training]\nsteps = 4\n")
+    folder = open_step(path)
+    assert folder is not None
+    found = [folder.damage(checksums=True, share=(rank, 3)) for rank in range(3)]
+    assert found == [None, "recipe.toml does not match its checksum", None]
+
+
+def test_steps_are_numbers(tmp_path: Path) -> None:
+    """step-10 comes after step-9, although not in a dictionary."""
+    for step in (9, 10, 100, 99, 1):
+        commit(tmp_path, step)
+    (tmp_path / "step-x").mkdir()
+    (tmp_path / "superseded-200").mkdir()
+    (tmp_path / "step-300").write_text("a file")
+    (tmp_path / "step-400").mkdir()  # not committed
+    assert step_numbers(tmp_path) == [400, 100, 99, 10, 9, 1]
+    good, refused = committed_steps(tmp_path)
+    assert [folder.step for folder in good] == [100, 99, 10, 9, 1]
+    assert refused == []
+    assert step_numbers(tmp_path / "nowhere") == []
+
+
+def test_the_newest_whole_one_is_found_and_the_damaged_are_named(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        commit(tmp_path, step)
+    (tmp_path / "step-15" / "recipe.toml").unlink()
+    (tmp_path / "step-10" / "manifest.json").write_text('{"format": 2}\n')
+    good, refused = committed_steps(tmp_path)
+    assert [folder.step for folder in good] == [5]
+    assert refused[0] == "step-15 refused: recipe.toml is missing"
+    assert refused[1].startswith("step-10 refused: manifest.json is not valid (written by another version)")
+
+
+def test_checksums_of_large_files(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(b"ab" * (5 << 20))
+    assert sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert file_entry(path)["bytes"] == 10 << 20
