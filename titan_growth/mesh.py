@@ -52,16 +52,18 @@ def resolve_mesh(section: Parallelism, num_ranks: int) -> tuple[MeshShape | None
     key = "parallelism.data_parallel_shard_degree"
     replicate, shard = section.data_parallel_replicate_degree, section.data_parallel_shard_degree
     if shard == 0:
-        return None, [Problem(key, "must be -1 (all ranks that are left) or at least 1, got 0")]
+        return None, [Problem(key, "must be -1 (all ranks that are left) or at least 1, got 0", "Leave it at -1")]
     if shard == -1:
         if num_ranks % replicate:
             message = f"{replicate} does not divide the {num_ranks} ranks"
-            return None, [Problem("parallelism.data_parallel_replicate_degree", message)]
+            hint = "Set it to a divisor, or NGPU to a multiple"
+            return None, [Problem("parallelism.data_parallel_replicate_degree", message, hint)]
         shard = num_ranks // replicate
     shape = MeshShape(dp_replicate=replicate, dp_shard=shard)
     if shape.num_ranks != num_ranks:
-        message = f"dp_replicate {replicate} x dp_shard {shard} = {shape.num_ranks}, but there are {num_ranks} ranks"
-        return None, [Problem(key, message, "Set it to -1 to use all that are left")]
+        there_are = "there is 1 rank" if num_ranks == 1 else f"there are {num_ranks} ranks"
+        message = f"dp_replicate {replicate} x dp_shard {shard} = {shape.num_ranks}, but {there_are}"
+        return None, [Problem(key, message, f"Set it to -1 to use all that are left, or NGPU to {shape.num_ranks}")]
     return shape, []
 
 
@@ -75,7 +77,9 @@ def resolve_batch(global_batch_size: int, local_batch_size: int, shape: MeshShap
             f"{global_batch_size} is not a multiple of training.local_batch_size {local_batch_size} x data-parallel "
             f"degree {shape.dp_degree} = {per_step}"
         )
-        return global_batch_size, 1, [Problem("training.global_batch_size", message)]
+        below = global_batch_size // per_step * per_step
+        fitting = f"{below} or {below + per_step}" if below else str(per_step)
+        return global_batch_size, 1, [Problem("training.global_batch_size", message, f"{fitting} would fit")]
     return global_batch_size, global_batch_size // per_step, []
 
 

@@ -80,7 +80,8 @@ def plan_run(
         longest = max(training.seq_len, recipe.validation.seq_len or 0)
         if longest > target.max_seq_len:
             key = "training.seq_len" if longest == training.seq_len else "validation.seq_len"
-            problems.append(Problem(key, f"{longest} is more than model.max_seq_len = {target.max_seq_len}"))
+            hint = "Shorten it, or raise model.max_seq_len"
+            problems.append(Problem(key, f"{longest} is more than model.max_seq_len = {target.max_seq_len}", hint))
         growth, found = plan_growth(recipe.growth, target)
         problems += found
     else:

@@ -72,7 +72,7 @@ def test_an_unknown_table(tmp_path: Path) -> None:
     _, problems, _ = inspect_recipe(["--job.config_file", str(path), "--optimiser.lr", "1"])
     assert sorted(str(problem) for problem in problems) == [
         "optimiser: unknown section (--optimiser.lr). Did you mean 'optimizer'?",
-        f"seq_len: unknown section ({path}:1). Did you mean 'training.seq_len'?",
+        f"seq_len: is outside all sections ({path}:1). Did you mean 'training.seq_len'?",
         f"trainig: unknown section ({path}:3). Did you mean 'training'?",
     ]
 

@@ -207,9 +207,9 @@ def test_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
     corpus = prepare(spec, tokenizer_spec, bos=False, eos=False, validation_fraction=0.0)
     assert corpus.train.read(0, 3).tolist() == [1, 69_999, 5]
     assert (corpus.folder / "train-00000.bin").stat().st_size == 12
-    with pytest.raises(DataError, match=r"it has no BOS token\. Switch bos off"):
+    with pytest.raises(DataError, match=r"it has no BOS token\. Set data\.bos = false"):
         prepare(spec, tokenizer_spec, bos=True, eos=False, validation_fraction=0.0)
-    with pytest.raises(DataError, match=r"it has no EOS token\. Switch eos off"):
+    with pytest.raises(DataError, match=r"it has no EOS token\. Set data\.eos = false"):
         prepare(spec, tokenizer_spec, bos=False, eos=True, validation_fraction=0.0)
 
 
@@ -271,7 +271,10 @@ def test_full_disk_names_the_way_out(tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.stdout.startswith("DataError cache "), done.stdout + done.stderr
-    assert "cannot be written (File too large). Point the environment variable TITAN_GROWTH_CACHE" in done.stdout
+    assert (
+        "cannot be written (File too large). Set data.cache_dir or the environment variable TITAN_GROWTH_CACHE"
+        in done.stdout
+    )
 
 
 def test_cache_root_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

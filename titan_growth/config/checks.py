@@ -13,6 +13,8 @@ from titan_growth.tools.errors import Problem
 
 def check_recipe(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
     """All problems between keys of one recipe; warnings are appended to the given list."""
+    if not recipe.job.dump_folder.strip():
+        yield Problem("job.dump_folder", "must name a folder, is empty", "For example: ./outputs")
     yield from _training(recipe, warnings)
     yield from _validation(recipe)
     yield from _checkpoint(recipe, warnings)
@@ -21,7 +23,9 @@ def check_recipe(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
         needed = recipe.profiling.profiler_warmup + recipe.profiling.profiler_active
         if recipe.profiling.profile_freq < needed:
             yield Problem(
-                "profiling.profile_freq", f"{recipe.profiling.profile_freq} is less than warmup + active = {needed}"
+                "profiling.profile_freq",
+                f"{recipe.profiling.profile_freq} is less than warmup + active = {needed}",
+                f"Set it to {needed} or more, or lower the other two",
             )
 
 

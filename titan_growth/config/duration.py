@@ -36,6 +36,8 @@ class Duration:
         unit = match["unit"].lower().rstrip("s") + "s"
         # Decimal: in binary floating point 1.001k would come to 1000.9999999999999.
         value = Decimal(match["number"].replace("_", "").replace(",", "")) * _SUFFIXES[match["suffix"].lower()]
+        if value >= 2**63:
+            raise ValueError(f"{value:.3g} {unit} do not fit into 64 bits")
         if value != int(value) or value < 1:
             raise ValueError(f"{expected}; it must come to a whole number of {unit}, at least 1")
         return cls(int(value), unit)

@@ -112,7 +112,7 @@ def _torchtitan(key: str, value: Any) -> tuple[list[Problem], list[Problem]]:
         warnings: list[Problem] = []
         known = [name for name in NEUTRAL if name.startswith(key + ".")]
         if not known and ignored_because(key + ".x") is None:
-            return [unknown_key(key)], []
+            return [unknown_key(key, value)], []
         for name, item in value.items():
             found, ignored = _torchtitan(f"{key}.{name}", item)
             problems += found
@@ -126,7 +126,7 @@ def _torchtitan(key: str, value: Any) -> tuple[list[Problem], list[Problem]]:
     reason = ignored_because(key)
     if reason is not None:
         return [], [Problem(key, f"has no effect because {reason}")]
-    return [unknown_key(key)], []
+    return [unknown_key(key, value)], []
 
 
 def _take_out(values: dict[str, Any], path: list[str]) -> Any:

@@ -42,8 +42,8 @@ def suggestion(word: str, choices: Iterable[str]) -> str:
     return f"Did you mean {spellings[near[0]]!r}?" if near else ""
 
 
-def unknown_key(key: str) -> Problem:
-    """The problem for a key that no table has."""
+def unknown_key(key: str, value: Any) -> Problem:
+    """The problem for a key that no table has; its value tells a section from a key outside all sections."""
     section, _, name = key.rpartition(".")
     if key in MOVED:
         return Problem(key, "unknown key", f"Did you mean {MOVED[key]!r}?")
@@ -51,13 +51,14 @@ def unknown_key(key: str) -> Problem:
     model = section_of(annotation)
     if model is None:
         return Problem(key, f"unknown section [{section}]", "See --help for the sections")
-    near = suggestion(name, model.model_fields)
-    if not near:
-        # The key may exist in another table.
-        elsewhere = [leaf for leaf, _ in leaves(Recipe) if leaf.rpartition(".")[2] == name]
-        near = f"Did you mean {elsewhere[0]!r}?" if elsewhere else ""
-    message = f"unknown key in [{section}]" if section else "unknown section"
-    return Problem(key, message, near or "See --help for the keys")
+    # The very same key in another table is a better guess than a similar one in this table.
+    elsewhere = [leaf for leaf, _ in leaves(Recipe) if leaf.rpartition(".")[2] == name]
+    near = f"Did you mean {elsewhere[0]!r}?" if elsewhere else suggestion(name, model.model_fields)
+    if section:
+        return Problem(key, f"unknown key in [{section}]", near or "See --help for the keys")
+    if isinstance(value, dict):
+        return Problem(key, "unknown section", near or f"The sections are {', '.join(model.model_fields)}")
+    return Problem(key, "is outside all sections", near or "See --help for the keys")
 
 
 def problem_of(key: str, details: Any) -> Problem:
@@ -78,7 +79,8 @@ def problem_of(key: str, details: Any) -> Problem:
     if expected:
         hint = ""
         if kind == "string_type" and not isinstance(value, dict | list):
-            hint = f'Write "{value}" in quotes'
+            is_point = key.endswith(".at") and not isinstance(value, bool)
+            hint = f'Write "{value} steps" or "{value} tokens"' if is_point else f'Write "{value}" in quotes'
         return Problem(key, f"{expected}, {got}", hint)
     if kind == "missing":
         annotation = annotation_at(Recipe, key.split("."))

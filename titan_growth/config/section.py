@@ -6,7 +6,9 @@ silently used default. The docstring under each field is what `--help` prints.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator
 
 
 class Section(BaseModel):
@@ -21,3 +23,18 @@ class Section(BaseModel):
         protected_namespaces=(),
         validate_default=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_stored(cls, value: Any) -> Any:
+        """Refuses what TOML, a file system or a counter cannot hold, before something deeper down stumbles over it."""
+        if isinstance(value, str):
+            if "\0" in value:
+                raise ValueError("holds a NUL character, which no path and no name can have")
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError(f"{value!a} is not UTF-8 text") from None
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{value} does not fit into 64 bits")
+        return value

@@ -106,13 +106,16 @@ def _read_file(path: Path, sources: Sources) -> None:
     _note_origins(table, "", str(path), _line_numbers(text), sources.origins)
 
 
-def _note_origins(table: Any, prefix: str, path: str, lines: dict[str, int], origins: dict[str, str]) -> None:
+def _note_origins(
+    table: Any, prefix: str, path: str, lines: dict[str, int], origins: dict[str, str], around: str = ""
+) -> None:
+    """`around` is the origin of the table itself: inside an inline table it is the best that is known."""
     items = table.items() if isinstance(table, dict) else enumerate(table)
     for name, value in items:
         key = f"{prefix}{name}"
-        origins[key] = f"{path}:{lines[key]}" if key in lines else path
+        origins[key] = f"{path}:{lines[key]}" if key in lines else around or path
         if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
-            _note_origins(value, key + ".", path, lines, origins)
+            _note_origins(value, key + ".", path, lines, origins, origins[key])
 
 
 def _line_numbers(text: str) -> dict[str, int]:

@@ -72,7 +72,7 @@ def prepare(
         tokenizer = load_or_train(tokenizer, corpus, root)
     for wanted, token, what in ((bos, tokenizer.bos_id, "BOS"), (eos, tokenizer.eos_id, "EOS")):
         if wanted and token is None:
-            raise DataError(f"tokenizer {tokenizer.name}: it has no {what} token. Switch {what.lower()} off")
+            raise DataError(f"tokenizer {tokenizer.name}: it has no {what} token. Set data.{what.lower()} = false")
     facts = {
         "format_version": FORMAT_VERSION,
         "corpus": corpus.fingerprint(),

@@ -49,7 +49,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(
             f"cache {path}: cannot be written ({error.strerror or error}). "
-            f"Point the environment variable {CACHE_VARIABLE} to a writable folder with enough free space"
+            f"Set data.cache_dir or the environment variable {CACHE_VARIABLE} to a writable folder with enough space"
         ) from error
 
 

@@ -109,11 +109,12 @@ def _config(values: dict[str, Any], explicit: dict[str, Any]) -> tuple[ModelConf
         problems.append(Problem("model.n_heads", f"{num_heads} heads do not divide model.dim = {dim}", hint))
     head_dim = values.get("head_dim") or dim // num_heads
     if not problems and head_dim % 2:
-        message = f"{head_dim} (model.dim / model.n_heads) is odd, but rotary embeddings need pairs of channels"
-        problems.append(Problem("model.head_dim", message))
+        origin = "" if "head_dim" in values else " (model.dim / model.n_heads)"
+        message = f"{head_dim}{origin} is odd, but rotary embeddings need pairs of channels"
+        problems.append(Problem("model.head_dim", message, "Choose sizes that make it even"))
     if num_heads % num_kv_heads:
         message = f"{num_kv_heads} key/value heads do not divide model.n_heads = {num_heads}"
-        problems.append(Problem("model.n_kv_heads", message))
+        problems.append(Problem("model.n_kv_heads", message, "Choose a divisor"))
     if values["rope_low_freq_factor"] >= values["rope_high_freq_factor"] and values["rope_scaling_factor"] != 1:
         message = "must be less than model.rope_high_freq_factor"
         problems.append(Problem("model.rope_low_freq_factor", message))

@@ -165,7 +165,14 @@ def _recipe_args(argv: list[str], reader: _Reader, checkout: Path) -> tuple[str,
     # A recipe named from anywhere is first one of the caller's, then one of those that come with the checkout.
     candidates = [Path(path).expanduser(), checkout / path]
     file = next((candidate for candidate in candidates if path and candidate.is_file()), None)
-    if file is None:
+    folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    if not path:
+        reader.refuse(name, "needs a value", "Give the path of a recipe (a TOML file)")
+        file = Path(path)
+    elif file is None and folder is not None:
+        reader.refuse(name, f"{folder.absolute()} is a folder", "Give the path of a recipe (a TOML file)")
+        file = folder
+    elif file is None:
         places = " or ".join(dict.fromkeys(str(candidate.absolute()) for candidate in candidates))
         reader.refuse(name, f"no such file: {places}", "Give the path of a recipe (a TOML file)")
         file = Path(path)
