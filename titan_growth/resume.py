@@ -8,6 +8,7 @@ and take effect.
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,18 @@ _FIXED = (
 )
 """Keys whose change makes it another run. The model is compared by its sizes, and the data by its content."""
 
-_UNREMARKABLE = ("job.", "model.", "data.", "growth.", "metrics.", "profiling.")
+_UNREMARKABLE = ("job.", "model.", "data.", "metrics.", "profiling.")
 """Sections whose changes are not worth a line: they change nothing, or are compared in another way."""
 
 
 def decided_before(folder: Path, checkpoint: StepFolder | None) -> Recipe | None:
-    """The effective recipe of the run's earlier start, from its checkpoint or else from its folder."""
+    """The effective recipe of the run's earlier start, from its checkpoint or else from its folder.
+
+    Raises:
+        CheckpointError: when the checkpoint's recipe cannot be read.
+    """
     if checkpoint is not None:
-        return recipe_from_toml(checkpoint.recipe_table())
+        return _written_with(checkpoint)
     try:
         return recipe_from_toml(tomli.loads((folder / RECIPE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -62,13 +67,11 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
 
     Both recipes are effective ones, with seed and batch size resolved.
     """
+    before = _written_with(checkpoint)
     try:
-        before = recipe_from_toml(checkpoint.recipe_table())
         lineage = checkpoint.lineage()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path.name} refused: its recipe or lineage cannot be read ({error})"
-        ) from None
+        raise CheckpointError(f"{checkpoint.path.name} refused: its lineage cannot be read ({error})") from None
     refused: list[Problem] = []
     where = f"{checkpoint.path.name} was written with"
     old_model, _ = model_config_of(before.model)
@@ -90,9 +93,10 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
     if before.growth.active_stages[:done] != recipe.growth.active_stages[:done]:
         message = f"{checkpoint.path.name} has {done} growth{'s' if done > 1 else ''} behind it that the recipe changes"
         refused.append(Problem("growth.stages", message, _NEW_FOLDER))
-    elif done == 0 and _first_factor(before) != _first_factor(recipe):
+    elif _remaining_factor(before, done) != _remaining_factor(recipe, done):
         message = (
-            f"{checkpoint.path.name} has {checkpoint.manifest.num_layers} layers, the recipe starts from another depth"
+            f"{checkpoint.path.name} has {checkpoint.manifest.num_layers} layers, from which the recipe's "
+            f"{'growths that are left do' if done else 'growths do'} not lead to its model"
         )
         refused.append(Problem("growth.stages", message, _NEW_FOLDER))
     if checkpoint.manifest.model_only:
@@ -114,11 +118,16 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
 _NEW_FOLDER = "Name another job.dump_folder to start a new run"
 
 
-def _first_factor(recipe: Recipe) -> int:
-    factor = 1
-    for stage in recipe.growth.active_stages:
-        factor *= stage.factor
-    return factor
+def _written_with(checkpoint: StepFolder) -> Recipe:
+    try:
+        return recipe_from_toml(checkpoint.recipe_table())
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{checkpoint.path.name} refused: its recipe cannot be read ({reason})") from None
+
+
+def _remaining_factor(recipe: Recipe, num_growths: int) -> int:
+    return prod(stage.factor for stage in recipe.growth.active_stages[num_growths:])
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
@@ -126,6 +135,8 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 
     def walk(table: dict[str, Any], prefix: str) -> None:
         for name, value in table.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                value = {str(index): item for index, item in enumerate(value)}
             if isinstance(value, dict):
                 walk(value, f"{prefix}{name}.")
             else:
