@@ -1,0 +1,218 @@
+"""What a resumed run has decided before, which changes it refuses, and which it prints."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.test_checkpoint_folder import EVENT, MANIFEST
+from titan_growth.checkpoint.folder import StepFolder, file_entry, open_step, step_path, write_manifest
+from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.config.loader import recipe_from_toml, to_toml, with_values
+from titan_growth.config.schema import Recipe
+from titan_growth.resume import compare, decided_before, newest_checkpoint
+from titan_growth.start import Decisions, decide, dry_run_of, finished, finished_message, settle
+from titan_growth.tools.errors import CheckpointError, ConfigError
+from titan_growth.tools.run_folder import RunFolder
+
+STAGES = [{"at": "10 steps", "factor": 2}, {"at": "20 steps", "factor": 2}]
+TABLE: dict[str, Any] = {
+    "model": {"flavor": "debugmodel", "n_layers": 8},
+    "training": {"steps": 100, "seq_len": 64, "global_batch_size": 16},
+    "checkpoint": {"enable": True},
+    "debug": {"seed": 5},
+    "growth": {"stages": STAGES},
+}
+
+
+def recipe(**changes: Any) -> Recipe:
+    return with_values(recipe_from_toml(TABLE), {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def saved(root: Path, before: Recipe, *, growths: int = 0, step: int = 30, **manifest: Any) -> StepFolder:
+    path = step_path(root / "checkpoint", step)
+    path.mkdir(parents=True)
+    (path / "recipe.toml").write_text(to_toml(before))
+    lineage = Lineage(tuple(replace(EVENT, step=10 * (number + 1)) for number in range(growths)))
+    (path / "lineage.json").write_text(json.dumps(lineage.to_dict()))
+    files = {name: file_entry(path / name) for name in ("recipe.toml", "lineage.json")}
+    values = {"progress": Progress(step=step), "num_layers": 2 * 2**growths, "files": files, **manifest}
+    write_manifest(path, replace(MANIFEST, **values))
+    folder = open_step(path)
+    assert folder is not None
+    return folder
+
+
+REFUSED = [
+    ({"model__n_layers": 16}, ["model (num_layers)"]),
+    ({"model__dim": 512}, ["model (dim)", "model (head_dim)", "model (hidden_dim)"]),
+    ({"model__rope_theta": 1e4}, ["model (rope_theta)"]),
+    ({"training__seq_len": 128}, ["training.seq_len"]),
+    ({"training__dtype": "bfloat16"}, ["training.dtype"]),
+    ({"debug__seed": 6}, ["debug.seed"]),
+    ({"data__bos": False}, ["data.bos"]),
+    ({"data__eos": False}, ["data.eos"]),
+    ({"data__document_mask": True}, ["data.document_mask"]),
+    ({"data__shuffle": False}, ["data.shuffle"]),
+    ({"data__validation_fraction": 0.1}, ["data.validation_fraction"]),
+    ({"optimizer__name": "Adam"}, ["optimizer.name"]),
+    ({"growth__stages": [{"at": "9 steps", "factor": 2}, STAGES[1]]}, ["growth.stages"]),
+    ({"growth__stages": [{**STAGES[0], "optimizer_state": "copy"}, STAGES[1]]}, ["growth.stages"]),
+    ({"growth__stages": STAGES[1:]}, ["growth.stages"]),
+    ({"growth__stages": []}, ["growth.stages"]),
+    ({"growth__enable": False}, ["growth.stages"]),
+    ({"growth__stages": [STAGES[0], {"at": "20 steps", "factor": 4}]}, ["growth.stages"]),
+    ({"growth__stages": STAGES[:1]}, ["growth.stages"]),
+    ({"growth__stages": [*STAGES, {"at": "40 steps", "factor": 2}]}, ["growth.stages"]),
+    ({"debug__seed": 6, "data__bos": False}, ["debug.seed", "data.bos"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "keys"), REFUSED, ids=[str(case[0]) for case in REFUSED])
+def test_what_makes_it_another_run_is_refused(changes: dict[str, Any], keys: list[str], tmp_path: Path) -> None:
+    """One growth lies behind the checkpoint."""
+    refused, _ = compare(saved(tmp_path, recipe(), growths=1), recipe(**changes))
+    assert [problem.key for problem in refused] == keys
+    assert all("step-30" in problem.message for problem in refused)
+    assert all(problem.hint == "Name another job.dump_folder to start a new run" for problem in refused)
+
+
+@pytest.mark.parametrize("stages", [[], STAGES[:1], [{"at": "10 steps", "factor": 4}, STAGES[1]]])
+def test_another_depth_to_start_from_is_refused(stages: list[dict[str, Any]], tmp_path: Path) -> None:
+    refused, _ = compare(saved(tmp_path, recipe(), growths=0), recipe(growth__stages=stages))
+    assert [problem.key for problem in refused] == ["growth.stages"]
+    assert "has 2 layers" in refused[0].message
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
+    refused, _ = compare(saved(tmp_path, recipe(), model_only=True), recipe())
+    assert [problem.key for problem in refused] == ["checkpoint.last_save_model_only"]
+
+
+PRINTED = [
+    ({"optimizer__lr": 1e-4}, "optimizer.lr = 0.0001 (was 0.0008)"),
+    ({"training__steps": 200}, "training.steps = 200 (was 100)"),
+    ({"training__global_batch_size": 32}, "training.global_batch_size = 32 (was 16)"),
+    ({"checkpoint__interval": 10}, "checkpoint.interval = 10 (was 500)"),
+    ({"parallelism__data_parallel_shard_degree": 4}, "parallelism.data_parallel_shard_degree = 4 (was -1)"),
+    ({"lr_scheduler__decay_type": "cosine"}, 'lr_scheduler.decay_type = "cosine" (was "linear")'),
+    ({"lr_scheduler__total_steps": 90}, "lr_scheduler.total_steps = 90 (was none)"),
+    ({"validation__enable": True}, "validation.enable = true (was false)"),
+    ({"training__dataloader__num_workers": 2}, "training.dataloader.num_workers = 2 (was 0)"),
+    (
+        {"growth__stages": [STAGES[0], {**STAGES[1], "at": "50 steps"}]},
+        'growth.stages.1.at = "50 steps" (was "20 steps")',
+    ),
+    ({"growth__stages": [STAGES[0], {**STAGES[1], "lr": 1e-4}]}, "growth.stages.1.lr = 0.0001 (was none)"),
+    ({"growth__base__lr": 1e-4}, "growth.base.lr = 0.0001 (was none)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "line"), PRINTED, ids=[case[1] for case in PRINTED])
+def test_other_changes_take_effect_and_are_printed(changes: dict[str, Any], line: str, tmp_path: Path) -> None:
+    refused, lines = compare(saved(tmp_path, recipe(), growths=1), recipe(**changes))
+    assert not refused
+    assert lines == [f"changed since step-30: {line}"]
+
+
+def test_names_and_places_are_not_worth_a_line(tmp_path: Path) -> None:
+    now = recipe(job__description="x", metrics__log_freq=3, profiling__profile_freq=9, data__cache_dir="/x")
+    assert compare(saved(tmp_path, recipe()), now) == ([], [])
+    # the same sizes said in another way
+    assert compare(saved(tmp_path / "2", recipe()), recipe(model__dim=256)) == ([], [])
+
+
+@pytest.mark.parametrize(("name", "text"), [("recipe.toml", "steps ="), ("recipe.toml", "[nothing]"),
+                                            ("lineage.json", "{"), ("lineage.json", '{"events": [{}]}'),
+                                            ("lineage.json", "{}")])  # fmt: skip
+def test_unreadable_recipe_or_lineage_is_one_line(name: str, text: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path, recipe())
+    (folder.path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=r"^step-30 refused: its (recipe|lineage) cannot be read [^\n]+$"):
+        compare(folder, recipe())
+    if name == "recipe.toml":
+        with pytest.raises(CheckpointError, match=r"^step-30 refused: its recipe cannot be read"):
+            decide(recipe(), RunFolder(tmp_path), folder)
+
+
+# ---- decisions -------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_is_drawn_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create()
+    unseeded = recipe(debug__seed=None)
+    drawn = iter([111, 222])
+    monkeypatch.setattr(secrets, "randbelow", lambda limit: next(drawn))
+    first = decide(unseeded, folder, None)
+    assert first == Decisions(111, None)
+    folder.write_text("recipe.toml", to_toml(with_values(unseeded, {"debug.seed": first.seed})))
+    assert decide(unseeded, folder, None) == Decisions(111, 16), "the seed of the folder was drawn again"
+    # a checkpoint says more than the folder
+    assert decide(unseeded, folder, saved(tmp_path, recipe(debug__seed=9))).seed == 9
+    # the user's own comes first
+    assert decide(recipe(debug__seed=3), folder, None).seed == 3
+
+
+def test_a_damaged_recipe_in_the_folder_is_as_none(tmp_path: Path) -> None:
+    for text in ("steps =", "[nothing]\n", "\x00"):
+        (tmp_path / "recipe.toml").write_text(text)
+        assert decided_before(tmp_path, None) is None
+    assert decided_before(tmp_path / "nowhere", None) is None
+
+
+def test_a_derived_batch_size_is_kept_on_other_meshes(tmp_path: Path) -> None:
+    """-1 became 8 x 2 at the first start on 2 ranks; on 4 ranks it stays 16."""
+    derived = recipe(training__global_batch_size=-1, training__local_batch_size=4)
+    first = settle(derived, Decisions(5, None), None, num_ranks=2, device_type="cpu")
+    assert first.recipe.training.global_batch_size == 8
+    checkpoint = saved(tmp_path, first.recipe)
+    decisions = decide(derived, RunFolder(tmp_path), checkpoint)
+    assert decisions == Decisions(5, 8)
+    again = settle(derived, decisions, checkpoint, num_ranks=1, device_type="cpu")
+    assert again.recipe.training.global_batch_size == 8
+    assert again.num_accumulation_steps == 2
+    with pytest.raises(ConfigError, match=r"training\.global_batch_size: 8 is not a multiple"):
+        settle(derived, decisions, checkpoint, num_ranks=4, device_type="cpu")
+
+
+def test_settle_refuses_another_run_and_prints_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = saved(tmp_path, recipe(), growths=1)
+    with pytest.raises(ConfigError, match=r"debug\.seed") as caught:
+        settle(recipe(data__bos=False), Decisions(6, 16), checkpoint, num_ranks=2, device_type="cpu")
+    assert len(caught.value.problems) == 2
+    caplog.set_level("INFO", logger="titan_growth")
+    settle(recipe(optimizer__lr=1e-4), Decisions(5, 16), checkpoint, num_ranks=2, device_type="cpu")
+    assert "changed since step-30: optimizer.lr = 0.0001 (was 0.0008)" in caplog.messages
+
+
+def test_newest_checkpoint_and_the_end(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (9, 100, 30):
+        saved(tmp_path, recipe(), step=step)
+    newest = newest_checkpoint(recipe(), tmp_path)
+    assert newest is not None
+    assert newest.step == 100
+    assert newest_checkpoint(recipe(checkpoint__enable=False), tmp_path) is None
+    asked = newest_checkpoint(recipe(checkpoint__load_step=30), tmp_path)
+    assert asked is not None
+    assert asked.step == 30
+    assert newest_checkpoint(recipe(checkpoint__load_step=31), tmp_path) is None
+    done = finished(recipe(), folder)
+    assert done is not None
+    assert "this run is finished at step 100" in finished_message(done)
+    assert finished(recipe(training__steps=101), folder) is None
+    assert finished(recipe(checkpoint__load_step=30), folder) is None, "going back on purpose is not the end"
+
+
+def test_a_dry_run_leaves_nothing_behind() -> None:
+    assert dry_run_of(recipe()) == recipe()
+    dry = dry_run_of(recipe(comm__mode="fake_backend", validation__enable=True, metrics__enable_tensorboard=True))
+    assert (dry.training.steps, dry.checkpoint.enable, dry.growth.active_stages) == (1, False, [])
+    assert not dry.validation.enable
+    assert not dry.metrics.enable_tensorboard
