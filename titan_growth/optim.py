@@ -6,10 +6,12 @@ are not state: they come from the recipe, every time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from titan_growth.config.schema import Optimizer as OptimizerSection
@@ -58,13 +60,36 @@ class Optimizer:
         Returns:
             The global gradient norm before clipping, a float32 scalar.
         """
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, norm_type=2.0, foreach=True)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = global_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.max_norm, norm, foreach=True)
         for group in self.inner.param_groups:
             group["lr"] = lr
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
         return norm
+
+
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, over every rank that holds a part of them; a float32 scalar.
+
+    Squares are summed in float64. In float32 the sum over a large tensor loses its last digits in an order that depends
+    on how the tensor is sharded: on the CPU one rank and two then differ by 4e-5 (docs/log.md).
+    """
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    squares = torch.stack(torch._foreach_norm(local, 2.0, dtype=torch.float64)).square()
+    total = torch.zeros((), dtype=torch.float64, device=squares.device)
+    # Tensors that are sharded over the same axes are summed on each rank first, then over those axes once.
+    by_axes: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
+    for position, gradient in enumerate(gradients):
+        if not isinstance(gradient, DTensor):
+            total += squares[position]
+            continue
+        axes = tuple(axis for axis, placement in enumerate(gradient.placements) if not placement.is_replicate())
+        assert not any(placement.is_partial() for placement in gradient.placements), "a gradient is not reduced yet"
+        by_axes.setdefault((gradient.device_mesh, axes), []).append(position)
+    for (mesh, axes), positions in by_axes.items():
+        part = squares[positions].sum()
+        for axis in axes:
+            dist.all_reduce(part, group=mesh.get_group(axis))
+        total += part
+    return total.sqrt().float()
