@@ -140,6 +140,17 @@ class Trainer:
     def fit(self) -> bool:
         """Trains to the last step. Returns False when the run was asked to stop early (and has saved, if it saves)."""
         gc.disable()  # collected below, on all ranks at once, so that no rank stalls the others at its own moment
+        try:
+            self._loop()
+        finally:
+            gc.enable()
+        if self.progress.step < self.recipe.training.steps:
+            return False
+        for stage in self.plan.growth.remaining(self.lineage):
+            logger.error("the growth at %s never came: the run ended before it", stage.when)
+        return True
+
+    def _loop(self) -> None:
         stopped = False
         self.observers.start()
         while self.progress.step < self.recipe.training.steps and not stopped:
@@ -155,10 +166,6 @@ class Trainer:
             self._advance(num_tokens)
             self._record(batch, loss, grad_norm, lr)
             self._after_step(stopped)
-        if not stopped:
-            for stage in self.plan.growth.remaining(self.lineage):
-                logger.error("the growth at %s never came: the run ended before it", stage.when)
-        return not stopped
 
     def _agree(self, batch: list[Microbatch]) -> tuple[int, bool]:
         """(valid tokens of the global batch, whether any rank was asked to stop)."""
@@ -216,9 +223,7 @@ class Trainer:
         model and grows again to the same bits.
         """
         with self.observers.meter.pause("growth"):
-            source = self.last_saved
-            assert source is not None, "growing without a checkpoint"
-            assert source.step == self.progress.step, "growing from a step that was not saved"
+            source = self._way_back()
             operator = operators()[stage.operator]
             before = self.model_config
             source_of = operator.source_of(before.num_layers, stage.factor)
@@ -250,6 +255,14 @@ class Trainer:
             self.lineage = Lineage((*self.lineage.events[:-1], event))
             logger.info("every tensor equals its source (%d compared on this rank)", num_compared)
             self.observers.record_growth(event)
+
+    def _way_back(self) -> StepFolder:
+        """The small model's checkpoint of this very step, which stays for good; normally the loop has just saved it."""
+        if self.last_saved is None or self.last_saved.step != self.progress.step:
+            self.save(permanent=True)
+        assert self.last_saved is not None
+        self.last_saved = self.checkpointer.make_permanent(self.last_saved)
+        return self.last_saved
 
     def _held_out_loss(self) -> float:
         if self.validator.blocks is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from titan_growth.checkpoint.folder import (
     StepFolder,
     committed_steps,
     file_entry,
+    no_such_step,
+    none_usable,
     open_step,
     step_path,
     write_manifest,
@@ -64,25 +66,20 @@ class CheckpointManager:
         if not self.section.enable:
             return None
         candidates, refused = on_rank0(lambda: committed_steps(self.root))
-        for line in refused:
-            logger.error("%s", line)
-        if self.section.load_step != -1:
-            candidates = [folder for folder in candidates if folder.step == self.section.load_step]
-            if not candidates:
-                raise CheckpointError(
-                    f"checkpoint.load_step: there is no usable step-{self.section.load_step} in {self.root}"
-                )
+        wanted = self.section.load_step
         for folder in candidates:
+            if wanted not in (-1, folder.step):
+                continue
             damage = self._damage(folder)
             if damage is None:
+                for line in refused if wanted == -1 else []:
+                    logger.error("%s", line)
                 return folder
             refused.append(f"{folder.path.name} refused: {damage}")
-            logger.error("%s", refused[-1])
+        if wanted != -1:
+            raise CheckpointError(f"checkpoint.load_step: {no_such_step(self.root, wanted, refused)}")
         if refused:
-            raise CheckpointError(
-                f"{self.root} holds checkpoints, but none can be used: {'; '.join(refused)}. "
-                "Restore one, or name another job.dump_folder to start from scratch"
-            )
+            raise CheckpointError(none_usable(self.root, refused))
         return None
 
     def _damage(self, folder: StepFolder) -> str | None:
@@ -161,10 +158,15 @@ class CheckpointManager:
 
     def _clear(self, path: Path, num_bytes: int) -> None:
         """Removes what a dead save left, and makes sure that the new one fits on the disk."""
-        if path.exists():
-            shutil.rmtree(path)
-        path.mkdir(parents=True)
-        free = shutil.disk_usage(path).free
+        try:
+            if path.exists():
+                shutil.rmtree(path)
+            path.mkdir(parents=True)
+            free = shutil.disk_usage(path).free
+        except OSError as error:
+            raise CheckpointError(
+                f"{path.name} was not saved: {describe_os_error(error)}. The checkpoints before it are whole"
+            ) from None
         if free < num_bytes:
             path.rmdir()
             raise CheckpointError(
@@ -196,6 +198,14 @@ class CheckpointManager:
 
         on_rank0(remove)
 
+    def make_permanent(self, folder: StepFolder) -> StepFolder:
+        """Takes a committed checkpoint out of retention."""
+        if folder.manifest.permanent:
+            return folder
+        permanent = StepFolder(folder.path, replace(folder.manifest, permanent=True))
+        on_rank0(lambda: write_manifest(permanent.path, permanent.manifest))
+        return permanent
+
     # ---- loading -------------------------------------------------------------------------------------------------
 
     def load(self, path: Path, tensors: Tensors, names_of: NamesOf | None = None) -> SafeReader:
@@ -210,7 +220,7 @@ class CheckpointManager:
             CheckpointError: when a tensor is missing or does not fit, or a file cannot be read.
         """
         reader = SafeReader(path, names_of)
-        fail_together(_misfits(reader, tensors), CheckpointError)
+        fail_together(misfits(reader, tensors), CheckpointError)
         errors: list[str] = []
         try:
             dcp.load(dict(tensors), storage_reader=reader, planner=DefaultLoadPlanner())
@@ -224,7 +234,7 @@ class CheckpointManager:
         return set(SafeReader(path).tensor_entries())
 
 
-def _misfits(reader: SafeReader, tensors: Tensors) -> list[str]:
+def misfits(reader: SafeReader, tensors: Mapping[str, Tensor]) -> list[str]:
     """One message when the stored tensors are not the wanted ones, naming the first few."""
     try:
         stored = reader.tensor_entries()
