@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from titan_growth.checkpoint.folder import (
     LINEAGE,
@@ -125,7 +126,7 @@ class CheckpointManager:
         try:
             writer = FileSystemWriter(path, single_file_per_rank=True, sync_files=True)
             dcp.save(tensors, storage_writer=writer)
-        except Exception as error:  # DCP wraps whatever happened on any rank
+        except (Exception, CheckpointException) as error:  # DCP wraps whatever happened on any rank
             errors = [_root_cause(error)]
         self._fail_save(path, errors)
 
@@ -224,7 +225,7 @@ class CheckpointManager:
         errors: list[str] = []
         try:
             dcp.load(dict(tensors), storage_reader=reader, planner=DefaultLoadPlanner())
-        except Exception as error:  # DCP wraps whatever happened on any rank
+        except (Exception, CheckpointException) as error:  # DCP wraps whatever happened on any rank
             errors = [f"{path.name} refused: {_root_cause(error)}"]
         fail_together(errors, CheckpointError)
         return reader
