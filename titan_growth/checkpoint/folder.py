@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,15 +81,18 @@ class StepFolder:
         """The growths behind the checkpoint."""
         return Lineage.from_dict(json.loads((self.path / LINEAGE).read_text(encoding="utf-8")))
 
-    def damage(self, *, checksums: bool, share: tuple[int, int] = (0, 1)) -> str | None:
+    def damage(
+        self, *, checksums: bool, share: tuple[int, int] = (0, 1), names: Collection[str] | None = None
+    ) -> str | None:
         """What is wrong with the files, or None.
 
         Args:
             checksums: also read the files and compare SHA-256 sums.
             share: (rank, number of ranks) that divide the files among them.
+            names: look at these files only.
         """
         for position, (name, entry) in enumerate(sorted(self.manifest.files.items())):
-            if position % share[1] != share[0]:
+            if position % share[1] != share[0] or (names is not None and name not in names):
                 continue
             path = self.path / name
             if not path.is_file():
@@ -134,7 +138,10 @@ def step_numbers(root: Path) -> list[int]:
 
 
 def committed_steps(root: Path) -> tuple[list[StepFolder], list[str]]:
-    """(committed checkpoints with whole files, newest first; one line for each that was refused)."""
+    """(committed checkpoints with whole files, newest first; one line for each that was refused).
+
+    Whole means that sizes are right, and so is the content of what is read before a run starts: recipe and lineage.
+    """
     good, refused = [], []
     for step in step_numbers(root):
         try:
@@ -144,12 +151,27 @@ def committed_steps(root: Path) -> tuple[list[StepFolder], list[str]]:
             continue
         if folder is None:
             continue
-        damage = folder.damage(checksums=False)
+        damage = folder.damage(checksums=False) or folder.damage(checksums=True, names=(RECIPE, LINEAGE))
         if damage:
             refused.append(f"{folder.path.name} refused: {damage}")
         else:
             good.append(folder)
     return good, refused
+
+
+def no_such_step(root: Path, step: int, refused: list[str]) -> str:
+    """The message for a `checkpoint.load_step` that cannot be had."""
+    why = next((line for line in refused if line.startswith(f"step-{step} ")), "")
+    there = ", ".join(f"step-{found}" for found in step_numbers(root)) or "no checkpoint"
+    return f"there is no usable step-{step} in {root}{f' ({why})' if why else ''}; it holds {there}"
+
+
+def none_usable(root: Path, refused: list[str]) -> str:
+    """The message for a run whose checkpoints are all damaged."""
+    return (
+        f"{root} holds checkpoints, but none can be used: {'; '.join(refused)}. "
+        "Restore one, or name another job.dump_folder to start from scratch"
+    )
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
