@@ -10,7 +10,7 @@ import os
 import sys
 
 from titan_growth.config.loader import inspect_recipe
-from titan_growth.tools.errors import ConfigError, Problem, TitanGrowthError
+from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, RunFolderError, TitanGrowthError
 from titan_growth.tools.logs import logger, setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
@@ -19,7 +19,7 @@ FINISHED = 10
 
 
 def main(argv: list[str]) -> int:
-    """Checks a recipe as the ranks will see it; returns 0, 1, 2 or `FINISHED`."""
+    """Checks a recipe as the ranks will see it; returns 0, 2 or `FINISHED`."""
     setup_logging(0)
     try:
         return _check(argv)
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         return error.exit_status
     except TitanGrowthError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return ConfigError.exit_status  # whatever it is: nothing has been started, and trying again would not help
 
 
 def report_problems(error: ConfigError) -> None:
@@ -59,32 +59,42 @@ def _check(argv: list[str]) -> int:
     if problems:
         raise ConfigError(problems + [problem for problem in more if problem.key not in known])
 
+    checkpoint = None
     folder = RunFolder(recipe.job.dump_folder)
     os.environ["TITAN_GROWTH_DUMP_FOLDER"] = str(folder.path)
     if recipe.comm.mode != "default":
         if more:
             raise ConfigError(more)
     else:
+        _check_folder(folder, recipe)
         if (done := finished(recipe, folder)) is not None:
             logger.info("%s", finished_message(done))
             return FINISHED
-        _check_resume(recipe, folder, num_ranks, device_type, more)
+        checkpoint = _check_resume(recipe, folder, num_ranks, device_type, more)
     for warning in warnings:
         logger.warning("%s", warning)
     decisions = decide(recipe, folder, None)
     plan = settle(recipe, decisions, None, num_ranks=num_ranks, device_type=device_type)
     if recipe.comm.mode == "default":
-        _check_folder(folder, plan)
+        _check_space(folder, plan)
+        if checkpoint is None and recipe.checkpoint.enable and recipe.checkpoint.initial_load_path is not None:
+            _check_initial(plan)
 
     from titan_growth.run_data import check_run_data, prepare_run_data
 
     run_data = prepare_run_data(recipe, plan.target.vocab_size, progress=True)
     check_run_data(run_data, recipe)
+    if checkpoint is not None and (problems := run_data.changes_since(checkpoint.manifest.data, checkpoint.path.name)):
+        raise ConfigError(problems)
     return 0
 
 
-def _check_resume(recipe, folder, num_ranks, device_type, more) -> None:  # type: ignore[no-untyped-def]
-    """A checkpoint that does not belong to the recipe is refused here; the ranks check its files besides."""
+def _check_resume(recipe, folder, num_ranks, device_type, more):  # type: ignore[no-untyped-def]
+    """The checkpoint that the run goes on from, or None.
+
+    One that does not belong to the recipe is refused here; the ranks check its files besides.
+    """
+    from titan_growth.checkpoint.folder import committed_steps, no_such_step, none_usable
     from titan_growth.resume import newest_checkpoint
     from titan_growth.start import decide, settle
 
@@ -92,21 +102,48 @@ def _check_resume(recipe, folder, num_ranks, device_type, more) -> None:  # type
     decisions = decide(recipe, folder, checkpoint)
     if checkpoint is not None:
         settle(recipe, decisions, checkpoint, num_ranks=num_ranks, device_type=device_type)
-    elif recipe.checkpoint.enable and recipe.checkpoint.load_step != -1:
-        root = folder.path / recipe.checkpoint.folder
-        message = f"there is no usable step-{recipe.checkpoint.load_step} in {root}"
-        raise ConfigError([Problem("checkpoint.load_step", message), *more])
-    elif recipe.checkpoint.enable and recipe.checkpoint.initial_load_path is not None:
-        from titan_growth.checkpoint.initial import initial_state
+    elif recipe.checkpoint.enable:
+        root, step = folder.path / recipe.checkpoint.folder, recipe.checkpoint.load_step
+        _, refused = committed_steps(root)
+        if step != -1:
+            raise ConfigError([Problem("checkpoint.load_step", no_such_step(root, step, refused)), *more])
+        if refused:
+            raise CheckpointError(none_usable(root, refused))
+    return checkpoint
 
-        initial_state(recipe.checkpoint)
 
-
-def _check_folder(folder, plan) -> None:  # type: ignore[no-untyped-def]
-    """The run's folder can be made, written, locked, and holds one checkpoint."""
+def _check_folder(folder, recipe) -> None:  # type: ignore[no-untyped-def]
+    """The run's folder can be made, written and locked, and nothing stands where its checkpoints belong."""
     folder.create()
     folder.lock()
     folder.unlock()
+    root = folder.path / recipe.checkpoint.folder
+    if recipe.checkpoint.enable and root.exists() and not root.is_dir():
+        raise RunFolderError(f"checkpoint.folder: {root} is a file. Remove it, or name another folder")
+
+
+def _check_initial(plan) -> None:  # type: ignore[no-untyped-def]
+    """`checkpoint.initial_load_path` holds nothing that should not be read, and the run's first model."""
+    import torch
+
+    from titan_growth.checkpoint.initial import initial_state
+    from titan_growth.checkpoint.manager import misfits
+    from titan_growth.checkpoint.reader import SafeReader
+    from titan_growth.models.registry import family_module
+
+    path, _, lineage = initial_state(plan.recipe.checkpoint)
+    if len(lineage.events) > len(plan.growth.stages):
+        raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
+    config = plan.growth.config_after(len(lineage.events))
+    with torch.device("meta"):
+        model = family_module(plan.recipe.model.name).Decoder(config, plan.recipe.training.seq_len)
+    wrong = misfits(SafeReader(path), model.to(getattr(torch, plan.recipe.training.dtype)).state_dict())
+    if wrong:
+        raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}")
+
+
+def _check_space(folder, plan) -> None:  # type: ignore[no-untyped-def]
+    """One checkpoint fits."""
     if plan.recipe.checkpoint.enable and not plan.recipe.checkpoint.load_only:
         bytes_per_value = 2 if plan.recipe.training.dtype == "bfloat16" else 4
         folder.require_space(3 * bytes_per_value * plan.target.num_params, "a checkpoint (weights and moments)")

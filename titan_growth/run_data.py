@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from titan_growth.config.schema import Recipe
-from titan_growth.data import BlockDataset, CorpusSpec, PreparedCorpus, TokenizerSpec, TokenSplit, prepare
-from titan_growth.tools.errors import DataError
+from titan_growth.data import BatchLoader, BlockDataset, CorpusSpec, PreparedCorpus, TokenizerSpec, TokenSplit, prepare
+from titan_growth.mesh import Mesh
+from titan_growth.tools.errors import DataError, Problem
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,23 @@ class RunData:
             "description": self.corpus.description,
         }
 
+    def changes_since(self, before: dict[str, Any], step_name: str) -> list[Problem]:
+        """What a checkpoint's fingerprints say against going on with this data: at most one problem.
+
+        The cursor and the random states of a run mean nothing on other tokens. Another tokenizer makes other tokens of
+        the same corpus, so with it the corpus is not a second problem.
+        """
+        now = self.fingerprints()
+        for part, key in (("tokenizer", "data.tokenizer"), ("corpus", "training.dataset")):
+            if part in before and before[part] != now[part]:
+                message = (
+                    f"{step_name} was trained with another {part} ({before[part]}; the recipe's is {now[part]}). "
+                    f"Its data was: {before.get('description', 'not known')}"
+                )
+                hint = "Use that again, or name another job.dump_folder to start a new run"
+                return [Problem(key, message, hint)]
+        return []
+
     def train_blocks(self, recipe: Recipe) -> BlockDataset:
         """The training samples in the order that the seed fixes."""
         assert recipe.debug.seed is not None, "the seed has not been resolved"
@@ -41,11 +59,23 @@ class RunData:
             recipe.data.shuffle,
         )
 
+    def loader(self, recipe: Recipe, mesh: Mesh, cursor: int) -> BatchLoader:
+        """This rank's global batches from a cursor on."""
+        return BatchLoader(
+            self.train_blocks(recipe),
+            global_batch_size=recipe.training.global_batch_size,
+            local_batch_size=recipe.training.local_batch_size,
+            dp_rank=mesh.dp_rank,
+            dp_degree=mesh.shape.dp_degree,
+            cursor=cursor,
+            **recipe.training.dataloader.model_dump(),
+        )
+
     def validation_blocks(self, recipe: Recipe) -> BlockDataset | None:
-        """The validation samples, or None when nothing is held out."""
-        if self.validation is None:
-            return None
+        """The validation samples, or None when nothing is held out, or less than one sequence."""
         seq_len = recipe.validation.seq_len or recipe.training.seq_len
+        if self.validation is None or self.validation.num_tokens <= seq_len:
+            return None  # `check_run_data` has refused this for a run that validates
         return BlockDataset(self.validation, seq_len, recipe.data.document_mask, seed=0, shuffle=False)
 
 

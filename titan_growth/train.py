@@ -10,15 +10,19 @@ import contextlib
 import os
 import sys
 import traceback
+from typing import TYPE_CHECKING
 
 from titan_growth.config.help import help_text
 from titan_growth.config.loader import load_recipe, to_json, to_toml
 from titan_growth.config.schema import Recipe
 from titan_growth.preflight import report_problems
-from titan_growth.tools.errors import ConfigError, TitanGrowthError
+from titan_growth.tools.errors import ConfigError, TitanGrowthError, TrainingError
 from titan_growth.tools.exit_report import DONE, FAILED, REQUEUE, ExitReport, caused_by_peer, process_status
 from titan_growth.tools.logs import logger, setup_logging
 from titan_growth.tools.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from titan_growth.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,6 +111,9 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
         checkpoint = checkpointer.find()
         decisions = on_rank0(lambda: decide(recipe, folder, checkpoint))
         plan = settle(recipe, decisions, checkpoint, num_ranks=dist.get_world_size(), device_type=device.type)
+        before = (checkpoint.manifest.data, checkpoint.path.name) if checkpoint is not None else ({}, "")
+        if problems := run_data.changes_since(*before):
+            raise ConfigError(problems)
         if checkpoint is not None and recipe.checkpoint.load_step != -1:
             checkpointer.set_aside_after(checkpoint.step)
         if not dry_run:
@@ -124,7 +131,7 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
             stop=stop,
         )
         try:
-            completed = trainer.fit()
+            completed = _fit(trainer)
             for line in observers.summary(trainer.last_saved):
                 logger.info("%s", line)
         finally:
@@ -139,6 +146,16 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
         folder.unlock()
         if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
+
+
+def _fit(trainer: Trainer) -> bool:
+    """From here on the run has started: whatever fails is a failure (1), and no longer a bad recipe or folder (2)."""
+    try:
+        return trainer.fit()
+    except TitanGrowthError as error:
+        if error.exit_status == FAILED:
+            raise
+        raise TrainingError(str(error)) from error
 
 
 def _vocab_size(recipe: Recipe) -> int:
