@@ -6,6 +6,7 @@ the process, however that ends, and can never be left behind.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -46,28 +47,42 @@ class RunFolder:
         """Takes the folder for this process.
 
         Raises:
-            RunFolderError: when another run has it.
+            RunFolderError: when another run has it, or when it cannot be locked.
         """
-        file = open(self.path / ".lock", "a+")  # noqa: SIM115 (kept open: closing it gives up the lock)
+        try:
+            file = open(self.path / ".lock", "a+")  # noqa: SIM115 (kept open: closing it gives up the lock)
+        except OSError as error:
+            raise self._unlockable(error) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
             file.close()
             raise RunFolderError(
                 f"job.dump_folder {self.path}: in use by {owner}. Wait for that run, or name another folder"
             ) from None
+        except OSError as error:
+            file.close()
+            raise self._unlockable(error) from None
         file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk: the name of the owner is a courtesy to others
+            file.write(f"process {os.getpid()} on {os.uname().nodename}")
+            file.flush()
         self._lock = file
+
+    def _unlockable(self, error: OSError) -> RunFolderError:
+        return RunFolderError(
+            f"job.dump_folder {self.path}: cannot be locked ({error.strerror or error}). "
+            "Remove .lock from it if that is not a plain file, or name a folder on a file system that has locks"
+        )
 
     def unlock(self) -> None:
         """Gives the folder back."""
         if self._lock is not None:
-            self._lock.close()
+            with contextlib.suppress(OSError):
+                self._lock.close()
             self._lock = None
 
     def require_space(self, num_bytes: int, what: str) -> None:
@@ -80,18 +95,30 @@ class RunFolder:
             )
 
     def write_text(self, name: str, text: str) -> None:
-        """Replaces a file of the folder in one step."""
-        replace_text(self.path / name, text)
+        """Replaces a file of the folder in one step.
+
+        Raises:
+            RunFolderError: when it cannot be written.
+        """
+        try:
+            replace_text(self.path / name, text)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path / name}: cannot be written ({error.strerror or error}). Make room, or remove what is there"
+            ) from None
 
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file so that readers see the old or the new text, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def gib(num_bytes: int) -> str:
