@@ -74,7 +74,7 @@ class SafeReader(FileSystemReader):
             raise CheckpointError(f"{self.folder.name} refused: it has no .metadata") from None
         except Exception as error:  # a damaged pickle raises nearly anything
             raise CheckpointError(f"{self.folder.name} refused: {error}") from None
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        if not _is_metadata(metadata):
             raise CheckpointError(f"{self.folder.name} refused: .metadata holds no DCP metadata")
         for info in metadata.storage_data.values():
             if "/" in info.relative_path or "\\" in info.relative_path or info.relative_path.startswith("."):
@@ -88,6 +88,8 @@ class SafeReader(FileSystemReader):
         """Serves all requests of this rank, reading each stored chunk once."""
         per_chunk: dict[tuple[str, int, int], list[ReadItem]] = {}
         for item in plan.items:
+            if item.type != LoadItemType.TENSOR:
+                raise CheckpointError(f"{item.storage_index.fqn} is not stored as a tensor")
             info = self.storage_data[item.storage_index]
             per_chunk.setdefault((info.relative_path, info.offset, info.length), []).append(item)
         for (relative_path, offset, length), items in sorted(per_chunk.items(), key=lambda entry: entry[0]):
@@ -97,7 +99,6 @@ class SafeReader(FileSystemReader):
             self.num_bytes_read += length
             self.num_chunks_read += 1
             for item in items:
-                assert item.type == LoadItemType.TENSOR, f"{item.storage_index.fqn} is not stored as a tensor"
                 values = chunk
                 for dim, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                     values = values.narrow(dim, start, size)
@@ -112,6 +113,18 @@ class SafeReader(FileSystemReader):
         """Name -> size and dtype of every stored tensor, under the names of `names_of`."""
         entries = self.read_metadata().state_dict_metadata.items()
         return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+
+def _is_metadata(metadata: Any) -> bool:
+    if not isinstance(metadata, Metadata):
+        return False
+    entries, storage = metadata.state_dict_metadata, metadata.storage_data
+    if not isinstance(entries, dict) or not isinstance(storage, dict):
+        return False
+    return all(
+        isinstance(index, MetadataIndex) and isinstance(getattr(info, "relative_path", None), str)
+        for index, info in storage.items()
+    )
 
 
 def _load_tensor(data: bytes, where: str) -> torch.Tensor:
