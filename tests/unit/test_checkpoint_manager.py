@@ -1,0 +1,251 @@
+"""Saving, choosing and loading step folders on one rank: what is taken, refused, and kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests.harness import run_ranks
+from titan_growth.checkpoint.folder import Manifest, committed_steps, open_step, step_numbers
+from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.config.schema import Checkpoint
+from titan_growth.growth.reader import grown_names
+from titan_growth.tools.errors import CheckpointError
+
+LINEAGE = json.dumps(Lineage().to_dict())
+
+
+def manager(folder: Path, **section: Any) -> CheckpointManager:
+    return CheckpointManager(Checkpoint(enable=True, **section), folder)
+
+
+def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {
+        "layers.0.w": torch.full((4, 3), value),
+        "optimizer.state.layers.0.w.exp_avg": torch.full((4, 3), 2 * value),
+        "optimizer.state.layers.0.w.step": torch.tensor(value),
+    }
+
+
+def save(checkpoints: CheckpointManager, step: int, value: float | None = None, *, permanent: bool = False) -> Any:
+    manifest = Manifest(Progress(step=step), 1, 1, "1 rank", model_only=False, permanent=permanent, metrics_offset=0)
+    state = tensors(float(step) if value is None else value)
+    return checkpoints.save(manifest, state, recipe_toml="[training]\n", lineage_json=LINEAGE)
+
+
+def restored(checkpoints: CheckpointManager, folder: Any) -> float:
+    state = tensors(0.0)
+    checkpoints.load(folder.path, state)
+    value = state["layers.0.w"][0, 0].item()
+    expected = tensors(value)
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+    return value
+
+
+@pytest.fixture
+def on_one_rank(tmp_path: Path) -> Callable[[Callable[[int, Path], Any]], Any]:
+    return lambda function: run_ranks(function, 1, tmp_path)[0]
+
+
+# ---- saving and loading ----------------------------------------------------------------------------------------------
+
+
+def _round_trip(rank: int, folder: Path) -> None:
+    checkpoints = manager(folder)
+    assert checkpoints.find() is None
+    written = save(checkpoints, 5)
+    assert {path.name for path in written.path.iterdir()} == {
+        ".metadata", "__0_0.distcp", "manifest.json", "recipe.toml", "lineage.json",
+    }  # fmt: skip
+    assert set(written.manifest.files) == {".metadata", "__0_0.distcp", "recipe.toml", "lineage.json"}
+    assert written.damage(checksums=True) is None
+    found = checkpoints.find()
+    assert found == written == checkpoints.committed(5)
+    assert checkpoints.committed(6) is None
+    assert restored(checkpoints, found) == 5.0
+    assert checkpoints.stored_names(found.path) == set(tensors())
+
+
+def test_round_trip(on_one_rank: Any) -> None:
+    on_one_rank(_round_trip)
+
+
+def _torch_save(rank: int, folder: Path) -> None:
+    written = save(manager(folder), 5)
+    dcp_to_torch_save(written.path, folder / "all.pt")
+    state = torch.load(folder / "all.pt", weights_only=True)
+    flat = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    assert flat.keys() == tensors().keys()
+    assert all(torch.equal(flat[name], tensor) for name, tensor in tensors(5.0).items())
+
+
+def test_a_step_folder_is_a_dcp_folder(on_one_rank: Any) -> None:
+    on_one_rank(_torch_save)
+
+
+def _grown(rank: int, folder: Path) -> None:
+    written = save(manager(folder), 5)
+    wanted = {f"layers.{layer}.w": torch.zeros(4, 3) for layer in range(4)}
+    reader = manager(folder).load(written.path, wanted, grown_names((0, 0, 0, 0)))
+    assert reader.num_chunks_read == 1
+    assert all(torch.equal(tensor, torch.full((4, 3), 5.0)) for tensor in wanted.values())
+
+
+def test_load_under_other_names(on_one_rank: Any) -> None:
+    on_one_rank(_grown)
+
+
+def _misfits(rank: int, folder: Path) -> None:
+    checkpoints = manager(folder)
+    path = save(checkpoints, 5).path
+    for wanted, message in (
+        ({"other.w": torch.zeros(1)}, "has no other.w"),
+        ({"layers.0.w": torch.zeros(4, 4)}, "layers.0.w is 4 x 3 there and 4 x 4 here"),
+        ({"layers.0.w": torch.zeros(12)}, "layers.0.w is 4 x 3 there and 12 here"),
+        ({"layers.0.w": torch.tensor(0.0)}, "layers.0.w is 4 x 3 there and a scalar here"),
+        ({"layers.0.w": torch.zeros(4, 3).bfloat16()}, "layers.0.w is torch.float32 there and torch.bfloat16 here"),
+        ({f"x.{i}": torch.zeros(1) for i in range(5)}, "has no x.0; has no x.1 (and 3 more)"),
+    ):
+        before = {name: tensor.clone() for name, tensor in wanted.items()}
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.load(path, wanted)
+        assert str(caught.value) == f"step-5 refused: it is of another model: {message}"
+        assert all(torch.equal(before[name], wanted[name]) for name in wanted)
+
+
+def test_missing_and_misfit_tensors_are_named(on_one_rank: Any) -> None:
+    on_one_rank(_misfits)
+
+
+def _damaged_load(rank: int, folder: Path) -> None:
+    checkpoints = manager(folder)
+    path = save(checkpoints, 5).path
+    shard = path / "__0_0.distcp"
+    shard.write_bytes(b"\0" * shard.stat().st_size)
+    with pytest.raises(CheckpointError, match=r"^step-5 refused: step-5/__0_0\.distcp cannot be read \(\w+\)$"):
+        checkpoints.load(path, tensors(0.0))
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"^step-5 refused: No such file or directory: .*__0_0\.distcp$"):
+        checkpoints.load(path, tensors(0.0))
+
+
+def test_a_read_that_fails_is_one_line(on_one_rank: Any) -> None:
+    on_one_rank(_damaged_load)
+
+
+# ---- choosing --------------------------------------------------------------------------------------------------------
+
+
+def _uncommitted(rank: int, folder: Path) -> None:
+    checkpoints = manager(folder)
+    save(checkpoints, 5)
+    dead = save(checkpoints, 9).path
+    (dead / "manifest.json").unlink()
+    (dead / "__7_0.distcp").write_bytes(b"of a rank that is no more")
+    found = checkpoints.find()
+    assert found is not None
+    assert found.step == 5
+    again = save(checkpoints, 9, 90.0)
+    assert not (dead / "__7_0.distcp").exists(), "old shards lie beside the new ones"
+    assert checkpoints.find() == again
+    assert restored(checkpoints, again) == 90.0
+
+
+def test_remains_of_a_dead_save_are_ignored_and_replaced(on_one_rank: Any) -> None:
+    on_one_rank(_uncommitted)
+
+
+def _fallback(rank: int, folder: Path) -> None:
+    checkpoints = manager(folder)
+    for step in (8, 9, 10):
+        save(checkpoints, step)
+    shard = checkpoints.root / "step-10" / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    found = checkpoints.find()
+    assert found is not None
+    assert found.step == 9
+    with pytest.raises(CheckpointError, match=r"there is no usable step-10 in .*__0_0\.distcp does not match"):
+        manager(folder, load_step=10).find()
+    with pytest.raises(CheckpointError, match="there is no usable step-7 in"):
+        manager(folder, load_step=7).find()
+    asked = manager(folder, load_step=8).find()
+    assert asked is not None
+    assert asked.step == 8
+    for step in (8, 9):
+        (checkpoints.root / f"step-{step}" / "lineage.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds checkpoints, but none can be used: .*lineage\.json is missing"):
+        checkpoints.find()
+    assert CheckpointManager(Checkpoint(enable=False), folder).find() is None
+
+
+def test_a_damaged_one_is_passed_over_and_none_left_is_an_error(on_one_rank: Any) -> None:
+    """One flipped bit; and a run whose checkpoints are all damaged must not start from scratch."""
+    on_one_rank(_fallback)
+
+
+def _aside(rank: int, folder: Path) -> None:
+    checkpoints = manager(folder)
+    for _ in range(2):
+        for step in (5, 10):
+            save(checkpoints, step)
+        checkpoints.set_aside_after(5)
+    assert step_numbers(checkpoints.root) == [5]
+    assert (checkpoints.root / "superseded-10").is_dir()
+    assert (checkpoints.root / "superseded-10-2").is_dir()
+
+
+def test_going_back_keeps_later_checkpoints_aside(on_one_rank: Any) -> None:
+    on_one_rank(_aside)
+
+
+# ---- keeping ---------------------------------------------------------------------------------------------------------
+
+
+def _retention(rank: int, folder: Path) -> None:
+    checkpoints = manager(folder, keep_latest_k=2)
+    for step in (1, 2, 9, 10):
+        save(checkpoints, step, permanent=step in (1, 9))
+    for step in (11, 12):  # two dead saves: they must not push out good ones
+        (checkpoints.root / f"step-{step}").mkdir()
+    checkpoints.prune()
+    assert [found.step for found in committed_steps(checkpoints.root)[0]] == [10, 9, 2, 1]
+    save(checkpoints, 13)
+    checkpoints.prune()
+    assert [found.step for found in committed_steps(checkpoints.root)[0]] == [13, 10, 9, 1]
+    for step in (14, 15):
+        save(checkpoints, step)
+        checkpoints.prune()
+    assert [found.step for found in committed_steps(checkpoints.root)[0]] == [15, 14, 9, 1]
+    assert not (checkpoints.root / "step-2").exists()
+    everything = manager(folder, keep_latest_k=0)
+    everything.prune()
+    assert [found.step for found in committed_steps(checkpoints.root)[0]] == [15, 14, 9, 1]
+
+
+def test_the_newest_k_committed_and_the_permanent_are_kept(on_one_rank: Any) -> None:
+    on_one_rank(_retention)
+
+
+def _permanent(rank: int, folder: Path) -> None:
+    checkpoints = manager(folder, keep_latest_k=2)
+    kept = checkpoints.make_permanent(save(checkpoints, 1))
+    assert kept.manifest.permanent
+    for step in (2, 3, 4):
+        save(checkpoints, step)
+    checkpoints.prune()
+    assert [found.step for found in committed_steps(checkpoints.root)[0]] == [4, 3, 1]
+    assert open_step(kept.path) == kept
+    assert kept.damage(checksums=True) is None
+
+
+def test_a_checkpoint_can_be_made_permanent(on_one_rank: Any) -> None:
+    on_one_rank(_permanent)
