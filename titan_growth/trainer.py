@@ -21,11 +21,10 @@ from titan_growth.checkpoint.folder import Manifest, StepFolder
 from titan_growth.checkpoint.initial import initial_state
 from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
-from titan_growth.checkpoint.reader import NamesOf
-from titan_growth.checkpoint.state import model_tensors, optimizer_tensors, rng_tensors, set_rng
+from titan_growth.checkpoint.state import model_tensors, optimizer_tensors, rng_tensors, set_rng, stored_rng
 from titan_growth.config.growth_schema import GrowthStage
 from titan_growth.config.loader import to_toml
-from titan_growth.data import BatchLoader, batch_hash, sample_digests
+from titan_growth.data import batch_hash, sample_digests
 from titan_growth.engine import Engine, Microbatch, num_valid_tokens, sum_over_ranks
 from titan_growth.growth.operators import operators
 from titan_growth.growth.reader import grown_names
@@ -77,9 +76,8 @@ class Trainer:
         self.progress = Progress()
         self.lineage = Lineage()
         self.last_saved: StepFolder | None = None
-        validation_blocks = run_data.validation_blocks(self.recipe) if run_data.validation is not None else None
-        self.validator = Validator(self.recipe.validation, validation_blocks, self.mesh, self.recipe.training.steps)
-        self.train_blocks = run_data.train_blocks(self.recipe)
+        held_out = run_data.validation_blocks(self.recipe)
+        self.validator = Validator(self.recipe.validation, held_out, self.mesh, self.recipe.training.steps)
         self._start(checkpoint)
 
     # ---- start ---------------------------------------------------------------------------------------------------
@@ -92,15 +90,15 @@ class Trainer:
             self.lineage = checkpoint.lineage()
             self.last_saved = checkpoint
             self._build(seed=None)
-            rng = self._stored_rng(checkpoint)
-            self._load(checkpoint, optimizer=True, extra=rng)
+            rng = stored_rng(dist.get_rank(), self.checkpointer.stored_names(checkpoint.path))
+            self.checkpointer.load(checkpoint.path, self._tensors(optimizer=True) | rng)
             set_rng(dist.get_rank(), rng)
             logger.info("resumed from %s", checkpoint.path)
         elif initial is not None and self.recipe.checkpoint.enable:
             self._start_from_another_run()
         else:
             self._build(seed=self.seed)
-        self.data = self._loader()
+        self.data = self.run_data.loader(self.recipe, self.mesh, self.progress.samples)
 
     @property
     def seed(self) -> int:
@@ -123,17 +121,6 @@ class Trainer:
         )
         self.engine = Engine(model, self.device.torch)
         self.optimizer = Optimizer(model.parts, self.recipe.optimizer, max_norm=self.recipe.training.max_norm)
-
-    def _loader(self) -> BatchLoader:
-        return BatchLoader(
-            self.train_blocks,
-            global_batch_size=self.recipe.training.global_batch_size,
-            local_batch_size=self.recipe.training.local_batch_size,
-            dp_rank=self.mesh.dp_rank,
-            dp_degree=self.mesh.shape.dp_degree,
-            cursor=self.progress.samples,
-            **self.recipe.training.dataloader.model_dump(),
-        )
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -228,28 +215,20 @@ class Trainer:
             before = self.model_config
             source_of = operator.source_of(before.num_layers, stage.factor)
             loss_before = self._held_out_loss()
-            event = GrowthEvent(
-                step=self.progress.step,
-                tokens=self.progress.tokens,
-                flops=self.progress.flops,
-                operator=stage.operator,
-                factor=stage.factor,
-                optimizer_state=stage.optimizer_state,
-                lr_policy=stage.lr_policy,
-                from_layers=before.num_layers,
-                to_layers=len(source_of),
+            event = GrowthEvent.begin(
+                stage,
+                self.progress,
                 source=source.path.name,
                 source_of=source_of,
+                from_layers=before.num_layers,
                 mesh=str(self.mesh.shape),
                 loss_before=loss_before,
-                loss_after=math.nan,
             )
             self._release()
             self.lineage = Lineage((*self.lineage.events, event))
             self._build(seed=None)
-            copy_moments = stage.optimizer_state == "copy"
-            self._load(source, optimizer=copy_moments, names_of=grown_names(source_of))
-            grown = self._tensors(optimizer=copy_moments)
+            grown = self._tensors(optimizer=stage.optimizer_state == "copy")
+            self.checkpointer.load(source.path, grown, grown_names(source_of))
             num_compared = verify_growth(grown, source_of, lambda wanted: self.checkpointer.load(source.path, wanted))
             event = replace(event, loss_after=self._held_out_loss())
             self.lineage = Lineage((*self.lineage.events[:-1], event))
@@ -268,7 +247,7 @@ class Trainer:
         if self.validator.blocks is not None:
             return self.validator.one_batch(self.engine)
         # Nothing is held out: the next global batch, which has not been trained on, serves.
-        upcoming = self._loader()
+        upcoming = self.run_data.loader(self.recipe, self.mesh, self.progress.samples)
         try:
             return self.engine.evaluate(upcoming.next_batch())
         finally:
@@ -319,22 +298,6 @@ class Trainer:
     def _tensors(self, *, optimizer: bool) -> dict[str, Tensor]:
         tensors = model_tensors(self.engine.model.parts)
         return tensors | optimizer_tensors(self.optimizer) if optimizer else tensors
-
-    def _load(
-        self,
-        checkpoint: StepFolder,
-        *,
-        optimizer: bool,
-        names_of: NamesOf | None = None,
-        extra: dict[str, Tensor] | None = None,
-    ) -> None:
-        wanted = self._tensors(optimizer=optimizer) | (extra or {})
-        self.checkpointer.load(checkpoint.path, wanted, names_of)
-
-    def _stored_rng(self, checkpoint: StepFolder) -> dict[str, Tensor]:
-        """Room for this rank's random states, as far as the checkpoint has them (it may be of fewer ranks)."""
-        stored = self.checkpointer.stored_names(checkpoint.path)
-        return {name: state for name, state in rng_tensors(dist.get_rank()).items() if name in stored}
 
     def _start_from_another_run(self) -> None:
         """Takes another run's weights, or all of its state, from `checkpoint.initial_load_path`."""

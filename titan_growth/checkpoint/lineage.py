@@ -6,8 +6,12 @@ its depth; and reading them runs nothing.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from titan_growth.config.growth_schema import GrowthStage
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,36 @@ class GrowthEvent:
     mesh: str
     loss_before: float
     loss_after: float
+
+    @classmethod
+    def begin(
+        cls,
+        stage: GrowthStage,
+        progress: Progress,
+        *,
+        source: str,
+        source_of: Sequence[int],
+        from_layers: int,
+        mesh: str,
+        loss_before: float,
+    ) -> GrowthEvent:
+        """The event of a growth that is under way; its loss afterwards is not known yet."""
+        return cls(
+            step=progress.step,
+            tokens=progress.tokens,
+            flops=progress.flops,
+            operator=stage.operator,
+            factor=stage.factor,
+            optimizer_state=stage.optimizer_state,
+            lr_policy=stage.lr_policy,
+            from_layers=from_layers,
+            to_layers=len(source_of),
+            source=source,
+            source_of=tuple(source_of),
+            mesh=mesh,
+            loss_before=loss_before,
+            loss_after=math.nan,
+        )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ checkpoints. There are no byte entries: everything that is not a tensor is JSON 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,11 @@ def rng_tensors(rank: int) -> dict[str, Tensor]:
     if torch.cuda.is_available():
         states[f"rng.rank_{rank}.cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+def stored_rng(rank: int, stored: Collection[str]) -> dict[str, Tensor]:
+    """Room for this rank's random states, as far as a checkpoint has them; it may be one of fewer ranks."""
+    return {name: state for name, state in rng_tensors(rank).items() if name in stored}
 
 
 def set_rng(rank: int, states: dict[str, Tensor]) -> None:
