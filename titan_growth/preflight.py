@@ -7,11 +7,10 @@ corpus is prepared here too, so that its errors come as one message and the rank
 from __future__ import annotations
 
 import os
-import sys
 
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, RunFolderError, TitanGrowthError
-from titan_growth.tools.logs import logger, setup_logging
+from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
 FINISHED = 10
@@ -27,19 +26,18 @@ def main(argv: list[str]) -> int:
         report_problems(error)
         return error.exit_status
     except TitanGrowthError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return ConfigError.exit_status  # whatever it is: nothing has been started, and trying again would not help
 
 
 def report_problems(error: ConfigError) -> None:
     """Prints a recipe's problems, one a line."""
     for problem in error.problems:
-        print(f"error: {problem}", file=sys.stderr)
+        say(f"error: {problem}")
     count = len(error.problems)
-    print(
+    say(
         f"{count} problem{'s' if count > 1 else ''}; nothing was started. "
-        "python -m titan_growth train --help lists every key",
-        file=sys.stderr,
+        "python -m titan_growth train --help lists every key"
     )
 
 

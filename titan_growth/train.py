@@ -18,7 +18,7 @@ from titan_growth.config.schema import Recipe
 from titan_growth.preflight import report_problems
 from titan_growth.tools.errors import ConfigError, TitanGrowthError, TrainingError
 from titan_growth.tools.exit_report import DONE, FAILED, REQUEUE, ExitReport, caused_by_peer, process_status
-from titan_growth.tools.logs import logger, setup_logging
+from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         report_problems(error)
     except TitanGrowthError as error:
         status, message = error.exit_status, str(error)
-        print(f"error: {message}", file=sys.stderr)
+        say(f"error: {message}")
     except Exception as error:
         secondary = caused_by_peer(error)
         if secondary:
@@ -60,13 +60,14 @@ def main(argv: list[str] | None = None) -> int:
             message = (
                 f"rank {rank} lost another rank: {first_line}. The last checkpoint is whole; run the command again"
             )
-            print(f"error: {message}", file=sys.stderr)
+            say(f"error: {message}")
         else:
             message = f"rank {rank}: {type(error).__name__}: {error}"
-            traceback.print_exc()
+            say(traceback.format_exc())
     report.write(status, message, secondary=secondary)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     if status not in (DONE, REQUEUE):
         # Without the interpreter's own farewell: it would wait for collectives that nobody else takes part in.
         os._exit(process_status(status))

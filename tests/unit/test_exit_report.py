@@ -14,7 +14,8 @@ from titan_growth.tools.exit_report import ExitReport, RankEnd, caused_by_peer, 
 
 
 @pytest.fixture(autouse=True)
-def launch(monkeypatch: pytest.MonkeyPatch) -> str:
+def launch(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> str:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path_factory.mktemp("spare")))
     for name in ("LOCAL_RANK", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TITAN_GROWTH_LAUNCH_ID", "this")
@@ -165,3 +166,17 @@ def test_verdict_after_a_signal() -> None:
     assert judge(None, ends(-15, -15), stopped_by="SIGTERM").status == 75
     assert judge(None, ends(-9), stopped_by="SIGTERM").status == 1
     assert judge(None, ends(-9), stopped_by="SIGINT", killed=True).message.startswith("stopped without saving")
+
+
+def test_full_disk_takes_the_report_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's folder cannot take it (here: a file stands in its place); the launch still learns the cause, once."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = tmp_path / "run"
+    folder.write_text("in the way")
+    ExitReport(folder, rank=1).write(1, "lost a peer", secondary=True)
+    ExitReport(folder, rank=0).write(1, "disk full")
+    ExitReport(folder, rank=1).write(1, "lost a peer", secondary=True)
+    verdict = judge(read(folder, "this"), [])
+    assert (verdict.status, verdict.message, verdict.reported) == (1, "disk full", False)
+    assert read(folder, "this") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -45,14 +45,23 @@ def report_path(dump_folder: Path, node_rank: int = 0) -> Path:
     return dump_folder / ("exit.json" if node_rank == 0 else f"exit.node{node_rank}.json")
 
 
+def spare_path(launch_id: str, node_rank: int = 0) -> Path:
+    """Where a report goes that the run's folder cannot take, on a full disk for one."""
+    return Path(tempfile.gettempdir()) / f"titan_growth-exit-{launch_id}-{node_rank}.json"
+
+
 def read(dump_folder: Path, launch_id: str, node_rank: int = 0) -> dict[str, Any] | None:
     """The report that a rank of this launch left, or None. Reports of earlier launches do not count."""
-    try:
-        report = json.loads(report_path(dump_folder, node_rank).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    ours = isinstance(report, dict) and report.get("launch") == launch_id and isinstance(report.get("status"), int)
-    return report if ours else None
+    for path in (spare_path(launch_id, node_rank), report_path(dump_folder, node_rank)):
+        try:
+            report = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(report, dict) and report.get("launch") == launch_id and isinstance(report.get("status"), int):
+            if path == spare_path(launch_id, node_rank):
+                path.unlink(missing_ok=True)
+            return report
+    return None
 
 
 def process_status(status: int) -> int:
@@ -79,8 +88,10 @@ class ExitReport:
     def __init__(self, dump_folder: Path, rank: int) -> None:
         self.rank = rank
         self.local_rank = _integer(os.environ, "LOCAL_RANK", rank)
-        self.path = report_path(dump_folder, _integer(os.environ, "GROUP_RANK", 0))
+        node_rank = _integer(os.environ, "GROUP_RANK", 0)
+        self.path = report_path(dump_folder, node_rank)
         self._launch = current_launch_id()
+        self._spare = spare_path(self._launch, node_rank)
         # Torchrun may restart the ranks inside one launch; what an earlier attempt reported is then out of date.
         self._attempt = _integer(os.environ, "TORCHELASTIC_RESTART_COUNT", 0)
 
@@ -100,10 +111,16 @@ class ExitReport:
             "time": time.time(),
         }
         weight = _weight(report)
-        with contextlib.suppress(OSError, ValueError), _locked(self.path.parent):
-            written = self._written_weight()
-            if weight > written or weight == written == 0:
-                _replace(self.path, json.dumps(report, indent=2) + "\n")
+        try:
+            with _locked(self.path.parent):
+                written = self._written_weight()
+                if weight > written or weight == written == 0:
+                    _replace(self.path, json.dumps(report, indent=2) + "\n")
+        except (OSError, ValueError):
+            # The rank's output is kept in the same folder, so what it has printed is likely to be lost as well.
+            if weight == 2 or not self._spare.exists():
+                with contextlib.suppress(OSError):
+                    _replace(self._spare, json.dumps({**report, "printed": False}) + "\n")
 
     def _written_weight(self) -> int:
         """Weight of the report that is already there; an older launch or attempt weighs nothing."""
@@ -199,7 +216,8 @@ def judge(report: dict[str, Any] | None, failed: list[RankEnd], stopped_by: str 
         # that was ended by the SIGTERM which follows the first exit is not.
         silent = cause is not None and cause.rank != report["rank"] and sudden
         if not (silent and (good or (report["secondary"] and cause is not None and cause.status < 0))):
-            return Verdict(report["status"], report["message"], report["local_rank"], True, report.get("num_ranks"))
+            printed = report.get("printed", True)
+            return Verdict(report["status"], report["message"], report["local_rank"], printed, report.get("num_ranks"))
     if stopped_by and not killed and not sudden:
         return Verdict(REQUEUE, f"stopped by {stopped_by} before training had begun; run the same command again")
     if killed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -22,10 +23,24 @@ class _RankFormatter(logging.Formatter):
         return f"{self.formatTime(record, self.datefmt)}  {rank}{level}{record.getMessage()}"
 
 
+class _Handler(logging.StreamHandler):
+    """Loses a line that cannot be written (a full disk, a closed pipe) instead of printing a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+def say(message: str) -> None:
+    """Prints an error on standard error. Never fails: what follows, above all the exit report, must still happen."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
 def setup_logging(rank: int | None = None) -> None:
     """Sends the package's log to standard output (warnings too, so that order is kept)."""
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Handler(sys.stdout)
     handler.setFormatter(_RankFormatter(rank))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
