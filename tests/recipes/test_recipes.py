@@ -1,0 +1,89 @@
+"""Every shipped recipe plans without a problem, and comes to what its golden plan says.
+
+After a change on purpose: `UPDATE_GOLDEN=1 pytest tests/recipes/test_recipes.py`, and explain the difference.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from titan_growth.config.loader import inspect_recipe
+from titan_growth.plan import plan_run
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
+GOLDEN = ROOT / "tests" / "golden" / "plans"
+
+
+def plan_text(recipe_file: Path, num_ranks: int, *words: str) -> str:
+    """The plan of a recipe as the log shows it; any problem or warning fails the test."""
+    recipe, problems, warnings = inspect_recipe(["--job.config_file", str(recipe_file), *words])
+    assert recipe is not None, problems
+    plan, more, others = plan_run(recipe, num_ranks=num_ranks, device_type="cuda")
+    assert [str(problem) for problem in problems + more + warnings + others] == []
+    assert plan is not None
+    return "\n".join(plan.describe("cuda")) + "\n"
+
+
+def test_there_are_recipes() -> None:
+    """The default recipe is among them."""
+    assert ROOT / "train_configs" / "debug_model.toml" in RECIPES
+
+
+@pytest.mark.parametrize("recipe_file", RECIPES, ids=lambda path: path.stem)
+def test_the_plan_is_the_golden_one(recipe_file: Path) -> None:
+    """On 8 ranks."""
+    text = plan_text(recipe_file, 8)
+    golden = GOLDEN / f"{recipe_file.stem}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+def test_every_golden_plan_has_a_recipe() -> None:
+    """None is left over."""
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_the_default_recipe_runs_on_any_number_of_ranks(num_ranks: int) -> None:
+    """As it is; and from scratch with the batch that pipelines want."""
+    recipe_file = ROOT / "train_configs" / "debug_model.toml"
+    assert "3 -> 12 layers" in plan_text(recipe_file, num_ranks)
+    if num_ranks <= 2:
+        batch = ["--training.global_batch_size", "8", "--training.local_batch_size", "4"]
+        assert "12 layers" in plan_text(recipe_file, num_ranks, "--growth.enable", "false", *batch)
+
+
+def test_the_default_recipe_logs_validates_and_saves() -> None:
+    """What the quick start promises."""
+    recipe, _, _ = inspect_recipe(["--job.config_file", str(ROOT / "train_configs" / "debug_model.toml")])
+    assert recipe is not None
+    assert recipe.metrics.log_freq == 1
+    assert recipe.metrics.enable_tensorboard
+    assert recipe.validation.enable
+    assert recipe.checkpoint.enable
+    assert recipe.training.dataset == "stdlib"
+
+
+def test_the_readme_names_what_exists() -> None:
+    """Recipes, scripts and pages that the README points to are there, and its flags are keys of the recipe."""
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"(?:train_configs|docs|tests|benchmarks)/[\w./-]+\.\w+", text):
+        assert (ROOT / path).exists(), f"README.md names {path}"
+    flags = re.findall(r"--([a-z_]+(?:\.\w+)+)", text)
+    assert flags
+    words = []
+    for flag in flags:
+        if flag not in ("section.key", "job.config_file", "growth.stages.0.at"):
+            words += [f"--{flag}"]
+    unknown = [problem for problem in inspect_recipe(words)[1] if "unknown" in problem.message]
+    assert not unknown
+    commands = re.findall(r"^\./(\S+)", text, flags=re.MULTILINE)
+    assert commands
+    for command in commands:
+        assert os.access(ROOT / command, os.X_OK), f"README.md runs {command}"
