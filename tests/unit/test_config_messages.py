@@ -135,10 +135,14 @@ factor = 1
 
 
 def test_a_refused_value_is_not_blamed_twice(tmp_path: Path) -> None:
-    """A default stands in for what was refused; the checks across keys must not add a line about the same key."""
-    path = write(tmp_path, '[checkpoint]\nkeep_latest_k = "1"\nfolder = 3\n')
+    """Its default stands in for it, and must not be held against the user: here 10 < 20 + 1."""
+    table = "[profiling]\nenable_profiling = true\nprofiler_warmup = 20\n"
+    path = write(tmp_path, table + 'profile_freq = "often"\n')
     _, problems, _ = inspect_recipe(["--job.config_file", str(path)])
-    assert sorted(problem.key for problem in problems) == ["checkpoint.folder", "checkpoint.keep_latest_k"]
+    assert [problem.key for problem in problems] == ["profiling.profile_freq"]
+    assert problems[0].message.startswith("expected an integer")
+    _, problems, _ = inspect_recipe(["--job.config_file", str(write(tmp_path, table))])
+    assert problems[0].message.startswith("10 is less than warmup + active = 21")
 
 
 def test_a_long_value_is_cut() -> None:

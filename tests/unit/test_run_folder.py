@@ -78,7 +78,9 @@ def test_space(tmp_path: Path) -> None:
 def test_a_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "recipe.toml"
     replace_text(path, "old")
-    RunFolder(tmp_path).write_text("recipe.toml", "new é")
+    with open(path) as reader:
+        RunFolder(tmp_path).write_text("recipe.toml", "new é")
+        assert reader.read() == "old", "the file was written over under its reader"
     assert path.read_text(encoding="utf-8") == "new é"
     assert [file.name for file in tmp_path.iterdir()] == ["recipe.toml"]
 
