@@ -2,8 +2,8 @@
 
     python benchmarks/main_job.py
 
-Runs the default recipe with an empty cache (tokenizer and preparation included), once more into another folder, and once
-with growth switched off. Writes `benchmarks/results/main_job.md` and the loss curves of the three to `main_job.csv`.
+Runs the default recipe with an empty cache (tokenizer and preparation included), once more into another folder, and
+once with growth switched off. Writes `benchmarks/results/main_job.md`, and the loss curves of all three as CSV.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ Grown {growth["from_layers"]} -> {growth["to_layers"]} layers at step {growth["s
 held-out batch {growth["loss_before"]:.4f} just before and {growth["loss_after"]:.4f} just after. Median speed \
 {sorted(small)[len(small) // 2]:,.0f} tokens/s before and {sorted(large)[len(large) // 2]:,.0f} after.
 
-The from-scratch run spends {scratch[-1]["flops"] / last[-1]["flops"]:.2f} times the FLOPs on the same tokens. A run this
-short says nothing about growth at scale; it shows that both sides of the comparison come from one recipe.
+The from-scratch run spends {scratch[-1]["flops"] / last[-1]["flops"]:.2f} times the FLOPs on the same tokens. A run
+this short says nothing about growth at scale; it shows that both sides of the comparison come from one recipe.
 """
     (ROOT / "benchmarks/results/main_job.md").write_text(text)
     print(text)
