@@ -271,4 +271,6 @@ def _root_cause(error: BaseException) -> str:
         cause = deeper
     if isinstance(cause, OSError):
         return describe_os_error(cause)
-    return str(cause).strip().split("\n")[0] or type(cause).__name__
+    text = str(cause).strip().split("\n")[0] or type(cause).__name__
+    # torch's archive writer notices that bytes are missing but not why.
+    return f"No space left on device, or another failed write ({text})" if "unexpected pos" in text else text

@@ -1,0 +1,99 @@
+"""Bad growth stages, and what torchtitan knows but this version does not."""
+
+from __future__ import annotations
+
+from tests.recipes.bad_inputs import Case
+
+STACK = '[[growth.stages]]\nat = "2 steps"\nfactor = 2\n'
+
+
+def _growth(at: str, more: str = "", training: str = "") -> str:
+    return f"[training]\n{training}\n[[growth.stages]]\nat = {at}\nfactor = 2\n{more}"
+
+
+GROWTH = [
+    Case(
+        "growth: bad unit",
+        r'growth\.stages\.0\.at: .*"300 steps" or "10M tokens", got .2 epochs',
+        toml=_growth('"2 epochs"'),
+    ),
+    Case("growth: bare number", r'growth\.stages\.0\.at: expected a string, got 2.*"2 steps"', toml=_growth("2")),
+    Case("growth: number in quotes", r"growth\.stages\.0\.at: expected a count with a unit", toml=_growth('"2"')),
+    Case("growth: at 0", r"growth\.stages\.0\.at: .*at least 1", toml=_growth('"0 steps"')),
+    Case("growth: after the last step", r'at: "6 steps" is not before the last step', toml=_growth('"6 steps"')),
+    Case("growth: after the last token", r'at: "2k tokens" is not before the last step', toml=_growth('"2k tokens"')),
+    Case(
+        "growth: after the last token, batch -1",
+        r'at: "2k tokens" is not before the last step',
+        toml=_growth('"2k tokens"', training="global_batch_size = -1"),
+    ),
+    Case("growth: enormous number", r"growth\.stages\.0\.at: ", toml=_growth(f'"{"9" * 400} steps"')),
+    Case(
+        "growth: out of order",
+        r"stages\.1\.at: .*is not after the growth",
+        toml=_growth('"4 steps"', "[[growth.stages]]\nat='2 steps'\nfactor=2"),
+    ),
+    Case(
+        "growth: out of order, batch -1",
+        r"stages\.1\.at: .*is not after the growth",
+        toml=_growth('"4 steps"', "[[growth.stages]]\nat='200 tokens'\nfactor=2", "global_batch_size = -1"),
+    ),
+    Case(
+        "growth: factor does not divide",
+        r"growth factor 3 does not divide .* 4 layers",
+        toml=STACK.replace("factor = 2", "factor = 3"),
+    ),
+    Case(
+        "growth: factor 1",
+        r"growth\.stages\.0\.factor: must be at least 2, got 1",
+        toml=STACK.replace("factor = 2", "factor = 1"),
+    ),
+    Case("growth: no factor", r"growth\.stages\.0\.factor: is missing", toml=STACK.replace("factor = 2", "")),
+    Case("growth: no at", r"growth\.stages\.0\.at: is missing", toml="[[growth.stages]]\nfactor = 2"),
+    Case(
+        "growth: unknown operator", r"unknown operator 'stak'.*Did you mean 'stack'", toml=STACK + 'operator = "stak"'
+    ),
+    Case(
+        "growth: one stage as a table",
+        r"growth\.stages: expected a list",
+        toml='[growth.stages]\nat = "2 steps"\nfactor = 2',
+    ),
+    Case(
+        "growth: no checkpoints",
+        r"growth\.enable: growing needs checkpoints",
+        toml=STACK + "[checkpoint]\nenable = false",
+    ),
+    Case(
+        "growth: load_only",
+        r"checkpoint\.load_only: conflicts with growth",
+        toml=STACK + "[checkpoint]\nload_only = true",
+    ),
+]
+
+TORCHTITAN = [
+    Case(
+        "tensor parallel",
+        r"tensor_parallel_degree: 2 is not supported",
+        toml="[parallelism]\ntensor_parallel_degree = 2",
+    ),
+    Case(
+        "pipeline parallel", r"pipeline_parallel_degree: 2 is not", toml="[parallelism]\npipeline_parallel_degree = 2"
+    ),
+    Case("context parallel", r"context_parallel_degree: 2 is not", toml="[parallelism]\ncontext_parallel_degree = 2"),
+    Case("async checkpoints", r'async_mode: "async" is not supported', toml='[checkpoint]\nasync_mode = "async"'),
+    Case(
+        "selective activation checkpointing",
+        r'mode: "selective" is not',
+        toml='[activation_checkpoint]\nmode="selective"',
+    ),
+    Case("compile", r"compile\.enable: true is not supported", toml="[compile]\nenable = true"),
+    Case("Float8", r"model\.converters: .*is not supported", toml='[model]\nconverters = ["quantize.linear.float8"]'),
+    Case("wandb", r"metrics\.enable_wandb: needs the package wandb", toml="[metrics]\nenable_wandb = true"),
+    Case(
+        "memory snapshot on a CPU",
+        r"enable_memory_snapshot: memory snapshots exist on CUDA only",
+        toml="[profiling]\nenable_memory_snapshot = true",
+    ),
+]
+
+CASES = GROWTH + TORCHTITAN
