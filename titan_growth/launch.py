@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None, preflight: Preflight | None = None) -> i
         _tell(exit_report.judge(None, [], stopped_by=stop.name).message)
         return REQUEUE
     except TitanGrowthError as error:
-        _tell(str(error))
+        for line in str(error).splitlines():
+            _tell(f"error: {line}")
         return error.exit_status
 
 
@@ -78,7 +79,9 @@ def _launch(argv: list[str], preflight: Preflight, relay: SignalRelay) -> int:
             _dry_run(settings)
         verdict, hidden_output = _train(settings, relay)
         if verdict.message and (not verdict.reported or verdict.local_rank not in settings.shown):
-            _tell(verdict.message)
+            # A rank that is shown and could not say it itself may have been cut off in the middle of a line.
+            cut_off = not verdict.reported and verdict.local_rank in settings.shown
+            _tell("\n" * cut_off + verdict.message)
             if hidden_output is not None and verdict.status not in (DONE, REQUEUE, RESIZE):
                 _tell(f"Output of local rank {verdict.local_rank}: {hidden_output}")
         if verdict.status != RESIZE or not _may_relaunch(settings, verdict, relay):

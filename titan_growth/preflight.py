@@ -137,7 +137,7 @@ def _check_initial(plan) -> None:  # type: ignore[no-untyped-def]
         model = family_module(plan.recipe.model.name).Decoder(config, plan.recipe.training.seq_len)
     wrong = misfits(SafeReader(path), model.to(getattr(torch, plan.recipe.training.dtype)).state_dict())
     if wrong:
-        raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}")
+        raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}. Name a step-N folder of this model")
 
 
 def _check_space(folder, plan) -> None:  # type: ignore[no-untyped-def]

@@ -8,7 +8,8 @@ STACK = '[[growth.stages]]\nat = "2 steps"\nfactor = 2\n'
 
 
 def _growth(at: str, more: str = "", training: str = "") -> str:
-    return f"[training]\n{training}\n[[growth.stages]]\nat = {at}\nfactor = 2\n{more}"
+    table = f"[training]\n{training}\n" if training else ""
+    return f"{table}[[growth.stages]]\nat = {at}\nfactor = 2\n{more}"
 
 
 GROWTH = [

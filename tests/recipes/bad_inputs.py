@@ -174,7 +174,7 @@ def verdict(case: Case, status: int, output: str, folder: Path, before: dict[str
     if (folder / "pwned").exists():
         found.append("code from a file was run")
     said = message_lines(output)
-    if len(said) != len(set(said)):
+    if len(said) != len({line.removeprefix("error: ") for line in said}):
         found.append("a message is said twice")
     return found
 

@@ -168,6 +168,15 @@ def test_verdict_after_a_signal() -> None:
     assert judge(None, ends(-9), stopped_by="SIGINT", killed=True).message.startswith("stopped without saving")
 
 
+def test_of_equal_failures_rank_0_tells(tmp_path: Path) -> None:
+    ExitReport(tmp_path, rank=1).write(1, "step 2: loss nan")
+    ExitReport(tmp_path, rank=0).write(1, "step 2: loss nan")
+    ExitReport(tmp_path, rank=1).write(1, "step 2: loss nan")
+    assert (read(tmp_path, "this") or {})["rank"] == 0
+    ExitReport(tmp_path, rank=0).write(1, "something else")
+    assert status_of(tmp_path) == (1, "step 2: loss nan")
+
+
 def test_full_disk_takes_the_report_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run's folder cannot take it (here: a file stands in its place); the launch still learns the cause, once."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -254,5 +254,5 @@ def test_run_train_script_from_another_folder_and_through_a_link(folder: Folder)
     command = [link, "--job.config_file", "recipe.toml"]
     ended = subprocess.run(command, cwd=folder.path, env=environ, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert ended.stderr.startswith("COMM_MODE=local_tensor is not supported")
+    assert ended.stderr.startswith("error: COMM_MODE=local_tensor is not supported")
     assert len(ended.stderr.splitlines()) == 1

@@ -121,7 +121,8 @@ def open_step(path: Path) -> StepFolder | None:
     try:
         return StepFolder(path, Manifest.from_json(text))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path.name} refused: {MANIFEST} is not valid ({error})") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{path.name} refused: {MANIFEST} is not valid ({reason})") from None
 
 
 def step_path(root: Path, step: int) -> Path:

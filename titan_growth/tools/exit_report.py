@@ -113,8 +113,11 @@ class ExitReport:
         weight = _weight(report)
         try:
             with _locked(self.path.parent):
-                written = self._written_weight()
-                if weight > written or weight == written == 0:
+                written = self._written()
+                standing = _weight(written) if written else -1
+                # Ranks that fail together often tell the same; then it is rank 0's, whose output is usually shown.
+                same = written is not None and weight == standing and written.get("message") == message
+                if weight > standing or weight == standing == 0 or (same and self.rank == 0):
                     _replace(self.path, json.dumps(report, indent=2) + "\n")
         except (OSError, ValueError):
             # The rank's output is kept in the same folder, so what it has printed is likely to be lost as well.
@@ -122,14 +125,14 @@ class ExitReport:
                 with contextlib.suppress(OSError):
                     _replace(self._spare, json.dumps({**report, "printed": False}) + "\n")
 
-    def _written_weight(self) -> int:
-        """Weight of the report that is already there; an older launch or attempt weighs nothing."""
+    def _written(self) -> dict[str, Any] | None:
+        """The report that is already there, unless it is of an older launch or attempt."""
         try:
-            report = json.loads(self.path.read_text(encoding="utf-8"))
+            report: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
             current = (report["launch"], report["attempt"]) == (self._launch, self._attempt)
-            return _weight(report) if current else -1
+            return report if current and _weight(report) >= 0 else None
         except (OSError, ValueError, TypeError, KeyError):
-            return -1
+            return None
 
 
 def _weight(report: Mapping[str, Any]) -> int:
