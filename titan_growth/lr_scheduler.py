@@ -63,7 +63,7 @@ class LRSchedule:
         return segment
 
     def _segment(self, start: int, peak_lr: float, warmup_steps: int | None) -> Segment:
-        num_steps = max(1, self.total_steps - start)
+        num_steps = max(0, self.total_steps - start)
         warmup = self.section.warmup_steps if warmup_steps is None else warmup_steps
         return Segment(start, num_steps, min(warmup, num_steps), peak_lr)
 
@@ -81,15 +81,18 @@ class LRSchedule:
                 key = f"growth.stages.{index}.warmup_steps" if given else "lr_scheduler.warmup_steps"
                 warmup = stage.warmup_steps if stage.warmup_steps is not None else self.section.warmup_steps
                 asked.append((key, stage.when.value, warmup))
-        clamped = [(key, warmup, max(1, self.total_steps - start)) for key, start, warmup in asked]
+        clamped = [(key, warmup, max(0, self.total_steps - start)) for key, start, warmup in asked]
         return [(key, warmup, length) for key, warmup, length in clamped if warmup > length]
 
     def _factor(self, step: int, segment: Segment) -> float:
         """Share of the peak at a step of the segment, from 1.
 
-        The decay ends one virtual step after the segment, so that the last step still learns.
+        The decay ends one virtual step after the segment, so that the last step still learns. Steps beyond the segment
+        (`total_steps` less than the run) stay at the floor.
         """
         section = self.section
+        if step > segment.num_steps:
+            return section.min_lr_factor
         if step <= segment.warmup_steps:
             return step / segment.warmup_steps
         decay_steps = segment.num_steps - segment.warmup_steps
@@ -98,7 +101,7 @@ class LRSchedule:
         stable_until = segment.num_steps + 1 - decay_steps
         if step < stable_until or decay_steps == 0:
             return 1.0
-        progress = min(1.0, (step - stable_until) / decay_steps)
+        progress = (step - stable_until) / decay_steps
         shape = {
             "linear": 1.0 - progress,
             "sqrt": 1.0 - math.sqrt(progress),

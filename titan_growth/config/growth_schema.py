@@ -24,7 +24,7 @@ class GrowthStage(Section):
     lr_policy: Literal["restart", "continue"] = "restart"
     """restart = warmup again and a decay to the run's end (official G_stack); continue = the ungrown run's curve."""
     lr: float | None = Field(None, gt=0)
-    """Peak learning rate from this growth on. Default: optimizer.lr."""
+    """Peak learning rate from this growth on. Default: optimizer.lr after a restart, else the peak stays."""
     warmup_steps: int | None = Field(None, ge=0)
     """Warmup after this growth (lr_policy = "restart"). Default: lr_scheduler.warmup_steps."""
 

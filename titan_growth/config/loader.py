@@ -100,7 +100,8 @@ def _validate(sources: Sources) -> tuple[Recipe | None, list[Problem], list[Prob
                     blamed.add(key)
     if recipe is not None:
         for problem in check_recipe(recipe, warnings):
-            if not any(problem.key == key or problem.key.startswith(key + ".") for key in blamed):
+            # What a check says about a key that was refused would be about the default in its place.
+            if not any(problem.key.startswith(key) or key in problem.message for key in blamed):
                 problems.append(_with_origin(problem, sources))
     return recipe, problems, warnings
 
