@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -28,3 +30,13 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _private_cache(session_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's own cache."""
     monkeypatch.setenv("TITAN_GROWTH_CACHE", session_cache)
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    """Entry points send the package's log to the standard output of the moment; no test inherits that."""
+    logger = logging.getLogger("titan_growth")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    yield
+    logger.handlers[:], level, logger.propagate = before
+    logger.setLevel(level)
