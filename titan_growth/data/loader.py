@@ -8,10 +8,8 @@ microbatch size nor on workers, and to resume is to build a loader with the save
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import signal
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -21,8 +19,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_growth.data.blocks import IGNORE_INDEX, BlockDataset
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.signals import signal_on_parent_death
 
-_PR_SET_PDEATHSIG = 1
 # Our cursor is the state; the transport's own snapshots are put off for good.
 _NEVER = 2**62
 
@@ -197,9 +195,5 @@ def _check_rank(dp_rank: int, dp_degree: int, local_batch_size: int) -> None:
 
 
 def _die_with_parent(_worker: int) -> None:
-    """Ask Linux to kill this worker at once when the thread that started it dies, however that happens.
-
-    Elsewhere the library's own watchdog does it within seconds.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Let this worker die at once with the thread that started it (the library's own watchdog takes seconds)."""
+    signal_on_parent_death(signal.SIGKILL)

@@ -1,0 +1,61 @@
+"""Ranks whose launcher is gone are told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RANK = """
+import sys, time
+from pathlib import Path
+from titan_growth.tools.signals import StopSignal
+stop = StopSignal()
+stop.install()
+Path(sys.argv[1]).write_text("ready")
+while not stop.is_set:
+    time.sleep(0.01)
+Path(sys.argv[1]).write_text(stop.name)
+"""
+LAUNCHER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+time.sleep(60)
+"""
+
+
+def wait_for(path: Path, text: str) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_text() == text:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"{path.name} never said {text!r}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_ranks_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    """SIGKILL to the launcher alone reaches the rank as a stop signal."""
+    mark = tmp_path / "mark"
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "test"}
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK, str(mark)], env=environment)
+    wait_for(mark, "ready")
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    wait_for(mark, "SIGTERM")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_each_stop_signal_sets_the_flag(number: signal.Signals, tmp_path: Path) -> None:
+    """And the process goes on to do what it wants with it."""
+    mark = tmp_path / "mark"
+    rank = subprocess.Popen([sys.executable, "-c", RANK, str(mark)])
+    wait_for(mark, "ready")
+    rank.send_signal(number)
+    assert rank.wait(timeout=20) == 0
+    assert mark.read_text() == number.name
