@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import os
 
+from titan_growth.checkpoint.folder import StepFolder, committed_steps, no_such_step, none_usable
 from titan_growth.config.loader import inspect_recipe
+from titan_growth.config.schema import Recipe
+from titan_growth.plan import RunPlan, plan_run
+from titan_growth.resume import newest_checkpoint
+from titan_growth.start import decide, dry_run_of, finished, finished_message, settle
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, RunFolderError, TitanGrowthError
 from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
@@ -46,10 +51,6 @@ def _check(argv: list[str]) -> int:
     if recipe is None:
         raise ConfigError(problems)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    # torch is needed for the device and the data; a recipe that is already known to be wrong is still looked through.
-    from titan_growth.plan import plan_run
-    from titan_growth.start import decide, dry_run_of, finished, finished_message, settle
-
     device_type = _device_type()
     recipe = dry_run_of(recipe)
     _, more, _ = plan_run(recipe, num_ranks=num_ranks, device_type=device_type)
@@ -68,11 +69,11 @@ def _check(argv: list[str]) -> int:
         if (done := finished(recipe, folder)) is not None:
             logger.info("%s", finished_message(done))
             return FINISHED
-        checkpoint = _check_resume(recipe, folder, num_ranks, device_type, more)
+        checkpoint = _resumed_from(recipe, folder, more)
     for warning in warnings:
         logger.warning("%s", warning)
-    decisions = decide(recipe, folder, None)
-    plan = settle(recipe, decisions, None, num_ranks=num_ranks, device_type=device_type)
+    decisions = decide(recipe, folder, checkpoint)
+    plan = settle(recipe, decisions, checkpoint, num_ranks=num_ranks, device_type=device_type)
     if recipe.comm.mode == "default":
         _check_space(folder, plan)
         if checkpoint is None and recipe.checkpoint.enable and recipe.checkpoint.initial_load_path is not None:
@@ -87,20 +88,10 @@ def _check(argv: list[str]) -> int:
     return 0
 
 
-def _check_resume(recipe, folder, num_ranks, device_type, more):  # type: ignore[no-untyped-def]
-    """The checkpoint that the run goes on from, or None.
-
-    One that does not belong to the recipe is refused here; the ranks check its files besides.
-    """
-    from titan_growth.checkpoint.folder import committed_steps, no_such_step, none_usable
-    from titan_growth.resume import newest_checkpoint
-    from titan_growth.start import decide, settle
-
+def _resumed_from(recipe: Recipe, folder: RunFolder, more: list[Problem]) -> StepFolder | None:
+    """The checkpoint that the run goes on from, or None for a new run; the ranks check its files besides."""
     checkpoint = newest_checkpoint(recipe, folder.path)
-    decisions = decide(recipe, folder, checkpoint)
-    if checkpoint is not None:
-        settle(recipe, decisions, checkpoint, num_ranks=num_ranks, device_type=device_type)
-    elif recipe.checkpoint.enable:
+    if checkpoint is None and recipe.checkpoint.enable:
         root, step = folder.path / recipe.checkpoint.folder, recipe.checkpoint.load_step
         _, refused = committed_steps(root)
         if step != -1:
@@ -110,7 +101,7 @@ def _check_resume(recipe, folder, num_ranks, device_type, more):  # type: ignore
     return checkpoint
 
 
-def _check_folder(folder, recipe) -> None:  # type: ignore[no-untyped-def]
+def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
     """The run's folder can be made, written and locked, and nothing stands where its checkpoints belong."""
     folder.create()
     folder.lock()
@@ -120,7 +111,7 @@ def _check_folder(folder, recipe) -> None:  # type: ignore[no-untyped-def]
         raise RunFolderError(f"checkpoint.folder: {root} is a file. Remove it, or name another folder")
 
 
-def _check_initial(plan) -> None:  # type: ignore[no-untyped-def]
+def _check_initial(plan: RunPlan) -> None:
     """`checkpoint.initial_load_path` holds nothing that should not be read, and the run's first model."""
     import torch
 
@@ -140,7 +131,7 @@ def _check_initial(plan) -> None:  # type: ignore[no-untyped-def]
         raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}. Name a step-N folder of this model")
 
 
-def _check_space(folder, plan) -> None:  # type: ignore[no-untyped-def]
+def _check_space(folder: RunFolder, plan: RunPlan) -> None:
     """One checkpoint fits."""
     if plan.recipe.checkpoint.enable and not plan.recipe.checkpoint.load_only:
         bytes_per_value = 2 if plan.recipe.training.dtype == "bfloat16" else 4

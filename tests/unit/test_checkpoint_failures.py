@@ -39,7 +39,7 @@ def _full_disk(rank: int, folder: Path) -> None:
     checkpoints = manager(folder)
     save(checkpoints, 5)
     failures = [(FileSystemWriter, "write_data"), (FileSystemWriter, "finish"), (manager_module, "file_entry"),
-                (manager_module, "replace_text"), (manager_module, "write_manifest")]  # fmt: skip
+                (manager_module, "write_atomic"), (manager_module, "write_manifest")]  # fmt: skip
     for owner, name in failures:
         with replaced(owner, name, no_space), pytest.raises(CheckpointError) as caught:
             save(checkpoints, 6)

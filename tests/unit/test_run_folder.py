@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from titan_growth.tools.errors import RunFolderError
-from titan_growth.tools.run_folder import RunFolder, gib, replace_text
+from titan_growth.tools.files import write_atomic
+from titan_growth.tools.run_folder import RunFolder, gib
 
 
 def test_made_with_its_parents_and_left_clean(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_space(tmp_path: Path) -> None:
 
 def test_a_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "recipe.toml"
-    replace_text(path, "old")
+    write_atomic(path, "old")
     with open(path) as reader:
         RunFolder(tmp_path).write_text("recipe.toml", "new é")
         assert reader.read() == "old", "the file was written over under its reader"
@@ -89,7 +90,7 @@ def test_a_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError, match="No space left"):
-        replace_text(path, "half")
+        write_atomic(path, "half")
     assert path.read_text(encoding="utf-8") == "new é"
     assert [file.name for file in tmp_path.iterdir()] == ["recipe.toml"], "half a file is left behind"
 

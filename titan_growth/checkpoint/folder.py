@@ -19,7 +19,7 @@ import tomli
 
 from titan_growth.checkpoint.lineage import Lineage, Progress
 from titan_growth.tools.errors import CheckpointError
-from titan_growth.tools.run_folder import replace_text
+from titan_growth.tools.files import write_atomic
 
 FORMAT = 1
 MANIFEST, METADATA, RECIPE, LINEAGE = "manifest.json", ".metadata", "recipe.toml", "lineage.json"
@@ -177,7 +177,7 @@ def none_usable(root: Path, refused: list[str]) -> str:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Commits a checkpoint."""
-    replace_text(path / MANIFEST, manifest.to_json())
+    write_atomic(path / MANIFEST, manifest.to_json())
 
 
 def sha256_of(path: Path) -> str:

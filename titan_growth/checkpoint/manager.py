@@ -42,7 +42,8 @@ from titan_growth.checkpoint.reader import NamesOf, SafeReader
 from titan_growth.config.schema import Checkpoint
 from titan_growth.tools.distributed import describe_os_error, fail_together, gather_objects, on_rank0
 from titan_growth.tools.errors import CheckpointError
-from titan_growth.tools.run_folder import gib, replace_text
+from titan_growth.tools.files import write_atomic
+from titan_growth.tools.run_folder import gib
 
 logger = logging.getLogger("titan_growth")
 
@@ -140,8 +141,8 @@ class CheckpointManager:
         gathered = gather_objects(files)
 
         def commit() -> Manifest:
-            replace_text(path / RECIPE, recipe_toml)
-            replace_text(path / LINEAGE, lineage_json)
+            write_atomic(path / RECIPE, recipe_toml)
+            write_atomic(path / LINEAGE, lineage_json)
             entries = {name: entry for part in gathered for name, entry in part.items()}
             entries |= {name: file_entry(path / name) for name in (METADATA, RECIPE, LINEAGE)}
             complete = replace(manifest, files=entries)

@@ -11,9 +11,8 @@ from typing import Literal
 from pydantic import Field
 
 from titan_growth.config.growth_schema import Growth
+from titan_growth.config.model_schema import Model
 from titan_growth.config.section import Section
-
-PositiveInt = Field(ge=1)
 
 
 class Job(Section):
@@ -63,53 +62,6 @@ class Metrics(Section):
     """Write TensorBoard events on every rank (in rank_N) instead of on rank 0 only."""
     enable_wandb: bool = False
     """Log to Weights & Biases too; needs the wandb extra."""
-
-
-class Model(Section):
-    """The model that the run ends with. Growth derives the smaller ones from it."""
-
-    name: str = "llama3"
-    """Model family."""
-    flavor: str = "debugmodel"
-    """Named sizes, or "custom" for sizes that are all given here. A size key beside a named flavor overrides it."""
-    hf_assets_path: str | None = None
-    """Folder with tokenizer.json (or tokenizer.model). torchtitan's default is its own test tokenizer; here: none."""
-    dim: int | None = Field(None, ge=1)
-    """Width of the residual stream."""
-    n_layers: int | None = Field(None, ge=1)
-    """Transformer blocks of the final model."""
-    n_heads: int | None = Field(None, ge=1)
-    """Query heads; must divide dim unless head_dim is given."""
-    n_kv_heads: int | None = Field(None, ge=1)
-    """Key/value heads (grouped-query attention); must divide n_heads. Default: n_heads."""
-    head_dim: int | None = Field(None, ge=2)
-    """Width of a head; even. Default: dim / n_heads."""
-    vocab_size: int | None = Field(None, ge=2)
-    """Rows of the embedding; a tokenizer larger than this is refused."""
-    hidden_dim: int | None = Field(None, ge=1)
-    """Width of the SwiGLU hidden layer. Default: torchtitan's rule from dim, ffn_dim_multiplier and multiple_of."""
-    ffn_dim_multiplier: float | None = Field(None, gt=0)
-    """Factor on 2/3 * 4 * dim before rounding up to multiple_of."""
-    multiple_of: int | None = Field(None, ge=1)
-    """The SwiGLU hidden width is rounded up to a multiple of this. Default: 256."""
-    norm_eps: float | None = Field(None, gt=0)
-    """Epsilon of RMSNorm. Default: 1e-5."""
-    rope_theta: float | None = Field(None, gt=0)
-    """Base of the rotary frequencies. Default: 500000 (10000 in the gstack flavors)."""
-    rope_scaling_factor: float | None = Field(None, ge=1)
-    """Llama 3.1 frequency scaling; 1 switches it off. Default: 8 (1 in the gstack flavors)."""
-    rope_low_freq_factor: float | None = Field(None, gt=0)
-    """Llama 3.1 scaling: wavelengths above original / this are stretched by the full factor. Default: 1."""
-    rope_high_freq_factor: float | None = Field(None, gt=0)
-    """Llama 3.1 scaling: wavelengths below original / this stay as they are. Default: 4."""
-    rope_original_max_seq_len: int | None = Field(None, ge=1)
-    """Llama 3.1 scaling: context length of the unscaled model. Default: 8192."""
-    max_seq_len: int | None = Field(None, ge=1)
-    """Longest sequence the model is meant for; training.seq_len may not exceed it. Default: 131072."""
-    depth_init: bool | None = None
-    """Scale the init of wo, w2, w3 by the layer's own depth (true, default) or by the number of layers."""
-    tie_word_embeddings: bool | None = None
-    """Use the embedding as output head. Default: false."""
 
 
 class Optimizer(Section):

@@ -28,9 +28,10 @@ from titan_growth.data.corpora import Corpus, CorpusSpec, open_corpus
 from titan_growth.data.prepared import FORMAT_VERSION, META_NAME, DamagedError, PreparedCorpus, open_prepared
 from titan_growth.data.shard_writer import SplitWriter
 from titan_growth.data.splitting import TRAIN, VALIDATION, Piece, SplitRule, cut, split_rule
-from titan_growth.data.storage import cache_root, exclusive, write_atomic, writing
+from titan_growth.data.storage import cache_root, exclusive, writing
 from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.files import write_atomic
 
 logger = logging.getLogger("titan_growth")
 

@@ -53,29 +53,6 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder (creations, renames) durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that at every instant it is absent (or as it was before) or whole, even if the power fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
 @contextlib.contextmanager
 def exclusive(path: Path, purpose: str) -> Iterator[None]:
     """Hold the lock file `path` during the block; a wait of more than a few seconds is logged once."""

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from titan_growth.data.corpora import Corpus
-from titan_growth.data.storage import write_atomic, writing
+from titan_growth.data.storage import writing
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.files import write_atomic
 
 logger = logging.getLogger("titan_growth")
 

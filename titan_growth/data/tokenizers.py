@@ -16,9 +16,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from titan_growth.data.corpora import Corpus
 from titan_growth.data.readers import reading
-from titan_growth.data.storage import cache_root, exclusive, write_atomic, writing
+from titan_growth.data.storage import cache_root, exclusive, writing
 from titan_growth.data.tokenizer_training import TRAINER_VERSION, train_sentencepiece
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.files import write_atomic
 
 KINDS = ("auto", "sentencepiece", "huggingface", "bytes")
 _MODEL_NAME, _JSON_NAME, _BYTES_NAME = "tokenizer.model", "tokenizer.json", "tokenizer.bytes"

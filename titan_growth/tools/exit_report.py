@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titan_growth.tools.files import write_atomic
+
 DONE = 0
 FAILED = 1
 BAD_RECIPE = 2
@@ -118,12 +120,12 @@ class ExitReport:
                 # Ranks that fail together often tell the same; then it is rank 0's, whose output is usually shown.
                 same = written is not None and weight == standing and written.get("message") == message
                 if weight > standing or weight == standing == 0 or (same and self.rank == 0):
-                    _replace(self.path, json.dumps(report, indent=2) + "\n")
+                    write_atomic(self.path, json.dumps(report, indent=2) + "\n")
         except (OSError, ValueError):
             # The rank's output is kept in the same folder, so what it has printed is likely to be lost as well.
             if weight == 2 or not self._spare.exists():
                 with contextlib.suppress(OSError):
-                    _replace(self._spare, json.dumps({**report, "printed": False}) + "\n")
+                    write_atomic(self._spare, json.dumps({**report, "printed": False}) + "\n")
 
     def _written(self) -> dict[str, Any] | None:
         """The report that is already there, unless it is of an older launch or attempt."""
@@ -168,23 +170,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; a report is for whoever may read the run's folder.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from titan_growth.tools.errors import RunFolderError
+from titan_growth.tools.files import write_atomic
 
 RECIPE_FILE = "recipe.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -101,24 +102,11 @@ class RunFolder:
             RunFolderError: when it cannot be written.
         """
         try:
-            replace_text(self.path / name, text)
+            write_atomic(self.path / name, text)
         except OSError as error:
             raise RunFolderError(
                 f"{self.path / name}: cannot be written ({error.strerror or error}). Make room, or remove what is there"
             ) from None
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that readers see the old or the new text, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def gib(num_bytes: int) -> str:
