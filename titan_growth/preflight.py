@@ -104,8 +104,10 @@ def _resumed_from(recipe: Recipe, folder: RunFolder, more: list[Problem]) -> Ste
 def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
     """The run's folder can be made, written and locked, and nothing stands where its checkpoints belong."""
     folder.create()
-    folder.lock()
-    folder.unlock()
+    if os.environ.get("NODE_RANK", "0") == "0":
+        # On one machine only: those that share the folder would find each other's lock.
+        folder.lock()
+        folder.unlock()
     root = folder.path / recipe.checkpoint.folder
     if recipe.checkpoint.enable and root.exists() and not root.is_dir():
         raise RunFolderError(f"checkpoint.folder: {root} is a file. Remove it, or name another folder")

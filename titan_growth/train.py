@@ -7,6 +7,7 @@ can cause, and an exit report for `run_train.sh`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import traceback
@@ -84,7 +85,7 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
     from titan_growth.run_data import check_run_data, prepare_run_data
     from titan_growth.start import decide, dry_run_of, finished, finished_message, settle
     from titan_growth.tools.device import Device
-    from titan_growth.tools.distributed import init_process_group, on_rank0
+    from titan_growth.tools.distributed import init_process_group, on_rank0, require_agreement
     from titan_growth.tools.signals import StopSignal
     from titan_growth.trainer import Trainer
 
@@ -103,6 +104,8 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
     init_process_group(device.type, recipe.comm.init_timeout_seconds, fake=dry_run)
     try:
         if not dry_run:
+            recipe_digest = hashlib.sha256(to_toml(recipe).encode()).hexdigest()[:16]
+            require_agreement({"recipe": recipe_digest, **run_data.fingerprints()})
             on_rank0(folder.create)
             on_rank0(folder.lock)
             if (done := on_rank0(lambda: finished(recipe, folder))) is not None:

@@ -7,14 +7,14 @@ collective until it times out. `on_rank0` runs such work on rank 0 and gives its
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from titan_growth.tools.errors import TitanGrowthError
+from titan_growth.tools.errors import ConfigError, TitanGrowthError
 
 Result = TypeVar("Result")
 
@@ -87,6 +87,20 @@ def fail_together(errors: Sequence[str], kind: type[TitanGrowthError]) -> None:
     for rank, found in enumerate(gather_objects(list(errors))):
         if found:
             raise kind(found[0] if rank == dist.get_rank() == 0 else f"rank {rank}: {found[0]}")
+
+
+def require_agreement(facts: Mapping[str, str]) -> None:
+    """Makes sure that every rank sees what rank 0 sees: a recipe, a corpus. Machines may have files of their own.
+
+    Raises:
+        ConfigError: on every rank, naming the first rank and fact that differ.
+    """
+    ranks = gather_objects(dict(facts))
+    for rank, found in enumerate(ranks):
+        for name, value in ranks[0].items():
+            if found.get(name) != value:
+                message = f"rank {rank} has another {name} than rank 0 ({found.get(name)} instead of {value})"
+                raise ConfigError(f"{message}. Give every machine the same files, versions and arguments")
 
 
 def describe_os_error(error: OSError) -> str:
