@@ -85,6 +85,8 @@ def trainer_of(recipe: Recipe, num_ranks: int):
     checkpoint = checkpointer.find()
     decisions = on_rank0(lambda: decide(recipe, folder, checkpoint))
     plan = settle(recipe, decisions, checkpoint, num_ranks=num_ranks, device_type=device.type)
+    if checkpoint is not None and not recipe.checkpoint.load_only:
+        checkpointer.set_aside_after(checkpoint.step)
     observers = Observers(plan.recipe, folder, device, checkpoint)
     trainer = Trainer(
         plan,
@@ -99,6 +101,7 @@ def trainer_of(recipe: Recipe, num_ranks: int):
         yield trainer
     finally:
         observers.close()
+        checkpointer.close()
 
 
 def train(rank: int, num_ranks: int, recipe: Recipe) -> None:

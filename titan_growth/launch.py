@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None, preflight: Preflight | None = None) -> i
     """Launch a run and return the status to end with. Tests pass a `preflight` of their own."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        os.execv(sys.executable, [sys.executable, "-m", "titan_growth", "train", "--help"])
+        os.execv(sys.executable, [sys.executable, "-m", "titan_growth", "train", *argv])
     for stream in (sys.stdout, sys.stderr):
         # The ranks' lines pass through this process; into a pipe they would otherwise come in blocks of 8 KiB.
         if hasattr(stream, "reconfigure"):

@@ -121,10 +121,12 @@ class Observers:
         """Everything that belongs to a step is done."""
         self.profiler.step()
 
-    def summary(self, last_saved: StepFolder | None) -> list[str]:
+    def summary(self, progress: Progress, last_saved: StepFolder | None, *, completed: bool) -> list[str]:
         """What the run did and where to look."""
+        self.metrics.reach(step=progress.step, tokens=progress.tokens, flops=progress.flops)
         tensorboard = self.recipe.metrics.enable_tensorboard
         return self.metrics.closing_summary(
+            verb="finished" if completed else "stopped",
             metrics_path=self.jsonl.path if self.jsonl is not None else None,
             tensorboard_folder=self.folder.path / self.recipe.metrics.save_tb_folder if tensorboard else None,
             checkpoint=last_saved.path if last_saved is not None else None,

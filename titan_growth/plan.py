@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from titan_growth.checkpoint.lineage import Progress
 from titan_growth.config.schema import Recipe
-from titan_growth.growth.schedule import GrowthPlan, plan_growth, tokens_problems
+from titan_growth.growth.schedule import GrowthPlan, plan_growth, timing_problems
 from titan_growth.lr_scheduler import LRSchedule
 from titan_growth.mesh import MeshShape, resolve_batch, resolve_mesh
 from titan_growth.models.config import ModelConfig
@@ -62,12 +63,19 @@ def stage_context(config: ModelConfig, shape: MeshShape, device_type: str, seq_l
 
 
 def plan_run(
-    recipe: Recipe, *, num_ranks: int, device_type: str, global_batch_size: int | None = None
+    recipe: Recipe,
+    *,
+    num_ranks: int,
+    device_type: str,
+    global_batch_size: int | None = None,
+    progress: Progress | None = None,
+    num_growths: int = 0,
 ) -> tuple[RunPlan | None, list[Problem], list[Problem]]:
     """(plan, problems, warnings); the plan is None when there are problems.
 
     Args:
         global_batch_size: what -1 was resolved to when the run was first started; None at that first start.
+        progress: where the run has come to, and `num_growths` how often it has grown; for a run that is resumed.
     """
     problems: list[Problem] = []
     warnings: list[Problem] = []
@@ -95,9 +103,18 @@ def plan_run(
         batch = global_batch_size if asked == -1 and global_batch_size else asked
         batch, num_accumulation_steps, found = resolve_batch(batch, training.local_batch_size, shape)
         problems += found
-        if not found and asked == -1:
-            # With the batch in the recipe, stages in tokens have been checked already.
-            problems += tokens_problems(recipe.growth, steps=training.steps, tokens_per_step=batch * training.seq_len)
+        if found and batch != asked:
+            hint = "It was derived at the run's first start: give it in the recipe, or name another job.dump_folder"
+            problems[-1] = Problem(problems[-1].key, problems[-1].message, hint)
+        in_tokens = any(stage.when.unit == "tokens" for stage in recipe.growth.active_stages)
+        if not found and in_tokens and recipe.comm.mode == "default":
+            problems += timing_problems(
+                recipe.growth,
+                steps=training.steps,
+                tokens_per_step=batch * training.seq_len,
+                progress=progress,
+                num_growths=num_growths,
+            )
         recipe = recipe.model_copy(update={"training": training.model_copy(update={"global_batch_size": batch})})
     problems += _device_problems(recipe, device_type)
     stages = stages_of(recipe)

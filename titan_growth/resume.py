@@ -68,10 +68,6 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
     Both recipes are effective ones, with seed and batch size resolved.
     """
     before = _written_with(checkpoint)
-    try:
-        lineage = checkpoint.lineage()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path.name} refused: its lineage cannot be read ({error})") from None
     refused: list[Problem] = []
     where = f"{checkpoint.path.name} was written with"
     old_model, _ = model_config_of(before.model)
@@ -91,8 +87,8 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
             refused.append(
                 Problem(key, f"{where} {_show(old.get(key))}, the recipe says {_show(new.get(key))}", _NEW_FOLDER)
             )
-    done = len(lineage.events)
-    if before.growth.active_stages[:done] != recipe.growth.active_stages[:done]:
+    done = num_growths_of(checkpoint)
+    if _past(before, done) != _past(recipe, done):
         message = f"{checkpoint.path.name} has {done} growth{'s' if done > 1 else ''} behind it that the recipe changes"
         refused.append(Problem("growth.stages", message, _NEW_FOLDER))
     elif _remaining_factor(before, done) != _remaining_factor(recipe, done):
@@ -118,6 +114,20 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
 
 
 _NEW_FOLDER = "Name another job.dump_folder to start a new run"
+
+
+def num_growths_of(checkpoint: StepFolder) -> int:
+    """How often a checkpoint's run has grown. Raises CheckpointError when its lineage cannot be read."""
+    try:
+        return len(checkpoint.lineage().events)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path.name} refused: its lineage cannot be read ({error})") from None
+
+
+def _past(recipe: Recipe, num_growths: int) -> list[tuple[Any, ...]]:
+    """What cannot be changed about growths that have happened; their learning rates still can."""
+    stages = recipe.growth.active_stages[:num_growths]
+    return [(stage.when, stage.operator, stage.factor, stage.optimizer_state, stage.lr_policy) for stage in stages]
 
 
 def _written_with(checkpoint: StepFolder) -> Recipe:

@@ -13,11 +13,16 @@ from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema import Recipe
 from titan_growth.plan import RunPlan, plan_run
-from titan_growth.resume import compare, decided_before, newest_checkpoint
+from titan_growth.resume import compare, decided_before, newest_checkpoint, num_growths_of
 from titan_growth.tools.errors import ConfigError
+from titan_growth.tools.files import write_atomic
 from titan_growth.tools.run_folder import RunFolder
 
 logger = logging.getLogger("titan_growth")
+
+
+GONE_BACK_FILE = "gone-back-to"
+"""In the checkpoint folder: the `load_step` that the run has gone back to."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,12 @@ def settle(
     recipe = with_values(recipe, {"debug.seed": decisions.seed})
     before = decisions.global_batch_size
     plan, problems, warnings = plan_run(
-        recipe, num_ranks=num_ranks, device_type=device_type, global_batch_size=before if before != -1 else None
+        recipe,
+        num_ranks=num_ranks,
+        device_type=device_type,
+        global_batch_size=before if before != -1 else None,
+        progress=checkpoint.manifest.progress if checkpoint is not None else None,
+        num_growths=num_growths_of(checkpoint) if checkpoint is not None else 0,
     )
     if plan is None:
         raise ConfigError(problems)
@@ -72,6 +82,31 @@ def settle(
         for line in changes:
             logger.info("%s", line)
     return plan
+
+
+def going_back(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe as it is to be read now: a `checkpoint.load_step` that has been gone back to is done with.
+
+    The same command must go on, not go back, when it is given again after a stop; naming another step, or none in
+    between, goes back again.
+    """
+    wanted = recipe.checkpoint.load_step
+    if wanted == -1:
+        return recipe
+    try:
+        done = int((folder.path / recipe.checkpoint.folder / GONE_BACK_FILE).read_text())
+    except (OSError, ValueError):
+        done = -1
+    return with_values(recipe, {"checkpoint.load_step": -1}) if done == wanted else recipe
+
+
+def note_going_back(recipe: Recipe, folder: RunFolder) -> None:
+    """Remembers which `load_step` has been gone back to, or forgets it when the recipe names none."""
+    root = folder.path / recipe.checkpoint.folder
+    if recipe.checkpoint.load_step != -1:
+        write_atomic(root / GONE_BACK_FILE, f"{recipe.checkpoint.load_step}\n")
+    else:
+        (root / GONE_BACK_FILE).unlink(missing_ok=True)
 
 
 def finished(recipe: Recipe, folder: RunFolder) -> StepFolder | None:

@@ -18,7 +18,7 @@ from titan_growth.config.loader import load_recipe, to_json, to_toml
 from titan_growth.config.schema import Recipe
 from titan_growth.preflight import report_problems
 from titan_growth.tools.errors import ConfigError, TitanGrowthError, TrainingError
-from titan_growth.tools.exit_report import DONE, FAILED, REQUEUE, ExitReport, caused_by_peer, process_status
+from titan_growth.tools.exit_report import BAD_RECIPE, DONE, FAILED, REQUEUE, ExitReport, caused_by_peer, process_status
 from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
@@ -30,9 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     """Runs this rank to its end and returns the exit status of its process."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        following = [word for word in argv if not word.startswith("-")]
+        asked = next(position for position, word in enumerate(argv) if word in ("--help", "-h"))
+        section = argv[asked + 1] if len(argv) > asked + 1 and not argv[asked + 1].startswith("-") else None
+        if section is not None and section not in Recipe.model_fields:
+            print(f"error: there is no section {section!r}; the sections are {', '.join(Recipe.model_fields)}")
+            return BAD_RECIPE
         with contextlib.suppress(BrokenPipeError):  # the reader had seen enough, as in `--help | head`
-            print(help_text(following[0] if following else None), flush=True)
+            print(help_text(section), flush=True)
             return DONE
         os._exit(DONE)
     setup_logging()
@@ -48,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     status, message, secondary = FAILED, "", False
     try:
         status, message = run(recipe, folder)
+        if message and rank == 0:
+            say(message if status in (DONE, REQUEUE) else f"error: {message}")
     except ConfigError as error:
         status, message = error.exit_status, str(error)
         report_problems(error)
@@ -83,14 +89,14 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
     from titan_growth.checkpoint.manager import CheckpointManager
     from titan_growth.observers import Observers
     from titan_growth.run_data import check_run_data, prepare_run_data
-    from titan_growth.start import decide, dry_run_of, finished, finished_message, settle
+    from titan_growth.start import decide, dry_run_of, finished, finished_message, going_back, note_going_back, settle
     from titan_growth.tools.device import Device
     from titan_growth.tools.distributed import init_process_group, on_rank0, require_agreement
     from titan_growth.tools.signals import StopSignal
     from titan_growth.trainer import Trainer
 
     dry_run = recipe.comm.mode == "fake_backend"
-    recipe = dry_run_of(recipe)
+    recipe = asked = dry_run_of(recipe)
     stop = StopSignal()
     stop.install()
     _set_environment(recipe)
@@ -108,8 +114,8 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
             require_agreement({"recipe": recipe_digest, **run_data.fingerprints()})
             on_rank0(folder.create)
             on_rank0(folder.lock)
+            recipe = on_rank0(lambda: going_back(asked, folder))
             if (done := on_rank0(lambda: finished(recipe, folder))) is not None:
-                logger.info("%s", finished_message(done))
                 return DONE, finished_message(done)
         checkpointer = CheckpointManager(recipe.checkpoint, folder.path)
         checkpoint = checkpointer.find()
@@ -118,8 +124,10 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
         before = (checkpoint.manifest.data, checkpoint.path.name) if checkpoint is not None else ({}, "")
         if problems := run_data.changes_since(*before):
             raise ConfigError(problems)
-        if checkpoint is not None and recipe.checkpoint.load_step != -1:
+        if checkpoint is not None and not recipe.checkpoint.load_only:
             checkpointer.set_aside_after(checkpoint.step)
+            if asked.checkpoint.load_step in (-1, recipe.checkpoint.load_step):
+                on_rank0(lambda: note_going_back(asked, folder))
         if not dry_run:
             on_rank0(lambda: _save_recipe(plan.recipe, folder))
         observers = Observers(plan.recipe, folder, device, checkpoint)
@@ -136,16 +144,18 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
         )
         try:
             completed = _fit(trainer)
-            for line in observers.summary(trainer.last_saved):
+            for line in observers.summary(trainer.progress, trainer.last_saved, completed=completed):
                 logger.info("%s", line)
         finally:
             observers.close()
             trainer.data.close()
+            checkpointer.close()
         if completed:
             return DONE, ""
         if trainer.last_saved is not None and trainer.last_saved.step == trainer.progress.step:
             return REQUEUE, f"stopped at step {trainer.progress.step} and saved; run the same command again to go on"
-        return FAILED, f"stopped at step {trainer.progress.step} without saving (checkpoint.enable is false)"
+        key = "checkpoint.load_only is true" if recipe.checkpoint.load_only else "checkpoint.enable is false"
+        return FAILED, f"stopped at step {trainer.progress.step} without saving: {key}"
     finally:
         folder.unlock()
         if torch.distributed.is_initialized() and sys.exc_info()[0] is None:

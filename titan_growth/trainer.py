@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_growth.build import build
-from titan_growth.checkpoint.folder import Manifest, StepFolder
+from titan_growth.checkpoint.folder import Manifest, StepFolder, open_step
 from titan_growth.checkpoint.initial import initial_state
 from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
@@ -94,6 +94,8 @@ class Trainer:
             self.checkpointer.load(checkpoint.path, self._tensors(optimizer=True) | rng)
             set_rng(dist.get_rank(), rng)
             logger.info("resumed from %s", checkpoint.path)
+            if initial is not None:
+                logger.warning("checkpoint.initial_load_path is ignored: the run has checkpoints of its own")
         elif initial is not None and self.recipe.checkpoint.enable:
             self._start_from_another_run()
         else:
@@ -134,14 +136,20 @@ class Trainer:
         if self.progress.step < self.recipe.training.steps:
             return False
         for stage in self.plan.growth.remaining(self.lineage):
-            logger.error("the growth at %s never came: the run ended before it", stage.when)
+            raise TrainingError(
+                f"the growth at {stage.when} never came: the run ended with {self.progress.tokens:,} tokens at "
+                f"{self.model_config.num_layers} layers. Raise training.steps to go on"
+            )
         return True
 
     def _loop(self) -> None:
         stopped = False
+        first_step = self.progress.step + 1
         self.observers.start()
         while self.progress.step < self.recipe.training.steps and not stopped:
             if stage := self.plan.growth.due(self.progress, self.lineage):
+                if self._any_rank_stops():
+                    return  # the step is saved; the next start grows
                 self.grow(stage)
             with self.observers.meter.data():
                 batch = self.data.next_batch()
@@ -151,8 +159,12 @@ class Trainer:
             grad_norm = self.optimizer.clip_and_step(lr)
             self.engine.model.after_optimizer_step()
             self._advance(num_tokens)
-            self._record(batch, loss, grad_norm, lr)
-            self._after_step(stopped)
+            growing = self._grows_next()
+            saving = self._save_due(growing or stopped)
+            self._record(batch, loss, grad_norm, lr, saving)
+            self._after_step(growing, saving)
+            if self.progress.step == first_step and dist.get_world_size() > 1:
+                set_timeout(self.recipe.comm.train_timeout_seconds)
 
     def _agree(self, batch: list[Microbatch]) -> tuple[int, bool]:
         """(valid tokens of the global batch, whether any rank was asked to stop)."""
@@ -161,6 +173,13 @@ class Trainer:
             raise TrainingError(f"step {self.progress.step + 1}: the global batch has no token to train on")
         return num_tokens, stop > 0
 
+    def _any_rank_stops(self) -> bool:
+        return bool(sum_over_ranks(torch.tensor(int(self.stop.is_set))).item())
+
+    def _grows_next(self) -> bool:
+        due = self.plan.growth.due(self.progress, self.lineage) is not None
+        return due and self.progress.step < self.recipe.training.steps
+
     def _advance(self, num_tokens: int) -> None:
         flops_per_token = self.model_config.flops_per_token(self.recipe.training.seq_len)
         self.progress = self.progress.advanced(
@@ -168,11 +187,10 @@ class Trainer:
         )
         self.observers.count_step(tokens=num_tokens, flops_per_token=flops_per_token)
 
-    def _record(self, batch: list[Microbatch], loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Logs the step when it is to be logged; a loss or gradient that is not finite ends the run there."""
+    def _record(self, batch: list[Microbatch], loss: Tensor, grad_norm: Tensor, lr: float, saving: bool) -> None:
+        """Logs the step when it is to be logged; a loss or gradient that is not finite ends the run before a save."""
         step = self.progress.step
-        saves = self._save_due(False)
-        if not (self.observers.should_log(step) or saves):
+        if not (self.observers.should_log(step) or saving):
             return
         values = (loss.item(), grad_norm.item())
         if self.observers.should_log(step):
@@ -180,22 +198,25 @@ class Trainer:
             if self.recipe.debug.log_batch_hash:
                 digest = batch_hash(gather_objects(sample_digests(batch)))
             self.observers.record_step(self.progress, *values, lr, self.model_config.num_layers, digest)
-        if not all(math.isfinite(value) for value in values):
+        self._require_finite(loss=values[0], gradient_norm=values[1])
+
+    def _require_finite(self, **values: float) -> None:
+        if not all(math.isfinite(value) for value in values.values()):
+            found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
             raise TrainingError(
-                f"step {step}: loss {values[0]}, gradient norm {values[1]}. Nothing was saved from here; resume "
+                f"step {self.progress.step}: {found}. Nothing was saved from here; resume "
                 "from the last checkpoint with a lower optimizer.lr or a longer warmup"
             )
 
-    def _after_step(self, stopped: bool) -> None:
+    def _after_step(self, growing: bool, saving: bool) -> None:
         step = self.progress.step
-        if step == 1 and dist.get_world_size() > 1:
-            set_timeout(self.recipe.comm.train_timeout_seconds)
-        growing = self.plan.growth.due(self.progress, self.lineage) is not None and step < self.recipe.training.steps
         if self.validator.due(step) or (growing and self.recipe.validation.enable):
             with self.observers.meter.pause("validation"):
-                self.observers.record_validation(self.progress, self.validator.run(self.engine))
+                validation_loss = self.validator.run(self.engine)
+                self.observers.record_validation(self.progress, validation_loss)
+            self._require_finite(validation_loss=validation_loss)
         # After the validation, so that a resume finds its line already written.
-        if self._save_due(growing or stopped):
+        if saving:
             self.save(permanent=growing)
         self.observers.end_of_step()
         if step % self.recipe.training.gc_freq == 0:
@@ -292,7 +313,7 @@ class Trainer:
                 recipe_toml=to_toml(self.recipe),
                 lineage_json=json.dumps(self.lineage.to_dict(), indent=1) + "\n",
             )
-            self.checkpointer.prune()
+            self.checkpointer.prune(self.progress.step)
             logger.info("saved %s", self.last_saved.path)
 
     def _tensors(self, *, optimizer: bool) -> dict[str, Tensor]:
@@ -302,7 +323,10 @@ class Trainer:
     def _start_from_another_run(self) -> None:
         """Takes another run's weights, or all of its state, from `checkpoint.initial_load_path`."""
         section = self.recipe.checkpoint
-        path, self.progress, self.lineage = on_rank0(lambda: initial_state(section))
+        path, self.progress, self.lineage = on_rank0(lambda: initial_state(section, checksums=False))
+        folder = on_rank0(lambda: open_step(path))
+        if folder is not None and (damage := self.checkpointer.damage(folder)):
+            raise CheckpointError(f"{path.name} refused: {damage}")
         if len(self.lineage.events) > len(self.plan.growth.stages):
             raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
         self._build(seed=None)

@@ -133,6 +133,22 @@ def test_a_wrong_read_is_caught(tmp_path: Path) -> None:
         run_ranks(corrupted, 2, 2, make_recipe(tmp_path / "run", **growing()))
 
 
+def test_a_diverged_model_is_not_saved(tmp_path: Path) -> None:
+    """The step before the growth is not logged, and yet nothing that is not finite becomes the way back."""
+    settings = growing(metrics__log_freq=100, optimizer__lr=1e30, lr_scheduler__warmup_steps=0)
+    with pytest.raises(AssertionError, match=r"step 3: .*Nothing was saved from here"):
+        run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
+    assert not list((tmp_path / "run").glob("checkpoint/*"))
+
+
+def test_a_growth_that_never_came_is_a_failure(tmp_path: Path) -> None:
+    """Masked targets do not count as tokens, so a count can be missed; the run must not pass for finished."""
+    settings = growing(data__document_mask=True, data__validation_fraction=0.5)
+    settings["growth__stages"] = '[{at = "1278 tokens", factor = 4}]'
+    with pytest.raises(AssertionError, match=r"the growth at 1,278 tokens never came.*Raise training\.steps"):
+        run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
+
+
 def test_checkpoints_at_a_growth_are_kept(tmp_path: Path) -> None:
     """keep_latest_k counts only the others."""
     settings = growing(training__steps=12, checkpoint__interval=2, checkpoint__keep_latest_k=2)

@@ -41,8 +41,8 @@ def test_load_step_goes_back_and_keeps_what_came_after(tmp_path: Path) -> None:
     run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **SAVING))
     lines = without_timings(read_metrics(tmp_path / "run"))
     run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **SAVING, training__steps=5, checkpoint__load_step=2))
-    # `train` does not set later checkpoints aside, which is the entry point's task; only the metrics are cut back here.
     assert without_timings(read_metrics(tmp_path / "run")) == lines[:5]
+    assert folders(tmp_path / "run") == {"step-2", "step-4", "step-5", "superseded-4", "superseded-6"}
 
 
 def test_initial_load_of_weights_and_of_everything(tmp_path: Path) -> None:

@@ -67,8 +67,7 @@ def _round_trip(rank: int, folder: Path) -> None:
     assert set(written.manifest.files) == {".metadata", "__0_0.distcp", "recipe.toml", "lineage.json"}
     assert written.damage(checksums=True) is None
     found = checkpoints.find()
-    assert found == written == checkpoints.committed(5)
-    assert checkpoints.committed(6) is None
+    assert found == written
     assert restored(checkpoints, found) == 5.0
     assert checkpoints.stored_names(found.path) == set(tensors())
 
@@ -193,7 +192,7 @@ def test_a_damaged_one_is_passed_over_and_none_left_is_an_error(on_one_rank: Any
 
 
 def _aside(rank: int, folder: Path) -> None:
-    checkpoints = manager(folder)
+    checkpoints = manager(folder, load_step=5)
     for _ in range(2):
         for step in (5, 10):
             save(checkpoints, step)
@@ -216,23 +215,69 @@ def _retention(rank: int, folder: Path) -> None:
         save(checkpoints, step, permanent=step in (1, 9))
     for step in (11, 12):  # two dead saves: they must not push out good ones
         (checkpoints.root / f"step-{step}").mkdir()
-    checkpoints.prune()
+    checkpoints.prune(99)
     assert [found.step for found in committed_steps(checkpoints.root)[0]] == [10, 9, 2, 1]
     save(checkpoints, 13)
-    checkpoints.prune()
+    checkpoints.prune(99)
     assert [found.step for found in committed_steps(checkpoints.root)[0]] == [13, 10, 9, 1]
     for step in (14, 15):
         save(checkpoints, step)
-        checkpoints.prune()
+        checkpoints.prune(99)
     assert [found.step for found in committed_steps(checkpoints.root)[0]] == [15, 14, 9, 1]
     assert not (checkpoints.root / "step-2").exists()
     everything = manager(folder, keep_latest_k=0)
-    everything.prune()
+    everything.prune(99)
     assert [found.step for found in committed_steps(checkpoints.root)[0]] == [15, 14, 9, 1]
 
 
 def test_the_newest_k_committed_and_the_permanent_are_kept(on_one_rank: Any) -> None:
     on_one_rank(_retention)
+
+
+def _damaged_ones_do_not_count(rank: int, folder: Path) -> None:
+    checkpoints = manager(folder, keep_latest_k=2)
+    for step in (2, 4, 6):
+        save(checkpoints, step)
+    for step in (4, 6):
+        shard = checkpoints.root / f"step-{step}" / "__0_0.distcp"
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(bytes(data))
+    found = checkpoints.find()
+    assert found is not None
+    assert found.step == 2
+    checkpoints.set_aside_after(found.step)
+    save(checkpoints, 3)
+    checkpoints.prune(3)
+    checkpoints.close()
+    assert {path.name for path in checkpoints.root.iterdir()} == {"step-2", "step-3", "damaged-4", "damaged-6"}
+    save(checkpoints, 5)
+    checkpoints.prune(5)
+    checkpoints.close()
+    newest = checkpoints.find()
+    assert newest is not None
+    assert newest.step == 5
+    assert step_numbers(checkpoints.root) == [5, 3]
+
+
+def test_damaged_checkpoints_never_push_out_good_ones(on_one_rank: Any) -> None:
+    """Passed over by a resume, they keep their files but take no place among the latest k."""
+    on_one_rank(_damaged_ones_do_not_count)
+
+
+def _remains(rank: int, folder: Path) -> None:
+    checkpoints = manager(folder)
+    for step in (2, 9):
+        (checkpoints.root / f"step-{step}").mkdir(parents=True)
+        (checkpoints.root / f"step-{step}" / "__0_0.distcp").write_bytes(b"half")
+    save(checkpoints, 4)
+    checkpoints.prune(4)
+    checkpoints.close()
+    assert step_numbers(checkpoints.root) == [9, 4], "what is older is cleared; a later one may still be written"
+
+
+def test_remains_of_dead_saves_are_cleared(on_one_rank: Any) -> None:
+    on_one_rank(_remains)
 
 
 def _permanent(rank: int, folder: Path) -> None:
@@ -241,7 +286,7 @@ def _permanent(rank: int, folder: Path) -> None:
     assert kept.manifest.permanent
     for step in (2, 3, 4):
         save(checkpoints, step)
-    checkpoints.prune()
+    checkpoints.prune(99)
     assert [found.step for found in committed_steps(checkpoints.root)[0]] == [4, 3, 1]
     assert open_step(kept.path) == kept
     assert kept.damage(checksums=True) is None

@@ -37,9 +37,9 @@ REFUSED = [
     ({**GROWING, "growth.stages.0.at": "1 step", "checkpoint.enable": False}, "growth.enable", "needs checkpoints"),
     ({**GROWING, "growth.stages.0.at": "1 step", "checkpoint.load_only": True}, "checkpoint.load_only", "conflicts"),
     ({**GROWING, "growth.stages.0.at": "100 steps"}, "growth.stages.0.at", "not before the last step"),
-    ({**TOKENS, "growth.stages.0.at": "7921 tokens"}, "growth.stages.0.at", "not before the last step"),
     ({**TWICE, "growth.stages.1.at": "10 steps"}, "growth.stages.1.at", "not after the growth before"),
-    ({**TWICE, **TOKENS, "growth.stages.1.at": "800 tokens"}, "growth.stages.1.at", "not after the growth before"),
+    ({"job.save_config_file": "sub/config.json"}, "job.save_config_file", "file name of its own"),
+    ({"job.save_config_file": "recipe.toml"}, "job.save_config_file", "file name of its own"),
 ]
 ACCEPTED = [
     {"profiling.enable_profiling": True, "profiling.profile_freq": 4},

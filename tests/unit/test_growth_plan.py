@@ -11,7 +11,7 @@ from titan_growth.config.growth_schema import Growth
 from titan_growth.growth import operators as operators_module
 from titan_growth.growth.operators import operators, register_operator
 from titan_growth.growth.reader import grown_names, layer_of, with_layer
-from titan_growth.growth.schedule import plan_growth, tokens_problems
+from titan_growth.growth.schedule import plan_growth, timing_problems
 from titan_growth.models.config import ModelConfig
 
 TARGET = ModelConfig(
@@ -148,9 +148,18 @@ def test_each_growth_happens_once() -> None:
 )
 def test_stages_in_tokens_once_the_batch_is_known(stages: list[dict[str, object]], keys: list[str]) -> None:
     """100 steps of 10 tokens."""
-    problems = tokens_problems(growth(*stages), steps=100, tokens_per_step=10)
+    problems = timing_problems(growth(*stages), steps=100, tokens_per_step=10)
     assert [problem.key for problem in problems] == keys
-    assert not tokens_problems(growth(*stages, enable=False), steps=100, tokens_per_step=10)
+    assert not timing_problems(growth(*stages, enable=False), steps=100, tokens_per_step=10)
+
+
+def test_growths_that_have_happened_are_not_asked_about_again() -> None:
+    """After 50 steps of 10 tokens the batch shrinks to one token a step: 600 tokens are then 100 steps away."""
+    section = growth({"at": "400 tokens"}, {"at": "600 tokens"})
+    now = Progress(step=50, tokens=500)
+    settings = {"tokens_per_step": 1, "progress": now, "num_growths": 1}
+    assert [problem.key for problem in timing_problems(section, steps=150, **settings)] == ["growth.stages.1.at"]
+    assert not timing_problems(section, steps=151, **settings)
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------

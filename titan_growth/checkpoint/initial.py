@@ -10,7 +10,7 @@ from titan_growth.config.schema import Checkpoint
 from titan_growth.tools.errors import CheckpointError
 
 
-def initial_state(section: Checkpoint) -> tuple[Path, Progress, Lineage]:
+def initial_state(section: Checkpoint, *, checksums: bool) -> tuple[Path, Progress, Lineage]:
     """(folder to load from, counters and growths to go on with).
 
     With `initial_load_model_only` the counters start at zero and any DCP folder will do, also one of another program;
@@ -27,7 +27,7 @@ def initial_state(section: Checkpoint) -> tuple[Path, Progress, Lineage]:
     if not (path / ".metadata").is_file():
         raise CheckpointError(f"{key}: is not a checkpoint (it has no .metadata). Name a step-N folder")
     folder = open_step(path)
-    if folder is not None and (damage := folder.damage(checksums=True)):
+    if folder is not None and (damage := folder.damage(checksums=checksums)):
         raise CheckpointError(f"{path.name} refused: {damage}")
     if section.initial_load_model_only:
         return path, Progress(), Lineage()

@@ -34,11 +34,11 @@ from titan_growth.checkpoint.folder import (
     file_entry,
     no_such_step,
     none_usable,
-    open_step,
     step_path,
     write_manifest,
 )
 from titan_growth.checkpoint.reader import NamesOf, SafeReader
+from titan_growth.checkpoint.retention import Retention, set_aside_after
 from titan_growth.config.schema import Checkpoint
 from titan_growth.tools.distributed import describe_os_error, fail_together, gather_objects, on_rank0
 from titan_growth.tools.errors import CheckpointError
@@ -56,6 +56,7 @@ class CheckpointManager:
     def __init__(self, section: Checkpoint, dump_folder: Path) -> None:
         self.section = section
         self.root = dump_folder / section.folder
+        self.retention = Retention(self.root, section.keep_latest_k)
 
     # ---- choosing ------------------------------------------------------------------------------------------------
 
@@ -72,7 +73,7 @@ class CheckpointManager:
         for folder in candidates:
             if wanted not in (-1, folder.step):
                 continue
-            damage = self._damage(folder)
+            damage = self.damage(folder)
             if damage is None:
                 for line in refused if wanted == -1 else []:
                     logger.error("%s", line)
@@ -84,33 +85,20 @@ class CheckpointManager:
             raise CheckpointError(none_usable(self.root, refused))
         return None
 
-    def _damage(self, folder: StepFolder) -> str | None:
+    def damage(self, folder: StepFolder) -> str | None:
         """Reads all files of a checkpoint, divided over the ranks."""
         share = (dist.get_rank(), dist.get_world_size())
         return next((found for found in gather_objects(folder.damage(checksums=True, share=share)) if found), None)
 
-    def committed(self, step: int) -> StepFolder | None:
-        """The committed checkpoint of a step, if there is one."""
-        return on_rank0(lambda: open_step(step_path(self.root, step)))
-
     def set_aside_after(self, step: int) -> None:
-        """Moves checkpoints of later steps out of the way, when a run goes back to an earlier one."""
+        """Moves checkpoints of later steps out of the way when a run goes on from an earlier one.
 
-        def move() -> list[str]:
-            moved = []
-            for folder in committed_steps(self.root)[0]:
-                if folder.step > step:
-                    target, number = self.root / f"superseded-{folder.step}", 1
-                    while target.exists():
-                        number += 1
-                        target = self.root / f"superseded-{folder.step}-{number}"
-                    folder.path.rename(target)
-                    moved.append(target.name)
-            return moved
-
-        moved = on_rank0(move)
+        The user has gone back on purpose (`load_step`), or they were refused as damaged.
+        """
+        label = "superseded" if self.section.load_step != -1 else "damaged"
+        moved = on_rank0(lambda: set_aside_after(self.root, step, label))
         if moved:
-            logger.warning("going back to step %d: later checkpoints are kept as %s", step, ", ".join(moved))
+            logger.warning("going on from step %d: later checkpoints are kept as %s", step, ", ".join(moved))
 
     # ---- saving --------------------------------------------------------------------------------------------------
 
@@ -185,20 +173,14 @@ class CheckpointManager:
                 shutil.rmtree(path, ignore_errors=True)
             raise
 
-    def prune(self) -> None:
-        """Removes the oldest checkpoints beyond `keep_latest_k`; those taken at a growth stay."""
-        keep = self.section.keep_latest_k
-        if keep == 0:
-            return
+    def prune(self, saved_step: int) -> None:
+        """Removes the oldest checkpoints beyond `keep_latest_k`, in the background."""
+        if dist.get_rank() == 0:
+            self.retention.prune(saved_step)
 
-        def remove() -> None:
-            passing = [folder for folder in committed_steps(self.root)[0] if not folder.manifest.permanent]
-            for folder in passing[keep:]:
-                # The manifest goes first: a half-removed checkpoint is then not a committed one.
-                (folder.path / "manifest.json").unlink(missing_ok=True)
-                shutil.rmtree(folder.path, ignore_errors=True)
-
-        on_rank0(remove)
+    def close(self) -> None:
+        """Returns when nothing is being removed any more."""
+        self.retention.wait()
 
     def make_permanent(self, folder: StepFolder) -> StepFolder:
         """Takes a committed checkpoint out of retention."""

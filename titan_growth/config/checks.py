@@ -15,6 +15,11 @@ def check_recipe(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
     """All problems between keys of one recipe; warnings are appended to the given list."""
     if not recipe.job.dump_folder.strip():
         yield Problem("job.dump_folder", "must name a folder, is empty", "For example: ./outputs")
+    name = recipe.job.save_config_file
+    if name is not None and (name in ("", ".", "..", "recipe.toml", "metrics.jsonl", "exit.json") or "/" in name):
+        yield Problem(
+            "job.save_config_file", f"must be a file name of its own, got '{name}'", "For example: config.json"
+        )
     yield from _training(recipe, warnings)
     yield from _validation(recipe)
     yield from _checkpoint(recipe, warnings)
@@ -42,6 +47,9 @@ def _training(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
         for key in ("persistent_workers", "prefetch_factor"):
             if getattr(loader, key):
                 yield Problem(f"training.dataloader.{key}", "needs training.dataloader.num_workers of at least 1")
+    if loader.persistent_workers:
+        message = "has no effect: the order of samples has no end, so workers live as long as the run in any case"
+        warnings.append(Problem("training.dataloader.persistent_workers", message))
     if training.dtype == "bfloat16" and training.mixed_precision_param == "float32":
         yield Problem(
             "training.mixed_precision_param",
@@ -111,34 +119,22 @@ def _growth(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
         yield Problem(
             "checkpoint.load_only", "conflicts with growth, which saves a checkpoint", "Set growth.enable = false"
         )
-    batch, seq_len = recipe.training.global_batch_size, recipe.training.seq_len
-    previous = 0.0
+    previous = 0
     for index, stage in enumerate(recipe.growth.active_stages):
         key = f"growth.stages.{index}.at"
-        when = stage.when
-        if when.unit == "steps":
-            if when.value >= steps:
-                yield Problem(
-                    key,
-                    f'"{stage.at}" is not before the last step (training.steps = {steps:,})',
-                    "Grow earlier or train longer; growth.enable = false trains the target model from scratch",
-                )
-            position = float(when.value)
-        elif batch > 0:
-            tokens_per_step = batch * seq_len
-            if when.value > (steps - 1) * tokens_per_step:
-                yield Problem(
-                    key,
-                    f'"{stage.at}" is not before the last step ({steps:,} steps of {tokens_per_step:,} tokens)',
-                    "Grow earlier or train longer; growth.enable = false trains the target model from scratch",
-                )
-            position = float(-(-when.value // tokens_per_step))
-        else:
-            continue  # the batch size is not known yet; preflight checks again with the world size
-        if position <= previous:
-            yield Problem(key, f'"{stage.at}" is not after the growth before it', "Stages are in the order they happen")
-        previous = position
         if stage.lr_policy == "continue" and stage.warmup_steps is not None:
             warnings.append(
                 Problem(f"growth.stages.{index}.warmup_steps", 'has no effect because lr_policy is "continue"')
             )
+        when = stage.when
+        if when.unit != "steps":
+            continue  # where it falls depends on the batch size and on what has happened: see growth.schedule
+        if when.value >= steps:
+            yield Problem(
+                key,
+                f'"{stage.at}" is not before the last step (training.steps = {steps:,})',
+                "Grow earlier or train longer; growth.enable = false trains the target model from scratch",
+            )
+        if when.value <= previous:
+            yield Problem(key, f'"{stage.at}" is not after the growth before it', "Stages are in the order they happen")
+        previous = when.value

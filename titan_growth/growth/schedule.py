@@ -75,16 +75,28 @@ def plan_growth(section: Growth, target: ModelConfig) -> tuple[GrowthPlan | None
     return GrowthPlan(tuple(configs), tuple(stages)), []
 
 
-def tokens_problems(section: Growth, *, steps: int, tokens_per_step: int) -> list[Problem]:
-    """Stages given in tokens that would come too late or out of order, once the batch size is known."""
-    problems, previous = [], 0
+def timing_problems(
+    section: Growth, *, steps: int, tokens_per_step: int, progress: Progress | None = None, num_growths: int = 0
+) -> list[Problem]:
+    """Stages that would come too late or out of order, once the batch size is known.
+
+    Args:
+        progress: where the run has come to; None at its start.
+        num_growths: stages that have happened, which are not asked about again.
+    """
+    progress = progress or Progress()
+    problems, previous = [], progress.step - 1
     for index, stage in enumerate(section.active_stages):
+        if index < num_growths:
+            continue
         when = stage.when
-        step = when.value if when.unit == "steps" else -(-when.value // tokens_per_step)
+        left = when.value - (progress.step if when.unit == "steps" else progress.tokens)
+        step = progress.step + max(0, left if when.unit == "steps" else -(-left // tokens_per_step))
         key = f"growth.stages.{index}.at"
         if step >= steps:
             message = f'"{stage.at}" is not before the last step ({steps:,} steps of {tokens_per_step:,} tokens)'
-            problems.append(Problem(key, message, "Grow earlier or train longer"))
+            hint = "Grow earlier or train longer; growth.enable = false trains the target model from scratch"
+            problems.append(Problem(key, message, hint))
         elif step <= previous:
             message = f'"{stage.at}" (step {step:,}) is not after the growth before it (step {previous:,})'
             problems.append(Problem(key, message, "Stages are in the order they happen"))

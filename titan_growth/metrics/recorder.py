@@ -110,6 +110,10 @@ class Metrics:
             sink.step(record, timings)
         return record
 
+    def reach(self, *, step: int, tokens: int, flops: float) -> None:
+        """Where the run has come to, for the summary; steps that are not logged count too."""
+        self._reached = (step, tokens, flops)
+
     def record_validation(self, *, step: int, tokens: int, flops: float, validation_loss: float) -> ValidationRecord:
         """Log a validation. Raises RunFolderError where `metrics.jsonl` cannot be written."""
         record = ValidationRecord(step=step, tokens=tokens, flops=flops, validation_loss=validation_loss)
@@ -184,6 +188,7 @@ class Metrics:
     def closing_summary(
         self,
         *,
+        verb: str = "finished",
         metrics_path: str | Path | None = None,
         tensorboard_folder: str | Path | None = None,
         checkpoint: str | Path | None = None,
@@ -198,7 +203,7 @@ class Metrics:
         wall = sum(phases.values())
         resumed = "" if self._resumed_at is None else f" (resumed at step {self._resumed_at})"
         lines = [
-            f"finished: step {step}/{self._total_steps}{resumed}, {tokens:,} tokens, {flops:.2e} FLOPs, "
+            f"{verb}: step {step}/{self._total_steps}{resumed}, {tokens:,} tokens, {flops:.2e} FLOPs, "
             f"wall-clock {format_duration(wall)}"
         ]
         if self._validations:

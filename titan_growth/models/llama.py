@@ -181,7 +181,7 @@ def fsdp_units(part: Decoder) -> list[list[nn.Module]]:
     """The groups of modules that FSDP shards and gathers together, in the order of the forward pass.
 
     The last group, norm and head, is needed again at once by the backward pass, so it is kept gathered. With a tied
-    head the embedding belongs to the root, which is gathered throughout.
+    head the embedding belongs to the root.
     """
     units: list[list[nn.Module]] = []
     tied = part.config.tie_word_embeddings

@@ -1,0 +1,87 @@
+"""The real entry point as a process of its own: what it says, leaves and ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.runs import BASE, argv_of, read_metrics, without_timings, write_corpus
+
+
+def command(folder: Path, **overrides: object) -> list[str]:
+    corpus = folder.parent / "corpus.txt"
+    if not corpus.exists():
+        write_corpus(corpus)
+    values = {**BASE, "job.dump_folder": str(folder), "training.dataset_path": str(corpus)}
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return [sys.executable, "-m", "titan_growth.train", *argv_of(values)]
+
+
+def run(folder: Path, **overrides: object) -> str:
+    """Runs to the end; what it printed."""
+    result = subprocess.run(command(folder, **overrides), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+SAVING = {"checkpoint__enable": True, "checkpoint__interval": 2, "lr_scheduler__decay_ratio": 0.0}
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """Status 75, a checkpoint of the step it stopped at, and in the end the lines of an unbroken run."""
+    settings = {**SAVING, "checkpoint__interval": 1000, "training__steps": 1500}
+    process = subprocess.Popen(
+        command(tmp_path / "run", **settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 5) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    step = read_metrics(tmp_path / "run")[-1]["step"]
+    assert 5 <= step < 1500
+    assert f"stopped at step {step} and saved" in output
+    assert f"stopped: step {step}/1500" in output
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["status"] == 75
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == [f"step-{step}"]
+    run(tmp_path / "run", **{**settings, "training__steps": step + 3})
+    run(tmp_path / "whole", **{**settings, "training__steps": step + 3})
+    assert without_timings(read_metrics(tmp_path / "run")) == without_timings(read_metrics(tmp_path / "whole"))
+
+
+def test_going_back_happens_once(tmp_path: Path) -> None:
+    """load_step rewinds the first time; given again, the same command goes on, or has nothing to do."""
+    run(tmp_path / "run", **SAVING)
+    back = {**SAVING, "checkpoint__load_step": 2}
+    assert "superseded-4" in run(tmp_path / "run", **back)
+    assert "nothing to do: this run is finished at step 6" in run(tmp_path / "run", **back)
+    assert "resumed from" in run(tmp_path / "run", **{**back, "training__steps": 8})
+    names = {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()}
+    assert names == {"step-2", "step-4", "step-6", "step-8", "superseded-4", "superseded-6", "gone-back-to"}
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_help_of_one_section() -> None:
+    """Wherever --help stands; an unknown section is an error."""
+    base = [sys.executable, "-m", "titan_growth.train"]
+    environment = {**os.environ, "COLUMNS": "120"}
+    for words in (["--help", "growth"], ["--training.steps", "3", "--help", "growth"]):
+        result = subprocess.run([*base, *words], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0
+        assert "--growth.stages.N.at" in result.stdout
+        assert "--training.steps" not in result.stdout
+    assert (
+        "--training.steps"
+        in subprocess.run([*base, "--training.steps", "3", "--help"], capture_output=True, text=True).stdout
+    )
+    wrong = subprocess.run([*base, "--help", "grwth"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "there is no section 'grwth'" in wrong.stdout
