@@ -143,7 +143,11 @@ def test_a_diverged_model_is_not_saved(tmp_path: Path) -> None:
 
 def test_a_growth_that_never_came_is_a_failure(tmp_path: Path) -> None:
     """Masked targets do not count as tokens, so a count can be missed; the run must not pass for finished."""
-    settings = growing(data__document_mask=True, data__validation_fraction=0.5)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(300):
+        (texts / f"{number:03}.txt").write_text(f"text {number} is short")
+    settings = growing(data__document_mask=True, training__dataset_path=str(texts))
     settings["growth__stages"] = '[{at = "1278 tokens", factor = 4}]'
     with pytest.raises(AssertionError, match=r"the growth at 1,278 tokens never came.*Raise training\.steps"):
         run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
