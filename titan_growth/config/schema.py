@@ -104,7 +104,7 @@ class Dataloader(Section):
     num_workers: int = Field(0, ge=0)
     """Worker processes per rank; 0 loads in the training process."""
     persistent_workers: bool = False
-    """Keep the workers alive; needs num_workers > 0."""
+    """Has no effect: the order of samples never ends, so workers live as long as the run in any case."""
     pin_memory: bool = False
     """Copy batches into page-locked memory (CUDA)."""
     prefetch_factor: int | None = Field(None, ge=1)
@@ -170,7 +170,8 @@ class Checkpoint(Section):
     keep_latest_k: int = Field(10, ge=0)
     """Keep this many committed checkpoints, 0 = all. Those taken at a growth are kept besides."""
     load_step: int = Field(-1, ge=-1)
-    """Resume from this step instead of the newest; later checkpoints and metrics are then written anew."""
+    """Go back to this step instead of resuming from the newest, once: the same command given again goes on. Later
+    checkpoints are kept as superseded-N."""
     enable_first_step_checkpoint: bool = False
     """Save after the first step too, to find out early whether saving works."""
     load_only: bool = False
