@@ -114,7 +114,10 @@ def finished(recipe: Recipe, folder: RunFolder) -> StepFolder | None:
     if recipe.checkpoint.load_step != -1:
         return None  # the user goes back on purpose
     newest = newest_checkpoint(recipe, folder.path)
-    return newest if newest is not None and newest.step >= recipe.training.steps else None
+    if newest is None or newest.step < recipe.training.steps:
+        return None
+    # A run that ended before one of its growths came is not finished, and says so again.
+    return newest if num_growths_of(newest) >= len(recipe.growth.active_stages) else None
 
 
 def finished_message(checkpoint: StepFolder) -> str:

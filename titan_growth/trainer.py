@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import math
 from dataclasses import replace
 
 import torch
@@ -36,7 +35,7 @@ from titan_growth.plan import RunPlan
 from titan_growth.run_data import RunData
 from titan_growth.tools.device import Device
 from titan_growth.tools.distributed import gather_objects, on_rank0, set_timeout
-from titan_growth.tools.errors import CheckpointError, TrainingError
+from titan_growth.tools.errors import CheckpointError, TrainingError, require_finite
 from titan_growth.tools.signals import StopSignal
 from titan_growth.validator import Validator
 
@@ -135,11 +134,7 @@ class Trainer:
             gc.enable()
         if self.progress.step < self.recipe.training.steps:
             return False
-        for stage in self.plan.growth.remaining(self.lineage):
-            raise TrainingError(
-                f"the growth at {stage.when} never came: the run ended with {self.progress.tokens:,} tokens at "
-                f"{self.model_config.num_layers} layers. Raise training.steps to go on"
-            )
+        self.plan.growth.require_complete(self.progress, self.lineage)
         return True
 
     def _loop(self) -> None:
@@ -198,15 +193,7 @@ class Trainer:
             if self.recipe.debug.log_batch_hash:
                 digest = batch_hash(gather_objects(sample_digests(batch)))
             self.observers.record_step(self.progress, *values, lr, self.model_config.num_layers, digest)
-        self._require_finite(loss=values[0], gradient_norm=values[1])
-
-    def _require_finite(self, **values: float) -> None:
-        if not all(math.isfinite(value) for value in values.values()):
-            found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
-            raise TrainingError(
-                f"step {self.progress.step}: {found}. Nothing was saved from here; resume "
-                "from the last checkpoint with a lower optimizer.lr or a longer warmup"
-            )
+        require_finite(step, loss=values[0], gradient_norm=values[1])
 
     def _after_step(self, growing: bool, saving: bool) -> None:
         step = self.progress.step
@@ -214,7 +201,7 @@ class Trainer:
             with self.observers.meter.pause("validation"):
                 validation_loss = self.validator.run(self.engine)
                 self.observers.record_validation(self.progress, validation_loss)
-            self._require_finite(validation_loss=validation_loss)
+            require_finite(step, validation_loss=validation_loss)
         # After the validation, so that a resume finds its line already written.
         if saving:
             self.save(permanent=growing)

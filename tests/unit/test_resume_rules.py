@@ -193,8 +193,10 @@ def test_settle_refuses_another_run_and_prints_changes(tmp_path: Path, caplog: p
 
 def test_newest_checkpoint_and_the_end(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
+    all_growths = len(recipe().growth.active_stages)
+    assert all_growths > 0
     for step in (9, 100, 30):
-        saved(tmp_path, recipe(), step=step)
+        saved(tmp_path, recipe(), step=step, growths=all_growths)
     newest = newest_checkpoint(recipe(), tmp_path)
     assert newest is not None
     assert newest.step == 100
@@ -208,6 +210,8 @@ def test_newest_checkpoint_and_the_end(tmp_path: Path) -> None:
     assert "this run is finished at step 100" in finished_message(done)
     assert finished(recipe(training__steps=101), folder) is None
     assert finished(recipe(checkpoint__load_step=30), folder) is None, "going back on purpose is not the end"
+    saved(tmp_path, recipe(), step=101, growths=all_growths - 1)
+    assert finished(recipe(), folder) is None, "a growth is still to come"
 
 
 def test_a_dry_run_leaves_nothing_behind() -> None:

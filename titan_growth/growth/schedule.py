@@ -14,7 +14,7 @@ from titan_growth.config.growth_schema import Growth, GrowthStage
 from titan_growth.config.messages import suggestion
 from titan_growth.growth.operators import operators
 from titan_growth.models.config import ModelConfig
-from titan_growth.tools.errors import Problem
+from titan_growth.tools.errors import Problem, TrainingError
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,15 @@ class GrowthPlan:
     def remaining(self, lineage: Lineage) -> tuple[GrowthStage, ...]:
         """Stages that have not happened."""
         return self.stages[len(lineage.events) :]
+
+    def require_complete(self, progress: Progress, lineage: Lineage) -> None:
+        """Raises TrainingError when a run that has come to its last step is not at its target."""
+        for stage in self.remaining(lineage):
+            num_layers = self.config_after(len(lineage.events)).num_layers
+            raise TrainingError(
+                f"the growth at {stage.when} never came: the run ended with {progress.tokens:,} tokens at "
+                f"{num_layers} layers. Raise training.steps to go on"
+            )
 
 
 def plan_growth(section: Growth, target: ModelConfig) -> tuple[GrowthPlan | None, list[Problem]]:

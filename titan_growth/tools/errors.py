@@ -7,6 +7,7 @@ else that escapes is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -62,3 +63,13 @@ class RunFolderError(TitanGrowthError):
 
 class TrainingError(TitanGrowthError):
     """Training cannot go on: a loss that is not finite, a batch without tokens."""
+
+
+def require_finite(step: int, **values: float) -> None:
+    """Raises TrainingError when any value of a step is not finite, naming them all."""
+    if not all(math.isfinite(value) for value in values.values()):
+        found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+        raise TrainingError(
+            f"step {step}: {found}. Nothing was saved from here; resume from the last checkpoint with a lower "
+            "optimizer.lr or a longer warmup"
+        )
