@@ -25,12 +25,9 @@ from pathlib import Path
 
 from titan_growth.tools import exit_report
 from titan_growth.tools.errors import TitanGrowthError
-from titan_growth.tools.exit_report import DONE, REQUEUE, RESIZE, RankEnd, Verdict
+from titan_growth.tools.exit_report import DONE, NOTHING_TO_DO, REQUEUE, RESIZE, RankEnd, Verdict
 from titan_growth.tools.launch_settings import LaunchSettings, drop_option, dump_folder_of, read_settings
 from titan_growth.tools.launch_signals import Interrupted, SignalRelay, rank_processes, signal_ranks
-
-NOTHING_TO_DO = 10
-"""The preflight's answer for a run that has already finished."""
 
 DUMP_FOLDER_VARIABLE = "TITAN_GROWTH_DUMP_FOLDER"
 CHECKOUT_VARIABLE = "TITAN_GROWTH_CHECKOUT"

@@ -15,15 +15,13 @@ from titan_growth.plan import RunPlan, plan_run
 from titan_growth.resume import newest_checkpoint
 from titan_growth.start import decide, dry_run_of, finished, finished_message, going_back, settle
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, RunFolderError, TitanGrowthError
+from titan_growth.tools.exit_report import NOTHING_TO_DO
 from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
-FINISHED = 10
-"""Status for a run that has nothing left to do."""
-
 
 def main(argv: list[str]) -> int:
-    """Checks a recipe as the ranks will see it; returns 0, 2 or `FINISHED`."""
+    """Checks a recipe as the ranks will see it; returns 0, 2 or `NOTHING_TO_DO`."""
     setup_logging(0)
     try:
         return _check(argv)
@@ -69,7 +67,7 @@ def _check(argv: list[str]) -> int:
         _check_folder(folder, recipe)
         if (done := finished(recipe, folder)) is not None:
             logger.info("%s", finished_message(done))
-            return FINISHED
+            return NOTHING_TO_DO
         checkpoint = _resumed_from(recipe, folder, more)
     for warning in warnings:
         logger.warning("%s", warning)

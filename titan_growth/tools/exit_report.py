@@ -33,6 +33,9 @@ REQUEUE = 75
 RESIZE = 76
 """Saved; goes on with another number of ranks."""
 
+NOTHING_TO_DO = 10
+"""The preflight's answer for a run that has already finished; the launcher ends with `DONE`."""
+
 NOT_FAILURES = (DONE, REQUEUE, RESIZE)
 LAUNCH_ID_VARIABLE = "TITAN_GROWTH_LAUNCH_ID"
 _LOCK_SECONDS = 2.0
