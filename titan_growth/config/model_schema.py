@@ -16,6 +16,10 @@ class Model(Section):
     """Named sizes, or "custom" for sizes that are all given here. A size key beside a named flavor overrides it."""
     hf_assets_path: str | None = None
     """Folder with tokenizer.json (or tokenizer.model). torchtitan's default is its own test tokenizer; here: none."""
+    converters: list[str] = []
+    """What replaces modules of the model before it is sharded: "quantize.linear.float8"."""
+    print_after_conversion: bool = False
+    """Log the model's modules after the converters."""
     dim: int | None = Field(None, ge=1)
     """Width of the residual stream."""
     n_layers: int | None = Field(None, ge=1)

@@ -12,7 +12,9 @@ from pydantic import Field
 
 from titan_growth.config.growth_schema import Growth
 from titan_growth.config.model_schema import Model
+from titan_growth.config.parallelism_schema import Parallelism
 from titan_growth.config.section import Section
+from titan_growth.config.technique_schema import ActivationCheckpoint, Compile, Quantize
 
 
 class Job(Section):
@@ -132,6 +134,11 @@ class Training(Section):
     """Optimizer steps of the whole run, all depths together."""
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Type of parameters, gradients and moments."""
+    enable_cpu_offload: bool = False
+    """FSDP keeps parameters, gradients and moments in host memory (CUDA)."""
+    loss_chunk_tokens: int = Field(0, ge=0)
+    """Compute head and loss for so many positions at a time, so that the logits of a whole batch never exist;
+    0 = all at once. Not a key of torchtitan."""
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the computation: FSDP casts parameters to it, and on one rank autocast does."""
     mixed_precision_reduce: Literal["float32"] = "float32"
@@ -139,17 +146,6 @@ class Training(Section):
     gc_freq: int = Field(50, ge=1)
     """Python's garbage collector runs only every this many steps, on all ranks at once."""
     dataloader: Dataloader = Dataloader()
-
-
-class Parallelism(Section):
-    """How the ranks are divided."""
-
-    data_parallel_replicate_degree: int = Field(1, ge=1)
-    """Replicas of the model (HSDP together with sharding; DDP when the shard degree is 1)."""
-    data_parallel_shard_degree: int = Field(-1, ge=-1)
-    """Ranks that share one copy of parameters, gradients and moments (FSDP2); -1 = all that are left."""
-    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free the gathered parameters after the forward pass (default: always without pipeline parallelism)."""
 
 
 class Checkpoint(Section):
@@ -260,6 +256,8 @@ class Data(Section):
 class Recipe(Section):
     """The whole recipe, one field per TOML table."""
 
+    plugins: list[str] = []
+    """Modules to import at the start: they add stages, with tables of their own (docs/adding_a_stage.md)."""
     job: Job = Job()
     profiling: Profiling = Profiling()
     metrics: Metrics = Metrics()
@@ -269,6 +267,9 @@ class Recipe(Section):
     training: Training = Training()
     parallelism: Parallelism = Parallelism()
     checkpoint: Checkpoint = Checkpoint()
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    compile: Compile = Compile()
+    quantize: Quantize = Quantize()
     validation: Validation = Validation()
     comm: Comm = Comm()
     debug: Debug = Debug()

@@ -92,7 +92,7 @@ def model_config_of(section: Model) -> tuple[ModelConfig | None, list[Problem]]:
         known = ", ".join(flavors)
         hint = suggestion(section.flavor, flavors)
         return None, [Problem("model.flavor", f"unknown flavor '{section.flavor}'; known: {known}", hint)]
-    given = section.model_dump(exclude_none=True, exclude={"name", "flavor", "hf_assets_path"})
+    given = section.model_dump(exclude_none=True, exclude={"name", "flavor", "hf_assets_path", "converters", "print_after_conversion"})
     values = {**_DEFAULTS, **flavors[section.flavor], **given}
     missing = [key for key in SIZE_KEYS if key not in values]
     if missing:

@@ -1,0 +1,71 @@
+"""Tables of single techniques: `[activation_checkpoint]`, `[compile]`, `[quantize.linear.float8]`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from titan_growth.config.section import Section
+
+
+class ActivationCheckpoint(Section):
+    """What is kept for the backward pass, and what is computed again."""
+
+    mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
+    """full = recompute every layer; selective = some layers or operations; memory_budget = let the compiler choose."""
+    selective_ac_option: str = "2"
+    """Selective: a number k recomputes every k-th layer; "op" keeps the results of the expensive operations (half of the
+    matrix products, attention, reductions over ranks) and recomputes the rest."""
+    per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = ["moe.router.gate"]
+    """Selective "op": matrix products with weights of the same shape as those of these modules are recomputed too."""
+    early_stop: bool = False
+    """Stop recomputing a layer as soon as everything its backward pass needs is there."""
+    memory_budget: float = Field(0.5, ge=0, le=1)
+    """memory_budget: share of the activations that may be kept; 0 = as full, 1 = as none. Needs compile.enable."""
+    visualize_memory_budget_pareto: bool = False
+    """memory_budget: write the compiler's curve of memory against runtime into dump_folder/memory_budget_pareto."""
+    preserve_rng_state: bool = True
+    """Recompute with the random state of the first computation."""
+    determinism_check: str = "default"
+    """Compare recomputed shapes and types with the first ones ("default"), or do not ("none")."""
+    debug: bool = False
+    """On a mismatch, print the operations of both computations."""
+
+
+class Compile(Section):
+    """torch.compile, one transformer block at a time."""
+
+    enable: bool = False
+    """Compile the parts of the computation that components names."""
+    components: list[Literal["model", "loss"]] = ["model", "loss"]
+    """model = every transformer block, loss = the loss function."""
+    backend: str = "inductor"
+    """Backend of torch.compile."""
+
+
+class Float8(Section):
+    """Matrix products of linear layers in 8-bit floating point, through torchao (model.converters switches it on)."""
+
+    enable_fsdp_float8_all_gather: bool = False
+    """Tensorwise: gather FSDP's parameters in Float8."""
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Tensorwise with Float8 all-gather: one reduction for all scales after each optimizer step."""
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """Granularity of the scales; rowwise_with_gw_hp keeps weight gradients in high precision. Default: tensorwise."""
+    filter_fqns: list[str] = []
+    """Linear layers whose name contains one of these stay as they are."""
+    emulate: bool = False
+    """Compute what Float8 would give in higher precision. Chosen by itself where the device has no Float8 products."""
+
+
+class QuantizeLinear(Section):
+    """Quantization of linear layers."""
+
+    float8: Float8 = Float8()
+
+
+class Quantize(Section):
+    """Quantized training."""
+
+    linear: QuantizeLinear = QuantizeLinear()
