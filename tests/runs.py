@@ -37,6 +37,7 @@ BASE = {
     "optimizer.lr": 1e-2,
     "lr_scheduler.warmup_steps": 2,
     "metrics.log_freq": 1,
+    "activation_checkpoint.mode": "none",
     "debug.seed": 7,
 }
 """A recipe small enough for a step in milliseconds."""

@@ -18,7 +18,7 @@ from titan_growth.mesh import Mesh
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.registry import family_module
-from titan_growth.stages.base import ModelParts, Stage, StageContext
+from titan_growth.stages.base import Microbatch, ModelParts, Stage, StageContext
 
 logger = logging.getLogger("titan_growth")
 
@@ -33,17 +33,33 @@ class BuiltModel:
     context: StageContext
 
     @contextmanager
-    def forward_context(self) -> Iterator[None]:
-        """The context managers of all stages, around a forward pass and its loss."""
+    def train_context(self) -> Iterator[None]:
+        """The context managers of all stages, around a forward pass, its loss and its backward pass."""
         with ExitStack() as stack:
             for stage in self.stages:
-                stack.enter_context(stage.forward_context(self.context))
+                stack.enter_context(stage.train_context(self.context))
             yield
+
+    def prepare_microbatch(self, microbatch: Microbatch) -> Microbatch:
+        """This rank's share of a microbatch."""
+        for stage in self.stages:
+            microbatch = stage.prepare_microbatch(microbatch, self.context)
+        return microbatch
+
+    def after_backward(self) -> None:
+        """The hooks of all stages on a step's complete gradients."""
+        for stage in self.stages:
+            stage.after_backward(self.parts, self.context)
 
     def after_optimizer_step(self) -> None:
         """The post-step hooks of all stages."""
         for stage in self.stages:
             stage.after_optimizer_step(self.parts)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Parameters that are copies of another one, by its name."""
+        return {"output.weight": "tok_embeddings.weight"} if self.config.tie_word_embeddings else {}
 
 
 def build(
@@ -63,17 +79,20 @@ def build(
         seed: of the initial weights; None leaves them uninitialised, for a model that is about to be loaded.
     """
     module = family_module(family)
-    context = StageContext(model_config, mesh.shape, device.type, seq_len, mesh, module)
+    context = StageContext(model_config, mesh.shape, device.type, seq_len, module, mesh)
     with torch.device("meta"):
         whole = module.Decoder(model_config, seq_len).to(dtype)
     parts: ModelParts = [whole]
     active = [stage for stage in stages if stage.enabled(context)]
     for stage in active:
         parts = stage.apply(parts, context)
+    # A stage may want the parameters to live elsewhere (host memory); buffers stay with the computation.
+    home = next((place for stage in active if (place := stage.parameter_device(context))), None)
     for part in parts:
-        part.to_empty(device=device)
-        part.materialized()
+        part.to_empty(device=home or device)
+        part.materialized(device)
         part.train()
+    model = BuiltModel(model_config, parts, active, context)
     if seed is not None:
-        init_weights(parts, lambda name: module.init_rule(model_config, name), seed)
-    return BuiltModel(model_config, parts, active, context)
+        init_weights(parts, lambda name: module.init_rule(model_config, name), seed, model.tied)
+    return model

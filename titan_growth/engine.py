@@ -11,23 +11,13 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from titan_growth.build import BuiltModel
+from titan_growth.models.decoder import IGNORE_INDEX
+from titan_growth.stages.base import Microbatch
 
-IGNORE_INDEX = -100
-"""Label of a position that is not trained on and does not count as a token."""
-
-Microbatch = dict[str, Tensor]
-"""`input` and `labels`, both (B, S) int64, and `positions` (B, S) when attention stays inside documents."""
-
-
-def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Sum over valid positions of the negative log-likelihood, in float32."""
-    return F.cross_entropy(
-        logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+__all__ = ["IGNORE_INDEX", "Engine", "Microbatch", "num_valid_tokens", "sum_over_ranks"]
 
 
 def num_valid_tokens(microbatches: Iterable[Microbatch]) -> int:
@@ -43,10 +33,12 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 class Engine:
-    """Runs an unsplit model: one part that goes from tokens to logits."""
+    """Runs an unsplit model: one part that goes from tokens to the loss."""
+
+    holds_last = True
+    """Whether this rank computes losses."""
 
     def __init__(self, model: BuiltModel, device: torch.device) -> None:
-        assert len(model.parts) == 1, "a model in several parts needs the pipeline engine"
         self.model = model
         self.device = device
 
@@ -60,31 +52,57 @@ class Engine:
         Returns:
             The mean loss over the whole global batch, a float32 scalar, the same on every rank.
         """
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for microbatch in microbatches:
-            with self.model.forward_context():
-                loss = self._loss_sum(microbatch) / num_tokens
-            loss.backward()
-            total += loss.detach()
-        return sum_over_ranks(total)
+        total = self._accumulate(microbatches, num_tokens)
+        self.model.after_backward()
+        return sum_over_ranks(total if self._counts else torch.zeros_like(total))
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Microbatch]) -> float:
         """Mean loss over the valid positions of all ranks' microbatches; every rank passes equally many."""
+        batches = list(microbatches)
+        for part in self.model.parts:
+            part.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        (part,) = self.model.parts
-        part.eval()
-        for microbatch in microbatches:
-            with self.model.forward_context():
-                totals[0] += self._loss_sum(microbatch).double()
-            totals[1] += (microbatch["labels"] != IGNORE_INDEX).sum()
-        part.train()
+        for loss_sum in self._loss_sums(batches):
+            totals[0] += loss_sum.double().sum()
+        mesh = self.model.context.mesh
+        totals[0] *= float(self._counts)
+        totals[1] = float(num_valid_tokens(batches)) if mesh is None or mesh.speaks_for_its_data else 0.0
+        for part in self.model.parts:
+            part.train()
         loss_sum, count = sum_over_ranks(totals).tolist()
         assert count > 0, "no valid position to evaluate on"
         return loss_sum / count
 
-    def _loss_sum(self, microbatch: Microbatch) -> Tensor:
+    @property
+    def _counts(self) -> bool:
+        """Whether this rank's losses belong into the sum over all ranks: tensor-parallel ranks have the same ones."""
+        mesh = self.model.context.mesh
+        return self.holds_last and (mesh is None or mesh.rank_of("tp") == 0)
+
+    def _accumulate(self, microbatches: Sequence[Microbatch], num_tokens: int) -> Tensor:
+        """Forward and backward; the sum of this rank's losses, each divided by num_tokens."""
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for microbatch in microbatches:
+            batch = self.on_device(microbatch)
+            with self.model.train_context():
+                loss = self._loss_sum(batch) / num_tokens
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _loss_sums(self, microbatches: Iterable[Microbatch]) -> Iterable[Tensor]:
+        """The sum of this rank's losses, for each microbatch."""
+        for microbatch in microbatches:
+            batch = self.on_device(microbatch)
+            with self.model.train_context():
+                yield self._loss_sum(batch)
+
+    def _loss_sum(self, batch: Microbatch) -> Tensor:
         (part,) = self.model.parts
-        batch = {key: value.to(self.device, non_blocking=True) for key, value in microbatch.items()}
-        logits_BSV = part(batch["input"], batch.get("positions"))
-        return cross_entropy_sum(logits_BSV, batch["labels"])
+        return part(batch["input"], batch.get("positions"), batch["labels"]).sum()
+
+    def on_device(self, microbatch: Microbatch) -> Microbatch:
+        """This rank's share of a microbatch, on the device of the computation."""
+        mine = self.model.prepare_microbatch(microbatch)
+        return {key: value.to(self.device, non_blocking=True) for key, value in mine.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from titan_growth.config.schema import Parallelism
 from titan_growth.tools.errors import ConfigError, Problem
@@ -38,6 +39,11 @@ class MeshShape:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def fsdp_degree(self) -> int:
+        """Ranks that FSDP shards over: context-parallel ranks hold the same weights, so they share them too."""
+        return self.dp_shard * self.cp
+
+    @property
     def num_ranks(self) -> int:
         """Ranks of the whole mesh."""
         return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
@@ -50,21 +56,49 @@ class MeshShape:
 def resolve_mesh(section: Parallelism, num_ranks: int) -> tuple[MeshShape | None, list[Problem]]:
     """The mesh shape of a `[parallelism]` table on so many ranks, or what does not fit."""
     key = "parallelism.data_parallel_shard_degree"
-    replicate, shard = section.data_parallel_replicate_degree, section.data_parallel_shard_degree
+    shard = section.data_parallel_shard_degree
     if shard == 0:
         return None, [Problem(key, "must be -1 (all ranks that are left) or at least 1, got 0", "Leave it at -1")]
+    fixed = {
+        "pipeline_parallel_degree": section.pipeline_parallel_degree,
+        "data_parallel_replicate_degree": section.data_parallel_replicate_degree,
+        "context_parallel_degree": section.context_parallel_degree,
+        "tensor_parallel_degree": section.tensor_parallel_degree,
+    }
     if shard == -1:
-        if num_ranks % replicate:
-            message = f"{replicate} does not divide the {num_ranks} ranks"
+        taken = prod(fixed.values())
+        if num_ranks % taken:
+            named = {name: degree for name, degree in fixed.items() if degree > 1}
+            largest = max(named, key=lambda name: named[name])
+            product = " x ".join(f"{_AXIS_OF[name]} {degree}" for name, degree in named.items())
+            message = f"{taken} does not divide the {num_ranks} ranks"
+            if len(named) > 1:
+                message = f"{product} = {message}"
             hint = "Set it to a divisor, or NGPU to a multiple"
-            return None, [Problem("parallelism.data_parallel_replicate_degree", message, hint)]
-        shard = num_ranks // replicate
-    shape = MeshShape(dp_replicate=replicate, dp_shard=shard)
+            return None, [Problem(f"parallelism.{largest}", message, hint)]
+        shard = num_ranks // taken
+    shape = MeshShape(
+        pp=section.pipeline_parallel_degree,
+        dp_replicate=section.data_parallel_replicate_degree,
+        dp_shard=shard,
+        cp=section.context_parallel_degree,
+        tp=section.tensor_parallel_degree,
+    )
     if shape.num_ranks != num_ranks:
         there_are = "there is 1 rank" if num_ranks == 1 else f"there are {num_ranks} ranks"
-        message = f"dp_replicate {replicate} x dp_shard {shard} = {shape.num_ranks}, but {there_are}"
+        named_axes = zip(AXES, shape.degrees, strict=True)
+        product = " x ".join(f"{axis} {n}" for axis, n in named_axes if n > 1 or axis.startswith("dp"))
+        message = f"{product} = {shape.num_ranks}, but {there_are}"
         return None, [Problem(key, message, f"Set it to -1 to use all that are left, or NGPU to {shape.num_ranks}")]
     return shape, []
+
+
+_AXIS_OF = {
+    "pipeline_parallel_degree": "pp",
+    "data_parallel_replicate_degree": "dp_replicate",
+    "context_parallel_degree": "cp",
+    "tensor_parallel_degree": "tp",
+}
 
 
 def resolve_batch(global_batch_size: int, local_batch_size: int, shape: MeshShape) -> tuple[int, int, list[Problem]]:
@@ -112,12 +146,34 @@ class Mesh:
 
         return init_device_mesh(self.device_type, self.shape.degrees, mesh_dim_names=AXES)
 
+    def rank_of(self, axis: str) -> int:
+        """This rank's place on an axis."""
+        place = self.device_mesh.get_local_rank(axis)
+        assert place >= 0, "this rank is not part of the mesh"
+        return int(place)
+
+    def group_of(self, axis: str):  # type: ignore[no-untyped-def]  # ProcessGroup
+        """The process group of an axis."""
+        return self.device_mesh.get_group(axis)
+
+    @cached_property
+    def fsdp_mesh(self):  # type: ignore[no-untyped-def]  # DeviceMesh
+        """What `fully_shard` takes: `dp_shard` and `cp` as one axis, behind `dp_replicate` where there are replicas."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        sharded = self.device_mesh["dp_shard"]
+        if self.shape.cp > 1:
+            sharded = self.device_mesh["dp_shard", "cp"]._flatten("fsdp")
+        if self.shape.dp_replicate == 1:
+            return sharded
+        return DeviceMesh._concatenate([self.device_mesh["dp_replicate"], sharded])
+
     @property
     def dp_rank(self) -> int:
         """This rank's place among those that see different sequences."""
-        import torch.distributed as dist
+        return self.rank_of("dp_replicate") * self.shape.dp_shard + self.rank_of("dp_shard")
 
-        replicate = self.device_mesh.get_local_rank("dp_replicate")
-        shard = self.device_mesh.get_local_rank("dp_shard")
-        assert min(replicate, shard) >= 0, f"rank {dist.get_rank()} is not part of the mesh"
-        return int(replicate * self.shape.dp_shard + shard)
+    @property
+    def speaks_for_its_data(self) -> bool:
+        """True on one of the ranks that see the same sequences, so that each sequence is counted once."""
+        return all(self.rank_of(axis) == 0 for axis in ("pp", "cp", "tp"))

@@ -6,7 +6,7 @@ are not state: they come from the recipe, every time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,16 +14,33 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from titan_growth.build import BuiltModel
 from titan_growth.config.schema import Optimizer as OptimizerSection
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class Optimizer:
-    """Adam or AdamW over the parameters of all parts."""
+    """Adam or AdamW over the parameters of all parts.
 
-    def __init__(self, parts: Iterable[nn.Module], section: OptimizerSection, *, max_norm: float) -> None:
+    Args:
+        tied: parameters that are copies of another one, by its name. A copy on another pipeline part has moments of its
+            own, which stay equal; one in the same part is no parameter at all, and its moments go by both names.
+        pipeline_group: the ranks that hold the other parts.
+    """
+
+    def __init__(
+        self,
+        parts: Iterable[nn.Module],
+        section: OptimizerSection,
+        *,
+        max_norm: float,
+        tied: Mapping[str, str] | None = None,
+        pipeline_group: dist.ProcessGroup | None = None,
+    ) -> None:
         self.max_norm = max_norm
+        self.tied = dict(tied or {})
+        self.pipeline_group = pipeline_group
         self.parameters: dict[str, nn.Parameter] = {}
         for part in parts:
             for name, parameter in part.named_parameters():
@@ -48,11 +65,22 @@ class Optimizer:
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             }
 
+    @classmethod
+    def of(cls, model: BuiltModel, section: OptimizerSection, *, max_norm: float) -> Optimizer:
+        """The optimizer of a built model."""
+        mesh = model.context.mesh
+        group = mesh.group_of("pp") if mesh is not None and mesh.shape.pp > 1 else None
+        return cls(model.parts, section, max_norm=max_norm, tied=model.tied, pipeline_group=group)
+
     def named_state(self) -> Iterator[tuple[str, str, Tensor]]:
         """(parameter name, state key, tensor) of all state; the tensors in use, so they can be loaded into."""
         for name, parameter in self.parameters.items():
             for key in STATE_KEYS:
                 yield name, key, self.inner.state[parameter][key]
+        for copy, name in self.tied.items():
+            if copy not in self.parameters and name in self.parameters and self.pipeline_group is None:
+                for key in STATE_KEYS:
+                    yield copy, key, self.inner.state[self.parameters[name]][key]
 
     def clip_and_step(self, lr: float) -> Tensor:
         """Clips the gradients to `max_norm`, updates the parameters, and drops the gradients.
@@ -60,7 +88,15 @@ class Optimizer:
         Returns:
             The global gradient norm before clipping, a float32 scalar.
         """
-        norm = global_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        counted = []
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            parameter.grad = _reduced(parameter.grad, parameter)
+            # A copy of a parameter has the gradient of both; it is the original that counts.
+            if name not in self.tied:
+                counted.append(parameter.grad)
+        norm = global_norm(counted, self.pipeline_group)
         torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.max_norm, norm, foreach=True)
         for group in self.inner.param_groups:
             group["lr"] = lr
@@ -69,7 +105,18 @@ class Optimizer:
         return norm
 
 
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+def _reduced(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient laid out like its parameter.
+
+    That of a norm under sequence parallelism is each rank's sum over its piece of the sequence until it is summed here
+    (or by FSDP, where that is on).
+    """
+    if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+        return gradient
+    return gradient.redistribute(placements=parameter.placements)
+
+
+def global_norm(gradients: Sequence[Tensor], pipeline_group: dist.ProcessGroup | None = None) -> Tensor:
     """Euclidean norm of all gradients together, over every rank that holds a part of them; a float32 scalar.
 
     Squares are summed in float64. In float32 the sum over a large tensor loses its last digits in an order that depends
@@ -92,4 +139,6 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
         for axis in axes:
             dist.all_reduce(part, group=mesh.get_group(axis))
         total += part
+    if pipeline_group is not None:
+        dist.all_reduce(total, group=pipeline_group)
     return total.sqrt().float()

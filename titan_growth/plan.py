@@ -14,7 +14,7 @@ from titan_growth.growth.schedule import GrowthPlan, plan_growth, timing_problem
 from titan_growth.lr_scheduler import LRSchedule
 from titan_growth.mesh import MeshShape, resolve_batch, resolve_mesh
 from titan_growth.models.config import ModelConfig
-from titan_growth.models.registry import model_config_of
+from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.stages.base import Stage, StageContext, stages_of
 from titan_growth.tools.errors import Problem
 
@@ -36,7 +36,7 @@ class RunPlan:
         """The plan in a few lines, for the log."""
         training = self.recipe.training
         first = self.growth.configs[0]
-        context = stage_context(first, self.mesh_shape, device_type, training.seq_len)
+        context = stage_context(self.recipe, first, self.mesh_shape, device_type)
         active = [stage for stage in self.stages if stage.enabled(context)]
         batch = training.global_batch_size
         lines = [
@@ -57,9 +57,9 @@ class RunPlan:
         return lines
 
 
-def stage_context(config: ModelConfig, shape: MeshShape, device_type: str, seq_len: int) -> StageContext:
+def stage_context(recipe: Recipe, config: ModelConfig, shape: MeshShape, device_type: str) -> StageContext:
     """The context that stages are checked and described in while nothing is running."""
-    return StageContext(config, shape, device_type, seq_len)
+    return StageContext(config, shape, device_type, recipe.training.seq_len, family_module(recipe.model.name))
 
 
 def plan_run(
@@ -121,10 +121,11 @@ def plan_run(
     if target is None or shape is None or growth is None:
         return None, problems, warnings
     for config in growth.configs:
-        context = stage_context(config, shape, device_type, training.seq_len)
+        context = stage_context(recipe, config, shape, device_type)
         for stage in stages:
             if stage.enabled(context):
                 problems += [problem for problem in stage.check(context) if problem not in problems]
+                warnings += [warning for warning in stage.warnings(context) if warning not in warnings]
     if problems:
         return None, problems, warnings
     return RunPlan(recipe, target, growth, shape, stages, num_accumulation_steps, schedule), [], warnings

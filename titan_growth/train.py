@@ -13,9 +13,12 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
+from titan_growth.config.fields import section_names
 from titan_growth.config.help import help_text
 from titan_growth.config.loader import load_recipe, to_json, to_toml
+from titan_growth.config.plugins import recipe_class
 from titan_growth.config.schema import Recipe
+from titan_growth.config.sources import load_named_plugins
 from titan_growth.preflight import report_problems
 from titan_growth.tools.errors import ConfigError, TitanGrowthError, TrainingError
 from titan_growth.tools.exit_report import BAD_RECIPE, DONE, FAILED, REQUEUE, ExitReport, caused_by_peer, process_status
@@ -32,8 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     if "--help" in argv or "-h" in argv:
         asked = next(position for position, word in enumerate(argv) if word in ("--help", "-h"))
         section = argv[asked + 1] if len(argv) > asked + 1 and not argv[asked + 1].startswith("-") else None
-        if section is not None and section not in Recipe.model_fields:
-            print(f"error: there is no section {section!r}; the sections are {', '.join(Recipe.model_fields)}")
+        try:
+            load_named_plugins(argv)  # their tables belong to the help
+        except ConfigError as error:
+            print("\n".join(f"error: {problem}" for problem in error.problems))
+            return BAD_RECIPE
+        if section is not None and section not in recipe_class().model_fields:
+            print(
+                f"error: there is no section {section!r}; the sections are {', '.join(section_names(recipe_class()))}"
+            )
             return BAD_RECIPE
         with contextlib.suppress(BrokenPipeError):  # the reader had seen enough, as in `--help | head`
             print(help_text(section), flush=True)

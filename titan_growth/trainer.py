@@ -24,7 +24,8 @@ from titan_growth.checkpoint.state import model_tensors, optimizer_tensors, rng_
 from titan_growth.config.growth_schema import GrowthStage
 from titan_growth.config.loader import to_toml
 from titan_growth.data import batch_hash, sample_digests
-from titan_growth.engine import Engine, Microbatch, num_valid_tokens, sum_over_ranks
+from titan_growth.engine import Microbatch, num_valid_tokens, sum_over_ranks
+from titan_growth.engines import make_engine
 from titan_growth.growth.operators import operators
 from titan_growth.growth.reader import grown_names
 from titan_growth.growth.verify import verify_growth
@@ -120,8 +121,8 @@ class Trainer:
             seq_len=max(self.recipe.training.seq_len, self.recipe.validation.seq_len or 0),
             seed=seed,
         )
-        self.engine = Engine(model, self.device.torch)
-        self.optimizer = Optimizer(model.parts, self.recipe.optimizer, max_norm=self.recipe.training.max_norm)
+        self.engine = make_engine(model, self.device.torch)
+        self.optimizer = Optimizer.of(model, self.recipe.optimizer, max_norm=self.recipe.training.max_norm)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -163,7 +164,8 @@ class Trainer:
 
     def _agree(self, batch: list[Microbatch]) -> tuple[int, bool]:
         """(valid tokens of the global batch, whether any rank was asked to stop)."""
-        num_tokens, stop = sum_over_ranks(torch.tensor([num_valid_tokens(batch), int(self.stop.is_set)])).tolist()
+        mine = num_valid_tokens(batch) if self.mesh.speaks_for_its_data else 0
+        num_tokens, stop = sum_over_ranks(torch.tensor([mine, int(self.stop.is_set)])).tolist()
         if num_tokens == 0:
             raise TrainingError(f"step {self.progress.step + 1}: the global batch has no token to train on")
         return num_tokens, stop > 0
@@ -191,7 +193,8 @@ class Trainer:
         if self.observers.should_log(step):
             digest = None
             if self.recipe.debug.log_batch_hash:
-                digest = batch_hash(gather_objects(sample_digests(batch)))
+                mine = sample_digests(batch) if self.mesh.speaks_for_its_data else []
+                digest = batch_hash(gather_objects(mine))
             self.observers.record_step(self.progress, *values, lr, self.model_config.num_layers, digest)
         require_finite(step, loss=values[0], gradient_norm=values[1])
 

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import pytest
 
 from tests.runs import argv_of
 from titan_growth.config.duration import Duration
+from titan_growth.config.fields import leaves
 from titan_growth.config.loader import inspect_recipe
+from titan_growth.config.no_effect import IDLE
+from titan_growth.config.schema import Recipe
 
 GROWING = {"checkpoint.enable": True, "training.steps": 100, "growth.stages.0.factor": 2}
 TWICE = {**GROWING, "growth.stages.0.at": "10 steps", "growth.stages.1.factor": 2}
 TOKENS = {**GROWING, "training.global_batch_size": 8, "training.seq_len": 10}
+
+OFF = {"activation_checkpoint.mode": "none"}
+PIPELINE = {"parallelism.pipeline_parallel_degree": 2}
+PARTS = {**PIPELINE, "parallelism.module_fqns_per_model_part": [["tok_embeddings"], ["layers.0", "norm", "output"]]}
+ASYNC = {"parallelism.tensor_parallel_degree": 2, "parallelism.enable_async_tensor_parallel": True}
+BUDGET = {"activation_checkpoint.mode": "memory_budget"}
+FLOAT8 = {"model.converters": "quantize.linear.float8"}
+GATHER = "quantize.linear.float8.enable_fsdp_float8_all_gather"
+PRECOMPUTE = "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp"
+RECIPE = "quantize.linear.float8.recipe_name"
 
 REFUSED = [
     (
@@ -40,6 +55,35 @@ REFUSED = [
     ({**TWICE, "growth.stages.1.at": "10 steps"}, "growth.stages.1.at", "not after the growth before"),
     ({"job.save_config_file": "sub/config.json"}, "job.save_config_file", "file name of its own"),
     ({"job.save_config_file": "recipe.toml"}, "job.save_config_file", "file name of its own"),
+    (
+        {**PIPELINE, "parallelism.pipeline_parallel_microbatch_size": 3},
+        "parallelism.pipeline_parallel_microbatch_size",
+        "3 does not divide training.local_batch_size 8",
+    ),
+    (
+        {**PIPELINE, "parallelism.pipeline_parallel_microbatch_size": 16},
+        "parallelism.pipeline_parallel_microbatch_size",
+        "16 does not divide training.local_batch_size 8",
+    ),
+    (ASYNC, "parallelism.enable_async_tensor_parallel", 'needs compile.enable = true with "model" in'),
+    (
+        {**ASYNC, "compile.enable": True, "compile.components": "loss"},
+        "parallelism.enable_async_tensor_parallel",
+        'needs compile.enable = true with "model" in',
+    ),
+    (
+        {**ASYNC, "compile.enable": True, "compile.backend": "aot_eager"},
+        "parallelism.enable_async_tensor_parallel",
+        "needs compile.backend = 'inductor', got 'aot_eager'",
+    ),
+    ({"compile.enable": True, "compile.components": "[]"}, "compile.components", "is empty, but compile.enable is"),
+    (BUDGET, "activation_checkpoint.mode", 'so it needs compile.enable = true with "model" in compile.components'),
+    ({**BUDGET, "compile.enable": True, "compile.components": "loss"}, "activation_checkpoint.mode", "so it needs"),
+    ({**FLOAT8, PRECOMPUTE: True}, PRECOMPUTE, f"needs {GATHER} = true"),
+    ({**FLOAT8, PRECOMPUTE: True, RECIPE: "tensorwise"}, PRECOMPUTE, f"needs {GATHER} = true"),
+    ({**FLOAT8, PRECOMPUTE: True, RECIPE: "rowwise"}, PRECOMPUTE, f"needs {RECIPE} = 'tensorwise', got 'rowwise'"),
+    ({**FLOAT8, GATHER: True, RECIPE: "rowwise"}, GATHER, f"needs {RECIPE} = 'tensorwise', got 'rowwise'"),
+    ({**FLOAT8, GATHER: True, RECIPE: "rowwise_with_gw_hp"}, GATHER, "'tensorwise', got 'rowwise_with_gw_hp'"),
 ]
 ACCEPTED = [
     {"profiling.enable_profiling": True, "profiling.profile_freq": 4},
@@ -57,6 +101,73 @@ ACCEPTED = [
     {**GROWING, "growth.stages.0.at": "100 steps", "comm.mode": "fake_backend"},
     {**TWICE, "growth.stages.1.at": "11 steps"},
     {**TWICE, **TOKENS, "growth.stages.1.at": "801 tokens"},
+    {**PIPELINE, "parallelism.pipeline_parallel_microbatch_size": 4},
+    {
+        **PIPELINE,
+        "parallelism.pipeline_parallel_schedule": "GPipe",
+        "parallelism.pipeline_parallel_layers_per_stage": 1,
+    },
+    PARTS,
+    {**ASYNC, "compile.enable": True},
+    {"parallelism.tensor_parallel_degree": 2, "parallelism.disable_loss_parallel": True},
+    {"parallelism.context_parallel_degree": 2, "parallelism.context_parallel_load_balancer": "none"},
+    {**BUDGET, "compile.enable": True, "activation_checkpoint.memory_budget": 0.3},
+    {"activation_checkpoint.mode": "full", "activation_checkpoint.preserve_rng_state": False},
+    {"activation_checkpoint.selective_ac_option": "op"},
+    {
+        "activation_checkpoint.selective_ac_option": "op",
+        "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns": "output",
+    },
+    {"compile.enable": True, "compile.components": "model", "training.loss_chunk_tokens": 512},
+    {"training.loss_chunk_tokens": 512},
+    {**FLOAT8, GATHER: True, PRECOMPUTE: True},
+    {**FLOAT8, GATHER: True, PRECOMPUTE: True, RECIPE: "tensorwise"},
+    {**FLOAT8, RECIPE: "rowwise", "quantize.linear.float8.emulate": True, "model.print_after_conversion": True},
+]
+WITHOUT_EFFECT: list[tuple[dict[str, object], str, object, str]] = [
+    ({}, "checkpoint.enable_first_step_checkpoint", True, "checkpoint.enable is false"),
+    ({}, "checkpoint.last_save_model_only", True, "checkpoint.enable is false"),
+    ({}, "parallelism.pipeline_parallel_schedule", "GPipe", "parallelism.pipeline_parallel_degree is 1"),
+    ({}, "parallelism.pipeline_parallel_schedule_csv", "x", "parallelism.pipeline_parallel_degree is 1"),
+    ({}, "parallelism.pipeline_parallel_microbatch_size", 3, "parallelism.pipeline_parallel_degree is 1"),
+    ({}, "parallelism.pipeline_parallel_layers_per_stage", 2, "parallelism.pipeline_parallel_degree is 1"),
+    ({}, "parallelism.pipeline_parallel_first_stage_less_layers", 0, "parallelism.pipeline_parallel_degree is 1"),
+    ({}, "parallelism.pipeline_parallel_last_stage_less_layers", 2, "parallelism.pipeline_parallel_degree is 1"),
+    ({}, "parallelism.module_fqns_per_model_part", [["output"]], "parallelism.pipeline_parallel_degree is 1"),
+    (PARTS, "parallelism.pipeline_parallel_layers_per_stage", 2, "parallelism.module_fqns_per_model_part says"),
+    (PARTS, "parallelism.pipeline_parallel_first_stage_less_layers", 0, "parallelism.module_fqns_per_model_part says"),
+    (PARTS, "parallelism.pipeline_parallel_last_stage_less_layers", 0, "parallelism.module_fqns_per_model_part says"),
+    ({}, "parallelism.disable_loss_parallel", True, "parallelism.tensor_parallel_degree is 1"),
+    ({}, "parallelism.enable_async_tensor_parallel", True, "parallelism.tensor_parallel_degree is 1"),
+    ({}, "parallelism.context_parallel_load_balancer", "none", "parallelism.context_parallel_degree is 1"),
+    ({}, "parallelism.context_parallel_rotate_method", "alltoall", "parallelism.context_parallel_degree is 1"),
+    (OFF, "activation_checkpoint.selective_ac_option", "op", 'activation_checkpoint.mode is not "selective"'),
+    (OFF, "activation_checkpoint.early_stop", True, 'activation_checkpoint.mode is neither "selective" nor "full"'),
+    (OFF, "activation_checkpoint.preserve_rng_state", False, 'mode is neither "selective" nor "full"'),
+    (OFF, "activation_checkpoint.determinism_check", "none", 'mode is neither "selective" nor "full"'),
+    (OFF, "activation_checkpoint.debug", True, 'activation_checkpoint.mode is neither "selective" nor "full"'),
+    ({}, "activation_checkpoint.memory_budget", 0.2, 'activation_checkpoint.mode is not "memory_budget"'),
+    ({}, "activation_checkpoint.visualize_memory_budget_pareto", True, 'mode is not "memory_budget"'),
+    (
+        {},
+        "activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns",
+        ["output"],
+        'activation_checkpoint.mode is not "selective" with selective_ac_option = "op"',
+    ),
+    ({}, "compile.components", ["loss"], "compile.enable is false"),
+    ({}, "compile.backend", "aot_eager", "compile.enable is false"),
+    ({}, "model.print_after_conversion", True, "model.converters is empty"),
+    ({}, GATHER, True, "model.converters does not name quantize.linear.float8"),
+    ({}, PRECOMPUTE, True, "model.converters does not name quantize.linear.float8"),
+    ({}, RECIPE, "rowwise", "model.converters does not name quantize.linear.float8"),
+    ({}, "quantize.linear.float8.filter_fqns", ["output"], "model.converters does not name quantize.linear.float8"),
+    ({}, "quantize.linear.float8.emulate", True, "model.converters does not name quantize.linear.float8"),
+    (
+        {"compile.enable": True, "training.loss_chunk_tokens": 512},
+        "compile.components",
+        ["model", "loss"],
+        "training.loss_chunk_tokens computes the loss in pieces",
+    ),
 ]
 WARNED = [
     ({"checkpoint.load_only": True}, "checkpoint.load_only"),
@@ -94,6 +205,50 @@ def test_allowed_but_without_effect(values: dict[str, object], key: str) -> None
     _, problems, warnings = inspect_recipe(argv_of(values))
     assert not problems
     assert [warning.key for warning in warnings] == [key]
+
+
+@pytest.mark.parametrize(
+    ("around", "key", "value", "reason"), WITHOUT_EFFECT, ids=[f"{case[1]}-{len(case[0])}" for case in WITHOUT_EFFECT]
+)
+def test_a_setting_of_what_is_off(around: dict[str, object], key: str, value: object, reason: str) -> None:
+    _, problems, warnings = inspect_recipe(argv_of({**around, key: value}))
+    assert not problems
+    assert [warning.key for warning in warnings] == [key]
+    assert "has no effect because " in warnings[0].message
+    assert reason in warnings[0].message
+    assert warnings[0].message.endswith(f" (--{key})")
+
+
+def test_defaults_that_are_spelled_out_are_not_warned_about() -> None:
+    """Also those that cannot do anything: recipes of torchtitan spell out whole tables."""
+    values = {f"{idle.table}.{name}": None for idle in IDLE for name in idle.keys}
+    for key in values:
+        values[key] = reduce(getattr, key.split("."), Recipe())
+    _, problems, warnings = inspect_recipe(argv_of({key: "none" if v is None else v for key, v in values.items()}))
+    assert [str(problem) for problem in problems + warnings] == []
+
+
+def test_every_key_in_the_table_exists_and_is_tried() -> None:
+    keys = [f"{idle.table}.{name}" for idle in IDLE for name in idle.keys]
+    assert set(keys) <= dict(leaves(Recipe)).keys()
+    tried = {key for _, key, _, _ in WITHOUT_EFFECT} | {key for _, key in WARNED}
+    assert set(keys) <= tried
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"parallelism.pipeline_parallel_degree": "two", "parallelism.pipeline_parallel_microbatch_size": 3},
+        {**BUDGET, "compile.enable": "yes"},
+        {**ASYNC, "compile.enable": "yes"},
+        {**FLOAT8, PRECOMPUTE: True, GATHER: "yes"},
+        {**FLOAT8, GATHER: True, RECIPE: "tensor"},
+    ],
+    ids=str,
+)
+def test_what_was_refused_is_not_held_against_other_keys(refused: dict[str, object]) -> None:
+    _, problems, _ = inspect_recipe(argv_of(refused))
+    assert len(problems) == 1, [str(problem) for problem in problems]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,42 @@ WRONG = [
     ("training.dataloader.num_worker", 3, "unknown key in [training.dataloader]", "Did you mean 'num_workers'?"),
     ("training.dataloader", 3, "expected a table, got 3", ""),
     ("growth.stages", 3, "expected a list, got 3", ""),
+    ("model.converters", ["x"], "unknown converter 'x'", "Known: quantize.linear.float8"),
+    ("model.converters", ["float16"], "unknown converter 'float16'", "Did you mean 'float8'?"),
+    (
+        "model.converters",
+        ["quantize.linear.float9"],
+        "unknown converter 'quantize.linear.float9'",
+        "Did you mean 'quantize.linear.float8'?",
+    ),
+    *(
+        ("model.converters", [name], f"'{name}' is not supported in this version", "Only quantize.linear.float8 is")
+        for name in ("quantize.linear.mx", "quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
+    ),
+    ("model.converters", ["float8", "quantize.linear.float8"], "names 'quantize.linear.float8' more than once", ""),
+    (
+        "parallelism.context_parallel_load_balancer",
+        "ptrr",
+        "'ptrr' needs FlexAttention, which this version does not have",
+        "Use 'headtail' or 'none'",
+    ),
+    (
+        "parallelism.context_parallel_load_balancer",
+        "",
+        "must be one of 'headtail', 'none', got ''",
+        "",
+    ),
+    *(
+        (
+            "activation_checkpoint.selective_ac_option",
+            value,
+            f"expected \"op\" or a positive integer, got '{value}'",
+            'For example: "op", or "2"',
+        )
+        for value in ("ops", "0", "-1", "1.5", "02", "", "9" * 10)
+    ),
+    ("activation_checkpoint.determinism_check", "x", "must be one of 'default', 'none', got 'x'", ""),
+    ("compile.components.1", ["model", "los"], "must be one of 'model', 'loss', got 'los'", "Did you mean 'loss'?"),
 ]
 
 
@@ -58,13 +94,15 @@ def write(folder: Path, text: str) -> Path:
 
 @pytest.mark.parametrize(("key", "value", "message", "hint"), WRONG, ids=[f"{w[0]}={w[1]}" for w in WRONG])
 def test_file_and_command_line_say_the_same(key: str, value: object, message: str, hint: str, tmp_path: Path) -> None:
-    _, from_file, _ = inspect_recipe(in_file(tmp_path, key, value))
+    # A problem with one item of a list is told with the item's number.
+    written = key.removesuffix(".1")
+    _, from_file, _ = inspect_recipe(in_file(tmp_path, written, value))
     text = "inf" if value == float("inf") else value
-    _, from_flags, _ = inspect_recipe(on_command_line(key, text))
+    _, from_flags, _ = inspect_recipe(on_command_line(written, text))
     assert [(p.key, p.message, p.hint) for p in from_file] == [
         (key, f"{message} ({tmp_path / 'recipe.toml'}:2)", hint),
     ]
-    assert [(p.key, p.message, p.hint) for p in from_flags] == [(key, f"{message} (--{key})", hint)]
+    assert [(p.key, p.message, p.hint) for p in from_flags] == [(key, f"{message} (--{written})", hint)]
 
 
 def test_an_unknown_table(tmp_path: Path) -> None:
@@ -92,7 +130,7 @@ seqlen = 4
 global_batch_size = 12
 
 [parallelism]
-tensor_parallel_degree = 2
+expert_parallel_degree = 2
 
 [checkpoint]
 keep_latest_k = 1
@@ -111,7 +149,7 @@ factor = 1
         "growth.stages.0.at",
         "growth.stages.0.factor",
         "optimizer.lr",
-        "parallelism.tensor_parallel_degree",
+        "parallelism.expert_parallel_degree",
         "training.gc_freq",
         "training.global_batch_size",
         "training.seqlen",
@@ -122,7 +160,7 @@ factor = 1
         "training.steps": 2,
         "training.seqlen": 3,
         "training.global_batch_size": 4,
-        "parallelism.tensor_parallel_degree": 7,
+        "parallelism.expert_parallel_degree": 7,
         "checkpoint.keep_latest_k": 10,
         "growth.stages.0.at": 13,
         "growth.stages.0.factor": 14,
@@ -168,6 +206,10 @@ def test_help_shows_every_key_with_type_default_and_text() -> None:
     assert text.count("\n  --") == len(keys)
     assert '  --optimizer.name  ("Adam" | "AdamW"; default "AdamW")\n      Adam or AdamW.\n' in text
     assert "  --data.shuffle  (true | false; default true)" in text
+    assert "  --plugins  (list of strings; default [])" in text
+    assert "  --parallelism.module_fqns_per_model_part  (list of lists of strings; default none)" in text
+    assert '  --compile.components  (list of "model" | "loss"; default ' in text
+    assert "[plugins]" not in text
     assert "  --growth.stages.N.factor  (integer; required)" in text
     assert "  --debug.seed  (integer; default none)" in text
     assert all(len(line) <= 120 for line in text.splitlines())

@@ -14,6 +14,7 @@ from titan_growth.models.config import ModelConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.llama import Decoder, apply_rope, init_rule, rope_cache, rope_frequencies
 
+CPU = torch.device("cpu")
 CONFIG = ModelConfig(
     dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, rope_scaling_factor=1.0
 )
@@ -21,7 +22,7 @@ CONFIG = ModelConfig(
 
 def built(config: ModelConfig, seq_len: int = 16, seed: int = 0) -> Decoder:
     model = Decoder(config, seq_len)
-    model.materialized()
+    model.materialized(CPU)
     init_weights([model], lambda name: init_rule(config, name), seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # larger than at the start, so that every term matters
@@ -186,7 +187,7 @@ def test_tied_head_is_the_embedding(tokens: torch.Tensor) -> None:
     with torch.device("meta"):
         model = Decoder(config, 16)
     model.to_empty(device="cpu")  # unties
-    model.materialized()
+    model.materialized(CPU)
     assert model.output is not None
     assert model.tok_embeddings is not None
     assert model.output.weight is model.tok_embeddings.weight
@@ -225,7 +226,7 @@ def test_rope_tables_stay_in_float32_and_out_of_checkpoints() -> None:
     with torch.device("meta"):
         model = Decoder(CONFIG, 16).to(torch.bfloat16)
     model.to_empty(device="cpu")
-    model.materialized()
+    model.materialized(CPU)
     cos, sin = rope_cache(CONFIG, 16)
     assert torch.equal(model.rope_cos, cos)
     assert torch.equal(model.rope_sin, sin)

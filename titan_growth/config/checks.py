@@ -1,12 +1,14 @@
 """Checks that need several keys of the recipe but neither a device nor a mesh.
 
-Each check yields `Problem`s; things that are allowed but without effect go to `warnings`.
+Each check yields `Problem`s; things that are allowed but without effect go to `warnings` (most of them by the table in
+`no_effect.py`). A setting of a feature that is off is such a thing: it is not checked further.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from titan_growth.config.no_effect import FLOAT8, without_effect
 from titan_growth.config.schema import Recipe
 from titan_growth.tools.errors import Problem
 
@@ -22,8 +24,12 @@ def check_recipe(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
         )
     yield from _training(recipe, warnings)
     yield from _validation(recipe)
-    yield from _checkpoint(recipe, warnings)
+    yield from _checkpoint(recipe)
     yield from _growth(recipe, warnings)
+    yield from _parallelism(recipe)
+    yield from _compile(recipe, warnings)
+    yield from _float8(recipe)
+    warnings += without_effect(recipe)
     if recipe.profiling.enable_profiling:
         needed = recipe.profiling.profiler_warmup + recipe.profiling.profiler_active
         if recipe.profiling.profile_freq < needed:
@@ -81,7 +87,7 @@ def _validation(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
-def _checkpoint(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
+def _checkpoint(recipe: Recipe) -> Iterator[Problem]:
     checkpoint = recipe.checkpoint
     if checkpoint.keep_latest_k == 1:
         yield Problem(
@@ -91,12 +97,58 @@ def _checkpoint(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
         )
     if not checkpoint.folder or checkpoint.folder.startswith("/") or ".." in checkpoint.folder.split("/"):
         yield Problem("checkpoint.folder", f"must name a folder inside job.dump_folder, got '{checkpoint.folder}'")
-    if not checkpoint.enable:
-        for key in ("initial_load_path", "load_only", "last_save_model_only", "enable_first_step_checkpoint"):
-            if getattr(checkpoint, key):
-                warnings.append(Problem(f"checkpoint.{key}", "has no effect because checkpoint.enable is false"))
-        if checkpoint.load_step != -1:
-            warnings.append(Problem("checkpoint.load_step", "has no effect because checkpoint.enable is false"))
+
+
+def _parallelism(recipe: Recipe) -> Iterator[Problem]:
+    parallelism, batch = recipe.parallelism, recipe.training.local_batch_size
+    microbatch = parallelism.pipeline_parallel_microbatch_size
+    if parallelism.pipeline_parallel_degree > 1 and batch % microbatch:
+        yield Problem(
+            "parallelism.pipeline_parallel_microbatch_size",
+            f"{microbatch} does not divide training.local_batch_size {batch}",
+            "A pipeline takes the local batch in equal microbatches",
+        )
+    if parallelism.tensor_parallel_degree > 1 and parallelism.enable_async_tensor_parallel:
+        key = "parallelism.enable_async_tensor_parallel"
+        if not _compiles_model(recipe):
+            yield Problem(key, f"needs {_MODEL_COMPILED}")
+        elif recipe.compile.backend != "inductor":
+            yield Problem(key, f"needs compile.backend = 'inductor', got '{recipe.compile.backend}'")
+
+
+def _compiles_model(recipe: Recipe) -> bool:
+    return recipe.compile.enable and "model" in recipe.compile.components
+
+
+_MODEL_COMPILED = 'compile.enable = true with "model" in compile.components'
+
+
+def _compile(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
+    components = recipe.compile.components
+    if recipe.compile.enable and not components:
+        hint = 'Name "model", "loss" or both, or set compile.enable = false'
+        yield Problem("compile.components", "is empty, but compile.enable is true", hint)
+    if recipe.compile.enable and "loss" in components and recipe.training.loss_chunk_tokens:
+        message = '"loss" has no effect because training.loss_chunk_tokens computes the loss in pieces, uncompiled'
+        warnings.append(Problem("compile.components", message))
+    if recipe.activation_checkpoint.mode == "memory_budget" and not _compiles_model(recipe):
+        message = f"'memory_budget' leaves the choice to the compiler, so it needs {_MODEL_COMPILED}"
+        yield Problem("activation_checkpoint.mode", message, "Compile the model, or choose 'selective' or 'full'")
+
+
+def _float8(recipe: Recipe) -> Iterator[Problem]:
+    """How parameters travel in Float8: only one scale for a whole tensor can be agreed on before it is gathered."""
+    float8 = recipe.quantize.linear.float8
+    if FLOAT8 not in recipe.model.converters:
+        return
+    gathers, precomputes = "enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp"
+    if float8.recipe_name not in (None, "tensorwise"):
+        for name in (gathers, precomputes):
+            if getattr(float8, name):
+                message = f"needs {FLOAT8}.recipe_name = 'tensorwise', got '{float8.recipe_name}'"
+                yield Problem(f"{FLOAT8}.{name}", message)
+    elif float8.precompute_float8_dynamic_scale_for_fsdp and not float8.enable_fsdp_float8_all_gather:
+        yield Problem(f"{FLOAT8}.{precomputes}", f"needs {FLOAT8}.{gathers} = true, whose scales it computes")
 
 
 def _growth(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:

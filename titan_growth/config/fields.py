@@ -6,9 +6,10 @@ and no more: whether the value is acceptable is then decided by the one validato
 
 from __future__ import annotations
 
+import difflib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Union, get_args, get_origin
 
 import tomli
@@ -30,7 +31,17 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     annotation, _ = strip_optional(annotation)
     if get_origin(annotation) is list:
         annotation = get_args(annotation)[0]
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return annotation if _is_section(annotation) else None
+
+
+def section_names(root: type[BaseModel]) -> list[str]:
+    """The tables of a section, without its plain keys."""
+    return [name for name, field in root.model_fields.items() if section_of(field.annotation) is not None]
+
+
+def _is_section(annotation: Any) -> bool:
+    # Python 3.10 takes list[str] for a type, and then fails to find its base classes.
+    return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def annotation_at(root: type[BaseModel], path: list[str]) -> Any | None:
@@ -40,7 +51,7 @@ def annotation_at(root: type[BaseModel], path: list[str]) -> Any | None:
         annotation, _ = strip_optional(annotation)
         if get_origin(annotation) is list and name.isdigit():
             annotation = get_args(annotation)[0]
-        elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and name in annotation.model_fields:
+        elif _is_section(annotation) and name in annotation.model_fields:
             annotation = annotation.model_fields[name].annotation
         else:
             return None
@@ -65,9 +76,19 @@ def type_text(annotation: Any) -> str:
     if get_origin(annotation) is typing.Literal:
         return " | ".join(repr(value).replace("'", '"') for value in get_args(annotation))
     if get_origin(annotation) is list:
-        return f"list of {type_text(get_args(annotation)[0])}s"
+        item = type_text(get_args(annotation)[0])
+        if item.startswith("list"):
+            return f"list of lists{item.removeprefix('list')}"
+        return f"list of {item}" if '"' in item else f"list of {item}s"
     names = {int: "integer", float: "number", bool: "true | false", str: "string"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def suggestion(word: str, choices: Iterable[str]) -> str:
+    """`Did you mean 'x'?`, or nothing when no choice is near."""
+    spellings = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(word.lower(), spellings, n=1, cutoff=0.6)
+    return f"Did you mean {spellings[near[0]]!r}?" if near else ""
 
 
 def parse_text(text: str, annotation: Any | None) -> Any:

@@ -6,31 +6,31 @@ import textwrap
 
 from pydantic_core import PydanticUndefined
 
-from titan_growth.config.fields import leaves, strip_optional, type_text
-from titan_growth.config.schema import Recipe
+from titan_growth.config.fields import leaves, section_of, strip_optional, type_text
+from titan_growth.config.plugins import recipe_class
 
 USAGE = """usage: python -m titan_growth train --job.config_file FILE [--section.key value ...]
 
 Every key of the recipe can be given on the command line as --section.key value, --section.key=value, or, for
 true/false, as a bare --section.key. Lists are comma-separated or TOML; growths are --growth.stages.0.at "300 steps".
---help SECTION prints one table only.
+--help SECTION prints one table only; with --plugins or --job.config_file, a plugin's tables too.
 """
 
 
 def help_text(section: str | None = None) -> str:
-    """The help of the whole recipe or of one table."""
+    """The help of the whole recipe or of one table, those of loaded plugins included."""
+    root = recipe_class()
     blocks = [USAGE]
     seen = ""
-    fields = list(leaves(Recipe))
-    for key, field in fields:
+    for key, field in leaves(root):
         table = key.split(".")[0]
         if section not in (None, table):
             continue
         if table != seen:
             seen = table
-            annotation = Recipe.model_fields[table].annotation
-            about = (annotation.__doc__ or "").strip().split("\n")[0] if annotation else ""
-            blocks.append(f"\n[{table}]  {about}\n")
+            model = section_of(root.model_fields[table].annotation)
+            about = (model.__doc__ or "").strip().split("\n")[0] if model else ""
+            blocks.append(f"\n[{table}]  {about}".rstrip() + "\n" if model else "\n")
         default = "required" if field.default is PydanticUndefined else f"default {_default(field.default)}"
         kind = type_text(strip_optional(field.annotation)[0])
         blocks.append(f"  --{key}  ({kind}; {default})\n")

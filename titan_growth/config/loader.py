@@ -18,9 +18,10 @@ from pydantic import ValidationError
 
 from titan_growth.config.checks import check_recipe
 from titan_growth.config.messages import problem_of, unknown_key
+from titan_growth.config.plugins import PLUGINS_KEY, recipe_class
 from titan_growth.config.schema import Recipe
 from titan_growth.config.sources import Sources, read_sources
-from titan_growth.config.torchtitan_keys import NEUTRAL, ignored_because
+from titan_growth.config.torchtitan_keys import NEUTRAL, holds_known_keys, ignored_because, older_spellings
 from titan_growth.tools.errors import ConfigError, Problem
 
 logger = logging.getLogger("titan_growth")
@@ -43,15 +44,23 @@ def load_recipe(argv: list[str]) -> Recipe:
 def inspect_recipe(argv: list[str]) -> tuple[Recipe | None, list[Problem], list[Problem]]:
     """Like `load_recipe`, but returns (recipe, problems, warnings); the recipe is the best that can be made of it."""
     try:
-        sources = read_sources(argv, Recipe)
+        sources = read_sources(argv)
     except ConfigError as error:
         return None, error.problems, []
     return _validate(sources)
 
 
 def recipe_from_toml(table: dict[str, Any]) -> Recipe:
-    """A recipe from a table that this program has written (in a run folder or a checkpoint)."""
-    return Recipe.model_validate(table)
+    """A recipe from a table that this program has written (in a run folder or a checkpoint).
+
+    Nothing is imported: a checkpoint may come from anywhere, and must not choose what runs here. The tables of plugins
+    that are not loaded are left out.
+    """
+    root = recipe_class()
+    if table.get(PLUGINS_KEY):
+        is_foreign = {name: isinstance(value, dict) and name not in root.model_fields for name, value in table.items()}
+        table = {name: value for name, value in table.items() if not is_foreign[name]}
+    return root.model_validate(table)
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -73,7 +82,7 @@ def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
         for name in parents:
             node = node[name]
         node[last] = value
-    return Recipe.model_validate(table)
+    return type(recipe).model_validate(table)
 
 
 def _validate(sources: Sources) -> tuple[Recipe | None, list[Problem], list[Problem]]:
@@ -82,38 +91,41 @@ def _validate(sources: Sources) -> tuple[Recipe | None, list[Problem], list[Prob
     values = copy.deepcopy(sources.values)
     blamed: set[str] = set()
     recipe: Recipe | None = None
+    root = recipe_class()
     # Each round takes out what was refused and tries again with the defaults in its place.
     for _ in range(20):
         try:
-            recipe = Recipe.model_validate(values)
+            recipe = root.model_validate(values)
             break
         except ValidationError as error:
             for details in error.errors():
                 key = ".".join(str(part) for part in details["loc"])
                 value = _take_out(values, [str(part) for part in details["loc"]])
                 if details["type"] == "extra_forbidden":
+                    if sources.plugins_missing and len(details["loc"]) == 1 and isinstance(value, dict):
+                        continue  # may well be the table of the plugin that has been complained about
                     found, ignored = _torchtitan(key, value)
-                    problems += [_with_origin(problem, sources) for problem in found]
-                    warnings += [_with_origin(warning, sources) for warning in ignored]
+                    problems += [sources.located(problem) for problem in found]
+                    warnings += [sources.located(warning) for warning in ignored]
                 else:
-                    problems.append(_with_origin(problem_of(key, details), sources))
+                    problems.append(sources.located(problem_of(key, details)))
                     blamed.add(key)
+    warnings += [sources.located(warning) for warning in older_spellings(sources.values) if warning.key not in blamed]
     if recipe is not None:
-        for problem in check_recipe(recipe, warnings):
+        idle: list[Problem] = []
+        for problem in check_recipe(recipe, idle):
             # What a check says about a key that was refused would be about the default in its place.
             if not any(problem.key.startswith(key) or key in problem.message for key in blamed):
-                problems.append(_with_origin(problem, sources))
+                problems.append(sources.located(problem))
+        warnings += [sources.located(warning) for warning in idle]
     return recipe, problems, warnings
 
 
 def _torchtitan(key: str, value: Any) -> tuple[list[Problem], list[Problem]]:
     """(problems, warnings) for a key that is not in the schema, or for the keys of a table that is not."""
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and holds_known_keys(key):
         problems: list[Problem] = []
         warnings: list[Problem] = []
-        known = [name for name in NEUTRAL if name.startswith(key + ".")]
-        if not known and ignored_because(key + ".x") is None:
-            return [unknown_key(key, value)], []
         for name, item in value.items():
             found, ignored = _torchtitan(f"{key}.{name}", item)
             problems += found
@@ -122,8 +134,9 @@ def _torchtitan(key: str, value: Any) -> tuple[list[Problem], list[Problem]]:
     if key in NEUTRAL:
         if any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[key]):
             return [], []
-        neutral = json.dumps(NEUTRAL[key][0])
-        return [Problem(key, f"{json.dumps(value)} is not supported in this version", f"Only {neutral} is")], []
+        # Dates are the one kind of TOML value that JSON does not have.
+        given, neutral = json.dumps(value, default=str), json.dumps(NEUTRAL[key][0])
+        return [Problem(key, f"{given} is not supported in this version", f"Only {neutral} is")], []
     reason = ignored_because(key)
     if reason is not None:
         return [], [Problem(key, f"has no effect because {reason}")]
@@ -142,8 +155,3 @@ def _take_out(values: dict[str, Any], path: list[str]) -> Any:
             return node.pop(name, None)
         node = child
     return node.pop(path[-1], None)
-
-
-def _with_origin(problem: Problem, sources: Sources) -> Problem:
-    origin = sources.origin(problem.key)
-    return Problem(problem.key, f"{problem.message} ({origin})", problem.hint) if origin else problem

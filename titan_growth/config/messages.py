@@ -6,12 +6,10 @@ is the same for a file and for the command line; only the origin that the loader
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
-from titan_growth.config.fields import annotation_at, leaves, section_of, type_text
-from titan_growth.config.schema import Recipe
+from titan_growth.config.fields import annotation_at, leaves, section_names, section_of, suggestion, type_text
+from titan_growth.config.plugins import PLUGINS_KEY, recipe_class
 from titan_growth.tools.errors import Problem
 
 MOVED = {
@@ -35,29 +33,24 @@ MOVED = {
 """Older or likely spellings -> the key they mean."""
 
 
-def suggestion(word: str, choices: Iterable[str]) -> str:
-    """`Did you mean 'x'?`, or nothing when no choice is near."""
-    spellings = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(word.lower(), spellings, n=1, cutoff=0.6)
-    return f"Did you mean {spellings[near[0]]!r}?" if near else ""
-
-
 def unknown_key(key: str, value: Any) -> Problem:
     """The problem for a key that no table has; its value tells a section from a key outside all sections."""
     section, _, name = key.rpartition(".")
     if key in MOVED:
         return Problem(key, "unknown key", f"Did you mean {MOVED[key]!r}?")
-    annotation = annotation_at(Recipe, section.split(".")) if section else Recipe
-    model = section_of(annotation)
+    root = recipe_class()
+    model = section_of(annotation_at(root, section.split(".")) if section else root)
     if model is None:
         return Problem(key, f"unknown section [{section}]", "See --help for the sections")
+    if name == PLUGINS_KEY:
+        return Problem(key, f"unknown key in [{section}]", "plugins is outside all sections: write it before the first")
     # The very same key in another table is a better guess than a similar one in this table.
-    elsewhere = [leaf for leaf, _ in leaves(Recipe) if leaf.rpartition(".")[2] == name]
+    elsewhere = [leaf for leaf, _ in leaves(root) if leaf.rpartition(".")[2] == name]
     near = f"Did you mean {elsewhere[0]!r}?" if elsewhere else suggestion(name, model.model_fields)
     if section:
         return Problem(key, f"unknown key in [{section}]", near or "See --help for the keys")
     if isinstance(value, dict):
-        return Problem(key, "unknown section", near or f"The sections are {', '.join(model.model_fields)}")
+        return Problem(key, "unknown section", near or f"The sections are {', '.join(section_names(root))}")
     return Problem(key, "is outside all sections", near or "See --help for the keys")
 
 
@@ -83,10 +76,11 @@ def problem_of(key: str, details: Any) -> Problem:
             hint = f'Write "{value} steps" or "{value} tokens"' if is_point else f'Write "{value}" in quotes'
         return Problem(key, f"{expected}, {got}", hint)
     if kind == "missing":
-        annotation = annotation_at(Recipe, key.split("."))
+        annotation = annotation_at(recipe_class(), key.split("."))
         return Problem(key, f"is missing; expected {type_text(annotation)}")
     if kind == "literal_error":
-        choices = [choice.strip().strip('"') for choice in type_text(annotation_at(Recipe, key.split("."))).split("|")]
+        annotation = annotation_at(recipe_class(), key.split("."))
+        choices = [choice.strip().strip('"') for choice in type_text(annotation).split("|")]
         allowed = ", ".join(repr(choice) for choice in choices)
         return Problem(key, f"must be one of {allowed}, {got}", suggestion(str(value), choices))
     bounds = {"greater_than_equal": "ge", "greater_than": "gt", "less_than_equal": "le", "less_than": "lt"}
@@ -94,7 +88,7 @@ def problem_of(key: str, details: Any) -> Problem:
         words = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}[bounds[kind]]
         return Problem(key, f"must be {words} {context[bounds[kind]]:g}, {got}")
     if kind == "value_error":
-        return Problem(key, str(context["error"]))
+        return Problem(key, str(context["error"]), getattr(context["error"], "hint", ""))
     return Problem(key, f"{details['msg'].lower()}, {got}")
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from titan_growth.config.section import Section
+from titan_growth.config.fields import suggestion
+from titan_growth.config.section import BadValueError, Section
+from titan_growth.config.torchtitan_keys import OLDER_VALUES, UNSUPPORTED_CONVERTERS
+
+CONVERTERS = ("quantize.linear.float8",)
+"""What `model.converters` may name."""
 
 
 class Model(Section):
@@ -56,3 +61,17 @@ class Model(Section):
     """Scale the init of wo, w2, w3 by the layer's own depth (true, default) or by the number of layers."""
     tie_word_embeddings: bool | None = None
     """Use the embedding as output head. Default: false."""
+
+    @field_validator("converters")
+    @classmethod
+    def _known_converters(cls, value: list[str]) -> list[str]:
+        names = [OLDER_VALUES["model.converters"].get(name, name) for name in value]
+        for name in names:
+            if name in UNSUPPORTED_CONVERTERS:
+                raise BadValueError(f"'{name}' is not supported in this version", f"Only {', '.join(CONVERTERS)} is")
+            if name not in CONVERTERS:
+                hint = suggestion(name, (*CONVERTERS, *OLDER_VALUES["model.converters"]))
+                raise BadValueError(f"unknown converter '{name}'", hint or f"Known: {', '.join(CONVERTERS)}")
+            if names.count(name) > 1:
+                raise BadValueError(f"names '{name}' more than once")
+        return names

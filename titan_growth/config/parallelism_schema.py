@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from titan_growth.config.section import Section
+from titan_growth.config.section import BadValueError, Section
 
 
 class Parallelism(Section):
@@ -17,7 +17,7 @@ class Parallelism(Section):
     data_parallel_shard_degree: int = Field(-1, ge=-1)
     """Ranks that share one copy of parameters, gradients and moments (FSDP2); -1 = all that are left."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free the gathered parameters after the forward pass (default: always without pipeline parallelism, never with)."""
+    """Free the gathered parameters after the forward pass (default: never with pipeline parallelism, else always)."""
     tensor_parallel_degree: int = Field(1, ge=1)
     """Ranks that split each matrix product; the residual stream is split over the sequence between them."""
     disable_loss_parallel: bool = False
@@ -54,4 +54,8 @@ class Parallelism(Section):
     @classmethod
     def _no_balancer(cls, value: Any) -> Any:
         """torchtitan says None, which TOML cannot."""
+        if value == "ptrr":
+            raise BadValueError(
+                "'ptrr' needs FlexAttention, which this version does not have", "Use 'headtail' or 'none'"
+            )
         return "none" if value in (None, "None") else value

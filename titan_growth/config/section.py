@@ -11,6 +11,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, field_validator
 
 
+class BadValueError(ValueError):
+    """What a validator raises when it can also say what to do; any other ValueError is a message without that."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
 class Section(BaseModel):
     """Base of every table of a recipe."""
 

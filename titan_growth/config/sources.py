@@ -1,5 +1,7 @@
 """Where a recipe's values come from: a TOML file and the command line, merged into one table that knows its origins.
 
+The plugins that either of them names are imported on the way, before any other key is looked up: their tables count.
+
 The command line is read by hand because `--a.b v`, `--a.b=v`, `--flag true` and a bare `--flag` must all work, items of
 `[[growth.stages]]` are reached by number, and a bad value must get the very message that a file gets; argparse-based
 readers decide types (and complain) before the validator sees anything.
@@ -16,9 +18,14 @@ import tomli
 from pydantic import BaseModel
 
 from titan_growth.config.fields import annotation_at, parse_text, strip_optional
+from titan_growth.config.plugins import PLUGINS_KEY, load_plugins, recipe_class
+from titan_growth.config.schema import Recipe
 from titan_growth.tools.errors import ConfigError, Problem
 
 CONFIG_FILE_KEY = "job.config_file"
+
+_Flag = tuple[str, str | None, str]
+"""Key, text behind it (None: nothing), and the flag as it is written in messages."""
 
 
 @dataclass
@@ -29,6 +36,8 @@ class Sources:
     origins: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     config_file: Path | None = None
+    plugins_missing: bool = False
+    """Not all plugins could be loaded, so that an unknown table may be one of theirs."""
 
     def origin(self, key: str) -> str:
         """The origin of a key, of the nearest table around it, or of what is in it; empty for a default."""
@@ -39,26 +48,64 @@ class Sources:
             around = around.rpartition(".")[0]
         return next((origin for inner, origin in self.origins.items() if inner.startswith(key + ".")), "")
 
+    def located(self, problem: Problem) -> Problem:
+        """The problem with the place that its key's value came from."""
+        origin = self.origin(problem.key)
+        return Problem(problem.key, f"{problem.message} ({origin})", problem.hint) if origin else problem
 
-def read_sources(argv: list[str], root: type[BaseModel]) -> Sources:
-    """Reads `--job.config_file` and then lays every other flag over it.
+
+def read_sources(argv: list[str]) -> Sources:
+    """Reads `--job.config_file`, imports the plugins, and then lays every other flag over the file.
 
     Raises:
         ConfigError: when the file cannot be read or is not TOML (nothing else can be said then).
     """
     sources = Sources()
-    flags = _read_flags(argv, root, sources)
-    config_files = [text for key, text, _ in flags if key == CONFIG_FILE_KEY]
-    if config_files:
-        _read_file(Path(config_files[-1]).expanduser(), sources)
+    flags = _read_flags(argv, sources)
+    _read_file_and_plugins(flags, sources)
+    root = recipe_class()
     for key, text, flag in flags:
-        if key != CONFIG_FILE_KEY:
-            _set(sources, root, key, parse_text(text, annotation_at(root, key.split("."))), flag)
+        annotation = str if key == CONFIG_FILE_KEY else annotation_at(root, key.split("."))
+        if text is None and annotation is not None and strip_optional(annotation)[0] is not bool:
+            sources.problems.append(Problem(key, "the flag needs a value", f"Write --{key} VALUE"))
+        elif key not in (CONFIG_FILE_KEY, PLUGINS_KEY):
+            # A bare flag is true; when its key is unknown, it gets that message later.
+            _set(sources, root, key, parse_text("true" if text is None else text, annotation), flag)
     return sources
 
 
-def _read_flags(argv: list[str], root: type[BaseModel], sources: Sources) -> list[tuple[str, str, str]]:
-    flags = []
+def load_named_plugins(argv: list[str]) -> None:
+    """Imports the plugins of a command line and its file, and reads nothing else of them (for `--help`).
+
+    Raises:
+        ConfigError: when the file cannot be read or a plugin cannot be imported.
+    """
+    sources = Sources()
+    _read_file_and_plugins(_read_flags(argv, sources), sources)
+    if problems := [problem for problem in sources.problems if problem.key == PLUGINS_KEY]:
+        raise ConfigError(problems)
+
+
+def _read_file_and_plugins(flags: list[_Flag], sources: Sources) -> None:
+    config_files = [text for key, text, _ in flags if key == CONFIG_FILE_KEY and text is not None]
+    if config_files:
+        _read_file(Path(config_files[-1]).expanduser(), sources)
+    for key, text, flag in flags:
+        if key == PLUGINS_KEY and text is not None:
+            _set(sources, Recipe, key, parse_text(text, annotation_at(Recipe, [key])), flag)
+    names = sources.values.get(PLUGINS_KEY, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        sources.plugins_missing = True  # the validator says what is wrong with the list
+        return
+    try:
+        load_plugins(names)
+    except ConfigError as error:
+        sources.problems += [sources.located(problem) for problem in error.problems]
+        sources.plugins_missing = True
+
+
+def _read_flags(argv: list[str], sources: Sources) -> list[_Flag]:
+    flags: list[_Flag] = []
     position = 0
     while position < len(argv):
         word = argv[position]
@@ -71,17 +118,13 @@ def _read_flags(argv: list[str], root: type[BaseModel], sources: Sources) -> lis
         if not all(key.split(".")):
             sources.problems.append(Problem("command line", f"unexpected {word!r}", "Write --section.key value"))
             continue
-        if not has_value:
-            annotation = str if key == CONFIG_FILE_KEY else annotation_at(root, key.split("."))
-            if position < len(argv) and not argv[position].startswith("--"):
-                text = argv[position]
-                position += 1
-            elif annotation is None or strip_optional(annotation)[0] is bool:
-                text = "true"  # a bare flag; an unknown key gets its own message later
-            else:
-                sources.problems.append(Problem(key, "the flag needs a value", f"Write --{key} VALUE"))
-                continue
-        flags.append((key, text, f"--{key}"))
+        if has_value:
+            flags.append((key, text, f"--{key}"))
+        elif position < len(argv) and not argv[position].startswith("--"):
+            flags.append((key, argv[position], f"--{key}"))
+            position += 1
+        else:
+            flags.append((key, None, f"--{key}"))
     return flags
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from titan_growth.config.section import Section
+from titan_growth.config.section import BadValueError, Section
 
 
 class ActivationCheckpoint(Section):
@@ -15,8 +16,8 @@ class ActivationCheckpoint(Section):
     mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
     """full = recompute every layer; selective = some layers or operations; memory_budget = let the compiler choose."""
     selective_ac_option: str = "2"
-    """Selective: a number k recomputes every k-th layer; "op" keeps the results of the expensive operations (half of the
-    matrix products, attention, reductions over ranks) and recomputes the rest."""
+    """Selective: a number k recomputes every k-th layer; "op" keeps the results of the expensive operations (half
+    of the matrix products, attention, reductions over ranks) and recomputes the rest."""
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = ["moe.router.gate"]
     """Selective "op": matrix products with weights of the same shape as those of these modules are recomputed too."""
     early_stop: bool = False
@@ -27,10 +28,23 @@ class ActivationCheckpoint(Section):
     """memory_budget: write the compiler's curve of memory against runtime into dump_folder/memory_budget_pareto."""
     preserve_rng_state: bool = True
     """Recompute with the random state of the first computation."""
-    determinism_check: str = "default"
+    determinism_check: Literal["default", "none"] = "default"
     """Compare recomputed shapes and types with the first ones ("default"), or do not ("none")."""
     debug: bool = False
     """On a mismatch, print the operations of both computations."""
+
+    @field_validator("selective_ac_option", mode="before")
+    @classmethod
+    def _number_as_text(cls, value: Any) -> Any:
+        """torchtitan wants the number in quotes; without them it means the same."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("selective_ac_option")
+    @classmethod
+    def _op_or_number(cls, value: str) -> str:
+        if value != "op" and not re.fullmatch("[1-9][0-9]{0,8}", value):
+            raise BadValueError(f"expected \"op\" or a positive integer, got '{value}'", 'For example: "op", or "2"')
+        return value
 
 
 class Compile(Section):

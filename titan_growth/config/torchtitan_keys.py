@@ -7,6 +7,11 @@ matter together with a feature that is switched off; they are accepted with a wa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+from titan_growth.tools.errors import Problem
+
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "job.custom_config_module": ("",),
     "optimizer.early_step_in_backward": (False,),
@@ -41,9 +46,36 @@ IGNORED: dict[str, str] = {
     "memory_estimation.*": "memory_estimation.enable is false",
     "fault_tolerance.*": "fault_tolerance.enable is false",
 }
-"""Dotted key (or section.*) -> why it has no effect."""
+"""Dotted key, or table.* for all that is in a table at any depth -> why it has no effect."""
+
+OLDER_VALUES: dict[str, dict[str, str]] = {
+    "model.converters": {"float8": "quantize.linear.float8"},
+}
+"""Key of a list -> older spellings of its items -> the present ones; accepted with a warning."""
+
+UNSUPPORTED_CONVERTERS = ("quantize.linear.mx", "quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
+"""Items of model.converters that exist in torchtitan only."""
 
 
 def ignored_because(key: str) -> str | None:
     """Why a key that is not in the schema has no effect, or None when it is not such a key."""
-    return IGNORED.get(key) or IGNORED.get(key.split(".")[0] + ".*")
+    parts = key.split(".")
+    tables = [".".join(parts[:depth]) + ".*" for depth in range(1, len(parts))]
+    return next((IGNORED[name] for name in (key, *reversed(tables)) if name in IGNORED), None)
+
+
+def holds_known_keys(table: str) -> bool:
+    """Whether keys of this table, which is not in the schema, are listed here."""
+    listed = any(name.startswith(table + ".") for name in (*NEUTRAL, *IGNORED))
+    return listed or ignored_because(table) is not None
+
+
+def older_spellings(values: dict[str, Any]) -> Iterator[Problem]:
+    """A warning for every older spelling among the values of a recipe, as they were given."""
+    for key, spellings in OLDER_VALUES.items():
+        given: Any = values
+        for name in key.split("."):
+            given = given.get(name) if isinstance(given, dict) else None
+        for old, new in spellings.items():
+            if isinstance(given, list) and old in given:
+                yield Problem(key, f"'{old}' is an older name of '{new}'", "Write the new one")

@@ -28,12 +28,15 @@ class ModelConfig:
     max_seq_len: int = 131072
     depth_init: bool = True
     tie_word_embeddings: bool = False
+    qk_norm: bool = False
+    """Queries and keys are normalised per head (RMSNorm over the head's channels)."""
 
     @property
     def num_layer_params(self) -> int:
         """Parameters of one transformer block."""
         attention = 2 * self.dim * self.num_heads * self.head_dim + 2 * self.dim * self.num_kv_heads * self.head_dim
-        return attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        head_norms = 2 * self.head_dim if self.qk_norm else 0
+        return attention + head_norms + 3 * self.dim * self.hidden_dim + 2 * self.dim
 
     @property
     def num_params(self) -> int:

@@ -8,7 +8,7 @@ GPU, starts from the same bits. Numbers are drawn on the CPU: generators of diff
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,23 @@ ROWS_PER_BLOCK = 256
 
 
 @torch.no_grad()
-def init_weights(parts: Iterable[nn.Module], std_of: Callable[[str], float | None], seed: int) -> None:
+def init_weights(
+    parts: Iterable[nn.Module],
+    std_of: Callable[[str], float | None],
+    seed: int,
+    tied: Mapping[str, str] | None = None,
+) -> None:
     """Fills every parameter of materialised (not meta) parts in place.
 
     Args:
         parts: the model parts of this rank, plain or sharded.
         std_of: standard deviation by parameter name; None means ones.
         seed: of the whole run; the same on every rank.
+        tied: parameters that are copies of another one, by its name; they get the same numbers.
     """
     for part in parts:
         for name, parameter in part.named_parameters():
+            name = (tied or {}).get(name, name)
             local, offset = _local_and_offset(parameter)
             std = std_of(name)
             if std is None:

@@ -1,24 +1,82 @@
 """The Llama 3 family: grouped-query attention, rotary embeddings, SwiGLU, RMSNorm.
 
-Pure math. How the model is sharded and initialised is written beside it as data (`fsdp_units`, `init_rule`), so that no
-parallelism needs to know that this is a llama. Parameter names are torchtitan's. Layers live in a `ModuleDict` keyed by
-the *global* layer id: `layers.7` has that name on every pipeline rank and in every layout, which is what growth and
-resharding rely on.
+Pure math. What surrounds the blocks is in `decoder.py`; how the model is sharded and initialised is written beside the
+math as data (`fsdp_units`, `tensor_parallel_plan`, `init_rule`), so that no parallelism needs to know that this is a
+llama. Parameter names are torchtitan's.
 
-Shape suffixes: B batch, S sequence, D model width, F SwiGLU width, V vocabulary, N query heads, K key/value heads,
-H head width.
+Shape suffixes: B batch, S sequence, D model width, F SwiGLU width, N query heads, K key/value heads, H head width.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_growth.models import decoder
 from titan_growth.models.config import ModelConfig
+from titan_growth.models.decoder import SequenceContext, Split, fsdp_units
+
+__all__ = ["DEFAULTS", "FLAVORS", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
+
+_GSTACK = {"rope_theta": 10000.0, "rope_scaling_factor": 1.0, "vocab_size": 32000, "max_seq_len": 2048}
+
+FLAVORS: dict[str, dict[str, Any]] = {
+    "custom": {},
+    "debugmodel": {"dim": 256, "n_layers": 6, "n_heads": 16, "vocab_size": 2048},
+    "debugmodel_wide": {"dim": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 8192},
+    "8B": {
+        "dim": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+        "ffn_dim_multiplier": 1.3,
+        "multiple_of": 1024,
+    },
+    "70B": {
+        "dim": 8192,
+        "n_layers": 80,
+        "n_heads": 64,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+        "ffn_dim_multiplier": 1.3,
+        "multiple_of": 4096,
+    },
+    "405B": {
+        "dim": 16384,
+        "n_layers": 126,
+        "n_heads": 128,
+        "n_kv_heads": 8,
+        "vocab_size": 128256,
+        "ffn_dim_multiplier": 1.2,
+        "multiple_of": 4096,
+    },
+    "gstack_410M": {"dim": 1024, "n_layers": 24, "n_heads": 16, "hidden_dim": 2816, **_GSTACK},
+    "gstack_1.1B": {"dim": 2048, "n_layers": 24, "n_heads": 32, "hidden_dim": 5632, **_GSTACK},
+    "gstack_3B": {"dim": 2560, "n_layers": 32, "n_heads": 20, "n_kv_heads": 4, "hidden_dim": 7040, **_GSTACK},
+    "gstack_7B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "hidden_dim": 11008, **_GSTACK},
+}
+"""The llama3 flavors are those of the Llama 3.1 release as torchtitan lists them; the gstack flavors are the sizes that
+the G_stack paper (Du et al., NeurIPS 2024) trained, as its released configurations and checkpoints have them. The
+paper's names are rounder than its models: "7B" has 5.93B parameters."""
+
+DEFAULTS: dict[str, Any] = {
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling_factor": 8.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_max_seq_len": 8192,
+    "max_seq_len": 131072,
+    "depth_init": True,
+    "tie_word_embeddings": False,
+    "qk_norm": False,
+}
+"""What a flavor does not say."""
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -56,23 +114,12 @@ def apply_rope(x_BSNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x_BSNH.dtype)
 
 
-@dataclass(frozen=True)
-class SequenceContext:
-    """What attention needs to know about positions; the same for all layers of a forward pass."""
-
-    cos: Tensor
-    sin: Tensor
-    mask_B1SS: Tensor | None
-    """True where attention is allowed; None = plain causal."""
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.num_groups = config.num_heads // config.num_kv_heads
         self.wq = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=False)
         self.wk = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
@@ -85,17 +132,7 @@ class Attention(nn.Module):
         v_BSKH = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
         q_BSNH = apply_rope(q_BSNH, context.cos, context.sin)
         k_BSKH = apply_rope(k_BSKH, context.cos, context.sin)
-        if self.num_groups > 1:
-            k_BSKH = k_BSKH.repeat_interleave(self.num_groups, dim=2)
-            v_BSKH = v_BSKH.repeat_interleave(self.num_groups, dim=2)
-        out_BNSH = F.scaled_dot_product_attention(
-            q_BSNH.transpose(1, 2),
-            k_BSKH.transpose(1, 2),
-            v_BSKH.transpose(1, 2),
-            attn_mask=context.mask_B1SS,
-            is_causal=context.mask_B1SS is None,
-        )
-        return self.wo(out_BNSH.transpose(1, 2).flatten(-2))
+        return self.wo(context.attend(q_BSNH, k_BSKH, v_BSKH))
 
 
 class FeedForward(nn.Module):
@@ -122,75 +159,35 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context=context)
         return x_BSD + self.feed_forward(self.ffn_norm(x_BSD))
 
 
-class Decoder(nn.Module):
-    """The whole model. A pipeline part is one with some layers, `tok_embeddings`, `norm` or `output` set to None."""
+class Decoder(decoder.Decoder):
+    """A Llama model, or a pipeline part of one."""
 
     def __init__(self, config: ModelConfig, seq_len: int) -> None:
-        super().__init__()
-        self.config = config
-        self.seq_len = seq_len
-        self.tok_embeddings: nn.Embedding | None = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleDict({str(layer): TransformerBlock(config) for layer in range(config.num_layers)})
-        self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.output: nn.Linear | None = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.tie_weights()
-        self.rope_cos: Tensor
-        self.rope_sin: Tensor
-        self.register_buffer("rope_cos", torch.empty(seq_len, config.head_dim // 2), persistent=False)
-        self.register_buffer("rope_sin", torch.empty(seq_len, config.head_dim // 2), persistent=False)
-
-    def tie_weights(self) -> None:
-        """Makes the head share the embedding's weight, if the config says so."""
-        if self.config.tie_word_embeddings and self.tok_embeddings is not None and self.output is not None:
-            self.output.weight = self.tok_embeddings.weight
-
-    def materialized(self) -> None:
-        """To be called when the model has left the meta device, which unties weights and leaves buffers empty."""
-        self.tie_weights()
-        # New tensors, not copies into the old ones: those have taken the parameters' dtype, and angles need float32.
-        self.rope_cos, self.rope_sin = rope_cache(self.config, self.seq_len, device=self.rope_cos.device)
-
-    def forward(self, tokens: Tensor, positions_BS: Tensor | None = None) -> Tensor:
-        """Logits (B, S, V) from token ids (B, S); hidden states in and out for an inner pipeline part.
-
-        With `positions_BS` attention stays inside each run of positions that starts at 0.
-        """
-        context = self._context(tokens.shape[1], positions_BS)
-        x_BSD = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
-        for layer in self.layers.values():
-            x_BSD = layer(x_BSD, context)
-        x_BSD = self.norm(x_BSD) if self.norm is not None else x_BSD
-        return self.output(x_BSD) if self.output is not None else x_BSD
-
-    def _context(self, seq_len: int, positions_BS: Tensor | None) -> SequenceContext:
-        assert seq_len <= self.seq_len, f"sequence of {seq_len} tokens in a model built for {self.seq_len}"
-        if positions_BS is None:
-            return SequenceContext(self.rope_cos[:seq_len], self.rope_sin[:seq_len], None)
-        document_BS = (positions_BS == 0).cumsum(dim=1)
-        same_document = document_BS.unsqueeze(2) == document_BS.unsqueeze(1)
-        causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=positions_BS.device).tril()
-        mask_B1SS = (same_document & causal).unsqueeze(1)
-        return SequenceContext(self.rope_cos[positions_BS], self.rope_sin[positions_BS], mask_B1SS)
+        super().__init__(config, seq_len, make_block=TransformerBlock, rope_tables=rope_cache)
 
 
-def fsdp_units(part: Decoder) -> list[list[nn.Module]]:
-    """The groups of modules that FSDP shards and gathers together, in the order of the forward pass.
-
-    The last group, norm and head, is needed again at once by the backward pass, so it is kept gathered. With a tied
-    head the embedding belongs to the root.
-    """
-    units: list[list[nn.Module]] = []
-    tied = part.config.tie_word_embeddings
-    if part.tok_embeddings is not None and not tied:
-        units.append([part.tok_embeddings])
-    units += [[layer] for layer in part.layers.values()]
-    if part.norm is not None and part.output is not None and not tied:
-        units.append([part.norm, part.output])
-    return units
+def tensor_parallel_plan(part: decoder.Decoder) -> dict[str, Split]:
+    """Module name -> how tensor parallelism splits it."""
+    return decoder.tensor_parallel_plan(
+        part,
+        {
+            "attention_norm": Split.SEQUENCE,
+            "attention": Split.GATHER_INPUT,
+            "attention.wq": Split.COLUMNS,
+            "attention.wk": Split.COLUMNS,
+            "attention.wv": Split.COLUMNS,
+            "attention.wo": Split.ROWS,
+            "ffn_norm": Split.SEQUENCE,
+            "feed_forward": Split.GATHER_INPUT,
+            "feed_forward.w1": Split.COLUMNS,
+            "feed_forward.w3": Split.COLUMNS,
+            "feed_forward.w2": Split.ROWS,
+        },
+    )
 
 
 def init_rule(config: ModelConfig, name: str) -> float | None:

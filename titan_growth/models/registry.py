@@ -1,8 +1,7 @@
 """Families and flavors by name, and the step from the `[model]` table to a `ModelConfig`.
 
-The llama3 flavors are those of the Llama 3.1 release as torchtitan lists them; the gstack flavors are the sizes that
-the G_stack paper (Du et al., NeurIPS 2024) trained, as its released configurations and checkpoints have them. The
-paper's names are rounder than its models: "7B" has 5.93B parameters.
+A family is a module with `Decoder`, `fsdp_units`, `tensor_parallel_plan`, `init_rule`, and its named sizes: `FLAVORS`
+with the `DEFAULTS` of what they leave open.
 """
 
 from __future__ import annotations
@@ -16,61 +15,24 @@ from titan_growth.config.model_schema import Model
 from titan_growth.models.config import ModelConfig, swiglu_hidden_dim
 from titan_growth.tools.errors import Problem
 
-FAMILIES: dict[str, str] = {"llama3": "titan_growth.models.llama"}
-"""Family -> module that has `Decoder`, `init_rule` and `fsdp_units`."""
+FAMILIES: dict[str, str] = {"llama3": "titan_growth.models.llama", "qwen3": "titan_growth.models.qwen3"}
+"""Family -> its module."""
 
-_GSTACK = {"rope_theta": 10000.0, "rope_scaling_factor": 1.0, "vocab_size": 32000, "max_seq_len": 2048}
+_CONFIG_KEYS = (
+    "norm_eps",
+    "rope_theta",
+    "rope_scaling_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_seq_len",
+    "max_seq_len",
+    "depth_init",
+    "tie_word_embeddings",
+    "qk_norm",
+)
+"""Keys that pass from the table, the flavor or the family's defaults into the `ModelConfig` as they are."""
 
-FLAVORS: dict[str, dict[str, dict[str, Any]]] = {
-    "llama3": {
-        "custom": {},
-        "debugmodel": {"dim": 256, "n_layers": 6, "n_heads": 16, "vocab_size": 2048},
-        "debugmodel_wide": {"dim": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 8192},
-        "8B": {
-            "dim": 4096,
-            "n_layers": 32,
-            "n_heads": 32,
-            "n_kv_heads": 8,
-            "vocab_size": 128256,
-            "ffn_dim_multiplier": 1.3,
-            "multiple_of": 1024,
-        },
-        "70B": {
-            "dim": 8192,
-            "n_layers": 80,
-            "n_heads": 64,
-            "n_kv_heads": 8,
-            "vocab_size": 128256,
-            "ffn_dim_multiplier": 1.3,
-            "multiple_of": 4096,
-        },
-        "405B": {
-            "dim": 16384,
-            "n_layers": 126,
-            "n_heads": 128,
-            "n_kv_heads": 8,
-            "vocab_size": 128256,
-            "ffn_dim_multiplier": 1.2,
-            "multiple_of": 4096,
-        },
-        "gstack_410M": {"dim": 1024, "n_layers": 24, "n_heads": 16, "hidden_dim": 2816, **_GSTACK},
-        "gstack_1.1B": {"dim": 2048, "n_layers": 24, "n_heads": 32, "hidden_dim": 5632, **_GSTACK},
-        "gstack_3B": {"dim": 2560, "n_layers": 32, "n_heads": 20, "n_kv_heads": 4, "hidden_dim": 7040, **_GSTACK},
-        "gstack_7B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "hidden_dim": 11008, **_GSTACK},
-    },
-}
-
-_DEFAULTS: dict[str, Any] = {
-    "norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling_factor": 8.0,
-    "rope_low_freq_factor": 1.0,
-    "rope_high_freq_factor": 4.0,
-    "rope_original_max_seq_len": 8192,
-    "max_seq_len": 131072,
-    "depth_init": True,
-    "tie_word_embeddings": False,
-}
+_NOT_SIZES = {"name", "flavor", "hf_assets_path", "converters", "print_after_conversion"}
 
 SIZE_KEYS = ("dim", "n_layers", "n_heads", "vocab_size")
 """What a custom flavor must spell out."""
@@ -82,18 +44,21 @@ def family_module(name: str) -> ModuleType:
 
 
 def model_config_of(section: Model) -> tuple[ModelConfig | None, list[Problem]]:
-    """The `ModelConfig` that a `[model]` table describes, or what is wrong with the table. Pure, without torch."""
+    """The `ModelConfig` that a `[model]` table describes, or what is wrong with the table."""
     if section.name not in FAMILIES:
         known = ", ".join(FAMILIES)
         hint = suggestion(section.name, FAMILIES)
         return None, [Problem("model.name", f"unknown model family '{section.name}'; known: {known}", hint)]
-    flavors = FLAVORS[section.name]
+    family = family_module(section.name)
+    flavors = family.FLAVORS
     if section.flavor not in flavors:
         known = ", ".join(flavors)
         hint = suggestion(section.flavor, flavors)
         return None, [Problem("model.flavor", f"unknown flavor '{section.flavor}'; known: {known}", hint)]
-    given = section.model_dump(exclude_none=True, exclude={"name", "flavor", "hf_assets_path", "converters", "print_after_conversion"})
-    values = {**_DEFAULTS, **flavors[section.flavor], **given}
+    given = section.model_dump(
+        exclude_none=True, exclude={"name", "flavor", "hf_assets_path", "converters", "print_after_conversion"}
+    )
+    values = {**family.DEFAULTS, **flavors[section.flavor], **given}
     missing = [key for key in SIZE_KEYS if key not in values]
     if missing:
         return None, [Problem(f"model.{key}", 'is missing; flavor = "custom" needs every size') for key in missing]
@@ -136,5 +101,5 @@ def _config(values: dict[str, Any], explicit: dict[str, Any]) -> tuple[ModelConf
         hidden_dim=hidden_dim
         or swiglu_hidden_dim(dim, values.get("ffn_dim_multiplier"), values.get("multiple_of") or 256),
         vocab_size=values["vocab_size"],
-        **{key: values[key] for key in _DEFAULTS},
+        **{key: values[key] for key in _CONFIG_KEYS},
     ), []

@@ -1,15 +1,25 @@
 """Mixed precision where FSDP does not provide it: on one rank, matrix products run in bfloat16 through autocast.
 
 FSDP on one rank would give the same, at 20-40 % of a small step for gathers that gather nothing (design.md section 6).
+On several ranks, and under Float8, it is FSDP's in any case: it casts each parameter once and all of them alike.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from titan_growth.config.schema import Recipe, Training
+from titan_growth.config.schema import Model, Recipe, Training
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+
+
+def mixes_precision(training: Training) -> bool:
+    """Whether the computation has another type than the parameters."""
+    return training.mixed_precision_param != training.dtype
+
+
+def uses_float8(model: Model) -> bool:
+    """Whether linear layers are converted to Float8."""
+    return "quantize.linear.float8" in model.converters
 
 
 @register_stage
@@ -17,25 +27,26 @@ class Autocast(StageDefaults):
     """bfloat16 computation over float32 parameters on a mesh without FSDP."""
 
     name: ClassVar[str] = "autocast"
+    after: ClassVar[tuple[str, ...]] = ("pipeline", "compile")
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Training, float8: bool) -> None:
         self.training = training
+        self.float8 = float8
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Autocast:
-        return cls(recipe.training)
+        return cls(recipe.training, uses_float8(recipe.model))
 
     def enabled(self, context: StageContext) -> bool:
-        mixed = self.training.mixed_precision_param != self.training.dtype
-        return mixed and context.mesh_shape.dp_degree == 1
+        return mixes_precision(self.training) and context.mesh_shape.num_ranks == 1 and not self.float8
 
     def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
-        return parts
-
-    def forward_context(self, context: StageContext) -> contextlib.AbstractContextManager[Any]:
         import torch
 
-        return torch.autocast(context.device_type, dtype=getattr(torch, self.training.mixed_precision_param))
+        for part in parts:
+            autocast = torch.autocast(context.device_type, dtype=getattr(torch, self.training.mixed_precision_param))
+            part.forward = autocast(part.forward)
+        return parts
 
     def describe(self, context: StageContext) -> str:
         return f"autocast: matrix products in {self.training.mixed_precision_param}"

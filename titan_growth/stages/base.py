@@ -15,13 +15,18 @@ from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from titan_growth.config.plugins import register_table
 from titan_growth.config.schema import Recipe
+from titan_growth.config.section import Section
 from titan_growth.mesh import Mesh, MeshShape
 from titan_growth.models.config import ModelConfig
 from titan_growth.tools.errors import Problem
 
 ModelParts = list[Any]
 """The model parts of this rank, as `nn.Module`s (typed loosely so that planning does not import torch)."""
+
+Microbatch = dict[str, Any]
+"""`input` and `labels`, both (B, S) int64, and `positions` (B, S) when attention stays inside documents."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,10 @@ class StageContext:
     mesh_shape: MeshShape
     device_type: str
     seq_len: int
+    family: Any
+    """The model family's module, with its `fsdp_units` and `tensor_parallel_plan`."""
     mesh: Mesh | None = None
     """None while planning without process groups."""
-    family: Any = None
-    """The model family's module, with its `fsdp_units`; None while planning."""
 
 
 @runtime_checkable
@@ -58,12 +63,28 @@ class Stage(Protocol):
         """Problems of the settings; pure, needs neither devices nor torch."""
         ...
 
+    def warnings(self, context: StageContext) -> Iterator[Problem]:
+        """Settings that are allowed but do less than a reader would think; pure like `check`."""
+        ...
+
     def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
         """Transforms the parts, which are on the meta device."""
         ...
 
-    def forward_context(self, context: StageContext) -> contextlib.AbstractContextManager[Any]:
-        """A context manager around each forward pass and loss."""
+    def parameter_device(self, context: StageContext) -> str | None:
+        """Where the parameters are to live, when that is not the device of the computation."""
+        ...
+
+    def prepare_microbatch(self, microbatch: Microbatch, context: StageContext) -> Microbatch:
+        """This rank's share of a microbatch, just before it is moved to the device."""
+        ...
+
+    def train_context(self, context: StageContext) -> contextlib.AbstractContextManager[Any]:
+        """A context manager around forward, loss and backward."""
+        ...
+
+    def after_backward(self, parts: ModelParts, context: StageContext) -> None:
+        """Called when a step's gradients are complete, before they are clipped."""
         ...
 
     def after_optimizer_step(self, parts: ModelParts) -> None:
@@ -76,15 +97,32 @@ class Stage(Protocol):
 
 
 class StageDefaults:
-    """The parts of the protocol that most stages leave alone."""
+    """The parts of the protocol that most stages leave alone.
+
+    A stage of a plugin names its TOML `table` and the `Section` with its `settings`; built-in tables are in the schema.
+    """
 
     after: ClassVar[tuple[str, ...]] = ()
+    table: ClassVar[str] = ""
+    settings: ClassVar[type[Section] | None] = None
 
     def check(self, context: StageContext) -> Iterator[Problem]:
         return iter(())
 
-    def forward_context(self, context: StageContext) -> contextlib.AbstractContextManager[Any]:
+    def warnings(self, context: StageContext) -> Iterator[Problem]:
+        return iter(())
+
+    def parameter_device(self, context: StageContext) -> str | None:
+        return None
+
+    def prepare_microbatch(self, microbatch: Microbatch, context: StageContext) -> Microbatch:
+        return microbatch
+
+    def train_context(self, context: StageContext) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
+
+    def after_backward(self, parts: ModelParts, context: StageContext) -> None:
+        return None
 
     def after_optimizer_step(self, parts: ModelParts) -> None:
         return None
@@ -96,13 +134,25 @@ _REGISTRY: dict[str, type[Stage]] = {}
 def register_stage(stage: type[Any]) -> type[Any]:
     """Class decorator: makes a stage known under its name."""
     assert stage.name not in _REGISTRY, f"two stages are called {stage.name!r}"
+    if getattr(stage, "settings", None) is not None:
+        register_table(stage.table, stage.settings)
     _REGISTRY[stage.name] = stage
     return stage
 
 
 def registered_stages() -> dict[str, type[Stage]]:
     """All known stages by name, those of this package included."""
-    from titan_growth.stages import autocast, fsdp  # noqa: F401  (importing registers them)
+    from titan_growth.stages import (  # noqa: F401  (importing registers them)
+        activation_checkpoint,
+        autocast,
+        chunked_loss,
+        compile,
+        context_parallel,
+        float8,
+        fsdp,
+        pipeline,
+        tensor_parallel,
+    )
 
     return dict(_REGISTRY)
 

@@ -1,6 +1,7 @@
 """FSDP2 and HSDP: parameters, gradients and moments sharded over `dp_shard`, replicated over `dp_replicate`.
 
-With a shard degree of 1 the same call gives plain data parallelism: the sharded axis has one rank.
+With a shard degree of 1 the same call gives plain data parallelism: the sharded axis has one rank. Context-parallel
+ranks hold the same weights and see different tokens, so they are one axis with `dp_shard`.
 
 The loss is divided by the number of valid tokens of the *global* batch before the backward pass, so gradients must be
 summed over ranks, never averaged: the divide factor is 1. gloo has no pre-multiplied sum, hence the forced plain one.
@@ -8,9 +9,11 @@ summed over ranks, never averaged: the divide factor is 1. gloo has no pre-multi
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from titan_growth.config.schema import Parallelism, Recipe, Training
+from titan_growth.mesh import MeshShape
+from titan_growth.stages.autocast import mixes_precision, uses_float8
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 
 
@@ -24,45 +27,62 @@ class FSDP(StageDefaults):
         "float8",
         "tensor_parallel",
         "context_parallel",
+        "chunked_loss",
         "activation_checkpoint",
         "compile",
         "autocast",
     )
 
-    def __init__(self, parallelism: Parallelism, training: Training) -> None:
+    def __init__(self, parallelism: Parallelism, training: Training, float8: bool) -> None:
         self.parallelism = parallelism
         self.training = training
+        self.float8 = float8
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> FSDP:
-        return cls(recipe.parallelism, recipe.training)
+        return cls(recipe.parallelism, recipe.training, uses_float8(recipe.model))
 
     def enabled(self, context: StageContext) -> bool:
-        return context.mesh_shape.dp_degree > 1
+        shape = context.mesh_shape
+        if shape.dp_degree * shape.cp > 1 or self.float8:
+            return True
+        return self._offloads(context) or (mixes_precision(self.training) and shape.num_ranks > 1)
+
+    def _offloads(self, context: StageContext) -> bool:
+        return self.training.enable_cpu_offload and context.device_type != "cpu"
+
+    def parameter_device(self, context: StageContext) -> str | None:
+        return "cpu" if self._offloads(context) else None
+
+    def reshards(self, shape: MeshShape) -> bool:
+        """Whether the gathered parameters are freed after the forward pass."""
+        policy = self.parallelism.fsdp_reshard_after_forward
+        return policy == "always" or (policy == "default" and shape.pp == 1)
 
     def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
         import torch
-        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
         assert context.mesh is not None, "FSDP needs process groups"
-        axes = ("dp_replicate", "dp_shard") if context.mesh_shape.dp_replicate > 1 else ("dp_shard",)
-        mesh = context.mesh.device_mesh[axes]
-        policy = MixedPrecisionPolicy(
-            param_dtype=getattr(torch, self.training.mixed_precision_param),
-            reduce_dtype=getattr(torch, self.training.mixed_precision_reduce),
-        )
+        shared: dict[str, Any] = {
+            "mesh": context.mesh.fsdp_mesh,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=getattr(torch, self.training.mixed_precision_param),
+                reduce_dtype=getattr(torch, self.training.mixed_precision_reduce),
+            ),
+        }
+        if self._offloads(context):
+            shared["offload_policy"] = CPUOffloadPolicy()
         always = self.parallelism.fsdp_reshard_after_forward == "always"
-        reshard = always or (self.parallelism.fsdp_reshard_after_forward == "default" and context.mesh_shape.pp == 1)
+        reshard = self.reshards(context.mesh_shape)
         for part in parts:
             units = context.family.fsdp_units(part)
             for position, unit in enumerate(units):
                 # The last unit's gather would be repeated at once by the backward pass.
                 is_last = position == len(units) - 1
                 modules = unit if len(unit) > 1 else unit[0]
-                fully_shard(
-                    modules, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard and (always or not is_last)
-                )
-            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+                fully_shard(modules, reshard_after_forward=reshard and (always or not is_last), **shared)
+            fully_shard(part, reshard_after_forward=reshard, **shared)
             for module in part.modules():
                 if isinstance(module, FSDPModule):
                     module.set_gradient_divide_factor(1.0)
@@ -72,9 +92,10 @@ class FSDP(StageDefaults):
 
     def describe(self, context: StageContext) -> str:
         shape = context.mesh_shape
-        kind = "FSDP2" if shape.dp_replicate == 1 else "DDP" if shape.dp_shard == 1 else "HSDP"
+        kind = "FSDP2" if shape.dp_replicate == 1 else "DDP" if shape.fsdp_degree == 1 else "HSDP"
         policy = self.parallelism.fsdp_reshard_after_forward
+        offload = ", parameters and moments in host memory" if self._offloads(context) else ""
         return (
-            f"fsdp: {kind}, {shape.dp_replicate} x {shape.dp_shard} ranks, compute in "
-            f"{self.training.mixed_precision_param}, reshard after forward: {policy}"
+            f"fsdp: {kind}, {shape.dp_replicate} x {shape.fsdp_degree} ranks, compute in "
+            f"{self.training.mixed_precision_param}, reshard after forward: {policy}{offload}"
         )

@@ -1,0 +1,133 @@
+"""Tables that plugins add to the recipe: `plugins = ["my_pkg.stages"]` in a file, or `--plugins my_pkg.stages`.
+
+A plugin is a module. Importing it registers what it adds, here the TOML table of its settings. From then on the table
+is part of the recipe's class, and everything that is derived from that class (flags, types, "did you mean", `--help`)
+holds for it as for a table of our own; no reader of recipes knows that there are plugins. That is why the plugins are
+imported before any other key is looked at.
+
+Only what a user names is ever imported: reading a stored recipe (of a run folder, of a checkpoint) imports nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError, create_model
+
+from titan_growth.config.schema import Recipe
+from titan_growth.config.section import Section
+from titan_growth.tools.errors import ConfigError, Problem, TitanGrowthError
+
+PLUGINS_KEY = "plugins"
+
+_TABLES: dict[str, type[Section]] = {}
+
+
+def register_table(name: str, section: type[Section]) -> None:
+    """Adds the top-level table `[name]` to the recipe. Registering the same class again changes nothing.
+
+    Raises:
+        ConfigError: when the name is taken or cannot be a key, or when the table cannot be left out of a recipe.
+    """
+    if _TABLES.get(name) is section:
+        return
+    if not (isinstance(section, type) and issubclass(section, Section)):
+        raise ConfigError(
+            [Problem(name, f"cannot be a table: {section!r} is not a subclass of config.section.Section")]
+        )
+    if name in Recipe.model_fields:
+        raise ConfigError([Problem(name, "is a key of the recipe itself", "Give the plugin's table another name")])
+    if name in _TABLES:
+        other = f"{_TABLES[name].__module__}.{_TABLES[name].__qualname__}"
+        raise ConfigError([Problem(name, f"is the table of {other} already", "Give one of the two another name")])
+    # Flags are written with "-" or "_", so "-" could not be told apart; and pydantic has attributes of its own.
+    if not re.fullmatch("[a-z][a-z0-9_]*", name) or hasattr(Recipe, name):
+        raise ConfigError(
+            [Problem(name, "cannot be the name of a table", "Use lower-case letters, digits and _, as in my_table")]
+        )
+    try:
+        section()
+    except ValidationError as error:
+        keys = ", ".join(".".join(str(part) for part in details["loc"]) for details in error.errors())
+        raise ConfigError(
+            [Problem(name, f"has keys without a usable default: {keys}", "A recipe may leave the whole table out")]
+        ) from None
+    _TABLES[name] = section
+
+
+def recipe_class() -> type[Recipe]:
+    """The class of recipes as they are read now: `Recipe`, extended by every registered table."""
+    return _extended(tuple(_TABLES.items())) if _TABLES else Recipe
+
+
+def table_of(recipe: Recipe, name: str) -> Any:
+    """A registered table of a recipe; its defaults when the recipe was made before the table was registered."""
+    assert name in _TABLES, f"no table [{name}] is registered; call register_table first"
+    table = getattr(recipe, name, None)
+    return table if table is not None else _TABLES[name]()
+
+
+def load_plugins(names: Sequence[str]) -> None:
+    """Imports the modules in their order; what they register stays registered, also when one fails halfway.
+
+    Raises:
+        ConfigError: with one problem for each module that is not there or does not import.
+    """
+    problems = [problem for name in names if (problem := _load(name)) is not None]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _load(name: str) -> Problem | None:
+    if not name.strip():
+        return Problem(PLUGINS_KEY, "holds an empty name", 'Name modules, as in plugins = ["my_package.my_stage"]')
+    if not all(part.isidentifier() for part in name.split(".")):
+        return Problem(
+            PLUGINS_KEY, f"'{name}' is not the name of a module", "Write it as in an import: my_package.my_stage"
+        )
+    try:
+        importlib.import_module(name)
+    except ConfigError as error:
+        return Problem(PLUGINS_KEY, f"{name} cannot be used: {_one_line(error)}")
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and (name + ".").startswith(missing + "."):
+            found = "" if missing == name else f" (there is no {missing})"
+            return Problem(
+                PLUGINS_KEY, f"there is no module {name}{found}", "Install it, or put its folder on PYTHONPATH"
+            )
+        kind = "" if isinstance(error, TitanGrowthError) else f"{type(error).__name__}: "
+        return Problem(
+            PLUGINS_KEY,
+            f"importing {name} failed with {kind}{_one_line(error)}".removesuffix(": "),
+            f'python -c "import {name}" shows where',
+        )
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+class _PluginRecipe(Recipe):
+    """Base of the extended classes. They are made at run time, where pickle cannot find them: it stores the values."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.model_dump(),)
+
+
+def _restored(values: dict[str, Any]) -> Recipe:
+    """A recipe from another rank, which has loaded the same plugins."""
+    return recipe_class().model_validate(values)
+
+
+@functools.cache
+def _extended(tables: tuple[tuple[str, type[Section]], ...]) -> type[Recipe]:
+    # Cached because pydantic calls two recipes equal only when they are of the very same class.
+    fields: dict[str, Any] = {name: (section, section()) for name, section in tables}
+    return create_model("ExtendedRecipe", __base__=_PluginRecipe, __doc__=Recipe.__doc__, __module__=__name__, **fields)

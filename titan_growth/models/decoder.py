@@ -1,0 +1,212 @@
+"""The frame that all decoder families share: embedding, a dictionary of blocks, norm, head, loss.
+
+A family (a file such as `llama.py`) supplies the block; everything around it, and everything that the stages look at,
+is here, so no stage knows which family it works on. Layers live in a `ModuleDict` keyed by the *global* layer id:
+`layers.7` has that name on every pipeline rank and in every layout, which is what growth and resharding rely on.
+
+Three things that parallelism changes are objects a stage can replace, not branches in the math:
+
+    part.sequence   which positions this rank holds, and whom its queries may see   (context parallelism)
+    part.output     the head; a `LossHead` computes the loss without whole logits   (chunked loss)
+    part.loss       from logits to the sum of losses                                (compile)
+
+Shape suffixes: B batch, S sequence (of this rank), T sequence (of all context-parallel ranks), D model width,
+V vocabulary, N query heads, K key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_growth.models.config import ModelConfig
+
+IGNORE_INDEX = -100
+"""Label of a position that is not trained on and does not count as a token."""
+
+
+class Split(Enum):
+    """What tensor parallelism does with a module. Between modules the residual stream is split over the sequence."""
+
+    VOCABULARY = "rows of the embedding are split; the result is split over the sequence"
+    SEQUENCE = "computed on this rank's piece of the sequence (norms of the residual stream)"
+    HEADS = "computed on this rank's heads (norms of queries and keys)"
+    GATHER_INPUT = "its input is gathered from the pieces of the sequence"
+    COLUMNS = "output channels are split"
+    ROWS = "input channels are split; results are summed, and split over the sequence"
+    HEAD = "the output head: its vocabulary is split"
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """What attention needs to know about positions; the same for all layers of a forward pass."""
+
+    cos: Tensor
+    """(S, H/2), or (B, S, H/2) when every row has positions of its own."""
+    sin: Tensor
+    mask_B1ST: Tensor | None
+    """True where attention is allowed, of shape (B or 1, 1, S, T); None = plain causal."""
+
+    def attend(self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> Tensor:
+        """Causal grouped-query attention; (B, S, N * H)."""
+        num_groups = q_BSNH.shape[2] // k_BSKH.shape[2]
+        if num_groups > 1:
+            k_BSKH = k_BSKH.repeat_interleave(num_groups, dim=2)
+            v_BSKH = v_BSKH.repeat_interleave(num_groups, dim=2)
+        out_BNSH = F.scaled_dot_product_attention(
+            q_BSNH.transpose(1, 2),
+            k_BSKH.transpose(1, 2),
+            v_BSKH.transpose(1, 2),
+            attn_mask=self.mask_B1ST,
+            is_causal=self.mask_B1ST is None,
+        )
+        return out_BNSH.transpose(1, 2).flatten(-2)
+
+
+class SequenceLayout:
+    """Which positions a rank holds: here, all of them.
+
+    `hidden_shards` is the number of pieces that the hidden state between pipeline parts is split into along the
+    sequence (the tensor-parallel degree): an inner part sees only its piece but needs the whole length.
+    """
+
+    hidden_shards = 1
+
+    def context(self, cos: Tensor, sin: Tensor, num_tokens: int, positions_BT: Tensor | None) -> SequenceContext:
+        """The context of a forward pass over `num_tokens` positions of this rank.
+
+        Args:
+            cos, sin: rotary tables of all positions that the model is built for.
+            positions_BT: place of each token in its document, of the whole sequence; attention then stays inside each
+                run of positions that starts at 0.
+        """
+        assert num_tokens <= cos.shape[0], f"sequence of {num_tokens} tokens in a model built for {cos.shape[0]}"
+        if positions_BT is None:
+            return SequenceContext(cos[:num_tokens], sin[:num_tokens], None)
+        same_document = documents_of(positions_BT).unsqueeze(2) == documents_of(positions_BT).unsqueeze(1)
+        causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=positions_BT.device).tril()
+        return SequenceContext(cos[positions_BT], sin[positions_BT], (same_document & causal).unsqueeze(1))
+
+
+def documents_of(positions_BT: Tensor) -> Tensor:
+    """A number for the document that each position belongs to."""
+    return (positions_BT == 0).cumsum(dim=1)
+
+
+def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Sum over valid positions of the negative log-likelihood, in float32, as a tensor of shape (1,).
+
+    One number and not none: a pipeline joins the results of its microbatches along their first dimension.
+    """
+    loss = F.cross_entropy(
+        logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    # With the vocabulary split between ranks (loss parallel) the sum is a DTensor, the same on all of them.
+    # FSDP hangs its hooks on the result, which must not be a view: stack copies.
+    return torch.stack([loss.to_local() if isinstance(loss, DTensor) else loss])
+
+
+class LossHead(nn.Module):
+    """A head that computes the loss itself: `head(hidden_BSD, labels_BS)` is the sum of losses, shape (1,)."""
+
+
+class Decoder(nn.Module):
+    """The whole model. A pipeline part is one with some layers, `tok_embeddings`, `norm` or `output` set to None.
+
+    Args:
+        make_block: the family's transformer block, called as `block(x_BSD, context)`.
+        rope_tables: cosines and sines of positions 0..seq_len-1, each (S, H/2), on a device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        seq_len: int,
+        *,
+        make_block: Callable[[ModelConfig], nn.Module],
+        rope_tables: Callable[[ModelConfig, int, torch.device], tuple[Tensor, Tensor]],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.seq_len = seq_len
+        self.rope_tables = rope_tables
+        self.sequence = SequenceLayout()
+        self.loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
+        self.tok_embeddings: nn.Embedding | None = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleDict({str(layer): make_block(config) for layer in range(config.num_layers)})
+        self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output: nn.Module | None = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.rope_cos: Tensor
+        self.rope_sin: Tensor
+        self.register_buffer("rope_cos", torch.empty(seq_len, config.head_dim // 2), persistent=False)
+        self.register_buffer("rope_sin", torch.empty(seq_len, config.head_dim // 2), persistent=False)
+
+    def tie_weights(self) -> None:
+        """Makes the head share the embedding's weight, if the config says so and both are in this part."""
+        if self.config.tie_word_embeddings and self.tok_embeddings is not None and self.output is not None:
+            self.output.weight = self.tok_embeddings.weight
+
+    def materialized(self, device: torch.device) -> None:
+        """To be called when the model has left the meta device, which unties weights and leaves buffers empty."""
+        self.tie_weights()
+        # New tensors, not copies into the old ones: those have taken the parameters' dtype, and angles need float32.
+        self.rope_cos, self.rope_sin = self.rope_tables(self.config, self.seq_len, device)
+
+    def forward(self, tokens: Tensor, positions_BT: Tensor | None = None, labels_BS: Tensor | None = None) -> Tensor:
+        """From token ids (B, S) to logits (B, S, V), or, with labels, to the sum of their losses, shape (1,).
+
+        An inner pipeline part takes and returns hidden states. With `positions_BT` attention stays inside each run of
+        positions that starts at 0.
+        """
+        num_tokens = tokens.shape[1]
+        if self.tok_embeddings is None:
+            num_tokens *= self.sequence.hidden_shards
+        context = self.sequence.context(self.rope_cos, self.rope_sin, num_tokens, positions_BT)
+        x_BSD = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
+        for layer in self.layers.values():
+            x_BSD = layer(x_BSD, context)
+        x_BSD = self.norm(x_BSD) if self.norm is not None else x_BSD
+        if self.output is None:
+            return x_BSD
+        if labels_BS is None:
+            return self.output(x_BSD)
+        if isinstance(self.output, LossHead):
+            return self.output(x_BSD, labels_BS)
+        return self.loss(self.output(x_BSD), labels_BS)
+
+
+def fsdp_units(part: Decoder) -> list[list[nn.Module]]:
+    """The groups of modules that FSDP shards and gathers together, in the order of the forward pass.
+
+    The last group, norm and head, is needed again at once by the backward pass, so it is kept gathered. With a tied
+    head in the same part the embedding belongs to the root.
+    """
+    units: list[list[nn.Module]] = []
+    tied = part.config.tie_word_embeddings and part.tok_embeddings is not None and part.output is not None
+    if part.tok_embeddings is not None and not tied:
+        units.append([part.tok_embeddings])
+    units += [[layer] for layer in part.layers.values()]
+    if part.norm is not None and part.output is not None and not tied:
+        units.append([part.norm, part.output])
+    return units
+
+
+def tensor_parallel_plan(part: Decoder, block: dict[str, Split]) -> dict[str, Split]:
+    """Module name -> how it is split, for a part whose blocks are split as `block` says."""
+    plan = {}
+    if part.tok_embeddings is not None:
+        plan["tok_embeddings"] = Split.VOCABULARY
+    for layer in part.layers:
+        plan |= {f"layers.{layer}.{name}": split for name, split in block.items()}
+    if part.norm is not None:
+        plan["norm"] = Split.SEQUENCE
+    if part.output is not None:
+        plan["output"] = Split.HEAD
+    return plan

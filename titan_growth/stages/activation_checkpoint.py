@@ -1,0 +1,162 @@
+"""Activation checkpointing: layers forget what they computed, and compute it again for the backward pass.
+
+    full           every layer keeps its input alone
+    selective, k   every k-th layer does
+    selective, op  every layer keeps the results of its expensive operations and recomputes the cheap ones
+    memory_budget  the compiler decides what to keep, within a share of all there is; nothing to do here
+
+A layer's `forward` is replaced by a `Checkpointed` one. PyTorch's wrapper module would put itself into the parameters'
+names, which checkpoints and growth rely on. Layers are chosen by their global id, so a layer is treated alike on every
+pipeline split and after a growth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from titan_growth.config.schema import Recipe
+from titan_growth.config.technique_schema import ActivationCheckpoint as Section
+from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.tools.errors import Problem
+
+
+class Checkpointed:
+    """A function whose intermediate results are recomputed in the backward pass."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        self.function = function
+        self.options = options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from torch.utils.checkpoint import checkpoint
+
+        return checkpoint(self.function, *args, use_reentrant=False, **self.options, **kwargs)
+
+
+@register_stage
+class ActivationCheckpoint(StageDefaults):
+    """Recomputation of layers, or of their cheap operations."""
+
+    name: ClassVar[str] = "activation_checkpoint"
+    after: ClassVar[tuple[str, ...]] = (
+        "pipeline",
+        "float8",
+        "tensor_parallel",
+        "context_parallel",
+        "chunked_loss",
+    )
+
+    def __init__(self, section: Section, compiles_model: bool) -> None:
+        self.section = section
+        self.compiles_model = compiles_model
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> ActivationCheckpoint:
+        compiles_model = recipe.compile.enable and "model" in recipe.compile.components
+        return cls(recipe.activation_checkpoint, compiles_model)
+
+    def enabled(self, context: StageContext) -> bool:
+        return self.section.mode != "none"
+
+    @property
+    def per_op(self) -> bool:
+        """Whether single operations are chosen."""
+        return self.section.mode == "selective" and self.section.selective_ac_option == "op"
+
+    def check(self, context: StageContext) -> Iterator[Problem]:
+        if self.per_op and self.compiles_model and context.mesh_shape.tp > 1:
+            message = '"op" does not work inside compiled layers under tensor parallelism'
+            hint = 'Use activation_checkpoint.mode = "full", every k-th layer, or no compile'
+            yield Problem("activation_checkpoint.selective_ac_option", message, hint)
+
+    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+        if self.section.mode == "memory_budget":
+            return parts  # the compile stage passes it on
+        options: dict[str, Any] = {
+            "preserve_rng_state": self.section.preserve_rng_state,
+            "determinism_check": self.section.determinism_check,
+            "debug": self.section.debug,
+            "early_stop": self.section.early_stop,
+        }
+        every = 1
+        if self.section.mode == "selective" and not self.per_op:
+            every = int(self.section.selective_ac_option)
+        for part in parts:
+            if self.per_op:
+                options["context_fn"] = _PerOperation(self._recomputed_shapes(part))
+            for layer, block in part.layers.items():
+                if (int(layer) + 1) % every == 0:
+                    block.forward = Checkpointed(block.forward, **options)
+        return parts
+
+    def _recomputed_shapes(self, part: Any) -> frozenset[tuple[int, ...]]:
+        """Shapes of the weights whose products are recomputed: (in, out), as the product sees them."""
+        patterns = self.section.per_op_sac_force_recompute_mm_shapes_by_fqns
+        return frozenset(
+            (module.in_features, module.out_features)
+            for name, module in part.named_modules()
+            if hasattr(module, "in_features") and any(pattern in name for pattern in patterns)
+        )
+
+    def describe(self, context: StageContext) -> str:
+        if self.section.mode == "memory_budget":
+            return f"activation_checkpoint: memory budget {self.section.memory_budget:g}, chosen by the compiler"
+        if self.section.mode == "full":
+            return "activation_checkpoint: every layer is recomputed"
+        if self.per_op:
+            return "activation_checkpoint: cheap operations are recomputed"
+        every = int(self.section.selective_ac_option)
+        return (
+            f"activation_checkpoint: one layer in {every} is recomputed"
+            if every > 1
+            else ("activation_checkpoint: every layer is recomputed")
+        )
+
+
+class _PerOperation:
+    """Makes the two dispatch modes of selective checkpointing, for each forward pass anew."""
+
+    def __init__(self, recomputed_shapes: frozenset[tuple[int, ...]]) -> None:
+        self.recomputed_shapes = recomputed_shapes
+
+    def __call__(self) -> Any:
+        from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+        saved, products = _expensive_operations(), _products()
+        # Half of the products are kept: the memory of all of them would be close to no checkpointing at all.
+        num_products = {False: 0, True: 0}
+
+        def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:
+            if operation in products:
+                if tuple(args[1].shape) in self.recomputed_shapes:
+                    return CheckpointPolicy.PREFER_RECOMPUTE
+                num_products[context.is_recompute] += 1
+                keep = num_products[context.is_recompute] % 2 == 1
+            else:
+                keep = operation in saved
+            return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+        return create_selective_checkpoint_contexts(policy)
+
+
+def _products() -> set[Any]:
+    import torch
+
+    return {torch.ops.aten.mm.default, torch.ops.aten.linear.default}
+
+
+def _expensive_operations() -> set[Any]:
+    """Attention of every kind, scaled products, and reductions over ranks: what costs more to repeat than to keep."""
+    import torch
+
+    aten, functional = torch.ops.aten, torch.ops._c10d_functional
+    return {
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_mm.default,
+        aten.max.default,  # the scale of a Float8 tensor
+        functional.reduce_scatter_tensor.default,
+    }

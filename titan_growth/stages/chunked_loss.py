@@ -1,0 +1,91 @@
+"""Chunked loss: head and cross-entropy for a few positions at a time, so that the logits of a batch never exist.
+
+At a vocabulary of 128k the float32 logits of one sequence of 8k tokens are 4 GiB, more than all that a layer keeps.
+Under tensor parallelism each rank works on its part of the vocabulary, on the whole sequence.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from titan_growth.config.schema import Recipe
+from titan_growth.models.chunked_loss import chunked_cross_entropy_sum
+from titan_growth.models.decoder import LossHead
+from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+
+
+class ChunkedLossHead(LossHead):
+    """A linear head that computes the loss chunk by chunk, or plain logits when there are no labels.
+
+    Args:
+        weight: (V, D), a DTensor split over the vocabulary under tensor parallelism.
+        group: the tensor-parallel ranks.
+    """
+
+    def __init__(self, weight: nn.Parameter, chunk_tokens: int, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.chunk_tokens = chunk_tokens
+        self.group = group
+
+    def forward(self, x_BSD: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        weight_VD: Tensor = self.weight
+        offset = 0
+        if isinstance(x_BSD, DTensor):
+            if labels_BS is None:
+                logits = F.linear(x_BSD.redistribute(placements=[Replicate()]), weight_VD)
+                return logits.full_tensor() if isinstance(logits, DTensor) else logits
+            # Each rank's gradient of the hidden state is the share of its vocabulary: a partial sum.
+            x_BSD = x_BSD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        elif labels_BS is None:
+            return F.linear(x_BSD, weight_VD)
+        if isinstance(weight_VD, DTensor):
+            size, rank = weight_VD.shape[0], weight_VD.device_mesh.get_local_rank()
+            offset = min(size, rank * -(-size // weight_VD.device_mesh.size()))
+            weight_VD = weight_VD.to_local()
+        loss = chunked_cross_entropy_sum(
+            x_BSD.flatten(0, 1),
+            weight_VD,
+            labels_BS.flatten(),
+            chunk_tokens=self.chunk_tokens,
+            group=self.group,
+            vocab_offset=offset,
+        )
+        return torch.stack([loss])
+
+
+@register_stage
+class ChunkedLoss(StageDefaults):
+    """Head and loss in chunks."""
+
+    name: ClassVar[str] = "chunked_loss"
+    after: ClassVar[tuple[str, ...]] = ("pipeline", "float8", "tensor_parallel", "context_parallel")
+
+    def __init__(self, chunk_tokens: int) -> None:
+        self.chunk_tokens = chunk_tokens
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> ChunkedLoss:
+        return cls(recipe.training.loss_chunk_tokens)
+
+    def enabled(self, context: StageContext) -> bool:
+        return self.chunk_tokens > 0
+
+    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+        group = None
+        if context.mesh_shape.tp > 1:
+            assert context.mesh is not None, "tensor parallelism needs process groups"
+            group = context.mesh.group_of("tp")
+        for part in parts:
+            if part.output is not None:
+                part.output = ChunkedLossHead(part.output.weight, self.chunk_tokens, group)
+        return parts
+
+    def describe(self, context: StageContext) -> str:
+        return f"chunked_loss: {self.chunk_tokens} positions at a time"

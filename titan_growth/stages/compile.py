@@ -1,0 +1,100 @@
+"""torch.compile, one transformer block at a time.
+
+Blocks are alike, so the compiler works on one and all profit. Compiling `block.forward` rather than the whole model
+keeps FSDP's hooks outside, where they can gather and free parameters between blocks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from titan_growth.config.schema import Recipe
+from titan_growth.config.technique_schema import ActivationCheckpoint
+from titan_growth.config.technique_schema import Compile as Section
+from titan_growth.stages.activation_checkpoint import Checkpointed
+from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.tools.errors import Problem
+
+
+@register_stage
+class Compile(StageDefaults):
+    """Compiled blocks and loss."""
+
+    name: ClassVar[str] = "compile"
+    after: ClassVar[tuple[str, ...]] = (
+        "pipeline",
+        "float8",
+        "tensor_parallel",
+        "context_parallel",
+        "chunked_loss",
+        "activation_checkpoint",
+    )
+
+    def __init__(self, section: Section, checkpointing: ActivationCheckpoint, dump_folder: str) -> None:
+        self.section = section
+        self.checkpointing = checkpointing
+        self.dump_folder = dump_folder
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Compile:
+        return cls(recipe.compile, recipe.activation_checkpoint, recipe.job.dump_folder)
+
+    def enabled(self, context: StageContext) -> bool:
+        return self.section.enable
+
+    def check(self, context: StageContext) -> Iterator[Problem]:
+        import torch
+
+        backends = torch._dynamo.list_backends(exclude_tags=())
+        if self.section.backend not in backends:
+            message = f"unknown backend '{self.section.backend}'; known: {', '.join(backends)}"
+            yield Problem("compile.backend", message)
+        elif self.section.backend == "inductor" and context.device_type == "cpu" and not _has_compiler():
+            message = "inductor needs a C++ compiler on a CPU, and there is none"
+            yield Problem("compile.backend", message, 'Install g++, set CXX, or use backend = "aot_eager"')
+
+    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+        self._set_memory_budget()
+        for part in parts:
+            if "model" in self.section.components:
+                for block in part.layers.values():
+                    self._compile_block(block, context)
+            if "loss" in self.section.components:
+                part.loss = self._compiled(part.loss, fullgraph=False)
+        return parts
+
+    def _compile_block(self, block: Any, context: StageContext) -> None:
+        checkpointed = block.forward
+        if isinstance(checkpointed, Checkpointed) and context.mesh_shape.tp > 1:
+            # The compiler cannot trace a recomputation with DTensors in it, so there it goes around the compiled block.
+            checkpointed.function = self._compiled(checkpointed.function)
+        else:
+            block.forward = self._compiled(block.forward)
+
+    def _compiled(self, function: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
+        import torch
+
+        return torch.compile(function, backend=self.section.backend, fullgraph=fullgraph)
+
+    def _set_memory_budget(self) -> None:
+        """The budget is a setting of the whole process, so it is set at every build, also back to "keep everything"."""
+        import torch._functorch.config as functorch
+
+        budgeted = self.checkpointing.mode == "memory_budget"
+        functorch.activation_memory_budget = self.checkpointing.memory_budget if budgeted else 1.0
+        if budgeted and self.checkpointing.visualize_memory_budget_pareto:
+            folder = os.path.join(self.dump_folder, "memory_budget_pareto")
+            os.makedirs(folder, exist_ok=True)
+            functorch.visualize_memory_budget_pareto = True
+            functorch.memory_budget_pareto_dir = folder
+
+    def describe(self, context: StageContext) -> str:
+        what = {"model": "blocks", "loss": "loss"}
+        return f"compile: {' and '.join(what[part] for part in self.section.components)} with {self.section.backend}"
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)

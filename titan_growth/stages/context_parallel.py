@@ -1,0 +1,175 @@
+"""Context parallelism: each sequence is divided over the `cp` axis, and attention alone looks across.
+
+Every rank loads the whole sequence and keeps its positions of it. `headtail` gives rank r the r-th piece of 2n from the
+front and the r-th from the back, so that under the causal mask all ranks have equally much to attend to. Two ways of
+attending:
+
+    ring    PyTorch's ring attention (`context_parallel`): flash attention on passing keys and values. CUDA.
+    gather  keys and values of all ranks are gathered, and a mask says who sees whom. Exact on every device; used on a
+            CPU, whose attention kernels ring attention cannot call, and where documents are masked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+
+from titan_growth.config.schema import Parallelism, Recipe
+from titan_growth.models.decoder import SequenceContext, SequenceLayout, documents_of
+from titan_growth.stages.base import Microbatch, ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.stages.tensor_parallel import sequence_problems
+from titan_growth.tools.errors import Problem
+
+
+def positions_by_rank(num_tokens: int, degree: int, balancer: str) -> Tensor:
+    """Which positions of a sequence of `num_tokens` each rank holds, in its order; (degree, num_tokens / degree)."""
+    if balancer == "none":
+        return torch.arange(num_tokens).view(degree, -1)
+    pieces = torch.arange(num_tokens).view(2 * degree, -1)
+    return torch.cat((pieces[:degree], pieces.flip(0)[:degree]), dim=1)
+
+
+@dataclass(frozen=True)
+class GatheredContext(SequenceContext):
+    """Attention of this rank's queries over the keys and values of all ranks."""
+
+    group: dist.ProcessGroup
+
+    def attend(self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> Tensor:
+        both = torch.cat((k_BSKH, v_BSKH), dim=2).transpose(0, 1).contiguous()  # it gathers along the first dimension
+        gathered = collectives.all_gather_single_autograd(both, gather_dim=0, group=self.group)
+        k_BTKH, v_BTKH = collectives.wait_tensor(gathered).transpose(0, 1).chunk(2, dim=2)
+        return super().attend(q_BSNH, k_BTKH, v_BTKH)
+
+
+class ShardedSequence(SequenceLayout):
+    """The positions of one context-parallel rank."""
+
+    def __init__(
+        self, rank: int, degree: int, balancer: str, group: dist.ProcessGroup, *, ring: bool, hidden_shards: int
+    ) -> None:
+        self.rank = rank
+        self.degree = degree
+        self.balancer = balancer
+        self.group = group
+        self.ring = ring
+        self.hidden_shards = hidden_shards
+        self._placed: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def own_positions(self, num_tokens: int) -> Tensor:
+        """Positions of this rank in a sequence of `num_tokens`, on the CPU."""
+        return positions_by_rank(num_tokens, self.degree, self.balancer)[self.rank]
+
+    def context(self, cos: Tensor, sin: Tensor, num_tokens: int, positions_BT: Tensor | None) -> SequenceContext:
+        total = num_tokens * self.degree
+        assert total <= cos.shape[0], f"sequence of {total} tokens in a model built for {cos.shape[0]}"
+        own_S, gathered_T, causal_ST = self._tables(total, cos.device)
+        if positions_BT is None:
+            if self.ring:
+                return SequenceContext(cos[own_S], sin[own_S], None)  # `context_parallel` takes its attention over
+            return GatheredContext(cos[own_S], sin[own_S], causal_ST[None, None], self.group)
+        document_BT = documents_of(positions_BT)
+        same_document = document_BT[:, own_S].unsqueeze(2) == document_BT[:, gathered_T].unsqueeze(1)
+        mask = (same_document & causal_ST).unsqueeze(1)
+        own_BS = positions_BT[:, own_S]
+        return GatheredContext(cos[own_BS], sin[own_BS], mask, self.group)
+
+    def _tables(self, total: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Own positions, positions in the order they are gathered in, and who may see whom; kept on the device."""
+        if (total, device) not in self._placed:
+            by_rank = positions_by_rank(total, self.degree, self.balancer)
+            own_S, gathered_T = by_rank[self.rank].to(device), by_rank.flatten().to(device)
+            causal = own_S[:, None] >= gathered_T[None, :] if not self.ring else torch.ones(0, 0, dtype=torch.bool)
+            self._placed[total, device] = own_S, gathered_T, causal
+        return self._placed[total, device]
+
+
+@register_stage
+class ContextParallel(StageDefaults):
+    """Sequences divided between ranks."""
+
+    name: ClassVar[str] = "context_parallel"
+    after: ClassVar[tuple[str, ...]] = ("pipeline", "tensor_parallel")  # which sets `hidden_shards`
+
+    def __init__(self, parallelism: Parallelism, validation_seq_len: int | None, document_mask: bool) -> None:
+        self.parallelism = parallelism
+        self.validation_seq_len = validation_seq_len
+        self.document_mask = document_mask
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> ContextParallel:
+        validation = recipe.validation.seq_len if recipe.validation.enable else None
+        return cls(recipe.parallelism, validation, recipe.data.document_mask)
+
+    def enabled(self, context: StageContext) -> bool:
+        return context.mesh_shape.cp > 1
+
+    def _rings(self, context: StageContext) -> bool:
+        return context.device_type == "cuda" and not self.document_mask
+
+    def check(self, context: StageContext) -> Iterator[Problem]:
+        yield from sequence_problems(context, self.validation_seq_len)
+
+    def warnings(self, context: StageContext) -> Iterator[Problem]:
+        if self.parallelism.context_parallel_rotate_method != "allgather" and not self._rings(context):
+            reason = "with data.document_mask" if self.document_mask else "on a CPU"
+            message = f"has no effect: {reason} keys and values are gathered, not rotated"
+            yield Problem("parallelism.context_parallel_rotate_method", message)
+
+    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+        assert context.mesh is not None, "context parallelism needs process groups"
+        for part in parts:
+            part.sequence = ShardedSequence(
+                context.mesh.rank_of("cp"),
+                context.mesh_shape.cp,
+                self.parallelism.context_parallel_load_balancer,
+                context.mesh.group_of("cp"),
+                ring=self._rings(context),
+                hidden_shards=part.sequence.hidden_shards,
+            )
+        return parts
+
+    def prepare_microbatch(self, microbatch: Microbatch, context: StageContext) -> Microbatch:
+        assert context.mesh is not None, "context parallelism needs process groups"
+        by_rank = positions_by_rank(
+            microbatch["input"].shape[1], context.mesh_shape.cp, self.parallelism.context_parallel_load_balancer
+        )
+        own_S = by_rank[context.mesh.rank_of("cp")]
+        return microbatch | {key: microbatch[key][:, own_S].contiguous() for key in ("input", "labels")}
+
+    def train_context(self, context: StageContext) -> contextlib.AbstractContextManager[Any]:
+        return self._ring(context) if self._rings(context) else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _ring(self, context: StageContext) -> Iterator[None]:
+        """Ring attention for as long as a forward and backward pass takes."""
+        from torch.distributed.tensor.experimental import context_parallel
+        from torch.distributed.tensor.experimental._attention import _cp_options, set_rotate_method
+
+        assert context.mesh is not None, "context parallelism needs process groups"
+        set_rotate_method(self.parallelism.context_parallel_rotate_method)
+        _cp_options.enable_load_balance = self.parallelism.context_parallel_load_balancer == "headtail"
+        # It divides what it is given, and wants at least something; batches have been divided already.
+        something = torch.zeros(2 * context.mesh_shape.cp, device=context.device_type)
+        with context_parallel(
+            context.mesh.device_mesh["cp"],
+            buffers=[something],
+            buffer_seq_dims=[0],
+            no_restore_buffers={something},
+        ):
+            yield
+
+    def describe(self, context: StageContext) -> str:
+        if self._rings(context):
+            how = f"ring attention ({self.parallelism.context_parallel_rotate_method})"
+        else:
+            how = "keys and values gathered"
+        balancer = self.parallelism.context_parallel_load_balancer
+        return f"context_parallel: {context.mesh_shape.cp} ranks, {how}, load balancer: {balancer}"

@@ -1,0 +1,142 @@
+"""Float8 training of linear layers through torchao.
+
+Each product casts its operands to 8-bit floating point with a scale that is found on the fly: one for a whole tensor
+(`tensorwise`), or one a row and column (`rowwise`; `rowwise_with_gw_hp` keeps the gradient of the weight in high
+precision). Where the device has no Float8 products (GPUs before Ada and Hopper, and CPUs) torchao's emulation computes
+the same numbers in higher precision; that is chosen by itself and said in the plan.
+
+torchao takes seconds to import, so it is imported when the stage is applied and never for a plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from titan_growth.config.schema import Model, Recipe
+from titan_growth.config.technique_schema import Float8 as Float8Section
+from titan_growth.stages.autocast import uses_float8
+from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.tools.errors import Problem
+
+logger = logging.getLogger("titan_growth")
+
+MULTIPLE = 16
+"""Float8 products need sizes that are multiples of this."""
+
+
+@register_stage
+class Float8(StageDefaults):
+    """Linear layers become torchao's `Float8Linear`."""
+
+    name: ClassVar[str] = "float8"
+    after: ClassVar[tuple[str, ...]] = ("pipeline",)
+
+    def __init__(self, section: Float8Section, model: Model, chunked_loss: bool) -> None:
+        self.section = section
+        self.model = model
+        self.chunked_loss = chunked_loss
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Float8:
+        return cls(recipe.quantize.linear.float8, recipe.model, recipe.training.loss_chunk_tokens > 0)
+
+    def enabled(self, context: StageContext) -> bool:
+        return uses_float8(self.model)
+
+    @property
+    def recipe_name(self) -> str:
+        """The granularity in force."""
+        return self.section.recipe_name or "tensorwise"
+
+    def check(self, context: StageContext) -> Iterator[Problem]:
+        wrong: list[tuple[str, int, int]] = []
+        for name, num_out, num_in in linear_sizes(context):
+            if self._keeps(name, context) or not (num_out % MULTIPLE or num_in % MULTIPLE):
+                continue
+            leaf = name.split(".")[-1]
+            if all(leaf != other for other, *_ in wrong):
+                wrong.append((leaf, num_out, num_in))
+        if wrong:
+            listed = ", ".join(f"{leaf} ({num_in} -> {num_out})" for leaf, num_out, num_in in wrong)
+            ranks = " on each tensor-parallel rank" if context.mesh_shape.tp > 1 else ""
+            message = f"Float8 needs sizes that are multiples of {MULTIPLE}{ranks}, but the model has {listed}"
+            names = ", ".join(f'"{leaf}"' for leaf, *_ in wrong)
+            yield Problem("model.converters", message, f"Name them in quantize.linear.float8.filter_fqns: [{names}]")
+        if self.chunked_loss and not self._filtered("output"):
+            message = "with training.loss_chunk_tokens the head computes the loss itself and cannot be a Float8 layer"
+            yield Problem("quantize.linear.float8.filter_fqns", message, 'Add "output" to it')
+
+    def _filtered(self, name: str) -> bool:
+        return any(pattern in name for pattern in self.section.filter_fqns)
+
+    def _keeps(self, name: str, context: StageContext) -> bool:
+        """A tied head stays: its weight is the embedding's, which is looked up and not multiplied with."""
+        tied = context.model_config.tie_word_embeddings and name == "output"
+        return self._filtered(name) or tied
+
+    def emulates(self, context: StageContext) -> bool:
+        """Whether Float8 products are emulated. A plan without devices assumes that the GPUs have them."""
+        if self.section.emulate or context.device_type == "cpu":
+            return True
+        import torch
+
+        return torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
+
+    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        config = Float8LinearConfig.from_recipe_name(self.recipe_name)
+        config = dataclasses.replace(
+            config,
+            emulate=self.emulates(context),
+            enable_fsdp_float8_all_gather=self.section.enable_fsdp_float8_all_gather,
+        )
+        for part in parts:
+            convert_to_float8_training(
+                part, config=config, module_filter_fn=lambda _module, name: not self._keeps(name, context)
+            )
+            if self.model.print_after_conversion:
+                logger.info("%s", part)
+        return parts
+
+    def after_optimizer_step(self, parts: ModelParts) -> None:
+        if self.section.precompute_float8_dynamic_scale_for_fsdp:
+            from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+            for part in parts:
+                precompute_float8_dynamic_scale_for_fsdp(part)
+
+    def describe(self, context: StageContext) -> str:
+        gather = ", gathered in Float8" if self.section.enable_fsdp_float8_all_gather else ""
+        scales = ", scales precomputed" if self.section.precompute_float8_dynamic_scale_for_fsdp else ""
+        how = ", emulated" if self.emulates(context) else ""
+        kept = f", without {', '.join(self.section.filter_fqns)}" if self.section.filter_fqns else ""
+        return f"float8: {self.recipe_name}{how}{gather}{scales}{kept}"
+
+
+def linear_sizes(context: StageContext) -> Iterator[tuple[str, int, int]]:
+    """(name, output channels, input channels) of every linear layer on one tensor-parallel rank.
+
+    Channels that the ranks cannot share evenly count as 1, which no Float8 product takes.
+    """
+    import torch
+    from torch import nn
+
+    from titan_growth.models.decoder import Split
+
+    degree = context.mesh_shape.tp
+    config = dataclasses.replace(context.model_config, num_layers=1)  # all layers are alike
+    with torch.device("meta"):
+        model: Any = context.family.Decoder(config, context.seq_len)
+    plan = context.family.tensor_parallel_plan(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            num_out, num_in = module.out_features, module.in_features
+            if plan.get(name) in (Split.COLUMNS, Split.HEAD):
+                num_out = num_out // degree if num_out % degree == 0 else 1
+            elif plan.get(name) is Split.ROWS:
+                num_in = num_in // degree if num_in % degree == 0 else 1
+            yield name, num_out, num_in

@@ -1,0 +1,137 @@
+"""Pipeline parallelism: the layers are divided over the `pp` axis, in one or several parts a rank.
+
+Here the model is split; which part goes where is worked out in `pipeline_layout.py`, and the passes through the parts
+are run by `pipeline_engine.py` on PyTorch's schedules. Parts keep the global names of their layers.
+
+A tied head on another part than the embedding is a second copy of one parameter. Both copies start from the same
+numbers, get the sum of both gradients here, and so stay equal.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from titan_growth.config.schema import Recipe
+from titan_growth.pipeline_layout import PipelineLayout, plan_pipeline
+from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.tools.errors import Problem
+
+
+@register_stage
+class Pipeline(StageDefaults):
+    """The model in parts."""
+
+    name: ClassVar[str] = "pipeline"
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.parallelism = recipe.parallelism
+        self.local_batch_size = recipe.training.local_batch_size
+        self.compiles_model = recipe.compile.enable and "model" in recipe.compile.components
+        checkpointing = recipe.activation_checkpoint
+        self.checkpoints_operations = checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op"
+        self.compute_dtype = recipe.training.mixed_precision_param
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Pipeline:
+        return cls(recipe)
+
+    def enabled(self, context: StageContext) -> bool:
+        return context.mesh_shape.pp > 1
+
+    def layout(self, context: StageContext) -> PipelineLayout:
+        """Which part holds what, on which rank, for a recipe that has passed its checks."""
+        layout, problems, _ = self._plan(context)
+        assert layout is not None, f"the pipeline was not checked: {problems}"
+        return layout
+
+    def _plan(self, context: StageContext) -> tuple[PipelineLayout | None, list[Problem], list[Problem]]:
+        return plan_pipeline(self.parallelism, context.model_config.num_layers, self.local_batch_size)
+
+    def check(self, context: StageContext) -> Iterator[Problem]:
+        layout, problems, _ = self._plan(context)
+        yield from problems
+        if layout is None or not layout.conditions.splits_backward:
+            return
+        # These schedules run the two halves of a backward pass at different times, outside autograd's own order.
+        name = f"the {layout.schedule} schedule"
+        if self.parallelism.fsdp_reshard_after_forward == "always":
+            message = f'"always" gives wrong gradients with {name}, which splits the backward pass'
+            yield Problem("parallelism.fsdp_reshard_after_forward", message, 'Use "default" or "never"')
+        if self.compiles_model:
+            message = f"{name} splits the backward pass, which compiled layers do not allow"
+            hint = "Set compile.enable = false, or use 1F1B, Interleaved1F1B, GPipe or LoopedBFS"
+            yield Problem("compile.enable", message, hint)
+        if self.checkpoints_operations:
+            message = f"{name} splits the backward pass, in which single operations cannot be recomputed"
+            hint = 'Use activation_checkpoint.mode = "full" or every k-th layer'
+            yield Problem("activation_checkpoint.selective_ac_option", message, hint)
+
+    def warnings(self, context: StageContext) -> Iterator[Problem]:
+        yield from self._plan(context)[2]
+
+    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+        assert context.mesh is not None, "a pipeline needs process groups"
+        (whole,) = parts
+        mine = self.layout(context).parts_of(context.mesh.rank_of("pp"))
+        split = []
+        for part in mine:
+            module = copy.deepcopy(whole)
+            for layer in list(module.layers):
+                if int(layer) not in part.layers:
+                    del module.layers[layer]
+            if not part.first:
+                module.tok_embeddings = None
+            if not part.last:
+                module.norm = module.output = None
+            split.append(module)
+        return split
+
+    def after_backward(self, parts: ModelParts, context: StageContext) -> None:
+        if context.model_config.tie_word_embeddings:
+            _sum_tied_gradients(parts, self.layout(context), context)
+
+    def describe(self, context: StageContext) -> str:
+        layout = self.layout(context)
+        return (
+            f"pipeline: {context.mesh_shape.pp} ranks, {len(layout.parts)} parts, {layout.schedule}, "
+            f"{layout.num_microbatches} microbatches"
+        )
+
+
+def _sum_tied_gradients(parts: ModelParts, layout: PipelineLayout, context: StageContext) -> None:
+    """Gives the embedding on the first part and the head on the last one the sum of both gradients."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    assert context.mesh is not None, "a pipeline needs process groups"
+
+    def gradient_of(module: Any) -> torch.Tensor:
+        gradient = module.weight.grad
+        if isinstance(gradient, DTensor):
+            assert gradient.placements == module.weight.placements, "the gradient is not reduced yet"
+            return gradient.to_local()
+        return gradient
+
+    embedding = next((gradient_of(part.tok_embeddings) for part in parts if part.tok_embeddings is not None), None)
+    head = next((gradient_of(part.output) for part in parts if part.output is not None), None)
+    if embedding is not None and head is not None:
+        total = embedding + head
+        embedding.copy_(total)
+        head.copy_(total)
+        return
+    mine = embedding if embedding is not None else head
+    if mine is None:
+        return
+    group = context.mesh.group_of("pp")
+    place = layout.last_rank if embedding is not None else layout.first_rank
+    peer = dist.get_global_rank(group, place)
+    theirs = torch.empty_like(mine)
+    exchange = [dist.P2POp(dist.isend, mine, peer, group), dist.P2POp(dist.irecv, theirs, peer, group)]
+    if embedding is None:
+        exchange.reverse()  # both sides must name the two transfers in the same order
+    for work in dist.batch_isend_irecv(exchange):
+        work.wait()
+    mine.add_(theirs)

@@ -1,0 +1,181 @@
+"""Tensor parallelism with sequence parallelism: each matrix product is divided over the `tp` axis.
+
+The model family says, as data, what becomes of each module (`tensor_parallel_plan`, see `models.decoder.Split`); here
+those words become PyTorch's parallel styles. Between the products the residual stream is split over the sequence, so
+norms, residuals and dropped-in activations cost each rank only its share.
+
+Under loss parallel (the default) the logits stay split over the vocabulary and the loss is computed on the pieces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from titan_growth.config.schema import Parallelism, Recipe
+from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.tools.errors import Problem
+
+
+@register_stage
+class TensorParallel(StageDefaults):
+    """DTensor tensor and sequence parallelism, with loss parallel."""
+
+    name: ClassVar[str] = "tensor_parallel"
+    after: ClassVar[tuple[str, ...]] = ("pipeline", "float8")  # it must see Float8's linear layers
+
+    def __init__(self, parallelism: Parallelism, validation_seq_len: int | None, chunked_loss: bool) -> None:
+        self.parallelism = parallelism
+        self.validation_seq_len = validation_seq_len
+        self.chunked_loss = chunked_loss
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> TensorParallel:
+        validation = recipe.validation.seq_len if recipe.validation.enable else None
+        return cls(recipe.parallelism, validation, recipe.training.loss_chunk_tokens > 0)
+
+    def enabled(self, context: StageContext) -> bool:
+        return context.mesh_shape.tp > 1
+
+    @property
+    def loss_parallel(self) -> bool:
+        """Whether the loss is computed on logits that are split over the vocabulary."""
+        return not self.parallelism.disable_loss_parallel and not self.chunked_loss
+
+    def check(self, context: StageContext) -> Iterator[Problem]:
+        config, degree = context.model_config, context.mesh_shape.tp
+        key = "parallelism.tensor_parallel_degree"
+        sizes = (
+            ("query heads (model.n_heads)", config.num_heads),
+            ("key/value heads (model.n_kv_heads)", config.num_kv_heads),
+            ("channels of the SwiGLU hidden layer (model.hidden_dim)", config.hidden_dim),
+        )
+        for what, size in sizes:
+            if size % degree:
+                yield Problem(key, f"{degree} does not divide the model's {size} {what}", "Choose a divisor")
+        if config.vocab_size < degree:
+            yield Problem(key, f"{degree} is more than the vocabulary's {config.vocab_size} entries")
+        yield from sequence_problems(context, self.validation_seq_len)
+        if self.parallelism.enable_async_tensor_parallel and context.device_type != "cuda":
+            message = "needs CUDA (symmetric memory between GPUs), and this run is on the CPU"
+            yield Problem("parallelism.enable_async_tensor_parallel", message, "Set it to false")
+
+    def warnings(self, context: StageContext) -> Iterator[Problem]:
+        if self.chunked_loss and self.parallelism.disable_loss_parallel:
+            message = "has no effect: with training.loss_chunk_tokens the vocabulary is always split"
+            yield Problem("parallelism.disable_loss_parallel", message)
+
+    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+        from torch.distributed.tensor.parallel import parallelize_module
+
+        assert context.mesh is not None, "tensor parallelism needs process groups"
+        # The pieces that DTensor hands on are views. FSDP warns of in-place operations on them; there are none.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        mesh = context.mesh.device_mesh["tp"]
+        for part in parts:
+            plan = context.family.tensor_parallel_plan(part)
+            styles = {name: self._style(part, name, split, plan, context) for name, split in plan.items()}
+            parallelize_module(part, mesh, styles)
+            part.tie_weights()  # each module was given a parameter of its own
+            part.sequence.hidden_shards = context.mesh_shape.tp
+        if self.parallelism.enable_async_tensor_parallel:
+            import torch._inductor.config
+            from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+            torch._inductor.config._micro_pipeline_tp = True
+            enable_symm_mem_for_group(mesh.get_group().group_name)
+        return parts
+
+    def _style(self, part: Any, name: str, split: Any, plan: dict[str, Any], context: StageContext) -> Any:
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor.parallel import (
+            ColwiseParallel,
+            PrepareModuleInput,
+            RowwiseParallel,
+            SequenceParallel,
+        )
+
+        from titan_growth.models.decoder import Split
+
+        columns, rows, gather = ColwiseParallel, RowwiseParallel, PrepareModuleInput
+        extra: dict[str, Any] = {}
+        # gloo cannot carry Float8 tensors, so on a CPU the casts stay behind the collectives.
+        if context.device_type == "cuda" and (casts := _float8_linears(part, name, split, plan)):
+            from torchao.float8.float8_tensor_parallel import (
+                Float8ColwiseParallel,
+                Float8RowwiseParallel,
+                PrepareFloat8ModuleInput,
+            )
+
+            columns, rows, gather = Float8ColwiseParallel, Float8RowwiseParallel, PrepareFloat8ModuleInput
+            extra = {"fwd_config_submodule_fqn": casts[0]} if split is Split.GATHER_INPUT else {}
+        match split:
+            case Split.VOCABULARY:
+                return RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
+            case Split.SEQUENCE:
+                return SequenceParallel()
+            case Split.HEADS:
+                return SequenceParallel(sequence_dim=2, use_local_output=True)
+            case Split.GATHER_INPUT:
+                return gather(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),), **extra)
+            case Split.COLUMNS:
+                return columns()
+            case Split.ROWS:
+                return rows(output_layouts=Shard(1))
+            case Split.HEAD:
+                layout = Shard(-1) if self.loss_parallel else Replicate()
+                return ColwiseParallel(
+                    input_layouts=Shard(1), output_layouts=layout, use_local_output=not self.loss_parallel
+                )
+        raise AssertionError(f"no style for {split}")
+
+    def train_context(self, context: StageContext) -> contextlib.AbstractContextManager[Any]:
+        if not self.loss_parallel:
+            return contextlib.nullcontext()
+        from torch.distributed.tensor.parallel import loss_parallel
+
+        return loss_parallel()
+
+    def describe(self, context: StageContext) -> str:
+        loss = "loss on the split vocabulary" if self.loss_parallel or self.chunked_loss else "logits gathered"
+        overlap = ", collectives overlapped with products" if self.parallelism.enable_async_tensor_parallel else ""
+        return f"tensor_parallel: {context.mesh_shape.tp} ranks, sequence parallel, {loss}{overlap}"
+
+
+def sequence_problems(context: StageContext, validation_seq_len: int | None) -> Iterator[Problem]:
+    """Sequences that cannot be divided evenly over the tensor- and context-parallel ranks."""
+    shape = context.mesh_shape
+    pieces = shape.tp * (2 * shape.cp if shape.cp > 1 else 1)
+    product = f"tensor-parallel degree {shape.tp}" if shape.tp > 1 else ""
+    if shape.cp > 1:
+        product += f"{' x ' if product else ''}2 x context-parallel degree {shape.cp}"
+    for key, length in (("training.seq_len", context.seq_len), ("validation.seq_len", validation_seq_len)):
+        if length is not None and length % pieces:
+            below = length // pieces * pieces
+            fitting = f"{below} or {below + pieces}" if below else str(pieces)
+            message = f"{length} is not a multiple of {product} = {pieces}"
+            yield Problem(key, message, f"{fitting} would fit")
+
+
+def _float8_linears(part: Any, name: str, split: Any, plan: dict[str, Any]) -> list[str]:
+    """The Float8 tensorwise layers that a module is or, for one whose input is gathered, that read that input.
+
+    Empty unless all of them are: an input cannot be gathered in Float8 for some of its readers.
+    """
+    from titan_growth.models.decoder import Split
+
+    if split in (Split.COLUMNS, Split.ROWS):
+        names = [name]
+    elif split is Split.GATHER_INPUT:
+        names = [other for other, how in plan.items() if how is Split.COLUMNS and other.startswith(name + ".")]
+    else:
+        return []
+    for other in names:
+        module = part.get_submodule(other)
+        config = getattr(module, "config", None)
+        granularity = getattr(getattr(config, "cast_config_input", None), "scaling_granularity", None)
+        if type(module).__name__ != "Float8Linear" or getattr(granularity, "value", "") != "tensorwise":
+            return []
+    return [other.removeprefix(name + ".") for other in names]
