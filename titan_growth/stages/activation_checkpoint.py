@@ -13,6 +13,7 @@ pipeline split and after a growth.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar
 
 from titan_growth.config.schema import Recipe
@@ -84,7 +85,7 @@ class ActivationCheckpoint(StageDefaults):
             every = int(self.section.selective_ac_option)
         for part in parts:
             if self.per_op:
-                options["context_fn"] = _PerOperation(self._recomputed_shapes(part))
+                options["context_fn"] = partial(_per_operation, self._recomputed_shapes(part))
             for layer, block in part.layers.items():
                 if (int(layer) + 1) % every == 0:
                     block.forward = Checkpointed(block.forward, **options)
@@ -114,30 +115,28 @@ class ActivationCheckpoint(StageDefaults):
         )
 
 
-class _PerOperation:
-    """Makes the two dispatch modes of selective checkpointing, for each forward pass anew."""
+def _per_operation(recomputed_shapes: frozenset[tuple[int, ...]]) -> Any:
+    """The two dispatch modes of selective checkpointing, made for each forward pass anew.
 
-    def __init__(self, recomputed_shapes: frozenset[tuple[int, ...]]) -> None:
-        self.recomputed_shapes = recomputed_shapes
+    A function and not an object, because the compiler takes nothing else.
+    """
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    def __call__(self) -> Any:
-        from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+    saved, products = _expensive_operations(), _products()
+    # Half of the products are kept: the memory of all of them would be close to no checkpointing at all.
+    num_products = {False: 0, True: 0}
 
-        saved, products = _expensive_operations(), _products()
-        # Half of the products are kept: the memory of all of them would be close to no checkpointing at all.
-        num_products = {False: 0, True: 0}
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:
+        if operation in products:
+            if tuple(args[1].shape) in recomputed_shapes:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+            num_products[context.is_recompute] += 1
+            keep = num_products[context.is_recompute] % 2 == 1
+        else:
+            keep = operation in saved
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-        def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:
-            if operation in products:
-                if tuple(args[1].shape) in self.recomputed_shapes:
-                    return CheckpointPolicy.PREFER_RECOMPUTE
-                num_products[context.is_recompute] += 1
-                keep = num_products[context.is_recompute] % 2 == 1
-            else:
-                keep = operation in saved
-            return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-        return create_selective_checkpoint_contexts(policy)
+    return create_selective_checkpoint_contexts(policy)
 
 
 def _products() -> set[Any]:

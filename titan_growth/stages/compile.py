@@ -84,6 +84,8 @@ class Compile(StageDefaults):
         import torch._functorch.config as functorch
 
         budgeted = self.checkpointing.mode == "memory_budget"
+        # The objects without a size are process groups, which hold no tensors.
+        functorch.unsafe_treat_script_objects_as_zero_size = budgeted
         functorch.activation_memory_budget = self.checkpointing.memory_budget if budgeted else 1.0
         if budgeted and self.checkpointing.visualize_memory_budget_pareto:
             folder = os.path.join(self.dump_folder, "memory_budget_pareto")

@@ -10,7 +10,6 @@ Under loss parallel (the default) the logits stay split over the vocabulary and 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -71,13 +70,13 @@ class TensorParallel(StageDefaults):
         from torch.distributed.tensor.parallel import parallelize_module
 
         assert context.mesh is not None, "tensor parallelism needs process groups"
-        # The pieces that DTensor hands on are views. FSDP warns of in-place operations on them; there are none.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = context.mesh.device_mesh["tp"]
         for part in parts:
             plan = context.family.tensor_parallel_plan(part)
             styles = {name: self._style(part, name, split, plan, context) for name, split in plan.items()}
             parallelize_module(part, mesh, styles)
+            if part.tok_embeddings is not None:
+                part.tok_embeddings.register_forward_hook(_owned)
             part.tie_weights()  # each module was given a parameter of its own
             part.sequence.hidden_shards = context.mesh_shape.tp
         if self.parallelism.enable_async_tensor_parallel:
@@ -142,6 +141,15 @@ class TensorParallel(StageDefaults):
         loss = "loss on the split vocabulary" if self.loss_parallel or self.chunked_loss else "logits gathered"
         overlap = ", collectives overlapped with products" if self.parallelism.enable_async_tensor_parallel else ""
         return f"tensor_parallel: {context.mesh_shape.tp} ranks, sequence parallel, {loss}{overlap}"
+
+
+def _owned(_module: Any, _inputs: Any, output: Any) -> Any:
+    """The embedding's output as a tensor of its own.
+
+    DTensor hands on a view of a collective's result. Compiled blocks lose the gradient of such an input (torch 2.13:
+    the embedding was not trained at all), and FSDP warns of it.
+    """
+    return output.clone()
 
 
 def sequence_problems(context: StageContext, validation_seq_len: int | None) -> Iterator[Problem]:
