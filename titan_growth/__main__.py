@@ -10,6 +10,7 @@ USAGE = """usage: python -m titan_growth COMMAND [--job.config_file FILE] [--sec
 
 commands:
   train   train in this process (one rank); run_train.sh starts many
+  plan    what a recipe comes to on --world-size N ranks, without data or devices
   check   check a recipe and prepare its data without training; WORLD_SIZE is the number of ranks
   launch  what run_train.sh calls: check, start the ranks, report how it ended
 
@@ -31,6 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         from titan_growth.train import main as train
 
         return train(rest)
+    if command == "plan":
+        from titan_growth.plan_report import main as plan
+
+        return plan(rest)
     if command == "check":
         from titan_growth.preflight import main as check
 

@@ -32,29 +32,40 @@ class RunPlan:
     num_accumulation_steps: int
     schedule: LRSchedule
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Target positions of one optimizer step on all ranks together, masked ones included."""
+        return self.recipe.training.global_batch_size * self.recipe.training.seq_len
+
     def describe(self, device_type: str) -> list[str]:
-        """The plan in a few lines, for the log."""
-        training = self.recipe.training
-        first = self.growth.configs[0]
-        context = stage_context(self.recipe, first, self.mesh_shape, device_type)
-        active = [stage for stage in self.stages if stage.enabled(context)]
-        batch = training.global_batch_size
-        lines = [
+        """The plan in a few lines, for the log; `plan_report` has the long version."""
+        training, steps = self.recipe.training, self.num_accumulation_steps
+        return [
             f"model {self.recipe.model.name} {self.recipe.model.flavor}: {self.target.num_layers} layers, "
             f"{self.target.num_params:,} parameters in the end",
-            f"mesh: {self.mesh_shape}; batch: {batch} sequences of {training.seq_len} tokens "
-            f"({self.num_accumulation_steps} accumulation step{'s' if self.num_accumulation_steps > 1 else ''})",
+            f"mesh: {self.mesh_shape}; batch: {training.global_batch_size} sequences of {training.seq_len} tokens "
+            f"({steps} accumulation step{'s' if steps > 1 else ''})",
+            *self.stage_lines(device_type),
+            *self.growth_lines(),
+        ]
+
+    def stage_lines(self, device_type: str) -> list[str]:
+        """The stages in the order they are applied in, and what each of them does."""
+        context = stage_context(self.recipe, self.growth.configs[0], self.mesh_shape, device_type)
+        active = [stage for stage in self.stages if stage.enabled(context)]
+        return [
             "stages: " + (" -> ".join(stage.name for stage in active) or "none"),
             *(f"  {stage.describe(context)}" for stage in active),
         ]
-        for stage, before, after in zip(
-            self.growth.stages, self.growth.configs[:-1], self.growth.configs[1:], strict=True
-        ):
-            lines.append(
-                f"growth at {stage.when}: {stage.operator} x{stage.factor}, {before.num_layers} -> {after.num_layers} "
-                f"layers, moments {stage.optimizer_state}, learning rate {stage.lr_policy}"
-            )
-        return lines
+
+    def growth_lines(self) -> list[str]:
+        """One line for each growth."""
+        models = zip(self.growth.configs, self.growth.configs[1:], strict=False)
+        return [
+            f"growth at {stage.when}: {stage.operator} x{stage.factor}, {before.num_layers} -> {after.num_layers} "
+            f"layers, moments {stage.optimizer_state}, learning rate {stage.lr_policy}"
+            for stage, (before, after) in zip(self.growth.stages, models, strict=True)
+        ]
 
 
 def stage_context(recipe: Recipe, config: ModelConfig, shape: MeshShape, device_type: str) -> StageContext:
@@ -70,12 +81,14 @@ def plan_run(
     global_batch_size: int | None = None,
     progress: Progress | None = None,
     num_growths: int = 0,
+    elsewhere: bool = False,
 ) -> tuple[RunPlan | None, list[Problem], list[Problem]]:
     """(plan, problems, warnings); the plan is None when there are problems.
 
     Args:
         global_batch_size: what -1 was resolved to when the run was first started; None at that first start.
         progress: where the run has come to, and `num_growths` how often it has grown; for a run that is resumed.
+        elsewhere: the run is to happen on another machine, so what this one lacks is only warned about.
     """
     problems: list[Problem] = []
     warnings: list[Problem] = []
@@ -117,6 +130,7 @@ def plan_run(
             )
         recipe = recipe.model_copy(update={"training": training.model_copy(update={"global_batch_size": batch})})
     problems += _device_problems(recipe, device_type)
+    (warnings if elsewhere else problems).extend(_machine_problems(recipe))
     stages = stages_of(recipe)
     if target is None or shape is None or growth is None:
         return None, problems, warnings
@@ -136,6 +150,12 @@ def _device_problems(recipe: Recipe, device_type: str) -> list[Problem]:
     if recipe.profiling.enable_memory_snapshot and device_type != "cuda":
         message = "memory snapshots exist on CUDA only, and this run is on the CPU"
         problems.append(Problem("profiling.enable_memory_snapshot", message, "Set it to false"))
+    return problems
+
+
+def _machine_problems(recipe: Recipe) -> list[Problem]:
+    """What this machine lacks."""
+    problems = []
     if recipe.metrics.enable_wandb:
         from importlib.util import find_spec
 

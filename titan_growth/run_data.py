@@ -1,17 +1,30 @@
-"""The recipe's corpus, tokenizer and blocks: the one place where `[training]`, `[data]` and `[validation]` meet."""
+"""The recipe's corpus, tokenizer and blocks: the one place where `[training]`, `[data]` and `[validation]` meet.
+
+torchtitan's debug recipes train on "c4_test", a tiny corpus that lies beside its source code, with a tokenizer that
+lies there too. They are meant to run without any preparation, so where those files are missing something that every
+machine has stands in for them, with a warning (`with_stand_ins`). No other corpus is ever replaced.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titan_growth.config.loader import with_values
 from titan_growth.config.schema import Recipe
 from titan_growth.data import BatchLoader, BlockDataset, CorpusSpec, PreparedCorpus, TokenizerSpec, TokenSplit, prepare
 from titan_growth.mesh import Mesh
 from titan_growth.tools.errors import DataError, Problem
+
+logger = logging.getLogger("titan_growth")
+
+C4_TEST = "c4_test"
+C4_TEST_PATH = "tests/assets/c4_test"
+"""Where torchtitan keeps it, relative to the folder that its runs are started in."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +95,15 @@ class RunData:
 def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool) -> RunData:
     """Prepares (or finds prepared) what the recipe trains and validates on.
 
+    Args:
+        progress: this process speaks for all: it shows a bar on a terminal, and warns of what stands in for what.
+
     Raises:
         DataError: for anything wrong with corpus, tokenizer or cache, or a split too small for one sequence.
     """
+    recipe, warnings = with_stand_ins(recipe)
+    for warning in warnings if progress else []:
+        logger.warning("%s", warning)
     data, training, validation = recipe.data, recipe.training, recipe.validation
     cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else None
     settings: dict[str, Any] = {"bos": data.bos, "eos": data.eos, "cache_dir": cache_dir, "progress": progress}
@@ -95,12 +114,56 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool) -> RunD
         **settings,
     )
     held_out = corpus.validation
-    if validation.dataset is not None or validation.dataset_path is not None:
+    if validation.enable and (validation.dataset is not None or validation.dataset_path is not None):
         other = CorpusSpec(
             validation.dataset or training.dataset, validation.dataset_path, data.text_key, data.split, data.subset
         )
         held_out = prepare(other, corpus.tokenizer, validation_fraction=0.0, **settings).train
     return RunData(corpus, held_out)
+
+
+def with_stand_ins(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
+    """(the recipe with something in place of c4_test's files where they are missing, warnings that say so).
+
+    Raises:
+        DataError: when the recipe validates and leaves nothing of what stands in for its corpus to validate on.
+    """
+    if recipe.training.dataset != C4_TEST:
+        return recipe, []
+    values: dict[str, Any] = {}
+    warnings = []
+    is_here = Path(C4_TEST_PATH).exists()
+    replaced = not is_here and _is_beside_torchtitan(recipe.training.dataset_path)
+    if replaced:
+        values |= {"training.dataset": "stdlib", "training.dataset_path": None}
+    elif recipe.training.dataset_path is None:
+        values["training.dataset_path"] = C4_TEST_PATH
+    validation = recipe.validation
+    if validation.enable and _is_beside_torchtitan(validation.dataset_path):
+        if validation.dataset == C4_TEST and is_here:
+            values["validation.dataset_path"] = C4_TEST_PATH
+        elif validation.dataset in (C4_TEST, "c4_validation") and replaced:
+            if not recipe.data.validation_fraction:
+                message = "and data.validation_fraction = 0 holds nothing out of the corpus that stands in. Raise it"
+                raise DataError(f"validation.dataset: '{validation.dataset}' is not here, {message}")
+            values |= {"validation.dataset": None, "validation.dataset_path": None}
+    if replaced:
+        message = f"there is no {C4_TEST_PATH} here, so the corpus is the text of Python's own library"
+        if "validation.dataset" in values:
+            message += f", and a part of it is held out in place of '{validation.dataset}'"
+        warnings.append(Problem("training.dataset", message, "training.dataset_path names another one"))
+    assets, data = recipe.model.hf_assets_path, recipe.data
+    trains_its_own = data.tokenizer_path is None and data.tokenizer in ("auto", "sentencepiece")
+    if assets is not None and trains_its_own and not Path(assets).expanduser().exists():
+        values["model.hf_assets_path"] = None
+        message = f"{assets} does not exist, so a tokenizer is trained on the corpus"
+        warnings.append(Problem("model.hf_assets_path", message, "data.tokenizer_path names another one"))
+    return with_values(recipe, values), warnings
+
+
+def _is_beside_torchtitan(path: str | None) -> bool:
+    """Whether a recipe means the files beside torchtitan's source code, and no files of its user's own."""
+    return path is None or Path(path) == Path(C4_TEST_PATH)
 
 
 def check_run_data(run_data: RunData, recipe: Recipe) -> None:

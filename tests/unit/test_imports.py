@@ -26,9 +26,9 @@ LAYERS: list[tuple[str, ...]] = [
     ("build", "engine", "pipeline_engine", "engines"),
     ("checkpoint", "data", "optim", "lr_scheduler", "metrics"),
     ("growth.schedule", "growth.reader", "growth.verify"),
-    ("plan", "resume", "run_data", "validator", "observers", "start"),
+    ("plan", "resume", "run_data", "shards", "validator", "observers", "start"),
     ("trainer",),
-    ("train", "preflight"),
+    ("train", "preflight", "plan_report"),
     ("launch", "__main__"),
 ]
 """Lowest first. A module may import from its own layer and from lower ones."""

@@ -10,6 +10,7 @@ rather than start from scratch.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -109,7 +110,7 @@ class CheckpointManager:
             CheckpointError: on every rank, when it could not be written; nothing is left behind then.
         """
         path = step_path(self.root, manifest.progress.step)
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        num_bytes = _stored_bytes(tensors)
         on_rank0(lambda: self._clear(path, num_bytes))
         errors: list[str] = []
         try:
@@ -236,6 +237,17 @@ def misfits(reader: SafeReader, tensors: Mapping[str, Tensor]) -> list[str]:
         return []
     more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
     return [f"{reader.folder.name} refused: it is of another model: {'; '.join(wrong[:2])}{more}"]
+
+
+def _stored_bytes(tensors: Tensors) -> int:
+    """Bytes of a checkpoint: every tensor once, however many ranks hold it or a piece of it.
+
+    Ranks with the same names hold the same tensors; only pipeline ranks differ. Random states are too small to count.
+    """
+    names = [name for name in tensors if not name.startswith("rng.")]
+    num_bytes = sum(tensors[name].numel() * tensors[name].element_size() for name in names)
+    digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+    return sum(dict(gather_objects((digest, num_bytes))).values())
 
 
 def _shape(size: torch.Size) -> str:

@@ -12,6 +12,12 @@ from titan_growth.tools.errors import DataError
 
 _BATCH_ROWS = 256
 
+_SHORT_NAMES: dict[str, tuple[str, str, str | None]] = {
+    "c4": ("allenai/c4", "en", None),
+    "c4_validation": ("allenai/c4", "en", "validation"),
+}
+"""torchtitan's names -> dataset on the hub, subset, and split unless it is the recipe's."""
+
 
 class HubCorpus(Corpus):
     """The texts of one column of a map-style Hugging Face dataset; one row is one document."""
@@ -56,19 +62,22 @@ class HubCorpus(Corpus):
 
 
 def load_from_hub(spec: CorpusSpec) -> Corpus:
-    """The dataset that `spec.dataset` names. Raises DataError if it cannot be had."""
+    """The dataset that `spec.dataset` names, as a whole on disk. Raises DataError if it cannot be had."""
     import datasets
 
     origin = f"dataset {spec.dataset!r}"
+    name, usual_subset, own_split = _SHORT_NAMES.get(spec.dataset, (spec.dataset, None, None))
+    subset, split = spec.subset or usual_subset, own_split or spec.split
     try:
-        dataset = datasets.load_dataset(spec.dataset, spec.subset, split=spec.split, streaming=False)
+        # Not as a stream: an interrupted preparation goes on from any row, and a dataset's fingerprint tells it apart.
+        dataset = datasets.load_dataset(name, subset, split=split, streaming=False)
     except Exception as error:  # the library, the hub and the network each have their own exceptions
         raise DataError(
-            f"{origin}: cannot be loaded from the Hugging Face hub, subset {spec.subset!r}, split {spec.split!r} "
+            f"{origin}: cannot be loaded from the Hugging Face hub, subset {subset!r}, split {split!r} "
             f"({_first_line(error)}). Check the names and the network, set dataset_path to local files, "
             'or use dataset = "stdlib"'
         ) from error
-    return HubCorpus(origin, dataset, spec.text_key, f"hub-{spec.dataset}-{spec.subset}-{spec.split}")
+    return HubCorpus(origin, dataset, spec.text_key, f"hub-{name}-{subset}-{split}")
 
 
 def load_saved(spec: CorpusSpec, path: Path) -> Corpus:

@@ -1,0 +1,404 @@
+"""Recipes as users of torchtitan 0.2.2 have them plan and run unchanged, and no key of theirs is dropped silently.
+
+The recipes are written here from the table of torchtitan's keys: every key that its llama3 files spell out, with the
+values that they are known for. What a recipe comes to is compared with numbers known from elsewhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tomli_w
+
+from tests.runs import WORDS, make_recipe, read_metrics
+from titan_growth import run_data as run_data_module
+from titan_growth.__main__ import main
+from titan_growth.config.loader import inspect_recipe
+from titan_growth.data.corpora import CorpusSpec
+from titan_growth.data.hub import load_from_hub
+from titan_growth.run_data import C4_TEST_PATH, prepare_run_data, with_stand_ins
+from titan_growth.tools.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+Table = dict[str, Any]
+
+COMMON: Table = {
+    "job": {"dump_folder": "./outputs", "description": "Llama 3 training", "print_config": False},
+    "profiling": {"enable_profiling": True, "save_traces_folder": "profile_trace", "profile_freq": 100},
+    "metrics": {"log_freq": 10, "enable_tensorboard": True, "save_tb_folder": "tb"},
+    "model": {"name": "llama3", "hf_assets_path": "./assets/hf/Llama-3.1-8B"},
+    "optimizer": {"name": "AdamW", "eps": 1e-8},
+    "lr_scheduler": {"warmup_steps": 200},
+    "training": {"seq_len": 8192, "max_norm": 1.0, "steps": 1000, "dataset": "c4"},
+    "parallelism": {
+        "data_parallel_replicate_degree": 1,
+        "data_parallel_shard_degree": -1,
+        "fsdp_reshard_after_forward": "default",
+        "tensor_parallel_degree": 1,
+        "enable_async_tensor_parallel": False,
+        "pipeline_parallel_degree": 1,
+        "pipeline_parallel_schedule": "1F1B",
+        "context_parallel_degree": 1,
+    },
+    "checkpoint": {
+        "enable": False,
+        "folder": "checkpoint",
+        "interval": 500,
+        "last_save_model_only": True,
+        "export_dtype": "float32",
+        "async_mode": "disabled",
+    },
+    "activation_checkpoint": {"mode": "full"},
+    "compile": {"enable": False, "components": ["model", "loss"]},
+    "quantize": {
+        "linear": {
+            "float8": {
+                "enable_fsdp_float8_all_gather": False,
+                "precompute_float8_dynamic_scale_for_fsdp": False,
+                "filter_fqns": ["output"],
+            }
+        }
+    },
+    "validation": {"enable": False, "dataset": "c4_validation", "freq": 500, "steps": -1},
+    "comm": {"init_timeout_seconds": 300, "train_timeout_seconds": 100, "trace_buf_size": 20000},
+}
+"""What the files have in common; each of them overrides some of it."""
+
+RECIPES: dict[str, Table] = {
+    "debugmodel": {
+        "profiling": {
+            "enable_profiling": False,
+            "profile_freq": 10,
+            "enable_memory_snapshot": False,
+            "save_memory_snapshot_folder": "memory_snapshot",
+        },
+        "metrics": {
+            "log_freq": 1,
+            "disable_color_printing": False,
+            "enable_tensorboard": False,
+            "enable_wandb": False,
+        },
+        "model": {"hf_assets_path": "./tests/assets/tokenizer"},
+        "optimizer": {"lr": 8e-4},
+        "lr_scheduler": {"warmup_steps": 2, "decay_ratio": 0.8, "decay_type": "linear", "min_lr_factor": 0.0},
+        "training": {"local_batch_size": 8, "seq_len": 2048, "steps": 10, "dataset": "c4_test"},
+        "checkpoint": {"interval": 10, "last_save_model_only": False},
+        "activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"},
+        "validation": {"freq": 5, "steps": 10},
+    },
+    "8B": {
+        "optimizer": {"lr": 3e-4},
+        "training": {"local_batch_size": 1},
+        "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
+    },
+    "70B": {
+        "optimizer": {"lr": 1.5e-4},
+        "training": {"local_batch_size": 8},
+        "parallelism": {"tensor_parallel_degree": 8},
+    },
+    "405B": {
+        "model": {"converters": ["float8"]},
+        "optimizer": {"lr": 8e-5},
+        "lr_scheduler": {"warmup_steps": 600},
+        "training": {"local_batch_size": 2, "steps": 3000},
+        "parallelism": {"tensor_parallel_degree": 8, "enable_async_tensor_parallel": True},
+        "compile": {"enable": True},
+        "quantize": {
+            "linear": {
+                "float8": {
+                    "enable_fsdp_float8_all_gather": True,
+                    "precompute_float8_dynamic_scale_for_fsdp": True,
+                }
+            }
+        },
+    },
+}
+
+FLOAT8 = "quantize.linear.float8"
+WARNINGS = {
+    "debugmodel": {f"{FLOAT8}.filter_fqns": "model.converters does not name"},
+    "8B": {
+        f"{FLOAT8}.filter_fqns": "model.converters does not name",
+        "checkpoint.last_save_model_only": "checkpoint.enable is false",
+    },
+    "70B": {
+        f"{FLOAT8}.filter_fqns": "model.converters does not name",
+        "checkpoint.last_save_model_only": "checkpoint.enable is false",
+    },
+    "405B": {
+        "model.converters": "'float8' is an older name of 'quantize.linear.float8'",
+        "checkpoint.last_save_model_only": "checkpoint.enable is false",
+    },
+}
+"""All warnings of each recipe, by key."""
+
+SIZES = {
+    "debugmodel": (6_163_712, 2048, 256, 6, 16, 16),
+    "8B": (8_030_261_248, 128256, 4096, 32, 32, 128),
+    "70B": (70_553_706_496, 128256, 8192, 80, 64, 128),
+    "405B": (405_853_388_800, 128256, 16384, 126, 128, 128),
+}
+"""Parameters, vocabulary, width, layers, heads, width of a head."""
+
+
+def recipe_of(name: str) -> Table:
+    table = merged(COMMON, RECIPES[name])
+    table["model"]["flavor"] = name
+    return table
+
+
+def merged(base: Table, changes: Table) -> Table:
+    result = copy.deepcopy(base)
+    for key, value in changes.items():
+        result[key] = merged(result[key], value) if isinstance(value, dict) else value
+    return result
+
+
+def write(folder: Path, table: Table) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(tomli_w.dumps(table))
+    return path
+
+
+def leaves(table: Table, prefix: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    [
+        ("debugmodel", 1),
+        ("debugmodel", 8),
+        ("8B", 1),
+        ("8B", 8),
+        ("8B", 256),
+        ("70B", 8),
+        ("70B", 256),
+        ("405B", 256),
+        ("405B", 512),
+    ],
+)
+def test_recipes_plan(name: str, num_ranks: int, tmp_path: Path, capsys: Any) -> None:
+    path = write(tmp_path, recipe_of(name))
+    assert main(["plan", "--job.config_file", str(path), "--world-size", str(num_ranks)]) == 0
+    output = capsys.readouterr()
+    params, vocab, dim, num_layers, heads, head_dim = SIZES[name]
+    seq_len = recipe_of(name)["training"]["seq_len"]
+    assert f"parameters: {params:,}\n" in output.out
+    flops = 6 * (params - vocab * dim) + 12 * num_layers * heads * head_dim * seq_len
+    assert f"FLOPs per token: {flops:,} " in output.out
+    assert f"{num_ranks} rank" in output.out
+    lines = output.err.splitlines()
+    assert len(lines) == len(WARNINGS[name]), lines
+    for key, reason in WARNINGS[name].items():
+        assert any(line.startswith(f"warning: {key}: ") and reason in line for line in lines), key
+
+
+def test_405b_as_it_is_shipped_there(tmp_path: Path, capsys: Any) -> None:
+    """One pipeline part, Float8 under tensor parallelism, compiled: all of it in force."""
+    path = write(tmp_path, recipe_of("405B"))
+    assert main(["plan", "--job.config_file", str(path), "--world-size", "512"]) == 0
+    text = capsys.readouterr().out
+    assert "mesh: dp_shard 64 x tp 8 = 512 ranks" in text
+    assert "stages: float8 -> tensor_parallel -> activation_checkpoint -> compile -> fsdp" in text
+    assert "float8: tensorwise, gathered in Float8, scales precomputed, without output" in text
+    assert "collectives overlapped with products" in text
+
+
+def test_405b_in_three_dimensions_by_flags(tmp_path: Path, capsys: Any) -> None:
+    words = ["--parallelism.pipeline_parallel_degree", "8", "--training.local_batch_size", "32"]
+    words += ["--parallelism.pipeline_parallel_schedule", "Interleaved1F1B"]
+    path = write(tmp_path, recipe_of("405B"))
+    assert main(["plan", "--job.config_file", str(path), "--world-size=512", *words]) == 0
+    assert "mesh: pp 8 x dp_shard 8 x tp 8 = 512 ranks" in capsys.readouterr().out
+
+
+def _other(value: Any) -> Any:
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return type(value)(value * 2 + 1) if value != -1 else 3
+    return ["wq"] if isinstance(value, list) else "other"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_key_is_dropped_silently(name: str, tmp_path: Path) -> None:
+    """Another value of any key changes what the run will do, or is refused, or warned about, by name."""
+    table = recipe_of(name)
+    before, problems, _ = inspect_recipe(["--job.config_file", str(write(tmp_path, table))])
+    assert not problems
+    keys = list(leaves(table))
+    assert len(keys) >= 48
+    for key in keys:
+        changed = copy.deepcopy(table)
+        node = changed
+        for part in key.split(".")[:-1]:
+            node = node[part]
+        node[key.rpartition(".")[2]] = _other(node[key.rpartition(".")[2]])
+        recipe, problems, warnings = inspect_recipe(["--job.config_file", str(write(tmp_path, changed))])
+        # Of a list it may be an item, and two keys that do not agree are refused under the name of one of them.
+        refused = any(key in str(problem) for problem in problems)
+        assert refused or not problems, f"{key} = {node}: the problem has another name"
+        warned = any(warning.key == key for warning in warnings)
+        assert refused or warned or recipe != before, f"{key} = {node} is dropped silently"
+
+
+# ---- c4_test ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_debug_recipe_trains_where_torchtitans_files_are_missing(tmp_path: Path) -> None:
+    """Two steps and two validations of the recipe as it is but for sizes, in a folder without any data."""
+    table = merged(
+        recipe_of("debugmodel"),
+        {
+            "training": {"steps": 2, "local_batch_size": 2, "seq_len": 64},
+            "validation": {"enable": True, "freq": 1, "steps": 1, "local_batch_size": 1, "seq_len": 64},
+        },
+    )
+    write(tmp_path, table)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "titan_growth.train", "--job.config_file", "recipe.toml", "--model.n_layers", "2"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"training.dataset: there is no {C4_TEST_PATH} here") == 1
+    assert "a part of it is held out in place of 'c4_validation'" in done.stdout
+    assert done.stdout.count("model.hf_assets_path: ./tests/assets/tokenizer does not exist") == 1
+    metrics = read_metrics(tmp_path / "outputs")
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2]
+    assert [line["step"] for line in metrics if "validation_loss" in line] == [1, 2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    path = tmp_path / "work"
+    path.mkdir()
+    monkeypatch.chdir(path)
+    return path
+
+
+def c4_recipe(folder: Path, **overrides: Any):
+    """A small recipe with torchtitan's test corpus; make_recipe would name a corpus of its own."""
+    values = {"training.dataset": "c4_test", "training.dataset_path": None, **overrides}
+    recipe = make_recipe(folder / "run")
+    return run_data_module.with_values(recipe, values)
+
+
+def write_c4_test(path: Path) -> None:
+    """A corpus of the form that torchtitan's has: one file of JSON lines."""
+    path.mkdir(parents=True)
+    lines = (json.dumps({"text": " ".join(WORDS), "url": "", "timestamp": ""}) for _ in range(200))
+    (path / "data.json").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("path", [None, "tests/assets/c4_test", "./tests/assets/c4_test/"])
+def test_files_that_are_there_are_used(path: str | None, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_c4_test(folder / C4_TEST_PATH)
+    recipe = c4_recipe(folder, **{"training.dataset_path": path})
+    with caplog.at_level(logging.WARNING):
+        data = prepare_run_data(recipe, 258, progress=True)
+    assert data.corpus.description.startswith(f"{C4_TEST_PATH} (1 files")
+    assert not caplog.records
+
+
+def test_a_path_of_ones_own_is_used(folder: Path) -> None:
+    write_c4_test(folder / "mine")
+    recipe, warnings = with_stand_ins(c4_recipe(folder, **{"training.dataset_path": "mine"}))
+    assert recipe.training.dataset_path == "mine"
+    assert not warnings
+    recipe = c4_recipe(folder, **{"training.dataset_path": "typo"})
+    assert with_stand_ins(recipe) == (recipe, [])
+    with pytest.raises(DataError, match="typo: does not exist"):
+        prepare_run_data(recipe, 258, progress=False)
+
+
+@pytest.mark.parametrize("path", [None, "./tests/assets/c4_test"])
+def test_the_embedded_corpus_stands_in(path: str | None, folder: Path) -> None:
+    recipe, (warning,) = with_stand_ins(c4_recipe(folder, **{"training.dataset_path": path}))
+    assert (recipe.training.dataset, recipe.training.dataset_path) == ("stdlib", None)
+    assert warning.key == "training.dataset"
+    assert "held out" not in warning.message
+
+
+@pytest.mark.parametrize("dataset", ["c4_test", "c4_validation"])
+def test_validation_beside_what_stands_in(dataset: str, folder: Path) -> None:
+    values = {"validation.enable": True, "validation.dataset": dataset}
+    recipe, (warning,) = with_stand_ins(c4_recipe(folder, **values))
+    assert recipe.validation.dataset is None
+    assert f"held out in place of '{dataset}'" in warning.message
+    with pytest.raises(DataError, match=r"validation\.dataset: .*data\.validation_fraction = 0"):
+        with_stand_ins(c4_recipe(folder, **values, **{"data.validation_fraction": 0.0}))
+    # Another validation corpus is the user's own choice.
+    recipe, _ = with_stand_ins(c4_recipe(folder, **values, **{"validation.dataset_path": "mine"}))
+    assert (recipe.validation.dataset, recipe.validation.dataset_path) == (dataset, "mine")
+
+
+def test_validation_on_files_that_are_there(folder: Path) -> None:
+    write_c4_test(folder / C4_TEST_PATH)
+    recipe = c4_recipe(folder, **{"validation.enable": True, "validation.dataset": "c4_test"})
+    data = prepare_run_data(recipe, 258, progress=False)
+    assert data.validation is not None
+    assert data.validation.num_tokens > data.corpus.train.num_tokens, "the whole corpus, not the part held out of it"
+
+
+def test_a_validation_corpus_is_not_fetched_for_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every recipe of torchtitan names c4_validation, and most do not validate."""
+    monkeypatch.setattr("titan_growth.data.hub.load_from_hub", lambda spec: pytest.fail(f"{spec} was loaded"))
+    recipe = make_recipe(folder / "run", validation__dataset="c4_validation")
+    assert prepare_run_data(recipe, 258, progress=False).validation is not None
+
+
+def test_only_c4_test_is_replaced(folder: Path) -> None:
+    recipe = make_recipe(folder / "run", model__hf_assets_path="./nowhere", data__tokenizer="auto")
+    assert with_stand_ins(recipe) == (recipe, [])
+    with pytest.raises(DataError, match="tokenizer nowhere: does not exist"):
+        prepare_run_data(recipe, 258, progress=False)
+    chosen = {"model.hf_assets_path": "./nowhere", "data.tokenizer": "huggingface"}
+    recipe, warnings = with_stand_ins(c4_recipe(folder, **chosen))
+    assert recipe.model.hf_assets_path == "./nowhere"
+    assert [warning.key for warning in warnings] == ["training.dataset"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (CorpusSpec("c4"), ("allenai/c4", "en", "train")),
+        (CorpusSpec("c4", split="train[:1%]", subset="realnewslike"), ("allenai/c4", "realnewslike", "train[:1%]")),
+        (CorpusSpec("c4_validation"), ("allenai/c4", "en", "validation")),
+        (CorpusSpec("some/other", subset="x"), ("some/other", "x", "train")),
+    ],
+)
+def test_names_of_the_hub(spec: CorpusSpec, expected: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchtitan's names mean what they mean there."""
+    asked = []
+
+    def load_dataset(name: str, subset: str | None, *, split: str, streaming: bool) -> None:
+        asked.append((name, subset, split, streaming))
+        raise ConnectionError("no network")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(DataError, match=f"dataset '{spec.dataset}': cannot be loaded from the Hugging Face hub"):
+        load_from_hub(spec)
+    assert asked == [(*expected, False)]

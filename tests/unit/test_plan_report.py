@@ -1,0 +1,365 @@
+"""The plan on paper: shares of ranks against arithmetic and against built models, growth, and the command."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.harness import run_ranks
+from tests.runs import BASE, argv_of
+from titan_growth import plan as plan_module
+from titan_growth.__main__ import main
+from titan_growth.build import build
+from titan_growth.checkpoint.state import model_tensors, optimizer_tensors
+from titan_growth.config.loader import inspect_recipe
+from titan_growth.config.schema import Model
+from titan_growth.mesh import Mesh, MeshShape
+from titan_growth.models.registry import FAMILIES, family_module, model_config_of
+from titan_growth.optim import Optimizer
+from titan_growth.pipeline_layout import plan_pipeline
+from titan_growth.pipeline_parts import Part
+from titan_growth.plan import RunPlan, plan_run
+from titan_growth.plan_report import phases, report_lines
+from titan_growth.shards import LAYER, ModelShards, chunk_size
+
+ROOT = Path(__file__).resolve().parents[2]
+
+UNEVEN = {
+    **BASE,
+    "model.dim": 36,
+    "model.head_dim": 10,
+    "model.n_layers": 5,
+    "model.hidden_dim": 90,
+    "model.vocab_size": 131,
+    "training.local_batch_size": 4,
+    "training.global_batch_size": -1,
+}
+"""Sizes that few meshes divide evenly."""
+
+
+def plan_of(values: dict[str, Any], num_ranks: int, device_type: str = "cpu") -> RunPlan:
+    recipe, problems, _ = inspect_recipe(argv_of(values))
+    assert recipe is not None
+    plan, more, _ = plan_run(recipe, num_ranks=num_ranks, device_type=device_type)
+    assert plan is not None, [str(problem) for problem in problems + more]
+    return plan
+
+
+def shards_of(plan: RunPlan) -> ModelShards:
+    return ModelShards(plan.target, family_module(plan.recipe.model.name), plan.mesh_shape)
+
+
+def parts_by_rank(plan: RunPlan) -> list[tuple[Part, ...]]:
+    if plan.mesh_shape.pp == 1:
+        return [(Part(0, tuple(range(plan.target.num_layers)), first=True, last=True),)]
+    section, batch = plan.recipe.parallelism, plan.recipe.training.local_batch_size
+    layout, _, _ = plan_pipeline(section, plan.target.num_layers, batch)
+    assert layout is not None
+    return [layout.parts_of(place) for place in range(plan.mesh_shape.pp)]
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "num_chunks"), [(8, 1), (8, 2), (7, 3), (9, 4), (5, 8), (1, 4), (131, 6), (10, 7)])
+def test_chunks_are_those_of_torch(size: int, num_chunks: int) -> None:
+    expected = [len(chunk) for chunk in torch.arange(size).chunk(num_chunks)]
+    expected += [0] * (num_chunks - len(expected))
+    assert [chunk_size(size, num_chunks, index) for index in range(num_chunks)] == expected
+
+
+MESHES = [
+    MeshShape(),
+    MeshShape(dp_shard=3),
+    MeshShape(dp_shard=7, tp=2),
+    MeshShape(dp_replicate=2, dp_shard=2, cp=3, tp=4),
+    MeshShape(dp_shard=500),
+    MeshShape(pp=2, dp_shard=2, tp=2),
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_unique_shares_add_up_to_the_model(mesh: MeshShape, family: str, tied: bool) -> None:
+    """Over all parts and all ranks that share a copy; what several `tp` ranks hold alike counts on the first."""
+    sizes = {"dim": 36, "n_layers": 5, "n_heads": 4, "n_kv_heads": 4, "hidden_dim": 92, "vocab_size": 131}
+    section = Model(name=family, flavor="custom", **sizes, head_dim=8, tie_word_embeddings=tied)
+    config, problems = model_config_of(section)
+    assert config is not None, problems
+    shards = ModelShards(config, family_module(family), mesh)
+    assert shards.num_params == config.num_params
+    assert shards.numel(LAYER) == config.num_layer_params
+    total = 0
+    for piece, parameters in shards.pieces.items():
+        times = config.num_layers if piece == LAYER else 0 if piece == "output" and tied else 1
+        for parameter in parameters:
+            ranks = product(range(1 if parameter.tp_dim is None else mesh.tp), range(mesh.fsdp_degree))
+            shares = [parameter.local_numel(mesh, *place) for place in ranks]
+            assert sum(shares) == parameter.numel
+            total += times * sum(shares)
+    assert total == config.num_params
+
+
+@pytest.mark.parametrize(
+    ("family", "flavor"), [(family, flavor) for family in FAMILIES for flavor in family_module(family).FLAVORS]
+)
+def test_one_layer_tells_the_parameters_of_every_flavor(family: str, flavor: str) -> None:
+    if flavor == "custom":
+        pytest.skip("has no sizes of its own")
+    config, problems = model_config_of(Model(name=family, flavor=flavor))
+    assert config is not None, problems
+    assert ModelShards(config, family_module(family), MeshShape(dp_shard=8, tp=2)).num_params == config.num_params
+
+
+# ---- against built models --------------------------------------------------------------------------------------------
+
+
+def _built_numel(rank: int, values: dict[str, Any], num_ranks: int) -> tuple[tuple[int, int, int], int, int]:
+    """((pp, tp, fsdp rank), elements of the parameters on this rank, elements of its moments)."""
+    plan = plan_of(values, num_ranks)
+    mesh = Mesh.get(plan.mesh_shape, "cpu")
+    model = build(
+        plan.target,
+        family=plan.recipe.model.name,
+        mesh=mesh,
+        stages=plan.stages,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        seq_len=plan.recipe.training.seq_len,
+        seed=None,
+    )
+    optimizer = Optimizer.of(model, plan.recipe.optimizer, max_norm=1.0)
+    moments = [
+        state for parameter in optimizer.inner.state.values() for name, state in parameter.items() if "exp" in name
+    ]
+    fsdp_rank = mesh.rank_of("dp_shard") * plan.mesh_shape.cp + mesh.rank_of("cp")
+    place = mesh.rank_of("pp"), mesh.rank_of("tp"), fsdp_rank
+    return place, _local_numel(part for parts in model.parts for part in parts.parameters()), _local_numel(moments)
+
+
+def _local_numel(tensors: Any) -> int:
+    return sum(tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel() for tensor in tensors)
+
+
+P = "parallelism."
+BUILDS = {
+    "one rank": (1, {}),
+    "fsdp 3": (3, {}),
+    "fsdp 8": (8, {}),
+    "hsdp": (4, {P + "data_parallel_replicate_degree": 2}),
+    "tp": (2, {P + "tensor_parallel_degree": 2}),
+    "fsdp 3 x tp": (6, {P + "tensor_parallel_degree": 2}),
+    "cp x fsdp": (4, {P + "context_parallel_degree": 2}),
+    "pp": (2, {P + "pipeline_parallel_degree": 2}),
+    "pp x fsdp x tp": (8, {P + "pipeline_parallel_degree": 2, P + "tensor_parallel_degree": 2}),
+    "V x fsdp": (4, {P + "pipeline_parallel_degree": 2, P + "pipeline_parallel_schedule": "ZBVZeroBubble"}),
+    "interleaved": (2, {P + "pipeline_parallel_degree": 2, P + "pipeline_parallel_schedule": "Interleaved1F1B"}),
+    "tied": (2, {"model.tie_word_embeddings": True}),
+    "tied tp": (2, {"model.tie_word_embeddings": True, P + "tensor_parallel_degree": 2}),
+    "tied pp x fsdp": (4, {"model.tie_word_embeddings": True, P + "pipeline_parallel_degree": 2}),
+    "tied V": (
+        2,
+        {
+            "model.tie_word_embeddings": True,
+            P + "pipeline_parallel_degree": 2,
+            P + "pipeline_parallel_schedule": "DualPipeV",
+        },
+    ),
+    "qwen3 fsdp x tp": (4, {"model.name": "qwen3", P + "tensor_parallel_degree": 2}),
+    "chunked loss": (4, {"training.loss_chunk_tokens": 16, P + "tensor_parallel_degree": 2}),
+}
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_ranks_hold_what_the_plan_says(name: str) -> None:
+    num_ranks, changes = BUILDS[name]
+    values = {**UNEVEN, **changes}
+    plan = plan_of(values, num_ranks)
+    shards, parts = shards_of(plan), parts_by_rank(plan)
+    built = run_ranks(_built_numel, num_ranks, values, num_ranks)
+    for place, numel, moments in built:
+        pp_rank, tp_rank, fsdp_rank = place
+        assert numel == shards.local_numel(parts[pp_rank], tp_rank, fsdp_rank), place
+        assert moments == 2 * numel
+    for pp_rank, held in enumerate(parts):
+        found = [numel for place, numel, _ in built if place[0] == pp_rank]
+        assert (shards.held(held).least, shards.held(held).most) == (min(found), max(found))
+
+
+def _checkpoint_numel(rank: int, values: dict[str, Any]) -> int:
+    plan = plan_of(values, 1)
+    model = build(
+        plan.target,
+        family=plan.recipe.model.name,
+        mesh=Mesh.get(plan.mesh_shape, "cpu"),
+        stages=plan.stages,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        seq_len=plan.recipe.training.seq_len,
+        seed=None,
+    )
+    tensors = model_tensors(model.parts) | optimizer_tensors(Optimizer.of(model, plan.recipe.optimizer, max_norm=1.0))
+    return sum(tensor.numel() for tensor in tensors.values() if tensor.dim())  # without the step counters
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_stores_what_the_plan_says(tied: bool) -> None:
+    values = {**UNEVEN, "model.tie_word_embeddings": tied}
+    assert run_ranks(_checkpoint_numel, 1, values) == [3 * shards_of(plan_of(values, 1)).num_stored]
+
+
+# ---- growth ----------------------------------------------------------------------------------------------------------
+
+
+def growing(*stages: str) -> dict[str, Any]:
+    values: dict[str, Any] = {**BASE, "model.n_layers": 8, "training.steps": 20, "checkpoint.enable": True}
+    for index, at in enumerate(stages):
+        values |= {f"growth.stages.{index}.at": at, f"growth.stages.{index}.factor": 2}
+    return values
+
+
+def test_phases_of_a_run_that_grows_by_steps_and_by_tokens() -> None:
+    """8 sequences of 32 tokens a step: 1,000 tokens are reached in the fourth step, 3,072 exactly in the twelfth."""
+    plan = plan_of(growing("1k tokens", "3072 tokens"), 1)
+    found = list(phases(plan))
+    assert [phase.config.num_layers for phase in found] == [2, 4, 8]
+    assert [phase.last_step for phase in found] == [4, 12, 20]
+    assert [phase.tokens for phase in found] == [1024, 3072, 5120]
+    costs = [phase.config.flops_per_token(32) for phase in found]
+    spent = [4 * 256 * costs[0], 8 * 256 * costs[1], 8 * 256 * costs[2]]
+    assert [phase.flops for phase in found] == [spent[0], spent[0] + spent[1], sum(spent)]
+    assert [phase.last_step for phase in phases(plan_of(growing("7 steps"), 1))] == [7, 20]
+
+
+def test_report_of_a_run_that_grows() -> None:
+    plan = plan_of({**growing("7 steps"), "data.document_mask": True, "checkpoint.last_save_model_only": True}, 1)
+    text = "\n".join(report_lines(plan, "cpu"))
+    assert "growth at 7 steps: stack x2, 4 -> 8 layers, moments reset, learning rate restart" in text
+    assert "until step 7: 1,792 tokens" in text
+    assert "at most 5,120 tokens" in text
+    assert "upper bounds" in text
+    assert "ranks at 4 layers" in text
+    assert "ranks at 8 layers" in text
+    assert "the last one has the weights only" in text
+    lines = {line.strip() for line in text.splitlines()}
+    assert {line.strip() for line in plan.describe("cpu")[2:]} <= lines, "the short plan says something else"
+
+
+def test_bytes_of_a_rank_follow_the_type() -> None:
+    """16 bytes a parameter in float32, 8 in bfloat16: weight, gradient, two moments."""
+    values = {**BASE, "model.dim": 512, "model.hidden_dim": 1024}
+    for dtype, size in (("float32", 16), ("bfloat16", 8)):
+        plan = plan_of({**values, "training.dtype": dtype, "training.mixed_precision_param": "bfloat16"}, 1)
+        text = "\n".join(report_lines(plan, "cpu"))
+        assert f"largest: {size * plan.target.num_params / 2**30:,.3f} GiB" in text
+        assert f"GiB of {dtype} on the ranks" in text
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["plan", "--training.dataset_path", "nowhere", "--model.hf_assets_path", "nowhere"]) == 0
+    assert "dp_shard 4 = 4 ranks" in capsys.readouterr().out
+    assert main(["plan", "--world-size=6", "--device=cpu", "--parallelism.tensor_parallel_degree", "2"]) == 0
+    assert "dp_shard 3 x tp 2 = 6 ranks" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_problems_together(capsys: Any) -> None:
+    words = ["--model.flavour", "8B", "--parallelism.tensor_parallel_degree", "3", "--optimizer.lr", "-1"]
+    assert main(["plan", "--world-size", "6", *words, "--compile.backend", "eager"]) == 2
+    output = capsys.readouterr()
+    assert not output.out
+    for expected in (
+        "error: model.flavour: unknown key in [model] (--model.flavour). Did you mean",
+        "error: optimizer.lr: must be greater than 0, got -1",
+        "error: parallelism.tensor_parallel_degree: 3 does not divide the model's 16 query heads",
+        "warning: compile.backend: has no effect because compile.enable is false",
+    ):
+        assert expected in output.err
+    assert "nothing was started" in output.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--world-size", "many"],
+            "error: --world-size or WORLD_SIZE: expected a number of ranks, at least 1, got 'many'",
+        ),
+        (["--world-size=0"], "error: --world-size or WORLD_SIZE: expected a number of ranks, at least 1, got '0'"),
+        (["--world-size"], "error: --world-size or WORLD_SIZE: expected a number of ranks, at least 1, got ''"),
+        (["--device", "tpu"], "error: --device: must be one of cuda, cpu, got 'tpu'"),
+        (["--job.config_file", "nowhere.toml"], "error: job.config_file nowhere.toml: no such file"),
+        (["--world-size", "6", "--parallelism.tensor_parallel_degree", "4"], "4 does not divide the 6 ranks"),
+        (["--device", "cpu", "--profiling.enable_memory_snapshot"], "memory snapshots exist on CUDA only"),
+    ],
+)
+def test_a_problem_is_said_in_one_line(words: list[str], message: str, capsys: Any) -> None:
+    assert main(["plan", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert message in lines[0]
+
+
+def test_what_this_machine_lacks_is_only_warned_about(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["plan", "--metrics.enable_wandb"]) == 0
+    assert "warning: metrics.enable_wandb: needs the package wandb" in capsys.readouterr().err
+    recipe, _, _ = inspect_recipe(["--metrics.enable_wandb"])
+    assert recipe is not None
+    _, problems, _ = plan_module.plan_run(recipe, num_ranks=1, device_type="cuda")
+    assert [problem.key for problem in problems] == ["metrics.enable_wandb"]
+
+
+def test_a_dry_run_is_planned_as_what_it_is(capsys: Any) -> None:
+    """One step that does not grow, whatever the recipe has besides."""
+    words = argv_of({**growing("7 steps"), "training.steps": 5, "comm.mode": "fake_backend"})
+    assert main(["plan", *words, "--world-size", "4"]) == 0
+    output = capsys.readouterr().out
+    assert "run: 1 step, 256 tokens" in output
+    assert "growth" not in output
+    assert "checkpoints: none are saved" in output
+
+
+def test_a_pipeline_is_shown_at_every_depth(capsys: Any) -> None:
+    words = argv_of({**growing("7 steps"), "parallelism.pipeline_parallel_degree": 2})
+    assert main(["plan", *words, "--world-size", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "  schedule 1F1B, 2 microbatches of 1 sequence in each accumulation step" in lines
+    assert "  pp 1: part 1 (layers 2-3, norm, output)" in lines
+    assert "  pp 1: part 1 (layers 4-7, norm, output)" in lines
+    assert [line.split()[1] for line in lines if line.startswith(("   0 ", "   1 "))] == ["0-1", "2-3"] * 2
+
+
+def test_help(capsys: Any) -> None:
+    assert main(["plan", "--help"]) == 0
+    assert "--world-size" in capsys.readouterr().out
+    assert main([]) == 0
+    assert "\n  plan " in capsys.readouterr().out
+
+
+def test_405b_on_512_ranks_takes_seconds() -> None:
+    """As a user starts it, with all imports; in CPU seconds, which other processes do not lengthen much."""
+    recipe = ROOT / "train_configs" / "llama3_405b.toml"
+    words = ["plan", "--world-size", "512", "--job.config_file", str(recipe)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "titan_growth", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "405,853,388,800" in done.stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
