@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.harness import run_ranks
+from titan_growth.config import plugins
 from titan_growth.config.loader import load_recipe
+from titan_growth.config.plugins import recipe_class, register_table
 from titan_growth.config.schema import Parallelism
+from titan_growth.config.section import Section
 from titan_growth.mesh import AXES, Mesh, MeshShape, resolve_batch, resolve_mesh
 from titan_growth.stages import base
 from titan_growth.stages.base import StageDefaults, register_stage, registered_stages, resolve_order, stages_of
@@ -110,7 +115,7 @@ def stage(*after: str) -> type:
         ({"c": stage(), "b": stage(), "a": stage()}, ["c", "b", "a"]),
         ({"a": stage("c"), "b": stage(), "c": stage()}, ["b", "c", "a"]),
         ({"a": stage("b"), "b": stage("c"), "c": stage()}, ["c", "b", "a"]),
-        ({"a": stage("not there"), "b": stage()}, ["a", "b"]),
+        ({"a": stage(), "b": stage("a"), "c": stage("b"), "d": stage("a")}, ["a", "b", "c", "d"]),
         ({"d": stage("b", "c"), "c": stage("a"), "b": stage("a"), "a": stage()}, ["a", "c", "b", "d"]),
         ({}, []),
     ],
@@ -120,11 +125,45 @@ def test_order_follows_after_and_then_registration(stages: dict[str, type], expe
 
 
 def test_a_circle_is_named() -> None:
-    with pytest.raises(ValueError, match="stages cannot be ordered: ") as caught:
+    with pytest.raises(ConfigError, match="plugins: the stages cannot be ordered: ") as caught:
         resolve_order({"a": stage("b"), "b": stage("c"), "c": stage("a"), "d": stage()})
-    named = str(caught.value).split(": ")[1].split(" -> ")
+    named = caught.value.problems[0].message.split(": ")[1].split(" is to come after ")
     assert set(named) == {"a", "b", "c"}
-    assert named[0] == named[-1]
+    assert all(before == {"a": "b", "b": "c", "c": "a"}[name] for name, before in pairwise(named))
+    with pytest.raises(ConfigError, match="cannot be ordered: a is to come after a"):
+        resolve_order({"a": stage("a")})
+
+
+def test_a_name_that_no_stage_has() -> None:
+    """It would otherwise put the stage somewhere else, in silence."""
+    with pytest.raises(ConfigError) as caught:
+        resolve_order({"mine": stage("fdsp", "fsdp"), "yours": stage("nowhere"), "fsdp": stage()})
+    assert [str(problem) for problem in caught.value.problems] == [
+        "plugins: the stage 'mine' is to come after 'fdsp', which is no stage. Did you mean 'fsdp'?",
+        "plugins: the stage 'yours' is to come after 'nowhere', which is no stage. The stages are mine, yours, fsdp",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("after", "expected_before"),
+    [
+        ((), "pipeline"),
+        (("pipeline",), "float8"),
+        (("compile",), "autocast"),
+        (("autocast",), "fsdp"),
+        (("pipeline", "chunked_loss"), "activation_checkpoint"),
+    ],
+)
+def test_a_stage_of_a_plugin_comes_as_early_as_it_may(after: tuple[str, ...], expected_before: str) -> None:
+    """And so before fsdp unless it asks for more; how long its chain of other plugins' stages is does not matter."""
+    own = registered_stages()
+    for stages in ({"x": stage(*after), **own}, {**own, "x": stage(*after)}):
+        order = resolve_order(stages)
+        assert order[order.index("x") + 1] == expected_before
+        assert order[-1] == "fsdp"
+    order = resolve_order({**own, "z": stage("y"), "y": stage("x"), "x": stage(*after)})
+    assert order[(position := order.index("x")) : position + 4] == ["x", "y", "z", expected_before]
+    assert resolve_order({**own, "x": stage("fsdp")})[-1] == "x"
 
 
 def test_the_order_of_the_stages_is_the_golden_one() -> None:
@@ -140,14 +179,84 @@ def test_every_stage_keeps_the_protocol() -> None:
         assert isinstance(found, base.Stage)
 
 
-def test_a_name_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered_stages()
-    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+def test_a_stage_of_our_own_is_called_like_its_module() -> None:
+    """By that plugins are told that a name is taken, without importing all of our own."""
+    for name, kind in registered_stages().items():
+        assert kind.__module__ == f"titan_growth.stages.{name}"
 
-    class Mine(StageDefaults):
-        name = "mine"
 
-    assert register_stage(Mine) is Mine
-    assert "mine" in registered_stages()
-    with pytest.raises(AssertionError, match="two stages are called 'mine'"):
-        register_stage(Mine)
+@pytest.fixture
+def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registries of this test's own."""
+    monkeypatch.setattr(base, "_REGISTRY", dict(registered_stages()))
+    monkeypatch.setattr(plugins, "_TABLES", {})
+
+
+class Table(Section):
+    """A table."""
+
+    size: int = 1
+
+
+def new_stage(qualname: str = "Mine", without: tuple[str, ...] = (), **attributes: Any) -> type:
+    """A complete stage class of a plugin, but for what is left out or changed."""
+    methods = {name: lambda *_: None for name in ("from_recipe", "enabled", "apply", "describe")}
+    body = {"name": "mine", "__module__": "my_plugin", "__qualname__": qualname, **methods, **attributes}
+    return type("Mine", (StageDefaults,), {key: value for key, value in body.items() if key not in without})
+
+
+@pytest.mark.usefixtures("_registries")
+def test_a_module_that_is_imported_again_replaces_its_stage_and_table() -> None:
+    """As after an import that failed halfway, or `importlib.reload`."""
+    for _ in range(2):
+        section = type("Table", (Table,), {})
+        mine = new_stage(table="my_table", settings=section)
+        assert register_stage(mine) is mine
+        assert registered_stages()["mine"] is mine
+        assert recipe_class().model_fields["my_table"].annotation is section
+    assert list(registered_stages()).count("mine") == 1
+
+
+REFUSED = [
+    (new_stage("Other"), "my_plugin.Other: my_plugin.Mine is called 'mine' already. Give one of the two another name"),
+    (new_stage(__module__="their_plugin"), "their_plugin.Mine: my_plugin.Mine is called 'mine' already. Give one"),
+    (new_stage(name="fsdp"), "my_plugin.Mine: 'fsdp' is the name of a stage of titan_growth itself. Give it another"),
+    (new_stage(name="my-stage"), "my_plugin.Mine: needs a name of lower-case letters, digits and _, has 'my-stage'"),
+    (new_stage(without=("name",)), "my_plugin.Mine: needs a name of lower-case letters, digits and _, has None. Write"),
+    (
+        new_stage(after="fsdp"),
+        "my_plugin.Mine: `after` must be a tuple of names, is 'fsdp'. Write after = (\"pipeline\",)",
+    ),
+    (new_stage(after=(1,)), "my_plugin.Mine: `after` must be a tuple of names, is (1,)"),
+    (new_stage(without=("apply", "describe")), "my_plugin.Mine: lacks apply, describe. Derive it from StageDefaults"),
+    (new_stage(check=3), "my_plugin.Mine: lacks check. Derive it"),
+    (new_stage(settings=Table), "my_plugin.Mine: has `settings` but no `table`. Give both"),
+    (new_stage(table="my_table"), "my_plugin.Mine: has `table` but no `settings`. Give both"),
+    (new_stage(table="training", settings=Table), "training: is a key of the recipe itself"),
+    (
+        new_stage("Mine", name="another", table="taken", settings=Table),
+        "taken: is the table of my_plugin.Theirs already",
+    ),
+]
+
+
+@pytest.mark.usefixtures("_registries")
+@pytest.mark.parametrize(("kind", "message"), REFUSED, ids=[message.partition(": ")[2][:40] for _, message in REFUSED])
+def test_a_class_that_cannot_be_a_stage(kind: type, message: str) -> None:
+    """One message that names the class, and nothing is registered."""
+    register_stage(new_stage())
+    register_table("taken", type("Theirs", (Table,), {"__module__": "my_plugin", "__qualname__": "Theirs"}))
+    before = registered_stages()
+    with pytest.raises(ConfigError) as caught:
+        register_stage(kind)
+    assert str(caught.value).startswith(message)
+    assert len(caught.value.problems) == 1
+    assert registered_stages() == before
+    assert list(plugins._TABLES) == ["taken"]
+
+
+@pytest.mark.usefixtures("_registries")
+def test_all_flaws_of_a_class_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        register_stage(new_stage(name="fsdp", after="x", without=("apply",), table="t"))
+    assert len(caught.value.problems) == 4

@@ -28,20 +28,18 @@ _TABLES: dict[str, type[Section]] = {}
 
 
 def register_table(name: str, section: type[Section]) -> None:
-    """Adds the top-level table `[name]` to the recipe. Registering the same class again changes nothing.
+    """Adds the top-level table `[name]` to the recipe. A module that is imported again replaces its own table.
 
     Raises:
         ConfigError: when the name is taken or cannot be a key, or when the table cannot be left out of a recipe.
     """
-    if _TABLES.get(name) is section:
-        return
     if not (isinstance(section, type) and issubclass(section, Section)):
         raise ConfigError(
             [Problem(name, f"cannot be a table: {section!r} is not a subclass of config.section.Section")]
         )
     if name in Recipe.model_fields:
         raise ConfigError([Problem(name, "is a key of the recipe itself", "Give the plugin's table another name")])
-    if name in _TABLES:
+    if name in _TABLES and not same_origin(_TABLES[name], section):
         other = f"{_TABLES[name].__module__}.{_TABLES[name].__qualname__}"
         raise ConfigError([Problem(name, f"is the table of {other} already", "Give one of the two another name")])
     # Flags are written with "-" or "_", so "-" could not be told apart; and pydantic has attributes of its own.
@@ -57,6 +55,11 @@ def register_table(name: str, section: type[Section]) -> None:
             [Problem(name, f"has keys without a usable default: {keys}", "A recipe may leave the whole table out")]
         ) from None
     _TABLES[name] = section
+
+
+def same_origin(one: type[Any], other: type[Any]) -> bool:
+    """Whether two classes are one and the same, or come from the same line of a module that was imported twice."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def recipe_class() -> type[Recipe]:

@@ -2,7 +2,8 @@
 
 A stage is one class in one file. It says which stages must have run before it (`after`), checks a recipe without
 devices (`check`), and transforms the model parts (`apply`). The order of composition is nowhere written as code: it is
-the topological sort of what the stages declare, printed by every run and pinned by a golden test.
+the topological sort of what the stages declare, printed by every run and pinned by a golden test. A plugin adds a stage
+in the same way (docs/adding_a_stage.md).
 
 In this field "stage" also means a chunk of a pipeline. Here a chunk is a *part*.
 """
@@ -10,17 +11,20 @@ In this field "stage" also means a chunk of a pipeline. Here a chunk is a *part*
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from titan_growth.config.plugins import register_table
+from titan_growth.config.messages import suggestion
+from titan_growth.config.plugins import PLUGINS_KEY, register_table, same_origin
 from titan_growth.config.schema import Recipe
 from titan_growth.config.section import Section
 from titan_growth.mesh import Mesh, MeshShape
 from titan_growth.models.config import ModelConfig
-from titan_growth.tools.errors import Problem
+from titan_growth.tools.errors import ConfigError, Problem
 
 ModelParts = list[Any]
 """The model parts of this rank, as `nn.Module`s (typed loosely so that planning does not import torch)."""
@@ -99,7 +103,7 @@ class Stage(Protocol):
 class StageDefaults:
     """The parts of the protocol that most stages leave alone.
 
-    A stage of a plugin names its TOML `table` and the `Section` with its `settings`; built-in tables are in the schema.
+    A stage of a plugin names its TOML `table` and the `Section` with its `settings`; our own tables are in the schema.
     """
 
     after: ClassVar[tuple[str, ...]] = ()
@@ -130,14 +134,53 @@ class StageDefaults:
 
 _REGISTRY: dict[str, type[Stage]] = {}
 
+_OWN = "titan_growth.stages."
+"""What the modules of our own stages begin with; each is called like its stage."""
+
 
 def register_stage(stage: type[Any]) -> type[Any]:
-    """Class decorator: makes a stage known under its name."""
-    assert stage.name not in _REGISTRY, f"two stages are called {stage.name!r}"
+    """Class decorator: makes a stage known under its name. A module that is imported again replaces its own stage.
+
+    Raises:
+        ConfigError: with everything that keeps the class from being a stage. Nothing has been registered then.
+    """
+    if problems := list(_flaws(stage)):
+        raise ConfigError(problems)
     if getattr(stage, "settings", None) is not None:
         register_table(stage.table, stage.settings)
     _REGISTRY[stage.name] = stage
     return stage
+
+
+def _flaws(stage: type[Any]) -> Iterator[Problem]:
+    """What is wrong with a class that wants to be a stage; it is the plugin's author who reads this."""
+    where = _origin(stage)
+    name, after = getattr(stage, "name", None), getattr(stage, "after", ())
+    if not (isinstance(name, str) and re.fullmatch("[a-z][a-z0-9_]*", name)):
+        yield Problem(
+            where, f"needs a name of lower-case letters, digits and _, has {name!r}", 'Write name = "my_stage"'
+        )
+        return
+    other = _REGISTRY.get(name)
+    if not where.startswith(_OWN) and find_spec(_OWN + name) is not None:
+        yield Problem(where, f"{name!r} is the name of a stage of titan_growth itself", "Give it another name")
+    elif other is not None and not same_origin(other, stage):
+        yield Problem(where, f"{_origin(other)} is called {name!r} already", "Give one of the two another name")
+    if not (isinstance(after, tuple | list) and all(isinstance(item, str) for item in after)):
+        yield Problem(where, f"`after` must be a tuple of names, is {after!r}", 'Write after = ("pipeline",)')
+    wanted = [method for method in vars(Stage) if not method.startswith("_")]
+    if missing := [method for method in wanted if not callable(getattr(stage, method, None))]:
+        yield Problem(where, f"lacks {', '.join(missing)}", "Derive it from StageDefaults and write these methods")
+    table, settings = getattr(stage, "table", ""), getattr(stage, "settings", None)
+    if bool(table) != (settings is not None):
+        given, lacking = ("table", "settings") if table else ("settings", "table")
+        yield Problem(
+            where, f"has `{given}` but no `{lacking}`", "Give both: the name of the TOML table and its Section"
+        )
+
+
+def _origin(stage: Any) -> str:
+    return f"{stage.__module__}.{stage.__qualname__}"
 
 
 def registered_stages() -> dict[str, type[Stage]]:
@@ -158,24 +201,42 @@ def registered_stages() -> dict[str, type[Stage]]:
 
 
 def resolve_order(stages: dict[str, Any]) -> list[str]:
-    """Names of the stages in the order they are applied; ties go by registration.
+    """Names of the stages in the order they are applied.
+
+    Each comes as early as its `after` allows. Where several could be next, those of plugins come before our own, in
+    the order of their registration: so `fsdp`, which ends our own, comes after every stage that does not name it.
 
     Raises:
-        ValueError: when the `after` declarations contradict each other.
+        ConfigError: when an `after` names no stage, or when they contradict each other.
     """
-    sorter: TopologicalSorter[str] = TopologicalSorter()
-    for name, stage in stages.items():
-        sorter.add(name, *(other for other in stage.after if other in stages))
+    unknown = [
+        Problem(
+            PLUGINS_KEY,
+            f"the stage {name!r} is to come after {other!r}, which is no stage",
+            suggestion(other, stages) or f"The stages are {', '.join(stages)}",
+        )
+        for name, stage in stages.items()
+        for other in stage.after
+        if other not in stages
+    ]
+    if unknown:
+        raise ConfigError(unknown)
+    sorter = TopologicalSorter({name: stage.after for name, stage in stages.items()})
     try:
         sorter.prepare()
     except CycleError as error:
-        raise ValueError(f"stages cannot be ordered: {' -> '.join(error.args[1])}") from None
+        message = f"the stages cannot be ordered: {' is to come after '.join(reversed(error.args[1]))}"
+        raise ConfigError([Problem(PLUGINS_KEY, message, "Take one of these names out of an `after`")]) from None
+    plugins_first = sorted(stages, key=lambda name: _origin(stages[name]).startswith(_OWN))
+    place = {name: position for position, name in enumerate(plugins_first)}
     order: list[str] = []
-    rank = {name: position for position, name in enumerate(stages)}
+    ready: set[str] = set()
     while sorter.is_active():
-        ready = sorted(sorter.get_ready(), key=rank.__getitem__)
-        order += ready
-        sorter.done(*ready)
+        ready.update(sorter.get_ready())
+        earliest = min(ready, key=place.__getitem__)
+        ready.remove(earliest)
+        order.append(earliest)
+        sorter.done(earliest)
     return order
 
 
