@@ -7,7 +7,7 @@ layout and every way of accumulating.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -59,15 +59,22 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Microbatch]) -> float:
         """Mean loss over the valid positions of all ranks' microbatches; every rank passes equally many."""
-        batches = list(microbatches)
         for part in self.model.parts:
             part.eval()
+        num_tokens = 0
+
+        def counted() -> Iterator[Microbatch]:
+            nonlocal num_tokens
+            for microbatch in microbatches:
+                num_tokens += num_valid_tokens([microbatch])
+                yield microbatch
+
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for loss_sum in self._loss_sums(batches):
+        for loss_sum in self._loss_sums(counted()):
             totals[0] += loss_sum.double().sum()
         mesh = self.model.context.mesh
         totals[0] *= float(self._counts)
-        totals[1] = float(num_valid_tokens(batches)) if mesh is None or mesh.speaks_for_its_data else 0.0
+        totals[1] = float(num_tokens) if mesh is None or mesh.speaks_for_its_data else 0.0
         for part in self.model.parts:
             part.train()
         loss_sum, count = sum_over_ranks(totals).tolist()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
@@ -41,6 +42,9 @@ class PipelineEngine(Engine):
         self.holds_first = any(part.first for part in self.parts)
         self.holds_last = any(part.last for part in self.parts)
         self.divisor = 1.0
+        # Mixed sends and receives go through a communicator of the whole group. NCCL makes it at its first use, in
+        # which all ranks must take part: here, not in a schedule that has only two of them talking.
+        dist.all_reduce(torch.zeros(1, device=device), group=self.group)
         self._training: tuple[tuple[int, ...], Any] | None = None
         self._evaluations: dict[tuple[int, ...], Any] = {}
 
@@ -137,8 +141,9 @@ class PipelineEngine(Engine):
             size = (num_sequences, num_hidden, self.model.config.dim)
             hidden = torch.empty(size, dtype=self.compute_dtype, requires_grad=True)
             loss = torch.empty(1, dtype=torch.float32, requires_grad=True)
+        kind = _DryPart if dist.get_backend(self.group) == "fake" else PipelineStage
         return [
-            PipelineStage(
+            kind(
                 module,
                 part.index,
                 len(self.layout.parts),
@@ -149,3 +154,13 @@ class PipelineEngine(Engine):
             )
             for part, module in zip(self.parts, self.model.parts, strict=True)
         ]
+
+
+class _DryPart(PipelineStage):
+    """A part in a dry run, where nobody answers: all parts have static metadata, so the vote on that is known."""
+
+    def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
+        return torch.ones(1, dtype=torch.int32)
+
+    def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
+        return torch.ones(1, dtype=torch.int32)

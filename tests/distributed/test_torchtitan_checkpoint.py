@@ -1,0 +1,80 @@
+"""Checkpoints of torchtitan 0.2.2 start a run, and ours carry its names."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.harness import run_ranks
+from tests.runs import make_recipe, read_metrics, train
+from titan_growth.models.registry import family_module, model_config_of
+
+SAVING = {"checkpoint__enable": True, "checkpoint__interval": 2, "training__steps": 2}
+
+
+def _their_checkpoint(_rank: int, folder: str, weights: dict[str, torch.Tensor]) -> None:
+    """As theirs is laid out: weights at the top level, flattened optimizer state with a byte entry for every
+    hyper-parameter, schedulers, the loader's state pickled by rank, counters."""
+    state: dict[str, Any] = dict(weights)
+    for name, weight in weights.items():
+        state[f"optimizer.state.{name}.exp_avg"] = torch.zeros_like(weight)
+        state[f"optimizer.state.{name}.exp_avg_sq"] = torch.zeros_like(weight)
+        state[f"optimizer.state.{name}.step"] = torch.tensor(3.0)
+        for key, value in {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "fused": True}.items():
+            state[f"optimizer.param_groups.{name}.{key}"] = value
+    state["lr_scheduler.last_epoch"] = 3
+    state["dataloader.dp_rank_0"] = pickle.dumps({"sample_idx": 5})
+    state["dataloader.world_size"] = 1
+    state["train_state.step"] = torch.tensor(3)
+    state["train_state.ntokens_seen"] = torch.tensor(768)
+    dcp.save(state, checkpoint_id=folder)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> dict[str, torch.Tensor]:
+    recipe = make_recipe(tmp_path / "sizes")
+    config, _ = model_config_of(recipe.model)
+    assert config is not None
+    generator = torch.Generator().manual_seed(3)
+    model = family_module("llama3").Decoder(config, 32)
+    return {name: torch.randn(weight.shape, generator=generator) * 0.02 for name, weight in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "mesh"),
+    [(1, {}), (4, {"parallelism__pipeline_parallel_degree": 2, "parallelism__tensor_parallel_degree": 2})],
+    ids=["1 rank", "pp2 x tp2"],
+)
+def test_their_weights_start_a_run(
+    num_ranks: int, mesh: dict[str, int], weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """The first loss is that of their weights, on one rank and on a mesh that they were not saved on."""
+    theirs = tmp_path / "theirs" / "step-3"
+    run_ranks(_their_checkpoint, 1, str(theirs), weights)
+    recipe = make_recipe(tmp_path / "run", **SAVING, **mesh, checkpoint__initial_load_path=str(theirs))
+    run_ranks(train, num_ranks, num_ranks, recipe)
+    first = read_metrics(tmp_path / "run")[0]
+    assert first["step"] == 1
+    one = make_recipe(tmp_path / "one", **SAVING, checkpoint__initial_load_path=str(theirs))
+    run_ranks(train, 1, 1, one)
+    assert first["loss"] == pytest.approx(read_metrics(tmp_path / "one")[0]["loss"], rel=1e-5)
+    scratch = make_recipe(tmp_path / "scratch", training__steps=2)
+    run_ranks(train, 1, 1, scratch)
+    assert first["loss"] != pytest.approx(read_metrics(tmp_path / "scratch")[0]["loss"], rel=1e-3)
+
+
+def test_our_checkpoint_has_their_names(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """Every tensor that they would look for, from a mesh of two pipeline ranks."""
+    recipe = make_recipe(tmp_path / "run", **SAVING, parallelism__pipeline_parallel_degree=2)
+    run_ranks(train, 2, 2, recipe)
+    metadata = dcp.FileSystemReader(tmp_path / "run" / "checkpoint" / "step-2").read_metadata()
+    for name, weight in weights.items():
+        assert metadata.state_dict_metadata[name].size == weight.shape
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert metadata.state_dict_metadata[f"optimizer.state.{name}.{key}"].size == weight.shape
+        assert f"optimizer.state.{name}.step" in metadata.state_dict_metadata
