@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,28 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def without_timings(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines without what depends on the clock."""
     return [{key: value for key, value in line.items() if key not in ("tokens_per_second", "mfu")} for line in lines]
+
+
+def assert_parity(
+    found: list[dict[str, Any]], expected: list[dict[str, Any]], *, first: float = 1e-5, later: float = 1e-4
+) -> None:
+    """Both runs saw the same tokens and computed the same numbers, up to relative differences."""
+    kinds = [
+        [(line["step"], "validation_loss" in line, line.get("tokens")) for line in run] for run in (found, expected)
+    ]
+    assert kinds[0] == kinds[1]
+    for line, reference in zip(found, expected, strict=True):
+        tolerance = first if line["step"] == 1 else later
+        for key in NUMBERS:
+            if key in reference:
+                assert math.isfinite(reference[key])
+                difference = relative_difference(line, reference, key)
+                assert difference <= tolerance, f"step {line['step']}: {key} is {line[key]}, not {reference[key]}"
+
+
+NUMBERS = ("loss", "grad_norm", "validation_loss")
+
+
+def relative_difference(line: dict[str, Any], reference: dict[str, Any], key: str) -> float:
+    """Of one number of two lines."""
+    return abs(line[key] - reference[key]) / abs(reference[key])

@@ -1,0 +1,39 @@
+"""Ranks that are kept warm, and runs that are not repeated, for the tests of one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.harness import WarmRanks
+from tests.runs import make_recipe, read_metrics, train
+
+Lines = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def warm_ranks() -> Iterator[WarmRanks]:
+    """Called like `run_ranks`."""
+    ranks = WarmRanks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def trained(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Lines]:
+    """`trained(num_ranks, **settings)`: the metrics of that run, which is trained once for all tests of the file."""
+    folder = tmp_path_factory.mktemp("trained")
+    known: dict[str, Lines] = {}
+
+    def lines_of(num_ranks: int, **settings: Any) -> Lines:
+        key = json.dumps([num_ranks, settings], sort_keys=True)
+        if key not in known:
+            recipe = make_recipe(folder / f"run-{len(known)}", **settings)
+            warm_ranks(train, num_ranks, num_ranks, recipe, timeout_seconds=250)
+            known[key] = read_metrics(folder / f"run-{len(known)}")
+        return known[key]
+
+    return lines_of
