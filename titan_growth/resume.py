@@ -37,6 +37,9 @@ _FIXED = (
 _UNREMARKABLE = ("job.", "model.", "data.", "metrics.", "profiling.")
 """Sections whose changes are not worth a line: they change nothing, or are compared in another way."""
 
+_REMARKABLE = ("model.converters",)
+"""Keys of those sections that do change the computation."""
+
 
 def decided_before(folder: Path, checkpoint: StepFolder | None) -> Recipe | None:
     """The effective recipe of the run's earlier start, from its checkpoint or else from its folder.
@@ -108,7 +111,9 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
     changes = [
         f"changed since {checkpoint.path.name}: {key} = {_show(new.get(key))} (was {_show(old.get(key))})"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in _FIXED and not key.startswith(_UNREMARKABLE)
+        if old.get(key) != new.get(key)
+        and key not in _FIXED
+        and (key in _REMARKABLE or not key.startswith(_UNREMARKABLE))
     ]
     return refused, changes
 

@@ -9,12 +9,14 @@ summed over ranks, never averaged: the divide factor is 1. gloo has no pre-multi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from titan_growth.config.schema import Parallelism, Recipe, Training
 from titan_growth.mesh import MeshShape
 from titan_growth.stages.autocast import mixes_precision, uses_float8
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.tools.errors import Problem
 
 
 @register_stage
@@ -58,6 +60,10 @@ class FSDP(StageDefaults):
         """Whether the gathered parameters are freed after the forward pass."""
         policy = self.parallelism.fsdp_reshard_after_forward
         return policy == "always" or (policy == "default" and shape.pp == 1)
+
+    def warnings(self, context: StageContext) -> Iterator[Problem]:
+        if self.training.enable_cpu_offload and context.device_type == "cpu":
+            yield Problem("training.enable_cpu_offload", "has no effect: on a CPU everything is in host memory")
 
     def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
         import torch
