@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_growth.build import BuiltModel
 from titan_growth.config.schema import Optimizer as OptimizerSection
+from titan_growth.tools.gradients import reduced
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -92,7 +93,7 @@ class Optimizer:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            parameter.grad = _reduced(parameter.grad, parameter)
+            parameter.grad = reduced(parameter.grad, parameter)
             # A copy of a parameter has the gradient of both; it is the original that counts.
             if name not in self.tied:
                 counted.append(parameter.grad)
@@ -103,17 +104,6 @@ class Optimizer:
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
         return norm
-
-
-def _reduced(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient laid out like its parameter.
-
-    That of a norm under sequence parallelism is each rank's sum over its piece of the sequence until it is summed here
-    (or by FSDP, where that is on).
-    """
-    if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
-        return gradient
-    return gradient.redistribute(placements=parameter.placements)
 
 
 def global_norm(gradients: Sequence[Tensor], pipeline_group: dist.ProcessGroup | None = None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from titan_growth.models.config import ModelConfig
+from titan_growth.models.decoder import IGNORE_INDEX, cross_entropy_sum
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.llama import Decoder, apply_rope, init_rule, rope_cache, rope_frequencies
 
@@ -180,6 +181,25 @@ def test_a_block_by_hand(tokens: torch.Tensor) -> None:
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_with_labels_the_model_gives_the_sum_of_losses(tokens: torch.Tensor) -> None:
+    """In nats, in float32, over the positions that have a label; the positions of the documents are heeded."""
+    model = built(CONFIG)
+    positions = torch.cat([torch.arange(length) for length in (5, 11)]).expand(2, -1)
+    labels = tokens.roll(-1, dims=1)
+    labels[:, 4] = IGNORE_INDEX
+    labels[1, 10:] = IGNORE_INDEX
+    log_probabilities = model(tokens, positions).double().log_softmax(-1)
+    wanted = [(row, place) for row in (0, 1) for place in range(16) if labels[row, place] != IGNORE_INDEX]
+    assert len(wanted) == 15 + 9
+    expected = -sum(log_probabilities[row, place, labels[row, place]] for row, place in wanted)
+    found = model(tokens, positions, labels)
+    assert found.shape == (1,)
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-5)
+    logits = model(tokens, positions).bfloat16()
+    assert cross_entropy_sum(logits, labels).dtype == torch.float32
+    assert cross_entropy_sum(logits, torch.full_like(labels, IGNORE_INDEX)).item() == 0.0
 
 
 def test_tied_head_is_the_embedding(tokens: torch.Tensor) -> None:

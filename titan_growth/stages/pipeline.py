@@ -106,14 +106,13 @@ def _sum_tied_gradients(parts: ModelParts, layout: PipelineLayout, context: Stag
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
+    from titan_growth.tools.gradients import reduced
+
     assert context.mesh is not None, "a pipeline needs process groups"
 
     def gradient_of(module: Any) -> torch.Tensor:
-        gradient = module.weight.grad
-        if isinstance(gradient, DTensor):
-            assert gradient.placements == module.weight.placements, "the gradient is not reduced yet"
-            return gradient.to_local()
-        return gradient
+        module.weight.grad = gradient = reduced(module.weight.grad, module.weight)
+        return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
     embedding = next((gradient_of(part.tok_embeddings) for part in parts if part.tok_embeddings is not None), None)
     head = next((gradient_of(part.output) for part in parts if part.output is not None), None)

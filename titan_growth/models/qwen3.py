@@ -1,0 +1,114 @@
+"""The dense Qwen3 family: a Llama block whose queries and keys are normalised, head by head, before they are rotated.
+
+Pure math, as in `llama.py`, from which everything is taken that the two families share. What differs:
+
+    QK-norm      RMSNorm over the channels of each query and key, one weight for all heads of a layer. It bounds the
+                 attention scores, whatever wq and wk grow to (Henry et al. 2020; Dehghani et al. 2023).
+    head width   a size of its own, 128 in every released model, and not dim / n_heads: wq need not be square.
+    rotation     channel i turns together with channel i + H/2, as the released weights expect, where llama's turn with
+                 their neighbours. Same angles, other order of channels.
+    tied head    in the models up to 4B.
+
+Parameter names are torchtitan's.
+
+Shape suffixes: B batch, S sequence, D model width, N query heads, K key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titan_growth.models import decoder, llama
+from titan_growth.models.config import ModelConfig
+from titan_growth.models.decoder import SequenceContext, Split, fsdp_units
+from titan_growth.models.llama import init_rule, rope_cache
+
+__all__ = ["DEFAULTS", "FLAVORS", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
+
+_RELEASE = {"n_kv_heads": 8, "head_dim": 128, "vocab_size": 151936}
+_TIED = {"tie_word_embeddings": True}
+
+FLAVORS: dict[str, dict[str, Any]] = {
+    "custom": {},
+    "debugmodel": {
+        "dim": 256,
+        "n_layers": 8,
+        "n_heads": 16,
+        "n_kv_heads": 8,
+        "head_dim": 64,
+        "hidden_dim": 768,
+        "vocab_size": 2048,
+        **_TIED,
+    },
+    "0.6B": {"dim": 1024, "n_layers": 28, "n_heads": 16, "hidden_dim": 3072, **_RELEASE, **_TIED},
+    "1.7B": {"dim": 2048, "n_layers": 28, "n_heads": 16, "hidden_dim": 6144, **_RELEASE, **_TIED},
+    "4B": {"dim": 2560, "n_layers": 36, "n_heads": 32, "hidden_dim": 9728, **_RELEASE, **_TIED},
+    "8B": {"dim": 4096, "n_layers": 36, "n_heads": 32, "hidden_dim": 12288, **_RELEASE},
+    "14B": {"dim": 5120, "n_layers": 40, "n_heads": 40, "hidden_dim": 17408, **_RELEASE},
+    "32B": {"dim": 5120, "n_layers": 64, "n_heads": 64, "hidden_dim": 25600, **_RELEASE},
+}
+"""The dense models of the Qwen3 release (April 2025)."""
+
+DEFAULTS: dict[str, Any] = {
+    **llama.DEFAULTS,
+    "norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_scaling_factor": 1.0,
+    "max_seq_len": 40960,
+    "qk_norm": True,
+}
+"""What a flavor does not say."""
+
+
+def apply_rope(x_BSNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the channel pairs (i, i + H/2), as the released weights expect.
+
+    cos and sin have shape (S, H/2), or (B, S, H/2) when every row has positions of its own.
+    """
+    cos, sin = (table.unsqueeze(-2) for table in (cos, sin))
+    first, second = x_BSNH.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return rotated.to(x_BSNH.dtype)
+
+
+class Attention(llama.Attention):
+    """Causal grouped-query attention with QK-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        assert config.qk_norm, "every Qwen3 model has QK-norm; a config without it counts too few parameters"
+        super().__init__(config)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
+        # -1 for the heads: under tensor parallelism each rank holds only some of them.
+        q_BSNH = self.q_norm(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)))
+        k_BSKH = self.k_norm(self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)))
+        v_BSKH = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
+        q_BSNH = apply_rope(q_BSNH, context.cos, context.sin)
+        k_BSKH = apply_rope(k_BSKH, context.cos, context.sin)
+        return self.wo(context.attend(q_BSNH, k_BSKH, v_BSKH))
+
+
+class TransformerBlock(llama.TransformerBlock):
+    """Llama's block around this family's attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.attention = Attention(config)
+
+
+class Decoder(decoder.Decoder):
+    """A Qwen3 model, or a pipeline part of one."""
+
+    def __init__(self, config: ModelConfig, seq_len: int) -> None:
+        super().__init__(config, seq_len, make_block=TransformerBlock, rope_tables=rope_cache)
+
+
+def tensor_parallel_plan(part: decoder.Decoder) -> dict[str, Split]:
+    """Module name -> how tensor parallelism splits it."""
+    norms = (f"layers.{layer}.attention.{norm}" for layer in part.layers for norm in ("q_norm", "k_norm"))
+    return llama.tensor_parallel_plan(part) | dict.fromkeys(norms, Split.HEADS)
