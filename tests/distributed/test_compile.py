@@ -1,0 +1,91 @@
+"""Compiled blocks and loss compute what eager ones compute, on every kind of mesh and within any memory budget.
+
+`aot_eager` traces forward and backward as inductor does and runs PyTorch's own kernels, so a difference is an error of
+what was traced. inductor's kernels have a test of their own, which is slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.meshes import MESHES, ONE_RANK
+from tests.harness import run_ranks
+from tests.runs import assert_parity, make_recipe, read_metrics, train
+
+Trained = Callable[..., list[dict[str, Any]]]
+COMPILED = {"compile__enable": True, "compile__backend": "aot_eager"}
+RUN = {"training__steps": 3}
+VALIDATING = {"validation__enable": True, "validation__freq": 3, "validation__steps": 1}
+CASES = {"1 rank": ONE_RANK, **MESHES}
+
+
+def lines_of(name: str, trained: Trained, **settings: Any) -> list[dict[str, Any]]:
+    return trained(CASES[name].num_ranks, **RUN, **CASES[name].layout, **CASES[name].model, **settings)
+
+
+QUICK = ("1 rank", "fsdp2", "tp2", "pp2", "cp2")
+THOROUGH = (
+    "fsdp2 x tp2",
+    "pp2 x tp2",
+    "cp2 x tp2",
+    "cp2, masked documents",
+    "tp2, tied head",
+    "tp2, chunked loss",
+    "pp2 x fsdp2, 4 parts a rank, Interleaved1F1B",
+)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_compiled_runs_are_eager_runs(name: str, trained: Trained) -> None:
+    assert_parity(lines_of(name, trained, **COMPILED), lines_of(name, trained))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*QUICK, *THOROUGH])
+def test_compiled_validation_is_the_eager_one(name: str, trained: Trained) -> None:
+    """On more meshes, with the forward passes that are compiled without a backward one."""
+    assert_parity(lines_of(name, trained, **COMPILED, **VALIDATING), lines_of(name, trained, **VALIDATING))
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        ("fsdp2", 0.5),
+        ("tp2", 0.0),
+        pytest.param("fsdp2", 0.0, marks=pytest.mark.slow),
+        pytest.param("tp2", 0.5, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_budgets_change_nothing(name: str, budget: float, trained: Trained) -> None:
+    """To 1e-6 what the compiled run computes that keeps everything."""
+    settings = {"activation_checkpoint__mode": "memory_budget", "activation_checkpoint__memory_budget": budget}
+    found = lines_of(name, trained, **COMPILED, **settings)
+    assert_parity(found, lines_of(name, trained, **COMPILED), first=1e-6, later=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2", "tp2"])
+@pytest.mark.parametrize("mode", ["full", "2", "op"])
+def test_compiled_checkpointing_changes_nothing(name: str, mode: str, trained: Trained) -> None:
+    """To 1e-6 as well; single operations are refused in compiled layers under tensor parallelism."""
+    if (mode, name) == ("op", "tp2"):
+        pytest.skip("refused: tests/unit/test_impossible.py")
+    settings = {"activation_checkpoint__mode": "full" if mode == "full" else "selective"}
+    if mode != "full":
+        settings["activation_checkpoint__selective_ac_option"] = mode
+    found = lines_of(name, trained, **COMPILED, **settings)
+    assert_parity(found, lines_of(name, trained, **COMPILED), first=1e-6, later=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1 rank", "fsdp2"])
+def test_inductor_computes_the_same(name: str, trained: Trained, tmp_path: Path) -> None:
+    """Generated kernels, to the tolerances of a mesh."""
+    case = CASES[name]
+    recipe = make_recipe(tmp_path / "run", **RUN, **case.layout, compile__enable=True)
+    run_ranks(train, case.num_ranks, case.num_ranks, recipe, timeout_seconds=280)
+    assert_parity(read_metrics(tmp_path / "run"), lines_of(name, trained))
