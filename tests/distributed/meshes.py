@@ -154,6 +154,7 @@ MESHES: dict[str, Case] = {
     "pp2, tied head": mesh(pp=2, model=TIED),
     "pp2, tied head, ZBVZeroBubble": mesh(pp=2, schedule="ZBVZeroBubble", model=TIED),
     "pp2 x fsdp2, tied head": mesh(pp=2, shard=2, model=TIED),
+    "pp2 x tp2, tied head": mesh(pp=2, tp=2, model=TIED),
     "pp2 x fsdp2 x tp2, tied head": mesh(pp=2, shard=2, tp=2, model=TIED),
     # Head and loss in chunks.
     "1 rank, chunked loss": mesh(**CHUNKED),
@@ -206,6 +207,7 @@ QUICK = (
     "tp2, tied head",
     "pp2, tied head",
     "pp2, tied head, ZBVZeroBubble",
+    "pp2 x tp2, tied head",
     "fsdp2, chunked loss",
     "tp2, chunked loss",
     "pp2, chunked loss",

@@ -1,0 +1,184 @@
+"""Every stage, alone and beside every other one, trains.
+
+A new stage fails here until it says how it is switched on; then it meets all others. What PyTorch cannot do together
+must be refused before anything starts, with the key to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.meshes import ONE_RANK, Case, mesh
+from tests.harness import WarmRanks
+from tests.runs import assert_parity, make_recipe, read_metrics, trainer_of
+from titan_growth.plan import plan_run
+from titan_growth.stages.base import registered_stages
+
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class On:
+    """How a stage is switched on: degrees of the mesh, settings, and a relative error that it may make."""
+
+    degrees: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    error: float = 1e-5
+
+
+AC = "activation_checkpoint__"
+FLOAT8 = "quantize__linear__float8__"
+STAGES = {
+    "pipeline": On({"pp": 2}),
+    "float8": On(settings={"model__converters": ["quantize.linear.float8"]}, error=2e-2),
+    "tensor_parallel": On({"tp": 2}),
+    "context_parallel": On({"cp": 2}),
+    "chunked_loss": On(settings={"training__loss_chunk_tokens": 20}),
+    "activation_checkpoint": On(settings={f"{AC}mode": "selective", f"{AC}selective_ac_option": "2"}),
+    "compile": On(settings={"compile__enable": True, "compile__backend": "aot_eager"}),
+    "autocast": On(settings={"training__mixed_precision_param": "bfloat16"}, error=2e-2),
+    "fsdp": On({"shard": 2}),
+}
+VARIANTS = {
+    "pipeline, split backward": On({"pp": 2, "schedule": "ZBVZeroBubble"}),
+    "float8, rowwise": On(
+        settings={"model__converters": ["quantize.linear.float8"], f"{FLOAT8}recipe_name": "rowwise"}, error=2e-2
+    ),
+    "float8, gathered": On(
+        settings={"model__converters": ["quantize.linear.float8"], f"{FLOAT8}enable_fsdp_float8_all_gather": True},
+        error=2e-2,
+    ),
+    "tensor_parallel, no loss parallel": On({"tp": 2}, {"parallelism__disable_loss_parallel": True}),
+    "context_parallel, masked documents": On({"cp": 2}, {"data__document_mask": True}),
+    "activation_checkpoint, full": On(settings={f"{AC}mode": "full"}),
+    "activation_checkpoint, op": On(settings={f"{AC}mode": "selective", f"{AC}selective_ac_option": "op"}),
+    "fsdp, replicas": On({"replicate": 2}),
+}
+"""Other ways of switching stages on, which meet all others in the slow suite."""
+ALL = {**STAGES, **VARIANTS}
+
+REFUSED = {
+    ("chunked_loss", "float8"): "quantize.linear.float8.filter_fqns",
+    ("chunked_loss", "float8, rowwise"): "quantize.linear.float8.filter_fqns",
+    ("chunked_loss", "float8, gathered"): "quantize.linear.float8.filter_fqns",
+    ("compile", "pipeline, split backward"): "compile.enable",
+    ("activation_checkpoint, op", "pipeline, split backward"): "activation_checkpoint.selective_ac_option",
+}
+"""What does not go together -> the key that the problem names."""
+
+MODEL = {
+    "model__dim": 64,  # Float8 needs sizes of 16 on each rank
+    "model__n_layers": 2,
+    "model__vocab_size": 288,
+    "training__steps": 2,
+    "lr_scheduler__warmup_steps": 0,
+}
+
+
+def test_every_stage_has_an_entry() -> None:
+    known = {name for name, stage in registered_stages().items() if stage.__module__.startswith("titan_growth.")}
+    assert known == STAGES.keys()
+
+
+def together(*names: str) -> Case:
+    """The smallest mesh on which all of these are on."""
+    arguments: dict[str, Any] = {}
+    for name in names:
+        arguments |= {**ALL[name].degrees, **ALL[name].settings}
+    return mesh(**arguments)
+
+
+def kind_of(name: str) -> str:
+    """The stage of an entry."""
+    return name.split(",")[0]
+
+
+def pairs_of(entries: Iterable[str]) -> list[tuple[str, str]]:
+    """All pairs of different stages."""
+    return [(one, other) for one, other in combinations(sorted(entries), 2) if kind_of(one) != kind_of(other)]
+
+
+def train_and_tell(rank: int, num_ranks: int, recipe: Any) -> list[str]:
+    """Trains to the end; the stages that took part."""
+    with trainer_of(recipe, num_ranks) as trainer:
+        assert trainer.fit()
+        return [stage.name for stage in trainer.engine.model.stages]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_once() -> None:
+    """In this process, before ranks are forked from it: these take seconds."""
+    import torch._dynamo  # noqa: F401
+    import torchao.float8  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def plain(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Lines]:
+    """The model without any stage, with and without masked documents."""
+    lines = {}
+    for masked in (False, True):
+        folder = tmp_path_factory.mktemp("plain") / "run"
+        recipe = make_recipe(folder, **MODEL, **ONE_RANK.layout, data__document_mask=masked)
+        assert warm_ranks(train_and_tell, 1, 1, recipe) == [[]]
+        lines[masked] = read_metrics(folder)
+    return lines
+
+
+def assert_trains(names: tuple[str, ...], folder: Path, warm_ranks: WarmRanks, plain: dict[bool, Lines]) -> None:
+    """All stages are in it, the first step is the plain model's, and the second one has a smaller loss."""
+    case = together(*names)
+    settings = {**MODEL, **case.layout}
+    if refused_by(names) == "quantize.linear.float8.filter_fqns":
+        settings[f"{FLOAT8}filter_fqns"] = ["output"]  # as the problem advises
+    active = set.intersection(
+        *map(set, warm_ranks(train_and_tell, case.num_ranks, case.num_ranks, make_recipe(folder, **settings)))
+    )
+    wanted = {kind_of(name) for name in names}
+    if "autocast" in wanted and (case.num_ranks > 1 or "float8" in wanted):
+        wanted = wanted - {"autocast"} | {"fsdp"}  # which mixes precisions there
+    assert wanted <= active
+    lines, error = read_metrics(folder), max(ALL[name].error for name in names)
+    expected = plain["data__document_mask" in settings]
+    assert_parity(lines[:1], expected[:1], first=error)
+    assert lines[1]["loss"] < lines[0]["loss"]
+
+
+def refused_by(names: tuple[str, ...]) -> str | None:
+    """The key of the problem that a pair has."""
+    return REFUSED.get(names) if len(names) == 2 else None
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_alone(name: str, warm_ranks: WarmRanks, plain: dict[bool, Lines], tmp_path: Path) -> None:
+    assert_trains((name,), tmp_path / "run", warm_ranks, plain)
+
+
+QUICK = pairs_of(STAGES)
+SLOW = [pair for pair in pairs_of(ALL) if pair not in QUICK]
+
+
+@pytest.mark.parametrize(
+    "names", [*QUICK, *(pytest.param(pair, marks=pytest.mark.slow) for pair in SLOW)], ids=" + ".join
+)
+def test_a_pair(names: tuple[str, str], warm_ranks: WarmRanks, plain: dict[bool, Lines], tmp_path: Path) -> None:
+    """It trains, or is refused with one problem."""
+    key = refused_by(names)
+    if key is not None:
+        assert_refused(names, key, tmp_path)
+        if not key.endswith("filter_fqns"):
+            return
+    assert_trains(names, tmp_path / "run", warm_ranks, plain)
+
+
+def assert_refused(names: tuple[str, ...], key: str, folder: Path) -> None:
+    case = together(*names)
+    recipe = make_recipe(folder / "refused", **MODEL, **case.layout)
+    plan, problems, _ = plan_run(recipe, num_ranks=case.num_ranks, device_type="cpu")
+    assert plan is None
+    assert [problem.key for problem in problems] == [key]
