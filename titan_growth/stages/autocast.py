@@ -1,7 +1,8 @@
 """Mixed precision where FSDP does not provide it: on one rank, matrix products run in bfloat16 through autocast.
 
-FSDP on one rank would give the same, at 20-40 % of a small step for gathers that gather nothing (design.md section 6).
-On several ranks, and under Float8, it is FSDP's in any case: it casts each parameter once and all of them alike.
+FSDP on one rank would cost 20-40 % of a small step for gathers that gather nothing (design.md section 6). On several
+ranks, and under Float8, it is FSDP's in any case: it casts each parameter once and all of them alike. The two do not
+round alike: autocast leaves the residual stream in float32.
 """
 
 from __future__ import annotations
