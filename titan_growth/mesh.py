@@ -71,7 +71,7 @@ def resolve_mesh(section: Parallelism, num_ranks: int) -> tuple[MeshShape | None
             named = {name: degree for name, degree in fixed.items() if degree > 1}
             largest = max(named, key=lambda name: named[name])
             product = " x ".join(f"{_AXIS_OF[name]} {degree}" for name, degree in named.items())
-            message = f"{taken} does not divide the {num_ranks} ranks"
+            message = f"{taken} does not divide the {'1 rank' if num_ranks == 1 else f'{num_ranks} ranks'}"
             if len(named) > 1:
                 message = f"{product} = {message}"
             hint = "Set it to a divisor, or NGPU to a multiple"

@@ -1,4 +1,4 @@
-"""Bad growth stages, and what torchtitan knows but this version does not."""
+"""Bad growth stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _growth(at: str, more: str = "", training: str = "") -> str:
     return f"{table}[[growth.stages]]\nat = {at}\nfactor = 2\n{more}"
 
 
-GROWTH = [
+CASES = [
     Case(
         "growth: bad unit",
         r'growth\.stages\.0\.at: .*"300 steps" or "10M tokens", got .2 epochs',
@@ -70,31 +70,3 @@ GROWTH = [
         toml=STACK + "[checkpoint]\nload_only = true",
     ),
 ]
-
-TORCHTITAN = [
-    Case(
-        "tensor parallel",
-        r"tensor_parallel_degree: 2 is not supported",
-        toml="[parallelism]\ntensor_parallel_degree = 2",
-    ),
-    Case(
-        "pipeline parallel", r"pipeline_parallel_degree: 2 is not", toml="[parallelism]\npipeline_parallel_degree = 2"
-    ),
-    Case("context parallel", r"context_parallel_degree: 2 is not", toml="[parallelism]\ncontext_parallel_degree = 2"),
-    Case("async checkpoints", r'async_mode: "async" is not supported', toml='[checkpoint]\nasync_mode = "async"'),
-    Case(
-        "selective activation checkpointing",
-        r'mode: "selective" is not',
-        toml='[activation_checkpoint]\nmode="selective"',
-    ),
-    Case("compile", r"compile\.enable: true is not supported", toml="[compile]\nenable = true"),
-    Case("Float8", r"model\.converters: .*is not supported", toml='[model]\nconverters = ["quantize.linear.float8"]'),
-    Case("wandb", r"metrics\.enable_wandb: needs the package wandb", toml="[metrics]\nenable_wandb = true"),
-    Case(
-        "memory snapshot on a CPU",
-        r"enable_memory_snapshot: memory snapshots exist on CUDA only",
-        toml="[profiling]\nenable_memory_snapshot = true",
-    ),
-]
-
-CASES = GROWTH + TORCHTITAN

@@ -188,9 +188,20 @@ def message_lines(output: str) -> list[str]:
 
 def all_cases() -> list[Case]:
     """Every case, by topic."""
-    from tests.recipes import bad_data, bad_folders, bad_growth, bad_machine, bad_models, bad_recipes, bad_resumes
+    from tests.recipes import (
+        bad_data,
+        bad_folders,
+        bad_growth,
+        bad_machine,
+        bad_models,
+        bad_parallelism,
+        bad_recipes,
+        bad_resumes,
+        bad_techniques,
+    )
 
-    modules = (bad_recipes, bad_growth, bad_models, bad_data, bad_folders, bad_resumes, bad_machine)
+    models = (bad_models, bad_parallelism, bad_techniques)
+    modules = (bad_recipes, bad_growth, *models, bad_data, bad_folders, bad_resumes, bad_machine)
     cases = [case for module in modules for case in module.CASES]
     names = [case.name for case in cases]
     assert len(names) == len(set(names)), "two cases have one name"

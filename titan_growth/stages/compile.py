@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+from titan_growth.config.messages import suggestion
 from titan_growth.config.schema import Recipe
 from titan_growth.config.technique_schema import ActivationCheckpoint
 from titan_growth.config.technique_schema import Compile as Section
@@ -50,8 +51,9 @@ class Compile(StageDefaults):
 
         backends = torch._dynamo.list_backends(exclude_tags=())
         if self.section.backend not in backends:
-            message = f"unknown backend '{self.section.backend}'; known: {', '.join(backends)}"
-            yield Problem("compile.backend", message)
+            # PyTorch knows two dozen, most of them for its own tests.
+            hint = suggestion(self.section.backend, backends) or 'Use "inductor", or "aot_eager" without a compiler'
+            yield Problem("compile.backend", f"there is no backend '{self.section.backend}'", hint)
         elif self.section.backend == "inductor" and context.device_type == "cpu" and not _has_compiler():
             message = "inductor needs a C++ compiler on a CPU, and there is none"
             yield Problem("compile.backend", message, 'Install g++, set CXX, or use backend = "aot_eager"')
