@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, train
@@ -37,3 +38,12 @@ def trained(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> 
         return known[key]
 
     return lines_of
+
+
+@pytest.fixture(scope="module")
+def warm_imports() -> None:
+    """What the compiler and torchao import takes 4 s: once in this process, before ranks are forked from it."""
+    import torchao.float8  # noqa: F401
+
+    torch.compile(torch.nn.Linear(1, 1), backend="aot_eager")(torch.zeros(1, 1))
+    torch._dynamo.reset()

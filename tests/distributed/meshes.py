@@ -61,6 +61,7 @@ DOCUMENTS = {"data__document_mask": True}
 KV_HEADS_4 = {"model__n_kv_heads": 4}
 UNEVEN = {"model__dim": 36, "model__n_heads": 6, "model__hidden_dim": 90}
 ODD_VOCABULARY = {"model__vocab_size": 261}
+FOUR_LAYERS = {"model__n_layers": 4}
 FIVE_LAYERS = {"model__n_layers": 5}
 EIGHT_LAYERS = {"model__n_layers": 8}
 FIRST_LESS, LAST_LESS = (f"parallelism__pipeline_parallel_{which}_stage_less_layers" for which in ("first", "last"))
@@ -118,7 +119,7 @@ MESHES: dict[str, Case] = {
         pp=2, shard=2, schedule="Interleaved1F1B", parallelism__fsdp_reshard_after_forward="always"
     ),
     # How the layers are divided.
-    "pp2, modules by name": mesh(pp=2, parallelism__module_fqns_per_model_part=BY_NAME),
+    "pp2, modules by name": mesh(pp=2, parallelism__module_fqns_per_model_part=BY_NAME, model=FOUR_LAYERS),
     "pp2, less layers 0 and 0": mesh(pp=2, **{FIRST_LESS: 0, LAST_LESS: 0}, model=FIVE_LAYERS),
     "pp2, less layers 2 and 1": mesh(pp=2, **{FIRST_LESS: 2, LAST_LESS: 1}, model=FIVE_LAYERS),
     "pp4, 5 layers": mesh(pp=4, model=FIVE_LAYERS),

@@ -16,19 +16,22 @@ from tests.distributed.meshes import MESHES, ONE_RANK
 from tests.harness import run_ranks
 from tests.runs import assert_parity, make_recipe, read_metrics, train
 
+pytestmark = pytest.mark.usefixtures("warm_imports")
+
 Trained = Callable[..., list[dict[str, Any]]]
 COMPILED = {"compile__enable": True, "compile__backend": "aot_eager"}
-RUN = {"training__steps": 3}
+RUN = {"training__steps": 3, "model__n_layers": 2}
 VALIDATING = {"validation__enable": True, "validation__freq": 3, "validation__steps": 1}
 CASES = {"1 rank": ONE_RANK, **MESHES}
 
 
 def lines_of(name: str, trained: Trained, **settings: Any) -> list[dict[str, Any]]:
-    return trained(CASES[name].num_ranks, **RUN, **CASES[name].layout, **CASES[name].model, **settings)
+    case = CASES[name]
+    return trained(case.num_ranks, **{**RUN, **case.layout, **case.model, **settings})
 
 
-QUICK = ("1 rank", "fsdp2", "tp2", "pp2", "cp2")
-THOROUGH = (
+MESHES_TO_COMPILE = ("1 rank", "fsdp2", "tp2", "pp2", "cp2")
+MORE_MESHES = (
     "fsdp2 x tp2",
     "pp2 x tp2",
     "cp2 x tp2",
@@ -39,13 +42,17 @@ THOROUGH = (
 )
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("tp2", "pp2") else pytest.param(name, marks=pytest.mark.slow) for name in MESHES_TO_COMPILE],
+)
 def test_compiled_runs_are_eager_runs(name: str, trained: Trained) -> None:
+    """The first step of the others is compared in `test_stage_pairs.py`."""
     assert_parity(lines_of(name, trained, **COMPILED), lines_of(name, trained))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*QUICK, *THOROUGH])
+@pytest.mark.parametrize("name", [*MESHES_TO_COMPILE, *MORE_MESHES])
 def test_compiled_validation_is_the_eager_one(name: str, trained: Trained) -> None:
     """On more meshes, with the forward passes that are compiled without a backward one."""
     assert_parity(lines_of(name, trained, **COMPILED, **VALIDATING), lines_of(name, trained, **VALIDATING))

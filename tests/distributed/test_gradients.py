@@ -17,6 +17,8 @@ from tests.distributed.meshes import CHUNKED, MESHES, ONE_RANK, Case
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, trainer_of
 
+pytestmark = pytest.mark.usefixtures("warm_imports")
+
 Gradients = dict[str, Tensor]
 COMPILED = {"compile__enable": True, "compile__backend": "aot_eager"}
 
@@ -41,7 +43,7 @@ def gradients(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -
     known: dict[str, Gradients] = {}
 
     def of(case: Case, **settings: Any) -> Gradients:
-        settings = {**case.layout, **case.model, **settings}
+        settings = {"model__n_layers": 2, **case.layout, **case.model, **settings}
         key = f"{case.num_ranks} {sorted(settings.items())}"
         if key not in known:
             recipe = make_recipe(tmp_path_factory.mktemp("gradients") / "run", **settings)

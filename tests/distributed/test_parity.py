@@ -19,17 +19,18 @@ Trained = Callable[..., list[dict[str, Any]]]
 
 def assert_agrees_with_one_rank(case: Case, trained: Trained, **settings: Any) -> list[dict[str, Any]]:
     """Trains the case and its model on one rank; the lines of the case."""
-    expected = trained(1, **settings, **ONE_RANK.layout, **case.model)
-    found = trained(case.num_ranks, **settings, **case.layout, **case.model)
+    settings |= case.model
+    expected = trained(1, **settings, **ONE_RANK.layout)
+    found = trained(case.num_ranks, **settings, **case.layout)
     assert_parity(found, expected)
     return found
 
 
 @pytest.mark.parametrize("name", QUICK)
 def test_three_steps_agree_with_one_rank(name: str, trained: Trained) -> None:
-    """One mesh of every kind, and one batch of held-out sequences."""
+    """One mesh of every kind, with three layers unless it says otherwise, and one batch of held-out sequences."""
     validation = {"validation__enable": True, "validation__freq": 3, "validation__steps": 1}
-    assert_agrees_with_one_rank(MESHES[name], trained, training__steps=3, **validation)
+    assert_agrees_with_one_rank(MESHES[name], trained, training__steps=3, model__n_layers=3, **validation)
 
 
 @pytest.mark.slow
@@ -46,7 +47,7 @@ def test_ten_steps_agree_with_one_rank(name: str, trained: Trained) -> None:
 def test_gradient_accumulation_changes_nothing(name: str, trained: Trained) -> None:
     """Four accumulation steps against one, on the same mesh: 1e-5 relative in all steps."""
     case = {"1 rank": ONE_RANK, **MESHES}[name]
-    whole = {"training__steps": 3, "training__global_batch_size": 4 * GLOBAL_BATCH, **case.layout}
+    whole = {"training__steps": 3, "model__n_layers": 2, "training__global_batch_size": 4 * GLOBAL_BATCH, **case.layout}
     whole["training__local_batch_size"] *= 4
     if "parallelism__pipeline_parallel_microbatch_size" in whole:
         whole["parallelism__pipeline_parallel_microbatch_size"] *= 4

@@ -111,11 +111,7 @@ def train_and_tell(rank: int, num_ranks: int, recipe: Any) -> list[str]:
         return [stage.name for stage in trainer.engine.model.stages]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _imported_once() -> None:
-    """In this process, before ranks are forked from it: these take seconds."""
-    import torch._dynamo  # noqa: F401
-    import torchao.float8  # noqa: F401
+pytestmark = pytest.mark.usefixtures("warm_imports")
 
 
 @pytest.fixture(scope="module")
