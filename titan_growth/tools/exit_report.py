@@ -226,12 +226,20 @@ def judge(report: dict[str, Any] | None, failed: list[RankEnd], stopped_by: str 
 
 
 def _cause(failed: list[RankEnd]) -> RankEnd | None:
-    """The rank that failed first. Of those that ended together, the one killed from outside took the others along."""
+    """The rank that failed first.
+
+    Of those that ended together, the one killed from outside took the others along; then one that left by itself; a
+    SIGTERM is what torchrun ends the rest with.
+    """
     if not failed:
         return None
     first = min(end.seconds for end in failed)
     together = [end for end in failed if end.seconds <= first + 1]
-    return min(together, key=lambda end: (end.status >= 0 or end.status == -signal.SIGTERM, end.seconds, end.rank))
+
+    def suspicion(end: RankEnd) -> int:
+        return 2 if end.status == -signal.SIGTERM else 1 if end.status >= 0 else 0
+
+    return min(together, key=lambda end: (suspicion(end), end.seconds, end.rank))
 
 
 def signal_name(number: int) -> str:
