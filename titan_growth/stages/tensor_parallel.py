@@ -10,6 +10,7 @@ Under loss parallel (the default) the logits stay split over the vocabulary and 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -51,9 +52,10 @@ class TensorParallel(StageDefaults):
             ("key/value heads (model.n_kv_heads)", config.num_kv_heads),
             ("channels of the SwiGLU hidden layer (model.hidden_dim)", config.hidden_dim),
         )
-        for what, size in sizes:
-            if size % degree:
-                yield Problem(key, f"{degree} does not divide the model's {size} {what}", "Choose a divisor")
+        if uneven := [f"{size} {what}" for what, size in sizes if size % degree]:
+            most = math.gcd(*(size for _, size in sizes))
+            hint = f"A divisor of {most} would fit" if most > 1 else ""
+            yield Problem(key, f"{degree} does not divide the model's {', '.join(uneven)}", hint)
         if config.vocab_size < degree:
             yield Problem(key, f"{degree} is more than the vocabulary's {config.vocab_size} entries")
         yield from sequence_problems(context, self.validation_seq_len)
