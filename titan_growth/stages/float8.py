@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -86,6 +87,7 @@ class Float8(StageDefaults):
         return torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
 
     def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+        _import_torchao()
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
         config = Float8LinearConfig.from_recipe_name(self.recipe_name)
@@ -115,6 +117,15 @@ class Float8(StageDefaults):
         how = ", emulated" if self.emulates(context) else ""
         kept = f", without {', '.join(self.section.filter_fqns)}" if self.section.filter_fqns else ""
         return f"float8: {self.recipe_name}{how}{gather}{scales}{kept}"
+
+
+def _import_torchao() -> None:
+    """Imports torchao without its complaints about kernels of other GPUs and about its own deprecations."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torchao.float8  # noqa: F401
 
 
 def linear_sizes(context: StageContext) -> Iterator[tuple[str, int, int]]:
