@@ -55,6 +55,14 @@ def write_corpus(path: Path, num_words: int = 20_000) -> Path:
     return path
 
 
+def write_documents(path: Path, num_documents: int = 4000) -> Path:
+    """The same words in documents of 1 to 8 words: most sequences hold several, and some documents are cut."""
+    generator = random.Random(0)
+    documents = [" ".join(generator.choices(WORDS, k=generator.randint(1, 8))) for _ in range(num_documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
 def argv_of(values: dict[str, Any]) -> list[str]:
     """Recipe values as command-line words."""
     words = []
@@ -65,10 +73,11 @@ def argv_of(values: dict[str, Any]) -> list[str]:
 
 
 def make_recipe(folder: Path, **overrides: Any) -> Recipe:
-    """The base recipe with changes; keys are written with __ for the dot."""
-    corpus = folder.parent / "corpus.txt"
+    """The base recipe with changes; keys are written with __ for the dot. Masked documents get short ones."""
+    masked = overrides.get("data__document_mask", False)
+    corpus = folder.parent / ("documents.jsonl" if masked else "corpus.txt")
     if not corpus.exists():
-        write_corpus(corpus)
+        (write_documents if masked else write_corpus)(corpus)
     values = {**BASE, "job.dump_folder": str(folder), "training.dataset_path": str(corpus)}
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
     recipe, problems, _ = inspect_recipe(argv_of(values))

@@ -36,7 +36,7 @@ AC = "activation_checkpoint__"
 FLOAT8 = "quantize__linear__float8__"
 STAGES = {
     "pipeline": On({"pp": 2}),
-    "float8": On(settings={"model__converters": ["quantize.linear.float8"]}, error=2e-2),
+    "float8": On(settings={"model__converters": ["quantize.linear.float8"]}, error=5e-2),
     "tensor_parallel": On({"tp": 2}),
     "context_parallel": On({"cp": 2}),
     "chunked_loss": On(settings={"training__loss_chunk_tokens": 20}),
@@ -48,11 +48,11 @@ STAGES = {
 VARIANTS = {
     "pipeline, split backward": On({"pp": 2, "schedule": "ZBVZeroBubble"}),
     "float8, rowwise": On(
-        settings={"model__converters": ["quantize.linear.float8"], f"{FLOAT8}recipe_name": "rowwise"}, error=2e-2
+        settings={"model__converters": ["quantize.linear.float8"], f"{FLOAT8}recipe_name": "rowwise"}, error=5e-2
     ),
     "float8, gathered": On(
         settings={"model__converters": ["quantize.linear.float8"], f"{FLOAT8}enable_fsdp_float8_all_gather": True},
-        error=2e-2,
+        error=5e-2,
     ),
     "tensor_parallel, no loss parallel": On({"tp": 2}, {"parallelism__disable_loss_parallel": True}),
     "context_parallel, masked documents": On({"cp": 2}, {"data__document_mask": True}),
