@@ -59,7 +59,7 @@ class BuiltModel:
     @property
     def tied(self) -> dict[str, str]:
         """Parameters that are copies of another one, by its name."""
-        return {"output.weight": "tok_embeddings.weight"} if self.config.tie_word_embeddings else {}
+        return self.config.tied
 
 
 def build(

@@ -69,8 +69,13 @@ class PipelineEngine(Engine):
             shape = tuple(batch["input"].shape)
             if shape not in self._evaluations:
                 self._evaluations[shape] = self._evaluation_schedule(shape)
+            schedule = self._evaluations[shape]
             with self.model.train_context():
-                yield self._run(self._evaluations[shape].eval, batch)
+                loss_sum = self._run(schedule.eval, batch)
+            for stage in schedule._stages:
+                stage.clear_runtime_states()  # it would keep the activations of all microbatches until its next pass
+            yield loss_sum
+        self._evaluations.clear()  # with their receive buffers
 
     def _run(self, step: Callable[..., Any], batch: Microbatch) -> Tensor:
         """One pass over a batch; the sum of its losses on the rank with the last part, elsewhere 0."""

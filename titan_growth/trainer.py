@@ -17,7 +17,7 @@ from torch import Tensor
 
 from titan_growth.build import build
 from titan_growth.checkpoint.folder import Manifest, StepFolder, open_step
-from titan_growth.checkpoint.initial import initial_state
+from titan_growth.checkpoint.initial import initial_state, tied_names
 from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.state import model_tensors, optimizer_tensors, rng_tensors, set_rng, stored_rng
@@ -320,5 +320,6 @@ class Trainer:
         if len(self.lineage.events) > len(self.plan.growth.stages):
             raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
         self._build(seed=None)
-        self.checkpointer.load(path, self._tensors(optimizer=not section.initial_load_model_only))
+        tensors = self._tensors(optimizer=not section.initial_load_model_only)
+        self.checkpointer.load(path, tensors, tied_names(self.model_config.tied))
         logger.info("started from %s of %s", "the weights" if section.initial_load_model_only else "all state", path)

@@ -11,7 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.harness import run_ranks
-from tests.runs import make_recipe, read_metrics, train
+from tests.runs import make_recipe, read_metrics, train, trainer_of
+from titan_growth.config.schema import Recipe
 from titan_growth.models.registry import family_module, model_config_of
 
 SAVING = {"checkpoint__enable": True, "checkpoint__interval": 2, "training__steps": 2}
@@ -78,3 +79,29 @@ def test_our_checkpoint_has_their_names(weights: dict[str, torch.Tensor], tmp_pa
         for key in ("exp_avg", "exp_avg_sq"):
             assert metadata.state_dict_metadata[f"optimizer.state.{name}.{key}"].size == weight.shape
         assert f"optimizer.state.{name}.step" in metadata.state_dict_metadata
+
+
+def _tied_copies(rank: int, num_ranks: int, recipe: Recipe) -> list[torch.Tensor]:
+    with trainer_of(recipe, num_ranks) as trainer:
+        tensors = [part.state_dict() for part in trainer.engine.model.parts]
+    return [state[name] for state in tensors for name in ("tok_embeddings.weight", "output.weight") if name in state]
+
+
+@pytest.mark.parametrize(("num_ranks", "mesh"), [(1, {}), (2, {"parallelism__pipeline_parallel_degree": 2})])
+def test_a_tied_model_takes_the_embedding_of_one_that_was_not_tied(
+    num_ranks: int, mesh: dict[str, int], weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Head and embedding are one parameter, so they must start from one tensor, on every mesh."""
+    theirs = tmp_path / "theirs" / "step-3"
+    run_ranks(_their_checkpoint, 1, str(theirs), weights)
+    recipe = make_recipe(
+        tmp_path / "run",
+        **SAVING,
+        **mesh,
+        model__tie_word_embeddings=True,
+        checkpoint__initial_load_path=str(theirs),
+    )
+    copies = [copy for found in run_ranks(_tied_copies, num_ranks, num_ranks, recipe) for copy in found]
+    assert len(copies) == 2
+    for copy in copies:
+        assert torch.equal(copy, weights["tok_embeddings.weight"])

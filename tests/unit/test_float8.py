@@ -80,6 +80,31 @@ def test_it_is_the_sizes_of_a_tensor_parallel_rank_that_count() -> None:
     assert sizes["layers.0.feed_forward.w2"] == (64, 64)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_tokens_of_a_microbatch_are_multiples_of_16_too(name: str) -> None:
+    """The gradient of a weight is a product over them, unless it is kept in high precision."""
+    values = {"quantize__linear__float8__recipe_name": name, "training__local_batch_size": 1}
+    stage, context = stage_and_context(**values)
+    problems = list(stage.check(dataclasses.replace(context, seq_len=1000)))
+    assert [problem.key for problem in problems] == ([] if name == "rowwise_with_gw_hp" else ["training.seq_len"])
+    assert not list(stage.check(dataclasses.replace(context, seq_len=1008)))
+
+
+def test_filters_that_filter_nothing_are_told() -> None:
+    stage, context = stage_and_context(quantize__linear__float8__filter_fqns="ouput,layers.1.attention")
+    (warning,) = stage.warnings(context)
+    assert warning.message == '"ouput" is in the name of no linear layer'
+    assert warning.hint == "Did you mean 'output'?"
+    stage, context = stage_and_context(quantize__linear__float8__filter_fqns="auto_filter_small_kn")
+    assert "is not supported in this version" in next(iter(stage.check(context))).message
+
+
+def test_a_filter_on_one_layer_does_not_hide_the_others() -> None:
+    values = {"model__hidden_dim": 120, "quantize__linear__float8__filter_fqns": "layers.0"}
+    (problem,) = Float8.check(*stage_and_context(**values))
+    assert "w1 (64 -> 120)" in problem.message
+
+
 def test_emulation_is_chosen_and_said() -> None:
     stage, context = stage_and_context()
     assert stage.emulates(context)

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from titan_growth.checkpoint.folder import StepFolder, open_step
 from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.checkpoint.reader import NamesOf
 from titan_growth.config.schema import Checkpoint
 from titan_growth.tools.errors import CheckpointError
+
+
+def tied_names(tied: Mapping[str, str]) -> NamesOf | None:
+    """Shows another model's weights as those of one with tied ones: each copy is read from its original.
+
+    What is stored under a copy's own name, if anything, may be another tensor, and is left alone.
+    """
+    if not tied:
+        return None
+
+    def names_of(name: str) -> list[str]:
+        shown = [] if any(copy in name for copy in tied) else [name]
+        return shown + [name.replace(original, copy) for copy, original in tied.items() if original in name]
+
+    return names_of
 
 
 def initial_state(section: Checkpoint, *, checksums: bool) -> tuple[Path, Progress, Lineage]:

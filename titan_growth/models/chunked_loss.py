@@ -216,7 +216,7 @@ def _gather(stats_3C: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return stats_3C.unsqueeze(0)
     stats_R3C = stats_3C.new_empty(group.size(), *stats_3C.shape)
-    dist.all_gather_into_tensor(stats_R3C.flatten(0, 1), stats_3C, group=group)  # gloo wants the ranks concatenated
+    dist.all_gather_single(stats_R3C.flatten(0, 1), stats_3C, group=group)  # gloo wants the ranks concatenated
     return stats_R3C
 
 

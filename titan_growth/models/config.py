@@ -32,6 +32,11 @@ class ModelConfig:
     """Queries and keys are normalised per head (RMSNorm over the head's channels)."""
 
     @property
+    def tied(self) -> dict[str, str]:
+        """Parameters that are copies of another one, by its name."""
+        return {"output.weight": "tok_embeddings.weight"} if self.tie_word_embeddings else {}
+
+    @property
     def num_layer_params(self) -> int:
         """Parameters of one transformer block."""
         attention = 2 * self.dim * self.num_heads * self.head_dim + 2 * self.dim * self.num_kv_heads * self.head_dim

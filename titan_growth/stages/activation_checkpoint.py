@@ -71,6 +71,12 @@ class ActivationCheckpoint(StageDefaults):
             hint = 'Use activation_checkpoint.mode = "full", every k-th layer, or no compile'
             yield Problem("activation_checkpoint.selective_ac_option", message, hint)
 
+    def warnings(self, context: StageContext) -> Iterator[Problem]:
+        option, num_layers = self.section.selective_ac_option, context.model_config.num_layers
+        if self.section.mode == "selective" and not self.per_op and int(option) > num_layers:
+            message = f"{option} recomputes nothing in a model of {num_layers} layers"
+            yield Problem("activation_checkpoint.selective_ac_option", message)
+
     def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
         if self.section.mode == "memory_budget":
             return parts  # the compile stage passes it on

@@ -39,6 +39,8 @@ class Autocast(StageDefaults):
         return cls(recipe.training, uses_float8(recipe.model))
 
     def enabled(self, context: StageContext) -> bool:
+        if self.training.enable_cpu_offload and context.device_type != "cpu":
+            return False  # that takes FSDP
         return mixes_precision(self.training) and context.mesh_shape.num_ranks == 1 and not self.float8
 
     def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:

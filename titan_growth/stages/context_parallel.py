@@ -63,10 +63,6 @@ class ShardedSequence(SequenceLayout):
         self.hidden_shards = hidden_shards
         self._placed: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def own_positions(self, num_tokens: int) -> Tensor:
-        """Positions of this rank in a sequence of `num_tokens`, on the CPU."""
-        return positions_by_rank(num_tokens, self.degree, self.balancer)[self.rank]
-
     def context(self, cos: Tensor, sin: Tensor, num_tokens: int, positions_BT: Tensor | None) -> SequenceContext:
         total = num_tokens * self.degree
         assert total <= cos.shape[0], f"sequence of {total} tokens in a model built for {cos.shape[0]}"

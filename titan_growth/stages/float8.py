@@ -16,7 +16,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from titan_growth.config.schema import Model, Recipe
+from titan_growth.config.messages import suggestion
+from titan_growth.config.schema import Recipe
 from titan_growth.config.technique_schema import Float8 as Float8Section
 from titan_growth.stages.autocast import uses_float8
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
@@ -35,14 +36,16 @@ class Float8(StageDefaults):
     name: ClassVar[str] = "float8"
     after: ClassVar[tuple[str, ...]] = ("pipeline",)
 
-    def __init__(self, section: Float8Section, model: Model, chunked_loss: bool) -> None:
-        self.section = section
-        self.model = model
-        self.chunked_loss = chunked_loss
+    def __init__(self, recipe: Recipe) -> None:
+        self.section: Float8Section = recipe.quantize.linear.float8
+        self.model = recipe.model
+        self.chunked_loss = recipe.training.loss_chunk_tokens > 0
+        self.local_batch_size = recipe.training.local_batch_size
+        self.microbatch_size = recipe.parallelism.pipeline_parallel_microbatch_size
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Float8:
-        return cls(recipe.quantize.linear.float8, recipe.model, recipe.training.loss_chunk_tokens > 0)
+        return cls(recipe)
 
     def enabled(self, context: StageContext) -> bool:
         return uses_float8(self.model)
@@ -53,9 +56,14 @@ class Float8(StageDefaults):
         return self.section.recipe_name or "tensorwise"
 
     def check(self, context: StageContext) -> Iterator[Problem]:
+        if "auto_filter_small_kn" in self.section.filter_fqns:
+            message = '"auto_filter_small_kn" is not supported in this version'
+            yield Problem("quantize.linear.float8.filter_fqns", message, "Name the layers that stay as they are")
+        yield from self._token_problems(context)
         wrong: list[tuple[str, int, int]] = []
         for name, num_out, num_in in linear_sizes(context):
-            if self._keeps(name, context) or not (num_out % MULTIPLE or num_in % MULTIPLE):
+            everywhere = all(self._keeps(other, context) for other in _in_all_layers(name, context))
+            if everywhere or not (num_out % MULTIPLE or num_in % MULTIPLE):
                 continue
             leaf = name.split(".")[-1]
             if all(leaf != other for other, *_ in wrong):
@@ -66,9 +74,30 @@ class Float8(StageDefaults):
             message = f"Float8 needs sizes that are multiples of {MULTIPLE}{ranks}, but the model has {listed}"
             names = ", ".join(f'"{leaf}"' for leaf, *_ in wrong)
             yield Problem("model.converters", message, f"Name them in quantize.linear.float8.filter_fqns: [{names}]")
-        if self.chunked_loss and not self._filtered("output"):
+        if self.chunked_loss and not self._keeps("output", context):
             message = "with training.loss_chunk_tokens the head computes the loss itself and cannot be a Float8 layer"
             yield Problem("quantize.linear.float8.filter_fqns", message, 'Add "output" to it')
+
+    def _token_problems(self, context: StageContext) -> Iterator[Problem]:
+        """The gradient of a weight is a product over the tokens of a microbatch."""
+        shape = context.mesh_shape
+        size = self.microbatch_size if shape.pp > 1 else self.local_batch_size
+        num_tokens = size * context.seq_len // shape.cp
+        if num_tokens % MULTIPLE and self.recipe_name != "rowwise_with_gw_hp":
+            ranks = " on each context-parallel rank" if shape.cp > 1 else ""
+            message = (
+                f"Float8 needs microbatches of a multiple of {MULTIPLE} tokens{ranks}, and {size} x "
+                f"{context.seq_len} makes {num_tokens}"
+            )
+            yield Problem("training.seq_len", message, f"A multiple of {MULTIPLE * shape.cp} fits any batch")
+
+    def warnings(self, context: StageContext) -> Iterator[Problem]:
+        names = [every for name, *_ in linear_sizes(context) for every in _in_all_layers(name, context)]
+        leaves = sorted({leaf for name in names for leaf in name.split(".") if not leaf.isdigit()})
+        for pattern in self.section.filter_fqns:
+            if not any(pattern in name for name in names):
+                message = f'"{pattern}" is in the name of no linear layer'
+                yield Problem("quantize.linear.float8.filter_fqns", message, suggestion(pattern, leaves))
 
     def _filtered(self, name: str) -> bool:
         return any(pattern in name for pattern in self.section.filter_fqns)
@@ -117,6 +146,13 @@ class Float8(StageDefaults):
         how = ", emulated" if self.emulates(context) else ""
         kept = f", without {', '.join(self.section.filter_fqns)}" if self.section.filter_fqns else ""
         return f"float8: {self.recipe_name}{how}{gather}{scales}{kept}"
+
+
+def _in_all_layers(name: str, context: StageContext) -> list[str]:
+    """A name in the first layer, in every layer; other names as they are."""
+    if not name.startswith("layers.0."):
+        return [name]
+    return [f"layers.{layer}.{name.removeprefix('layers.0.')}" for layer in range(context.model_config.num_layers)]
 
 
 def _import_torchao() -> None:
