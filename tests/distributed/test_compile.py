@@ -89,6 +89,21 @@ def test_compiled_checkpointing_changes_nothing(name: str, mode: str, trained: T
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["1 rank", "tp2", "pp2"])
+def test_compiled_growth_is_the_eager_one(name: str, trained: Trained) -> None:
+    """The grown model has more of the same blocks: what was compiled before serves it."""
+    growing = {
+        "model__n_layers": 8,
+        "training__steps": 4,
+        "checkpoint__enable": True,
+        "growth__stages": '[{at = "2 steps", factor = 4, optimizer_state = "copy"}]',
+    }
+    found, expected = (lines_of(name, trained, **growing, **settings) for settings in (COMPILED, {}))
+    assert_parity(found, expected)
+    assert [line["to_layers"] for line in found if "event" in line] == [8]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["1 rank", "fsdp2"])
 def test_inductor_computes_the_same(name: str, trained: Trained, tmp_path: Path) -> None:
     """Generated kernels, to the tolerances of a mesh."""
