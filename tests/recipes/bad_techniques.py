@@ -60,6 +60,16 @@ PRECISION = [
         toml=f"{FITS}precompute_float8_dynamic_scale_for_fsdp = true",
     ),
     Case(
+        "Float8: tokens",
+        r"training\.seq_len: Float8 needs microbatches of a multiple of 16 tokens, and 2 x 28 makes 56\. ",
+        toml=f"{FITS}[training]\nseq_len = 28",
+    ),
+    Case(
+        "Float8: filter of torchtitan only",
+        r'filter_fqns: "auto_filter_small_kn" is not supported',
+        toml=f'{FITS}filter_fqns = ["auto_filter_small_kn"]',
+    ),
+    Case(
         "converter unknown",
         r"model\.converters: unknown converter 'quantize\.linear\.float9'.*quantize\.linear\.float8",
         toml='[model]\nconverters = ["quantize.linear.float9"]',
