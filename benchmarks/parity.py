@@ -92,7 +92,7 @@ def row(comparison: Comparison) -> str:
 def small_model(folder: Path, steps: int, chosen: Callable[[str], bool]) -> Iterator[Comparison]:
     """Every mesh with the recipe of the tests; ranks stay from one run to the next."""
     ranks = WarmRanks()
-    validation = {"validation__enable": True, "validation__freq": 5}
+    validation = {"validation__enable": True, "validation__freq": 5, "validation__steps": 5}
     known: dict[str, Lines] = {}
 
     def lines_of(name: str, num_ranks: int, **settings: Any) -> Lines:
@@ -147,7 +147,7 @@ def main() -> None:
         f"norm) and of all {steps} steps. Weights and global batches are equal. Tolerances: {FIRST:g} and {LATER:g}.\n",
         "## Every mesh, small model\n",
         "The recipe of `tests/runs.py` on the meshes of `tests/distributed/meshes.py`: 4 layers of 32 channels unless "
-        "the name says otherwise, 8 sequences of 32 tokens a step, all held-out sequences at every fifth step.\n",
+        "the name says otherwise, 8 sequences of 32 tokens a step, 40 held-out ones at every fifth step.\n",
         *HEADER,
     ]
     with tempfile.TemporaryDirectory() as temporary:
