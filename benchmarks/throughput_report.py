@@ -51,10 +51,20 @@ class Outcome:
 
     @property
     def precision(self) -> str:
-        """Cases of one precision must come to the same losses."""
+        """Cases of one precision must come to the same losses.
+
+        One rank computes bfloat16 through autocast, which keeps the residual stream in float32, and several through
+        FSDP, which does not (stages/autocast.py): two precisions. Early Adam steps follow the sign of a gradient, so
+        rounding alone takes them 1e-3 to 1e-2 apart within ten steps; in float32 one rank and two agree to 1e-7.
+        """
         assert self.planned.plan is not None, "a refused case has no precision"
         recipe = self.planned.plan.recipe
-        return "float8" if uses_float8(recipe.model) else recipe.training.mixed_precision_param
+        if uses_float8(recipe.model):
+            return "float8"
+        dtype = recipe.training.mixed_precision_param
+        if dtype == recipe.training.dtype:
+            return dtype
+        return f"{dtype} by {'autocast' if self.planned.plan.mesh_shape.num_ranks == 1 else 'FSDP'}"
 
     @property
     def num_steps(self) -> int:
