@@ -60,12 +60,21 @@ class RunPlan:
 
     def growth_lines(self) -> list[str]:
         """One line for each growth."""
-        models = zip(self.growth.configs, self.growth.configs[1:], strict=False)
         return [
-            f"growth at {stage.when}: {stage.operator} x{stage.factor}, {before.num_layers} -> {after.num_layers} "
-            f"layers, moments {stage.optimizer_state}, learning rate {stage.lr_policy}"
-            for stage, (before, after) in zip(self.growth.stages, models, strict=True)
+            f"growth at {stage.when}: {stage.operator}{f' x{stage.factor}' if stage.factor else ''}, "
+            f"{_change(growth.before, growth.after)}, "
+            f"moments {stage.optimizer_state}, learning rate {stage.lr_policy}"
+            for stage, growth in zip(self.growth.stages, self.growth.chain.maps, strict=True)
         ]
+
+
+def _change(before: ModelConfig, after: ModelConfig) -> str:
+    """`3 -> 12 layers`, `dim 64 -> 128, n_heads 2 -> 4`."""
+    old, new = before.sizes, after.sizes
+    changed = [key for key in new if new[key] != old[key]]
+    named = [f"{key} {old[key]} -> {new[key]}" for key in changed if key != "n_layers"]
+    depth = [f"{old['n_layers']} -> {new['n_layers']} layers"] if "n_layers" in changed else []
+    return ", ".join(depth + named)
 
 
 def stage_context(recipe: Recipe, config: ModelConfig, shape: MeshShape, device_type: str) -> StageContext:

@@ -8,7 +8,6 @@ and take effect.
 from __future__ import annotations
 
 import json
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import tomli
 from titan_growth.checkpoint.folder import StepFolder, committed_steps
 from titan_growth.config.loader import recipe_from_toml
 from titan_growth.config.schema import Recipe
+from titan_growth.growth.chain import chain_of
+from titan_growth.models.config import ModelConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.tools.errors import CheckpointError, Problem
 from titan_growth.tools.run_folder import RECIPE_FILE
@@ -94,7 +95,7 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
     if _past(before, done) != _past(recipe, done):
         message = f"{checkpoint.path.name} has {done} growth{'s' if done > 1 else ''} behind it that the recipe changes"
         refused.append(Problem("growth.stages", message, _NEW_FOLDER))
-    elif _remaining_factor(before, done) != _remaining_factor(recipe, done):
+    elif _model_then(before, done) != _model_then(recipe, done):
         message = (
             f"{checkpoint.path.name} has {checkpoint.manifest.num_layers} layers, from which the recipe's "
             f"{'growths that are left do' if done else 'growths do'} not lead to its model"
@@ -129,10 +130,10 @@ def num_growths_of(checkpoint: StepFolder) -> int:
         raise CheckpointError(f"{checkpoint.path.name} refused: its lineage cannot be read ({error})") from None
 
 
-def _past(recipe: Recipe, num_growths: int) -> list[tuple[Any, ...]]:
+def _past(recipe: Recipe, num_growths: int) -> list[dict[str, Any]]:
     """What cannot be changed about growths that have happened; their learning rates still can."""
     stages = recipe.growth.active_stages[:num_growths]
-    return [(stage.when, stage.operator, stage.factor, stage.optimizer_state, stage.lr_policy) for stage in stages]
+    return [stage.model_dump(exclude={"lr", "warmup_steps"}, exclude_defaults=True) for stage in stages]
 
 
 def _written_with(checkpoint: StepFolder) -> Recipe:
@@ -143,8 +144,11 @@ def _written_with(checkpoint: StepFolder) -> Recipe:
         raise CheckpointError(f"{checkpoint.path.name} refused: its recipe cannot be read ({reason})") from None
 
 
-def _remaining_factor(recipe: Recipe, num_growths: int) -> int:
-    return prod(stage.factor for stage in recipe.growth.active_stages[num_growths:])
+def _model_then(recipe: Recipe, num_growths: int) -> ModelConfig | None:
+    """The model that a recipe has after so many growths."""
+    target, _ = model_config_of(recipe.model)
+    chain, _ = chain_of(recipe.growth, target) if target is not None else (None, [])
+    return chain.configs[num_growths] if chain is not None and num_growths < len(chain.configs) else None
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import time
 from dataclasses import replace
 
 import torch
@@ -26,9 +27,8 @@ from titan_growth.config.loader import to_toml
 from titan_growth.data import batch_hash, sample_digests
 from titan_growth.engine import Microbatch, num_valid_tokens, sum_over_ranks
 from titan_growth.engines import make_engine
-from titan_growth.growth.operators import operators
-from titan_growth.growth.reader import grown_names
-from titan_growth.growth.verify import verify_growth
+from titan_growth.growth.carry_out import carry_out
+from titan_growth.growth.verify import check_preserved
 from titan_growth.mesh import Mesh
 from titan_growth.observers import Observers
 from titan_growth.optim import Optimizer
@@ -220,30 +220,40 @@ class Trainer:
         Nothing is written before the grown model has proved right, so a crash anywhere in here resumes at the small
         model and grows again to the same bits.
         """
+        began = time.perf_counter()
         with self.observers.meter.pause("growth"):
             source = self._way_back()
-            operator = operators()[stage.operator]
-            before = self.model_config
-            source_of = operator.source_of(before.num_layers, stage.factor)
-            loss_before = self._held_out_loss()
-            event = GrowthEvent.begin(
-                stage,
-                self.progress,
+            growth = self.plan.growth.map_after(len(self.lineage.events))
+            event = GrowthEvent(
+                step=self.progress.step,
+                tokens=self.progress.tokens,
+                flops=self.progress.flops,
+                operator=stage.operator,
+                stage=stage.model_dump(exclude_defaults=True),
+                from_sizes=growth.before.sizes,
+                to_sizes=growth.after.sizes,
+                layer_map=growth.layers,
                 source=source.path.name,
-                source_of=source_of,
-                from_layers=before.num_layers,
                 mesh=str(self.mesh.shape),
-                loss_before=loss_before,
+                num_ranks=dist.get_world_size(),
+                loss_before=self._held_out_loss(),
             )
             self._release()
             self.lineage = Lineage((*self.lineage.events, event))
             self._build(seed=None)
-            grown = self._tensors(optimizer=stage.optimizer_state == "copy")
-            self.checkpointer.load(source.path, grown, grown_names(source_of))
-            num_compared = verify_growth(grown, source_of, lambda wanted: self.checkpointer.load(source.path, wanted))
-            event = replace(event, loss_after=self._held_out_loss())
+            read = carry_out(
+                source.path,
+                self._tensors(optimizer=stage.optimizer_state != "reset"),
+                growth,
+                stage,
+                family=self.recipe.model.name,
+                seed=self.seed + 1_000_003 * len(self.lineage.events),
+            )
+            loss_after = self._held_out_loss()
+            check_preserved(stage.operator, growth, event.loss_before, loss_after, self.recipe.training)
+            seconds = time.perf_counter() - began
+            event = replace(event, loss_after=loss_after, seconds=seconds, bytes_read=read.num_bytes)
             self.lineage = Lineage((*self.lineage.events[:-1], event))
-            logger.info("every tensor equals its source (%d compared on this rank)", num_compared)
             self.observers.record_growth(event)
 
     def _way_back(self) -> StepFolder:

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, train, trainer_of
-from titan_growth.growth.reader import layer_of, with_layer
+from titan_growth.models.roles import layer_of, with_layer
 
 STAGE = '{{at = "3 steps", operator = "stack", factor = 4, optimizer_state = "{moments}", lr_policy = "{lr}"}}'
 
@@ -115,15 +115,15 @@ def test_two_growths_by_tokens_chain_to_the_target(tmp_path: Path) -> None:
 
 
 def corrupted(rank: int, num_ranks: int, recipe: Any) -> None:
-    """Trains with an aliased read that serves one layer from the wrong source."""
-    from titan_growth import trainer as module
+    """Trains with a read that makes one layer from the wrong source."""
+    from titan_growth.growth import carry_out as module
 
-    honest = module.grown_names
+    honest = module.read_grown
 
-    def dishonest(source_of: Any) -> Any:
-        return honest((source_of[1], *source_of[1:]))
+    def dishonest(source: Any, tensors: Any, rule_of: Any, **more: Any) -> Any:
+        return honest(source, tensors, lambda name: rule_of(name.replace("layers.0.", "layers.1.")), **more)
 
-    module.grown_names = dishonest
+    module.read_grown = dishonest
     train(rank, num_ranks, recipe)
 
 

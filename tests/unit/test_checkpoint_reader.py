@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
@@ -13,12 +14,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
-from tests.harness import run_ranks
 from titan_growth.checkpoint.reader import SafeReader
-from titan_growth.growth.reader import grown_names
 from titan_growth.tools.errors import CheckpointError
 
 STORED = {
@@ -71,42 +68,38 @@ def test_tensors_come_back(folder: Path) -> None:
     assert set(reader.tensor_entries()) == set(STORED)
 
 
-def test_a_chunk_that_feeds_four_tensors_is_read_once(folder: Path) -> None:
-    """2 layers stacked 4 times: 8 layers and 8 moments from 4 stored chunks."""
-    names_of = grown_names((0, 1) * 4)
-    wanted = {f"layers.{layer}.w": torch.zeros(5, 3) for layer in range(8)}
-    wanted |= {f"optimizer.state.layers.{layer}.w.exp_avg": torch.zeros(5, 3) for layer in range(8)}
-    reader = SafeReader(folder, names_of)
+def both_names(name: str) -> list[str]:
+    """Serves each stored tensor under its own name and under a second one."""
+    return [name, f"copy.{name}"]
+
+
+def test_a_chunk_that_feeds_two_tensors_is_read_once(folder: Path) -> None:
+    wanted = {shown: torch.zeros(5, 3) for name in STORED if "layers" in name for shown in both_names(name)}
+    reader = SafeReader(folder, both_names)
     load(wanted, reader)
-    for layer in range(8):
-        assert torch.equal(wanted[f"layers.{layer}.w"], STORED[f"layers.{layer % 2}.w"])
-        name = f"optimizer.state.layers.{layer % 2}.w.exp_avg"
-        assert torch.equal(wanted[f"optimizer.state.layers.{layer}.w.exp_avg"], STORED[name])
-    assert reader.num_chunks_read == 4
+    assert all(torch.equal(tensor, STORED[name.removeprefix("copy.")]) for name, tensor in wanted.items())
+    assert reader.num_chunks_read == len(wanted) / 2
     once = SafeReader(folder)
     load({name: torch.zeros(5, 3) for name in STORED if "layers" in name}, once)
     assert reader.num_bytes_read == once.num_bytes_read > 0
 
 
-def _grown_shards(rank: int, path: str) -> tuple[int, bool]:
-    mesh = init_device_mesh("cpu", (2,))
-    wanted = {f"layers.{i}.w": distribute_tensor(torch.zeros(5, 3), mesh, (Shard(0),)) for i in range(6)}
-    reader = SafeReader(Path(path), grown_names((0, 1) * 3))
-    dcp.load(wanted, storage_reader=reader, planner=DefaultLoadPlanner())
-    right = all(torch.equal(wanted[f"layers.{i}.w"].full_tensor(), STORED[f"layers.{i % 2}.w"]) for i in range(6))
-    return reader.num_chunks_read, right
+def test_the_entries_under_other_names(folder: Path) -> None:
+    entries = SafeReader(folder, both_names).tensor_entries()
+    assert entries.keys() == {shown for name in STORED for shown in both_names(name)}
+    assert entries["copy.half"].properties.dtype == torch.bfloat16
 
 
-def test_growing_and_resharding_are_one_read(folder: Path) -> None:
-    """From one rank's file to uneven row shards on two."""
-    assert run_ranks(_grown_shards, 2, str(folder)) == [(2, True), (2, True)]
-
-
-def test_growing_under_other_names_lists_them(folder: Path) -> None:
-    entries = SafeReader(folder, grown_names((1, 1, 1))).tensor_entries()
-    assert {name for name in entries if name.startswith("layers")} == {f"layers.{i}.w" for i in range(3)}
-    assert entries["layers.2.w"].size == torch.Size([5, 3])
-    assert entries["half"].properties.dtype == torch.bfloat16
+def test_the_chunks_of_a_folder(folder: Path) -> None:
+    reader = SafeReader(folder)
+    chunks = reader.chunks()
+    assert chunks.keys() == STORED.keys()
+    for name, tensor in STORED.items():
+        (chunk,) = chunks[name]
+        assert (chunk.offsets, chunk.sizes, chunk.dtype) == ((0,) * tensor.dim(), tuple(tensor.shape), tensor.dtype)
+        assert torch.equal(reader.read_chunk(chunk), tensor)
+    with pytest.raises(CheckpointError, match=r"step-5 refused: .* does not hold layers\.0\.w as it says"):
+        reader.read_chunk(dataclasses.replace(chunks["layers.0.w"][0], sizes=(5, 4)))
 
 
 # ---- hostile and damaged ---------------------------------------------------------------------------------------------
@@ -177,7 +170,7 @@ def test_metadata_cannot_name_files_outside_its_folder(path: str, folder: Path) 
 def test_metadata_of_the_wrong_shape_is_one_line(field: str, value: object, folder: Path) -> None:
     change_metadata(folder, lambda metadata: setattr(metadata, field, value))
     with pytest.raises(CheckpointError, match=r"^step-5 refused: [^\n]+$"):
-        SafeReader(folder, grown_names((0, 0))).tensor_entries()
+        SafeReader(folder, lambda name: [name, name]).tensor_entries()
 
 
 def shard_holding(folder: Path, value: object) -> None:

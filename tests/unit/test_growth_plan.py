@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from titan_growth.growth.reader import grown_names, layer_of, with_layer
 
 from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
 from titan_growth.config.growth_schema import Growth
 from titan_growth.growth import operators as operators_module
 from titan_growth.growth.operators import operators, register_operator
-from titan_growth.growth.reader import grown_names, layer_of, with_layer
 from titan_growth.growth.schedule import plan_growth, timing_problems
 from titan_growth.models.config import ModelConfig
 

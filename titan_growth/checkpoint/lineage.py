@@ -7,11 +7,8 @@ its depth; and reading them runs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
-
-from titan_growth.config.growth_schema import GrowthStage
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Progress:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GrowthEvent:
     """One growth that has happened."""
 
@@ -45,48 +42,39 @@ class GrowthEvent:
     tokens: int
     flops: int
     operator: str
-    factor: int
-    optimizer_state: str
-    lr_policy: str
-    from_layers: int
-    to_layers: int
+    stage: dict[str, Any]
+    """The stage as the recipe has it, defaults left out."""
+    from_sizes: dict[str, int]
+    """Sizes of the model before, by recipe key."""
+    to_sizes: dict[str, int]
+    layer_map: tuple[int | None, ...]
+    """Source layer of each layer; None for a layer that started anew."""
     source: str
     """Checkpoint folder that the grown model was read from, relative to the run's checkpoint folder."""
-    source_of: tuple[int, ...]
-    """Source layer of each layer."""
     mesh: str
+    """Of the grown model; the source's manifest has that of the small one."""
+    num_ranks: int
     loss_before: float
-    loss_after: float
+    loss_after: float = math.nan
+    seconds: float = math.nan
+    """From the small model's last step to the grown one's first, save and verification included."""
+    bytes_read: int = 0
+    """By all ranks together, verification apart."""
+
+    @property
+    def from_layers(self) -> int:
+        """Depth before."""
+        return self.from_sizes["n_layers"]
+
+    @property
+    def to_layers(self) -> int:
+        """Depth after."""
+        return self.to_sizes["n_layers"]
 
     @classmethod
-    def begin(
-        cls,
-        stage: GrowthStage,
-        progress: Progress,
-        *,
-        source: str,
-        source_of: Sequence[int],
-        from_layers: int,
-        mesh: str,
-        loss_before: float,
-    ) -> GrowthEvent:
-        """The event of a growth that is under way; its loss afterwards is not known yet."""
-        return cls(
-            step=progress.step,
-            tokens=progress.tokens,
-            flops=progress.flops,
-            operator=stage.operator,
-            factor=stage.factor,
-            optimizer_state=stage.optimizer_state,
-            lr_policy=stage.lr_policy,
-            from_layers=from_layers,
-            to_layers=len(source_of),
-            source=source,
-            source_of=tuple(source_of),
-            mesh=mesh,
-            loss_before=loss_before,
-            loss_after=math.nan,
-        )
+    def from_dict(cls, table: dict[str, Any]) -> GrowthEvent:
+        """Raises TypeError or KeyError when the table is not an event."""
+        return cls(**{**table, "layer_map": tuple(table["layer_map"])})
 
 
 @dataclass(frozen=True)
@@ -105,4 +93,4 @@ class Lineage:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Lineage:
-        return cls(tuple(GrowthEvent(**{**event, "source_of": tuple(event["source_of"])}) for event in table["events"]))
+        return cls(tuple(GrowthEvent.from_dict(event) for event in table["events"]))

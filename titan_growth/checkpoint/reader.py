@@ -14,6 +14,8 @@ import io
 import pathlib
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,20 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from titan_growth.tools.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A stored piece of a tensor: its box in the tensor, and where its bytes are."""
+
+    name: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+    begin: int
+    length: int
+
 
 NamesOf = Callable[[str], list[str]]
 """Stored name -> the names it is served under."""
@@ -93,11 +109,7 @@ class SafeReader(FileSystemReader):
             info = self.storage_data[item.storage_index]
             per_chunk.setdefault((info.relative_path, info.offset, info.length), []).append(item)
         for (relative_path, offset, length), items in sorted(per_chunk.items(), key=lambda entry: entry[0]):
-            with open(self.folder / relative_path, "rb") as file:
-                file.seek(offset)
-                chunk = _load_tensor(file.read(length), f"{self.folder.name}/{relative_path}")
-            self.num_bytes_read += length
-            self.num_chunks_read += 1
+            chunk = self._read(relative_path, offset, length)
             for item in items:
                 values = chunk
                 for dim, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
@@ -108,6 +120,53 @@ class SafeReader(FileSystemReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def chunks(self) -> dict[str, list[StoredChunk]]:
+        """Name -> the pieces that a tensor is stored in.
+
+        Raises:
+            CheckpointError: when the pieces of a tensor do not make it up.
+        """
+        metadata = self.read_metadata()
+        found: dict[str, list[StoredChunk]] = {}
+        for index, info in metadata.storage_data.items():
+            entry = metadata.state_dict_metadata.get(index.fqn)
+            if not isinstance(entry, TensorStorageMetadata):
+                continue
+            offsets = tuple(index.offset) if index.offset is not None else (0,) * len(entry.size)
+            sizes = {tuple(chunk.sizes) for chunk in entry.chunks if tuple(chunk.offsets) == offsets}
+            sizes = {size for size in sizes if prod(size)} or sizes  # an empty shard begins where another one does
+            if len(sizes) != 1:
+                raise CheckpointError(f"{self.folder.name} refused: its metadata contradicts itself about {index.fqn}")
+            where = (info.relative_path, info.offset, info.length)
+            found.setdefault(index.fqn, []).append(
+                StoredChunk(index.fqn, offsets, sizes.pop(), entry.properties.dtype, *where)
+            )
+        for name, pieces in found.items():
+            entry = metadata.state_dict_metadata[name]
+            assert isinstance(entry, TensorStorageMetadata)
+            if sum(prod(piece.sizes) for piece in pieces) != entry.size.numel():
+                raise CheckpointError(f"{self.folder.name} refused: the pieces of {name} do not make it up")
+        return found
+
+    def read_chunk(self, chunk: StoredChunk) -> torch.Tensor:
+        """The values of a stored piece.
+
+        Raises:
+            CheckpointError: when they cannot be read, or are not what the metadata says.
+        """
+        values = self._read(chunk.file, chunk.begin, chunk.length)
+        if tuple(values.shape) != chunk.sizes or values.dtype != chunk.dtype:
+            raise CheckpointError(f"{self.folder.name} refused: {chunk.file} does not hold {chunk.name} as it says")
+        return values
+
+    def _read(self, relative_path: str, offset: int, length: int) -> torch.Tensor:
+        with open(self.folder / relative_path, "rb") as file:
+            file.seek(offset)
+            data = file.read(length)
+        self.num_bytes_read += length
+        self.num_chunks_read += 1
+        return _load_tensor(data, f"{self.folder.name}/{relative_path}")
 
     def tensor_entries(self) -> dict[str, TensorStorageMetadata]:
         """Name -> size and dtype of every stored tensor, under the names of `names_of`."""

@@ -2,31 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from titan_growth.config.duration import Duration
-from titan_growth.config.section import Section
+from titan_growth.config.section import BadValueError, Section
+
+WIDTHS = {"dim": "dim", "n_heads": "num_heads", "n_kv_heads": "num_kv_heads", "hidden_dim": "hidden_dim"}
+"""Recipe key -> field of `ModelConfig`, of the sizes that width growth changes. The width of a head never changes."""
+
+SIZES = {"n_layers": "num_layers", **WIDTHS}
+"""The same for all sizes that growth changes."""
 
 
-class GrowthStage(Section):
+class Sizes(Section):
+    """Sizes of a model, as far as they are given."""
+
+    n_layers: int | None = Field(None, ge=1)
+    """Transformer blocks."""
+    dim: int | None = Field(None, ge=1)
+    """Width of the residual stream."""
+    n_heads: int | None = Field(None, ge=1)
+    """Query heads."""
+    n_kv_heads: int | None = Field(None, ge=1)
+    """Key/value heads."""
+    hidden_dim: int | None = Field(None, ge=1)
+    """Width of the SwiGLU hidden layer."""
+
+    @property
+    def given_sizes(self) -> dict[str, int]:
+        """Field of `ModelConfig` -> size, of those that are given."""
+        return {field: getattr(self, key) for key, field in SIZES.items() if getattr(self, key) is not None}
+
+
+class GrowthStage(Sizes):
     """One growth: when, by which operator, and what becomes of moments and learning rate."""
 
     at: str
     """When to grow, counted from the start of the run: "300 steps" or "10M tokens"."""
     operator: str = "stack"
     """Growth operator; "stack" repeats the whole list of layers factor times (G_stack)."""
-    factor: int = Field(ge=2)
-    """How many times as many layers as before."""
-    optimizer_state: Literal["reset", "copy"] = "reset"
-    """What becomes of the moments: zero again (official G_stack), or copied along with the weights."""
-    lr_policy: Literal["restart", "continue"] = "restart"
-    """restart = warmup again and a decay to the run's end (official G_stack); continue = the ungrown run's curve."""
+    factor: int | None = Field(None, ge=2)
+    """How many times as many layers, or how many times as wide, as before. Or give the sizes after this growth."""
+    layer_map: list[int] | None = None
+    """Depth operators: the source of each layer of the grown model, counted from 0, such as [0, 1, 1, 2]."""
+    noise: float = Field(0.0, ge=0, le=10)
+    """Noise added to everything that is a copy, as a share of the deviation that its tensor was initialised with."""
+    mask_steps: int | None = Field(None, ge=1)
+    """random_depth and random_width: steps over which the mask on what is new opens."""
+    options: dict[str, Any] = {}
+    """Settings of a plugin's operator."""
+    optimizer_state: Literal["reset", "copy", "copy_scaled", "asymmetric"] = "reset"
+    """What becomes of the moments: zero again (official G_stack), copied along with the weights, copied and scaled as
+    the gradients are (width), or kept where the weights are originals and zero where they are copies or new."""
+    optimizer_step: Literal["keep", "reset"] | None = None
+    """Adam's step counter, which corrects the bias of young moments. Default: keep it, unless the moments are reset."""
+    lr_policy: Literal["restart", "continue", "rewarm", "rewarm_new"] = "restart"
+    """restart = warmup again and a decay to the run's end (official G_stack); continue = the ungrown run's curve;
+    rewarm = that curve, with a warmup; rewarm_new = with a warmup of the new and copied parameters only."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate from this growth on. Default: optimizer.lr after a restart, else the peak stays."""
     warmup_steps: int | None = Field(None, ge=0)
-    """Warmup after this growth (lr_policy = "restart"). Default: lr_scheduler.warmup_steps."""
+    """Warmup after this growth (all policies but "continue"). Default: lr_scheduler.warmup_steps."""
 
     @field_validator("at")
     @classmethod
@@ -34,14 +72,38 @@ class GrowthStage(Section):
         Duration.parse(value)
         return value
 
+    @field_validator("layer_map")
+    @classmethod
+    def _layer_map_lists_layers(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and (not value or min(value) < 0):
+            raise BadValueError("must list source layers, counted from 0", "For example [0, 1, 1, 2]")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_say_how_large(self) -> GrowthStage:
+        given = [key for key in ("factor", "layer_map", *SIZES) if getattr(self, key) is not None]
+        for one in ("factor", "layer_map"):
+            if one in given and len(given) > 1:
+                other = next(key for key in given if key != one)
+                raise BadValueError(f"gives both {one} and {other}", "Give one of the two")
+        return self
+
     @property
     def when(self) -> Duration:
         """The parsed `at`."""
         return Duration.parse(self.at)
 
+    @property
+    def keeps_step(self) -> bool:
+        """Whether Adam's step counter goes on."""
+        return (self.optimizer_step or ("reset" if self.optimizer_state == "reset" else "keep")) == "keep"
 
-class GrowthBase(Section):
-    """Settings of the run before its first growth."""
+
+class GrowthBase(Sizes):
+    """The run before its first growth: its settings, and the sizes to start from where the stages' factors do not tell.
+
+    A size that is not given is that of [model], divided by the factors of the stages.
+    """
 
     lr: float | None = Field(None, gt=0)
     """Peak learning rate before the first growth. Default: optimizer.lr."""

@@ -1,28 +1,36 @@
 """The growth plan of a run: which model it starts from, when it grows, and into what.
 
-The recipe names the final model; the plan divides its depth by the factors of the stages. It is validated as a whole
-before anything starts. At run time its only memory is the lineage: the number of growths that have happened.
+`chain.py` works out the models; here is when one becomes the next. All is validated as a whole before anything starts.
+At run time the plan's only memory is the lineage: the number of growths that have happened.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 
 from titan_growth.checkpoint.lineage import Lineage, Progress
 from titan_growth.config.growth_schema import Growth, GrowthStage
-from titan_growth.config.messages import suggestion
-from titan_growth.growth.operators import operators
+from titan_growth.growth.chain import Chain, chain_of
+from titan_growth.growth.operators import GrowthMap
 from titan_growth.models.config import ModelConfig
 from titan_growth.tools.errors import Problem, TrainingError
 
 
 @dataclass(frozen=True)
 class GrowthPlan:
-    """The models of a run in their order, and the stages between them."""
+    """The growths of a run in their order, and when each of them comes."""
 
-    configs: tuple[ModelConfig, ...]
+    chain: Chain
     stages: tuple[GrowthStage, ...]
+
+    @property
+    def configs(self) -> tuple[ModelConfig, ...]:
+        """The models of the run in their order."""
+        return self.chain.configs
+
+    def map_after(self, num_growths: int) -> GrowthMap:
+        """The growth that comes after so many others."""
+        return self.chain.maps[num_growths]
 
     def config_after(self, num_growths: int) -> ModelConfig:
         """The model after so many growths."""
@@ -53,35 +61,8 @@ class GrowthPlan:
 
 def plan_growth(section: Growth, target: ModelConfig) -> tuple[GrowthPlan | None, list[Problem]]:
     """The plan of a recipe, or what is wrong with it."""
-    stages = section.active_stages
-    known = operators()
-    problems = [
-        Problem(
-            f"growth.stages.{index}.operator",
-            f"unknown operator '{stage.operator}'; known: {', '.join(known)}",
-            suggestion(stage.operator, known),
-        )
-        for index, stage in enumerate(stages)
-        if stage.operator not in known
-    ]
-    factor = prod(stage.factor for stage in stages)
-    if target.num_layers % factor:
-        factors = " x ".join(str(stage.factor) for stage in stages)
-        product = f"{factors} = {factor}" if len(stages) > 1 else factors
-        problems.append(
-            Problem(
-                "growth.stages",
-                f"the growth factor {product} does not divide the target's {target.num_layers} layers",
-                "Choose factors whose product divides model.n_layers",
-            )
-        )
-    if problems:
-        return None, problems
-    configs = [replace(target, num_layers=target.num_layers // factor)]
-    for stage in stages:
-        configs.append(known[stage.operator].grow(configs[-1], stage.factor))
-    assert configs[-1] == target, "the chain of growths does not end at the target"
-    return GrowthPlan(tuple(configs), tuple(stages)), []
+    chain, problems = chain_of(section, target)
+    return (GrowthPlan(chain, tuple(section.active_stages)) if chain is not None else None), problems
 
 
 def timing_problems(

@@ -30,6 +30,19 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     qk_norm: bool = False
     """Queries and keys are normalised per head (RMSNorm over the head's channels)."""
+    qk_norm_eps: float | None = None
+    """Epsilon of those norms; None for `norm_eps`. Width growth scales the one and keeps the other."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes that growth changes, by their recipe keys."""
+        return {
+            "n_layers": self.num_layers,
+            "dim": self.dim,
+            "n_heads": self.num_heads,
+            "n_kv_heads": self.num_kv_heads,
+            "hidden_dim": self.hidden_dim,
+        }
 
     @property
     def tied(self) -> dict[str, str]:

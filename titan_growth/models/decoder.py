@@ -26,9 +26,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_growth.models.config import ModelConfig
+from titan_growth.models.roles import Role
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained on and does not count as a token."""
+
+
+ROLES = {
+    "tok_embeddings.weight": Role(("vocab", "dim")),
+    "norm.weight": Role(("dim",)),
+    "output.weight": Role(("vocab", "dim"), reads=1),
+}
+"""What the dimensions of the frame's parameters mean; a family adds those of its block."""
 
 
 class Split(Enum):

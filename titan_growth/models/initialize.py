@@ -36,22 +36,32 @@ def init_weights(
     for part in parts:
         for name, parameter in part.named_parameters():
             name = (tied or {}).get(name, name)
-            local, offset = _local_and_offset(parameter)
-            std = std_of(name)
-            if std is None:
-                local.fill_(1.0)
-            elif local.numel():
-                _draw(local, offset, parameter.shape, name, std, seed)
+            local, offset = local_and_offset(parameter)
+            draw(local, offset, parameter.shape, name, std_of(name), seed)
 
 
-def _local_and_offset(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def local_and_offset(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's box of a tensor, and where in the tensor it begins."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.dim()
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return parameter.to_local(), tuple(offset)
 
 
-def _draw(local: Tensor, offset: tuple[int, ...], shape: torch.Size, name: str, std: float, seed: int) -> None:
+def draw(local: Tensor, offset: tuple[int, ...], shape: torch.Size, name: str, std: float | None, seed: int) -> None:
+    """Fills a box of a parameter with its initial values, which do not depend on how the parameter is cut into boxes.
+
+    Args:
+        local: the box, of one or two dimensions.
+        offset: where in the parameter it begins.
+        shape: of the whole parameter.
+        std: deviation of the truncated normal distribution; None means ones.
+    """
+    if std is None:
+        local.fill_(1.0)
+        return
+    if not local.numel():
+        return
     first_row, first_column = offset
     num_rows, num_columns = local.shape
     for block in range(first_row // ROWS_PER_BLOCK, (first_row + num_rows - 1) // ROWS_PER_BLOCK + 1):

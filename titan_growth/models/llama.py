@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from titan_growth.models import decoder
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.decoder import SequenceContext, Split, fsdp_units
+from titan_growth.models.roles import Role
 
-__all__ = ["DEFAULTS", "FLAVORS", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
+__all__ = ["DEFAULTS", "FLAVORS", "ROLES", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
 
 _GSTACK = {"rope_theta": 10000.0, "rope_scaling_factor": 1.0, "vocab_size": 32000, "max_seq_len": 2048}
 
@@ -188,6 +189,21 @@ def tensor_parallel_plan(part: decoder.Decoder) -> dict[str, Split]:
             "feed_forward.w2": Split.ROWS,
         },
     )
+
+
+ROLES: dict[str, Role] = {
+    **decoder.ROLES,
+    "attention_norm.weight": Role(("dim",)),
+    "attention.wq.weight": Role(("heads", "dim"), reads=1),
+    "attention.wk.weight": Role(("kv_heads", "dim"), reads=1),
+    "attention.wv.weight": Role(("kv_heads", "dim"), reads=1),
+    "attention.wo.weight": Role(("dim", "heads"), reads=1),
+    "ffn_norm.weight": Role(("dim",)),
+    "feed_forward.w1.weight": Role(("hidden_dim", "dim"), reads=1),
+    "feed_forward.w3.weight": Role(("hidden_dim", "dim"), reads=1),
+    "feed_forward.w2.weight": Role(("dim", "hidden_dim"), reads=1),
+}
+"""What the dimensions of each parameter mean, for width growth."""
 
 
 def init_rule(config: ModelConfig, name: str) -> float | None:

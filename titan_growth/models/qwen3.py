@@ -25,8 +25,9 @@ from titan_growth.models import decoder, llama
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.decoder import SequenceContext, Split, fsdp_units
 from titan_growth.models.llama import init_rule, rope_cache
+from titan_growth.models.roles import Role
 
-__all__ = ["DEFAULTS", "FLAVORS", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
+__all__ = ["DEFAULTS", "FLAVORS", "ROLES", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
 
 _RELEASE = {"n_kv_heads": 8, "head_dim": 128, "vocab_size": 151936}
 _TIED = {"tie_word_embeddings": True}
@@ -80,8 +81,9 @@ class Attention(llama.Attention):
     def __init__(self, config: ModelConfig) -> None:
         assert config.qk_norm, "every Qwen3 model has QK-norm; a config without it counts too few parameters"
         super().__init__(config)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        eps = config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=eps)
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
         # -1 for the heads: under tensor parallelism each rank holds only some of them.
@@ -112,3 +114,11 @@ def tensor_parallel_plan(part: decoder.Decoder) -> dict[str, Split]:
     """Module name -> how tensor parallelism splits it."""
     norms = (f"layers.{layer}.attention.{norm}" for layer in part.layers for norm in ("q_norm", "k_norm"))
     return llama.tensor_parallel_plan(part) | dict.fromkeys(norms, Split.HEADS)
+
+
+ROLES: dict[str, Role] = {
+    **llama.ROLES,
+    "attention.q_norm.weight": Role(("head_dim",)),
+    "attention.k_norm.weight": Role(("head_dim",)),
+}
+"""What the dimensions of each parameter mean, for width growth."""

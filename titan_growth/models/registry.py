@@ -1,7 +1,7 @@
 """Families and flavors by name, and the step from the `[model]` table to a `ModelConfig`.
 
-A family is a module with `Decoder`, `fsdp_units`, `tensor_parallel_plan`, `init_rule`, and its named sizes: `FLAVORS`
-with the `DEFAULTS` of what they leave open.
+A family is a module with `Decoder`, `fsdp_units`, `tensor_parallel_plan`, `init_rule`, the `ROLES` of its parameters'
+dimensions, and its named sizes: `FLAVORS` with the `DEFAULTS` of what they leave open.
 """
 
 from __future__ import annotations

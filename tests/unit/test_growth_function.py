@@ -1,0 +1,151 @@
+"""What every operator does to the function that a model computes, measured on logits in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from titan_growth.config.growth_schema import GrowthStage
+from titan_growth.growth.operators import GrowthMap, operators
+from titan_growth.growth.read import read_grown
+from titan_growth.growth.rules import Rules
+from titan_growth.growth.verify import verify_growth
+from titan_growth.models.config import ModelConfig
+from titan_growth.models.initialize import init_weights
+from titan_growth.models.registry import family_module
+
+SIZES = {"dim": 48, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "hidden_dim": 80}
+CONFIGS = {
+    "llama3": ("llama3", ModelConfig(vocab_size=131, **SIZES)),
+    "llama3 tied": ("llama3", ModelConfig(vocab_size=131, tie_word_embeddings=True, **SIZES)),
+    "qwen3": ("qwen3", ModelConfig(vocab_size=131, qk_norm=True, **SIZES)),
+    "qwen3 tied": ("qwen3", ModelConfig(vocab_size=131, qk_norm=True, tie_word_embeddings=True, **SIZES)),
+}
+SEQ_LEN = 40
+
+
+def model_of(family: str, config: ModelConfig, seed: int | None = None) -> nn.Module:
+    """A model; with a seed, one whose weights are nothing special: norms off 1, and no layer like another."""
+    module = family_module(family)
+    model: nn.Module = module.Decoder(config, SEQ_LEN)
+    model.materialized(torch.device("cpu"))
+    if seed is not None:
+        init_weights([model], lambda name: module.init_rule(config, name), seed, config.tied)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.mul_(1 + 0.3 * noise).add_(0.05 * noise)
+    return model
+
+
+def logits_of(model: nn.Module) -> Tensor:
+    tokens = torch.randint(0, 131, (2, SEQ_LEN), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return model(tokens)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def grown(folder: Path, case: str, **settings: Any) -> tuple[nn.Module, nn.Module, GrowthMap]:
+    """(the small model, the grown one, the map between them); the growth is verified as a run verifies it."""
+    family, config = CONFIGS[case]
+    module = family_module(family)
+    stage = GrowthStage.model_validate({"at": "1 step", **settings})
+    growth = operators()[stage.operator].grow(config, stage)
+    assert isinstance(growth, GrowthMap), growth
+    small, large = model_of(family, config, seed=3), model_of(family, growth.after)
+    dcp.save(state_of(small), checkpoint_id=folder, no_dist=True)
+    rules = Rules(growth, stage, module.ROLES, growth.after.tied)
+
+    def std_of(name: str) -> float | None:
+        return module.init_rule(growth.after, name)
+
+    read_grown(folder, state_of(large), rules.of, std_of=std_of, seed=11)
+    _, wrong = verify_growth(folder, state_of(large), rules.of, std_of=std_of)
+    assert wrong == []
+    return small, large, growth
+
+
+def deviation(small: nn.Module, large: nn.Module) -> float:
+    """Relative difference of the logits, in the Euclidean norm."""
+    expected, found = logits_of(small), logits_of(large)
+    return float((found - expected).norm() / expected.norm())
+
+
+DOUBLE = {"dim": 96, "n_heads": 12, "n_kv_heads": 4, "hidden_dim": 160}
+UNEVEN = {"dim": 72, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 100}
+ONLY_HIDDEN = {"hidden_dim": 100}
+MORE_QUERIES = {"n_heads": 10}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("sizes", [{"factor": 2}, {"n_layers": 4}, {"layer_map": [0, 0, 0, 1, 2, 2]}])
+def test_zero_depth_is_exact(case: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    """Not close: the same bits."""
+    small, large, growth = grown(tmp_path, case, operator="zero_depth", noise=0.5, **sizes)
+    assert growth.tolerance == 0.0
+    assert torch.equal(logits_of(small), logits_of(large))
+    assert len(large.layers) > len(small.layers)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("sizes", [{"factor": 2}, {"factor": 3}, DOUBLE, UNEVEN, ONLY_HIDDEN, MORE_QUERIES])
+def test_zero_width_preserves(case: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    """Norms and their eps are rescaled: without the one tens of percent would be missing, without the other 1e-4."""
+    small, large, growth = grown(tmp_path, case, operator="zero_width", **sizes)
+    assert growth.tolerance == 1e-6
+    assert growth.after.norm_eps == pytest.approx(growth.before.norm_eps * growth.before.dim / growth.after.dim)
+    assert deviation(small, large) < 1e-6
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("sizes", [{"factor": 2}, {"factor": 3}, DOUBLE, ONLY_HIDDEN, MORE_QUERIES])
+def test_uniform_split_width_preserves(case: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    """Whole multiples of dim; heads and SwiGLU channels may be copied unevenly."""
+    small, large, growth = grown(tmp_path, case, operator="split_width", **sizes)
+    assert growth.tolerance == 1e-6
+    assert growth.after.norm_eps == growth.before.norm_eps
+    assert deviation(small, large) < 1e-6
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize(
+    ("settings", "least", "most"),
+    [
+        ({"operator": "stack", "factor": 2}, 0.1, 2.0),
+        ({"operator": "interpose", "factor": 2}, 0.1, 2.0),
+        ({"operator": "middle", "n_layers": 4}, 0.05, 2.0),
+        ({"operator": "map", "layer_map": [0, 1, 2, 1, 2]}, 0.05, 2.0),
+        ({"operator": "split_width", **UNEVEN}, 1e-3, 1.0),
+        ({"operator": "split_width", "factor": 2, "noise": 0.05}, 1e-4, 0.5),
+    ],
+)
+def test_the_others_do_not_and_say_so(
+    case: str, settings: dict[str, Any], least: float, most: float, tmp_path: Path
+) -> None:
+    """Their deviation is within what is known of them, and no tolerance is declared (noise is the chain's business)."""
+    small, large, growth = grown(tmp_path, case, **settings)
+    assert growth.tolerance is None or "noise" in settings
+    assert least < deviation(small, large) < most
+
+
+@pytest.mark.parametrize("operator", ["split_width", "zero_width"])
+def test_everything_new_learns(operator: str, tmp_path: Path) -> None:
+    """No parameter of the grown model is without a gradient, as new SwiGLU channels are in other implementations."""
+    _, large, _ = grown(tmp_path, "llama3", operator=operator, **ONLY_HIDDEN, dim=72, n_heads=9, n_kv_heads=3)
+    tokens = torch.randint(0, 131, (2, SEQ_LEN))
+    large(tokens, None, tokens).sum().backward()
+    learning = {name: parameter.grad.abs().sum(dim=-1) > 0 for name, parameter in large.named_parameters()}
+    for name in ("layers.1.feed_forward.w2.weight", "layers.1.attention.wo.weight"):
+        assert learning[name].all(), f"{name}: rows of new channels get no gradient"
+    read = {name: parameter.grad.abs().sum(dim=0) > 0 for name, parameter in large.named_parameters()}
+    for name in ("layers.1.feed_forward.w2.weight", "layers.1.attention.wo.weight"):
+        assert read[name].all(), f"{name}: what new channels add gets no gradient"

@@ -1,0 +1,63 @@
+"""One growth on all ranks: the grown model is read, verified, and either right everywhere or an error everywhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from titan_growth.config.growth_schema import GrowthStage
+from titan_growth.growth.operators import GrowthMap
+from titan_growth.growth.read import BytesRead, read_grown
+from titan_growth.growth.rules import Rules
+from titan_growth.growth.verify import verify_growth
+from titan_growth.models.registry import family_module
+from titan_growth.tools.distributed import describe_os_error, fail_together, gather_objects
+from titan_growth.tools.errors import CheckpointError, GrowthError
+
+logger = logging.getLogger("titan_growth")
+
+
+def carry_out(
+    source: Path, tensors: Mapping[str, Tensor], growth: GrowthMap, stage: GrowthStage, *, family: str, seed: int
+) -> BytesRead:
+    """Fills this rank's tensors of the grown model from the small one's checkpoint, and makes sure that they are right.
+
+    Args:
+        source: the small model's step folder.
+        tensors: parameters and, where the stage keeps some of it, optimizer state of the grown model.
+        seed: of this growth.
+
+    Returns:
+        What all ranks together have read, verification apart.
+
+    Raises:
+        CheckpointError: on every rank, when any of them cannot read its share.
+        GrowthError: on every rank, when any of them finds something wrong.
+    """
+    module = family_module(family)
+    rules = Rules(growth, stage, module.ROLES, growth.after.tied)
+
+    def std_of(name: str) -> float | None:
+        deviation: float | None = module.init_rule(growth.after, name)
+        return deviation
+
+    done, errors = BytesRead(), []
+    try:
+        done = read_grown(source, tensors, rules.of, std_of=std_of, seed=seed)
+    except CheckpointError as error:
+        errors = [str(error)]
+    except OSError as error:
+        errors = [f"{source.name} refused: {describe_os_error(error)}"]
+    fail_together(errors, CheckpointError)
+    try:
+        num_compared, wrong = verify_growth(source, tensors, rules.of, std_of=std_of)
+    except (CheckpointError, OSError) as error:
+        num_compared, wrong = 0, [str(error)]
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    fail_together([f"the grown model is wrong: {wrong[0]}{more}"] if wrong else [], GrowthError)
+    logger.info("every tensor is what its source makes of it (%d compared on this rank)", num_compared)
+    each = gather_objects((done.num_bytes, done.num_chunks, done.largest_chunk))
+    return BytesRead(sum(one[0] for one in each), sum(one[1] for one in each), max(one[2] for one in each))

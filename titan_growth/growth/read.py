@@ -1,0 +1,222 @@
+"""The growth itself: every rank makes its shards of the grown model from the stored chunks of the small one.
+
+    rule of each tensor -> which stored chunks overlap its shard -> each chunk read once -> placed -> scaled, filled
+
+Nothing is gathered and nothing is planned together: the ranks do not even talk to each other, but to agree on whether
+all have succeeded. A chunk that feeds many tensors (a layer that is stacked four times) is read once for all of them,
+and let go before the next is read, so a rank needs its grown shards and the largest stored chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from titan_growth.checkpoint.reader import SafeReader, StoredChunk
+from titan_growth.growth.axes import NEW
+from titan_growth.growth.rules import OPTIMIZER_PREFIX, Rule
+from titan_growth.models.initialize import draw, local_and_offset
+from titan_growth.tools.errors import CheckpointError
+
+StdOf = Callable[[str], float | None]
+"""Parameter name -> deviation of its initial distribution in the grown model, None for ones."""
+
+
+@dataclass
+class BytesRead:
+    """What a growth has read from storage on this rank."""
+
+    num_bytes: int = 0
+    num_chunks: int = 0
+    largest_chunk: int = 0
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rank's part of a tensor, and the stored positions of its elements."""
+
+    local: Tensor
+    offset: tuple[int, ...]
+    rule: Rule
+    positions: tuple[tuple[int, ...] | range, ...]
+    """For each dimension, the stored position of each local one, `NEW` for none."""
+
+    @classmethod
+    def of(cls, tensor: Tensor, rule: Rule) -> Box:
+        local, offset = local_and_offset(tensor)
+        indices = rule.indices or (None,) * local.dim()
+        positions = tuple(
+            range(start, start + length) if index is None else index[start : start + length]
+            for index, start, length in zip(indices, offset, local.shape, strict=True)
+        )
+        return cls(local, offset, rule, positions)
+
+
+def read_grown(
+    folder: Path, tensors: Mapping[str, Tensor], rule_of: Callable[[str], Rule], *, std_of: StdOf, seed: int
+) -> BytesRead:
+    """Fills the tensors of a grown model in place, from the small model's checkpoint.
+
+    Args:
+        folder: a step folder.
+        tensors: parameters and optimizer state by name, plain or sharded, of any values.
+        rule_of: how each of them is made.
+        std_of: of the initial distribution, for what has no source.
+        seed: of this growth; the same on every rank. New values depend on it, on the name and on the place, and not on
+            the mesh.
+
+    Raises:
+        CheckpointError: when a source is not stored, has another type, or cannot be read.
+    """
+    stored = SafeReader(folder)
+    chunks = stored.chunks()
+    boxes = {name: Box.of(tensor, rule_of(name)) for name, tensor in _once(tensors).items()}
+    wanted: dict[StoredChunk, list[Box]] = {}
+    for name, box in boxes.items():
+        if box.rule.source is None:
+            box.local.zero_()
+            continue
+        if box.rule.source not in chunks:
+            raise CheckpointError(f"{folder.name} refused: it has no {box.rule.source}, which {name} comes from")
+        if any(NEW in positions for positions in box.positions if not isinstance(positions, range)):
+            box.local.zero_()
+        for chunk in chunks[box.rule.source]:
+            if chunk.dtype != box.local.dtype:
+                message = f"{box.rule.source} is stored as {chunk.dtype}, and {name} is {box.local.dtype}"
+                raise CheckpointError(f"{folder.name} refused: {message}")
+            if all(_overlaps(*pair) for pair in zip(box.positions, chunk.offsets, chunk.sizes, strict=True)):
+                wanted.setdefault(chunk, []).append(box)
+    done = BytesRead()
+    for chunk in sorted(wanted, key=lambda chunk: (chunk.file, chunk.begin)):
+        values = stored.read_chunk(chunk)
+        done.num_bytes += chunk.length
+        done.num_chunks += 1
+        done.largest_chunk = max(done.largest_chunk, chunk.length)
+        for box in wanted[chunk]:
+            place(values, chunk.offsets, box)
+    for name, box in boxes.items():
+        finish(box, tensors[name].shape, std_of, seed, is_state=name.startswith(OPTIMIZER_PREFIX))
+    return done
+
+
+def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without second names: a tied head is listed twice, and must not be scaled twice."""
+    seen: set[tuple[int, torch.Size]] = set()
+    once = {}
+    for name, tensor in tensors.items():
+        local, _ = local_and_offset(tensor)
+        place = (local.data_ptr(), tensor.shape)
+        if local.numel() == 0 or place not in seen:
+            once[name] = tensor
+            seen.add(place)
+    return once
+
+
+def _overlaps(positions: Sequence[int], start: int, length: int) -> bool:
+    if isinstance(positions, range):
+        return positions.start < start + length and start < positions.stop and length > 0
+    return any(start <= position < start + length for position in positions)
+
+
+def place(values: Tensor, offsets: Sequence[int], box: Box) -> None:
+    """Copies what a stored chunk has of a box into it.
+
+    Args:
+        values: the chunk.
+        offsets: where in the stored tensor it begins.
+    """
+    target, piece = box.local, values
+    scattered: list[Tensor | slice] = []
+    for dim, (positions, start) in enumerate(zip(box.positions, offsets, strict=True)):
+        stop = start + values.shape[dim]
+        if isinstance(positions, range):
+            first, last = max(positions.start, start), min(positions.stop, stop)
+            piece = piece.narrow(dim, first - start, last - first)
+            target = target.narrow(dim, first - positions.start, last - first)
+            scattered.append(slice(None))
+        else:
+            there = torch.tensor(positions)
+            here = torch.nonzero((there >= start) & (there < stop)).flatten()
+            piece = piece.index_select(dim, there[here] - start)
+            scattered.append(here.to(target.device))
+    if all(isinstance(entry, slice) for entry in scattered):
+        target.copy_(piece)
+    elif sum(isinstance(entry, Tensor) for entry in scattered) == 1:
+        target[tuple(scattered)] = piece.to(target.device)
+    else:
+        rows, columns = scattered
+        assert isinstance(rows, Tensor), "a parameter has at most two dimensions"
+        target[rows.unsqueeze(1), columns] = piece.to(target.device)
+
+
+def finish(box: Box, shape: torch.Size, std_of: StdOf, seed: int, *, is_state: bool) -> None:
+    """Scales, initial values and noise, once all stored values are in their places."""
+    rule, local = box.rule, box.local
+    if rule.scale != 1.0:
+        local.mul_(rule.scale)
+    for dim, scales in enumerate(rule.scales):
+        if scales is not None:
+            share = torch.tensor(scales[box.offset[dim] : box.offset[dim] + local.shape[dim]], dtype=local.dtype)
+            local.mul_(share.to(local.device).reshape([-1 if d == dim else 1 for d in range(local.dim())]))
+    if is_state or not local.numel():
+        return
+    std = std_of(rule.parameter)
+    if rule.initial and (new := new_elements(box)) is not None:
+        values = torch.empty_like(local)
+        draw(values, box.offset, shape, rule.parameter, std, _seed(seed, "new"))
+        local.copy_(torch.where(new.to(local.device), values, local))
+    if rule.noise and std is not None and (copies := copied_elements(box)) is not None:
+        noise = torch.empty_like(local)
+        draw(noise, box.offset, shape, rule.parameter, std * rule.noise, _seed(seed, "noise"))
+        local.add_(torch.where(copies.to(local.device), noise, torch.zeros_like(noise)))
+
+
+def new_elements(box: Box) -> Tensor | None:
+    """Which elements of a box have no source, as a mask that broadcasts to it; None when all have one."""
+    if box.rule.source is None:
+        return torch.ones([1] * box.local.dim(), dtype=torch.bool)
+    masks = [
+        torch.tensor([position == NEW for position in positions])
+        for positions in box.positions
+        if not isinstance(positions, range)
+    ]
+    return _any(box, masks, [dim for dim, positions in enumerate(box.positions) if not isinstance(positions, range)])
+
+
+def copied_elements(box: Box) -> Tensor | None:
+    """Which elements of a box are copies, neither original nor new, as a mask that broadcasts to it; None for none."""
+    if box.rule.source is None:
+        return None
+    new = new_elements(box)
+    has_source = torch.ones([1] * box.local.dim(), dtype=torch.bool) if new is None else ~new
+    if box.rule.copied_layer:
+        return has_source
+    dims = [dim for dim, originals in enumerate(box.rule.originals) if originals is not None]
+    masks = []
+    for dim in dims:
+        originals = box.rule.originals[dim]
+        assert originals is not None
+        start = box.offset[dim]
+        masks.append(~torch.tensor(originals[start : start + box.local.shape[dim]]))
+    copies = _any(box, masks, dims)
+    return None if copies is None else copies & has_source
+
+
+def _any(box: Box, masks: Sequence[Tensor], dims: Sequence[int]) -> Tensor | None:
+    """Elements that any of the masks, each of one dimension, marks."""
+    found: Tensor | None = None
+    for mask, dim in zip(masks, dims, strict=True):
+        if mask.any():
+            spread = mask.reshape([-1 if d == dim else 1 for d in range(box.local.dim())])
+            found = spread if found is None else found | spread
+    return found
+
+
+def _seed(seed: int, purpose: str) -> int:
+    digest = hashlib.sha256(f"{seed}/growth/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,67 @@
+"""What the dimensions of a parameter mean, which is all that width growth has to know about a model.
+
+A family lists its parameters by name (`ROLES`); a parameter of a block is listed without `layers.<n>.`. The axes are
+
+    dim        the residual stream                     hidden_dim   the SwiGLU layer
+    heads      query heads x head_dim                  kv_heads     key/value heads x head_dim
+    head_dim   one head, which never grows             vocab        rows of the embedding, which never grow
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from titan_growth.models.config import ModelConfig
+
+RESIDUAL = "dim"
+
+_LAYER = re.compile(r"(?<![^.])layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Role:
+    """The axes of a parameter's dimensions."""
+
+    dims: tuple[str, ...]
+    reads: int | None = None
+    """The dimension that a product sums over, None where there is none (a norm, the rows of an embedding)."""
+
+    @property
+    def writes_residual(self) -> bool:
+        """Whether the output is added to the residual stream: such a projection at zero makes its branch vanish."""
+        return self.reads is not None and self.dims[0] == RESIDUAL
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it weighs the channels of a norm."""
+        return len(self.dims) == 1
+
+
+def axis_lengths(config: ModelConfig) -> dict[str, int]:
+    """The length of each axis that can grow."""
+    return {
+        "dim": config.dim,
+        "hidden_dim": config.hidden_dim,
+        "heads": config.num_heads * config.head_dim,
+        "kv_heads": config.num_kv_heads * config.head_dim,
+    }
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to, by its name."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
+
+
+def with_layer(name: str, layer: int) -> str:
+    """The same tensor's name in another layer."""
+    return _LAYER.sub(f"layers.{layer}.", name, count=1)
+
+
+def role_of(roles: Mapping[str, Role], name: str) -> Role:
+    """The role of a parameter. Every parameter of a family must have one: a missing entry is a bug of the family."""
+    bare = _LAYER.sub("", name, count=1)
+    assert bare in roles, f"the family's ROLES do not list {bare}"
+    return roles[bare]
