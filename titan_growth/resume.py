@@ -95,7 +95,7 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
     if _past(before, done) != _past(recipe, done):
         message = f"{checkpoint.path.name} has {done} growth{'s' if done > 1 else ''} behind it that the recipe changes"
         refused.append(Problem("growth.stages", message, _NEW_FOLDER))
-    elif _model_then(before, done) != _model_then(recipe, done):
+    elif old_model == new_model and _model_then(before, done) != _model_then(recipe, done):
         message = (
             f"{checkpoint.path.name} has {checkpoint.manifest.num_layers} layers, from which the recipe's "
             f"{'growths that are left do' if done else 'growths do'} not lead to its model"

@@ -41,7 +41,7 @@ CASES = [
     ),
     Case(
         "growth: factor does not divide",
-        r"growth factor 3 does not divide .* 4 layers",
+        r"growth\.stages\.0\.factor: the factor 3 does not divide 4 layers",
         toml=STACK.replace("factor = 2", "factor = 3"),
     ),
     Case(
@@ -49,7 +49,11 @@ CASES = [
         r"growth\.stages\.0\.factor: must be at least 2, got 1",
         toml=STACK.replace("factor = 2", "factor = 1"),
     ),
-    Case("growth: no factor", r"growth\.stages\.0\.factor: is missing", toml=STACK.replace("factor = 2", "")),
+    Case(
+        "growth: no factor",
+        r"growth\.stages\.0: does not say how large the model becomes\. Give factor or",
+        toml=STACK.replace("factor = 2", ""),
+    ),
     Case("growth: no at", r"growth\.stages\.0\.at: is missing", toml="[[growth.stages]]\nfactor = 2"),
     Case(
         "growth: unknown operator", r"unknown operator 'stak'.*Did you mean 'stack'", toml=STACK + 'operator = "stak"'

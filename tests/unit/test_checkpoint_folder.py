@@ -33,9 +33,9 @@ MANIFEST = Manifest(
     data={"corpus": "ab"},
 )
 EVENT = GrowthEvent(
-    step=10, tokens=1, flops=10**20, operator="stack", factor=2, optimizer_state="reset", lr_policy="restart",
-    from_layers=2, to_layers=4, source="step-10", source_of=(0, 1, 0, 1), mesh="1 rank",
-    loss_before=2.5, loss_after=3.125,
+    step=10, tokens=1, flops=10**20, operator="stack", stage={"at": "10 steps", "factor": 2},
+    from_sizes={"n_layers": 2}, to_sizes={"n_layers": 4}, layer_map=(0, 1, 0, None), source="step-10", mesh="1 rank",
+    num_ranks=1, loss_before=2.5, loss_after=3.125, seconds=1.5, bytes_read=10**12,
 )  # fmt: skip
 
 

@@ -210,7 +210,7 @@ def test_help_shows_every_key_with_type_default_and_text() -> None:
     assert "  --parallelism.module_fqns_per_model_part  (list of lists of strings; default none)" in text
     assert '  --compile.components  (list of "model" | "loss"; default ' in text
     assert "[plugins]" not in text
-    assert "  --growth.stages.N.factor  (integer; required)" in text
+    assert "  --growth.stages.N.at  (string; required)" in text
     assert "  --debug.seed  (integer; default none)" in text
     assert all(len(line) <= 120 for line in text.splitlines())
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from titan_growth.growth.reader import grown_names, layer_of, with_layer
 
 from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
-from titan_growth.config.growth_schema import Growth
+from titan_growth.config.growth_schema import Growth, GrowthStage
 from titan_growth.growth import operators as operators_module
-from titan_growth.growth.operators import operators, register_operator
+from titan_growth.growth.operators import GrowthMap, operators, register_operator
 from titan_growth.growth.schedule import plan_growth, timing_problems
 from titan_growth.models.config import ModelConfig
 
@@ -25,9 +24,8 @@ def growth(*stages: dict[str, object], enable: bool = True) -> Growth:
 
 def lineage(num_events: int) -> Lineage:
     event = GrowthEvent(
-        step=10, tokens=1, flops=1, operator="stack", factor=2, optimizer_state="reset", lr_policy="restart",
-        from_layers=3, to_layers=6, source="step-10", source_of=(0, 1, 2, 0, 1, 2), mesh="1 rank",
-        loss_before=2.0, loss_after=3.0,
+        step=10, tokens=1, flops=1, operator="stack", stage={}, from_sizes={"n_layers": 3}, to_sizes={"n_layers": 6},
+        layer_map=(0, 1, 2, 0, 1, 2), source="step-10", mesh="1 rank", num_ranks=1, loss_before=2.0,
     )  # fmt: skip
     return Lineage((event,) * num_events)
 
@@ -35,34 +33,34 @@ def lineage(num_events: int) -> Lineage:
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("num_layers", "factor", "expected"),
-    [(3, 4, (0, 1, 2) * 4), (1, 3, (0, 0, 0)), (5, 2, (0, 1, 2, 3, 4, 0, 1, 2, 3, 4))],
-)
-def test_stack_repeats_the_whole_list(num_layers: int, factor: int, expected: tuple[int, ...]) -> None:
-    """G_stack, not interleaving: 0 1 2 0 1 2 and not 0 0 1 1 2 2."""
-    stack = operators()["stack"]
-    assert stack.source_of(num_layers, factor) == expected
-    grown = stack.grow(replace(TARGET, num_layers=num_layers), factor)
-    assert grown == replace(TARGET, num_layers=num_layers * factor), "something but the depth has changed"
-
-
-def test_an_operator_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators_module, "_OPERATORS", dict(operators_module._OPERATORS))
+def test_a_plugins_operator_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators_module, "_OPERATORS", dict(operators()))
 
     @register_operator("mine")
     class Mine:
-        def grow(self, config: ModelConfig, factor: int) -> ModelConfig:
-            return replace(config, num_layers=config.num_layers * factor)
+        grows = frozenset({"depth"})
+        options = frozenset({"upside_down"})
 
-        def source_of(self, num_layers: int, factor: int) -> tuple[int, ...]:
-            return tuple(layer // factor for layer in range(num_layers * factor))
+        def base(self, after: ModelConfig, stage: GrowthStage) -> ModelConfig | str:
+            return replace(after, num_layers=after.num_layers // 2)
 
-    plan, problems = plan_growth(growth({"at": "1 step", "operator": "mine"}), TARGET)
+        def grow(self, before: ModelConfig, stage: GrowthStage) -> GrowthMap | str:
+            layers = [layer // 2 for layer in range(2 * before.num_layers)]
+            order = layers[::-1] if stage.options.get("upside_down") else layers
+            return GrowthMap(before=before, after=replace(before, num_layers=len(order)), layers=tuple(order))
+
+    plan, problems = plan_growth(growth({"at": "1 step", "operator": "mine", "options": {"upside_down": True}}), TARGET)
     assert plan is not None
     assert not problems
+    assert plan.map_after(0).layers == (5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0)
+    _, problems = plan_growth(growth({"at": "1 step", "operator": "mine", "options": {"upsidedown": 1}}), TARGET)
+    assert [(p.key, p.hint) for p in problems] == [
+        ("growth.stages.0.options.upsidedown", "Did you mean 'upside_down'?")
+    ]
     with pytest.raises(AssertionError, match="two operators are called 'mine'"):
-        register_operator("mine")(Mine)
+        register_operator("mine")(type("Other", (Mine,), {}))
+    with pytest.raises(AssertionError, match="'other' lacks grow, grows"):
+        register_operator("other")(type("Other", (), {"base": None}))
     operators().clear()
     assert "mine" in operators(), "callers can change the registry"
 
@@ -91,10 +89,10 @@ def test_without_growth_the_target_is_trained(section: Growth) -> None:
 def test_factors_that_do_not_divide() -> None:
     _, problems = plan_growth(growth({"at": "10 steps"}, {"at": "20 steps", "factor": 5}), TARGET)
     assert [(p.key, p.message) for p in problems] == [
-        ("growth.stages", "the growth factor 2 x 5 = 10 does not divide the target's 12 layers")
+        ("growth.stages.1.factor", "the factor 5 does not divide 12 layers (the factors are 2 x 5)")
     ]
     _, problems = plan_growth(growth({"at": "10 steps", "factor": 24}), TARGET)
-    assert problems[0].message == "the growth factor 24 does not divide the target's 12 layers"
+    assert problems[0].message == "the factor 24 does not divide 12 layers"
 
 
 def test_unknown_operators_are_all_named() -> None:
@@ -160,44 +158,3 @@ def test_growths_that_have_happened_are_not_asked_about_again() -> None:
     settings = {"tokens_per_step": 1, "progress": now, "num_growths": 1}
     assert [problem.key for problem in timing_problems(section, steps=150, **settings)] == ["growth.stages.1.at"]
     assert not timing_problems(section, steps=151, **settings)
-
-
-# ---- names -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("stored", "served"),
-    [
-        ("layers.1.attention.wq.weight", ["layers.1.attention.wq.weight", "layers.3.attention.wq.weight"]),
-        ("layers.0.ffn_norm.weight", ["layers.0.ffn_norm.weight", "layers.2.ffn_norm.weight"]),
-        (
-            "optimizer.state.layers.1.ffn_norm.weight.exp_avg",
-            ["optimizer.state.layers.1.ffn_norm.weight.exp_avg", "optimizer.state.layers.3.ffn_norm.weight.exp_avg"],
-        ),
-        ("tok_embeddings.weight", ["tok_embeddings.weight"]),
-        ("optimizer.state.output.weight.step", ["optimizer.state.output.weight.step"]),
-        ("rng.rank_1.cpu", ["rng.rank_1.cpu"]),
-        ("sublayers.1.weight", ["sublayers.1.weight"]),
-        ("layers.10.x", []),
-    ],
-)
-def test_served_names(stored: str, served: list[str]) -> None:
-    assert grown_names((0, 1, 0, 1))(stored) == served
-
-
-def test_names_of_layers_with_two_digits() -> None:
-    names_of = grown_names(tuple(layer % 12 for layer in range(24)))
-    assert names_of("layers.11.x") == ["layers.11.x", "layers.23.x"]
-    assert names_of("layers.1.x") == ["layers.1.x", "layers.13.x"]
-
-
-def test_a_layer_that_no_target_wants_is_served_nowhere() -> None:
-    assert grown_names((0, 2, 2))("layers.1.x") == []
-    assert grown_names((0, 2, 2))("layers.2.x") == ["layers.1.x", "layers.2.x"]
-
-
-def test_layer_of_and_with_layer() -> None:
-    assert layer_of("optimizer.state.layers.7.attention.wq.weight.step") == 7
-    assert layer_of("norm.weight") is None
-    assert with_layer("optimizer.state.layers.7.a.layers.3.b", 12) == "optimizer.state.layers.12.a.layers.3.b"
-    assert with_layer("norm.weight", 3) == "norm.weight"
