@@ -80,7 +80,7 @@ class LRSchedule:
                 given = stage.warmup_steps is not None
                 key = f"growth.stages.{index}.warmup_steps" if given else "lr_scheduler.warmup_steps"
                 warmup = stage.warmup_steps if stage.warmup_steps is not None else self.section.warmup_steps
-                asked.append((key, stage.when.value, warmup))
+                asked.append((key, stage.when.count, warmup))
         clamped = [(key, warmup, max(0, self.total_steps - start)) for key, start, warmup in asked]
         return [(key, warmup, length) for key, warmup, length in clamped if warmup > length]
 

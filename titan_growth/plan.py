@@ -9,13 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from titan_growth.checkpoint.lineage import Progress
+from titan_growth.config.duration import Duration
+from titan_growth.config.growth_schema import GrowthStage
 from titan_growth.config.schema import Recipe
-from titan_growth.growth.schedule import GrowthPlan, plan_growth, timing_problems
+from titan_growth.growth.chain import chain_of
+from titan_growth.growth.schedule import GrowthPlan, plan_growth
 from titan_growth.lr_scheduler import LRSchedule
 from titan_growth.mesh import MeshShape, resolve_batch, resolve_mesh
 from titan_growth.models.config import ModelConfig
-from titan_growth.models.registry import family_module, model_config_of
-from titan_growth.stages.base import Stage, StageContext, stages_of
+from titan_growth.models.registry import model_config_of
+from titan_growth.phases import Phase, phases_of, recipe_in_phase
+from titan_growth.stages.base import Stage
 from titan_growth.tools.errors import Problem
 
 
@@ -24,48 +28,90 @@ class RunPlan:
     """Everything about a run that follows from its recipe and the number of ranks."""
 
     recipe: Recipe
-    """With `training.global_batch_size` resolved."""
+    """With `training.global_batch_size` resolved, as it holds at the start of the run."""
     target: ModelConfig
     growth: GrowthPlan
-    mesh_shape: MeshShape
-    stages: list[Stage]
-    num_accumulation_steps: int
+    phases: list[Phase]
+    """The run from growth to growth; one more than there are growths."""
+    first_phase: int
+    """The phase that this start of the run begins in."""
     schedule: LRSchedule
 
     @property
+    def phase(self) -> Phase:
+        """The phase that this start of the run begins in."""
+        return self.phases[self.first_phase]
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        """The mesh that this start of the run begins on."""
+        return self.phase.mesh_shape
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages of the phase that this start of the run begins in."""
+        return self.phase.stages
+
+    @property
+    def num_accumulation_steps(self) -> int:
+        """Microbatches of a step of a rank, in that phase."""
+        return self.phase.num_accumulation_steps
+
+    @property
     def tokens_per_step(self) -> int:
-        """Target positions of one optimizer step on all ranks together, masked ones included."""
-        return self.recipe.training.global_batch_size * self.recipe.training.seq_len
+        """Target positions of one optimizer step in that phase, masked ones included."""
+        return self.phase.tokens_per_step
 
     def describe(self, device_type: str) -> list[str]:
         """The plan in a few lines, for the log; `plan_report` has the long version."""
-        training, steps = self.recipe.training, self.num_accumulation_steps
+        training, steps = self.phase.recipe.training, self.num_accumulation_steps
         return [
             f"model {self.recipe.model.name} {self.recipe.model.flavor}: {self.target.num_layers} layers, "
             f"{self.target.num_params:,} parameters in the end",
             f"mesh: {self.mesh_shape}; batch: {training.global_batch_size} sequences of {training.seq_len} tokens "
             f"({steps} accumulation step{'s' if steps > 1 else ''})",
-            *self.stage_lines(device_type),
+            *stage_lines(self.phase, device_type),
             *self.growth_lines(),
-        ]
-
-    def stage_lines(self, device_type: str) -> list[str]:
-        """The stages in the order they are applied in, and what each of them does."""
-        context = stage_context(self.recipe, self.growth.configs[0], self.mesh_shape, device_type)
-        active = [stage for stage in self.stages if stage.enabled(context)]
-        return [
-            "stages: " + (" -> ".join(stage.name for stage in active) or "none"),
-            *(f"  {stage.describe(context)}" for stage in active),
         ]
 
     def growth_lines(self) -> list[str]:
         """One line for each growth."""
         return [
-            f"growth at {stage.when}: {stage.operator}{f' x{stage.factor}' if stage.factor else ''}, "
+            f"growth at {_point(stage, point)}: {stage.operator}{f' x{stage.factor}' if stage.factor else ''}, "
             f"{_change(growth.before, growth.after)}, "
-            f"moments {stage.optimizer_state}, learning rate {stage.lr_policy}"
-            for stage, growth in zip(self.growth.stages, self.growth.chain.maps, strict=True)
+            f"moments {stage.optimizer_state}, learning rate {stage.lr_policy}{_layout(stage, phase)}"
+            for stage, point, growth, phase in zip(
+                self.growth.stages, self.growth.points, self.growth.chain.maps, self.phases[1:], strict=True
+            )
         ]
+
+
+def stage_lines(phase: Phase, device_type: str) -> list[str]:
+    """The stages of a phase in the order they are applied in, and what each of them does."""
+    context = phase.context(device_type)
+    active = [stage for stage in phase.stages if stage.enabled(context)]
+    return [
+        "stages: " + (" -> ".join(stage.name for stage in active) or "none"),
+        *(f"  {stage.describe(context)}" for stage in active),
+    ]
+
+
+def _point(stage: GrowthStage, point: Duration) -> str:
+    """`80 steps`, `300 steps (25%)`."""
+    return str(point) if stage.when == point else f"{point} ({stage.at})"
+
+
+def _layout(stage: GrowthStage, phase: Phase) -> str:
+    """What else a growth changes."""
+    training = phase.recipe.training
+    changes = []
+    if stage.parallelism is not None or stage.num_ranks is not None:
+        changes.append(f"mesh {phase.mesh_shape}")
+    if stage.num_ranks is not None:
+        changes.append(f"{stage.num_ranks} ranks")
+    if stage.global_batch_size is not None or stage.seq_len is not None:
+        changes.append(f"batch {training.global_batch_size} x {training.seq_len} tokens")
+    return "".join(f", {change}" for change in changes)
 
 
 def _change(before: ModelConfig, after: ModelConfig) -> str:
@@ -77,11 +123,6 @@ def _change(before: ModelConfig, after: ModelConfig) -> str:
     return ", ".join(depth + named)
 
 
-def stage_context(recipe: Recipe, config: ModelConfig, shape: MeshShape, device_type: str) -> StageContext:
-    """The context that stages are checked and described in while nothing is running."""
-    return StageContext(config, shape, device_type, recipe.training.seq_len, family_module(recipe.model.name))
-
-
 def plan_run(
     recipe: Recipe,
     *,
@@ -90,6 +131,7 @@ def plan_run(
     global_batch_size: int | None = None,
     progress: Progress | None = None,
     num_growths: int = 0,
+    grows_at_once: bool = False,
     elsewhere: bool = False,
 ) -> tuple[RunPlan | None, list[Problem], list[Problem]]:
     """(plan, problems, warnings); the plan is None when there are problems.
@@ -97,61 +139,72 @@ def plan_run(
     Args:
         global_batch_size: what -1 was resolved to when the run was first started; None at that first start.
         progress: where the run has come to, and `num_growths` how often it has grown; for a run that is resumed.
+        grows_at_once: the checkpoint that it goes on from was saved at a growth, so it needs the small model no more.
         elsewhere: the run is to happen on another machine, so what this one lacks is only warned about.
     """
     problems: list[Problem] = []
     warnings: list[Problem] = []
     target, found = model_config_of(recipe.model)
     problems += found
-    shape, found = resolve_mesh(recipe.parallelism, num_ranks)
-    problems += found
     training = recipe.training
+    chain = None
     if target is not None:
-        longest = max(training.seq_len, recipe.validation.seq_len or 0)
+        longest = max(*(recipe_in_phase(recipe, number).training.seq_len for number in _phase_numbers(recipe)), 0)
+        longest = max(longest, recipe.validation.seq_len or 0)
         if longest > target.max_seq_len:
             key = "training.seq_len" if longest == training.seq_len else "validation.seq_len"
             hint = "Shorten it, or raise model.max_seq_len"
             problems.append(Problem(key, f"{longest} is more than model.max_seq_len = {target.max_seq_len}", hint))
-        growth, found = plan_growth(recipe.growth, target)
+        chain, found = chain_of(recipe.growth, target)
         problems += found
-    else:
-        growth = None
     schedule = LRSchedule(recipe.lr_scheduler, lr=recipe.optimizer.lr, steps=training.steps, growth=recipe.growth)
     for key, warmup, length in schedule.clamped_warmups():
         warnings.append(Problem(key, f"{warmup} is longer than the {length} steps it is for, and is cut to that"))
-    num_accumulation_steps = 1
-    if shape is not None:
-        asked = training.global_batch_size
-        batch = global_batch_size if asked == -1 and global_batch_size else asked
-        batch, num_accumulation_steps, found = resolve_batch(batch, training.local_batch_size, shape)
-        problems += found
-        if found and batch != asked:
-            hint = "It was derived at the run's first start: give it in the recipe, or name another job.dump_folder"
-            problems[-1] = Problem(problems[-1].key, problems[-1].message, hint)
-        in_tokens = any(stage.when.unit == "tokens" for stage in recipe.growth.active_stages)
-        if not found and in_tokens and recipe.comm.mode == "default":
-            problems += timing_problems(
-                recipe.growth,
-                steps=training.steps,
-                tokens_per_step=batch * training.seq_len,
-                progress=progress,
-                num_growths=num_growths,
-            )
-        recipe = recipe.model_copy(update={"training": training.model_copy(update={"global_batch_size": batch})})
     problems += _device_problems(recipe, device_type)
     (warnings if elsewhere else problems).extend(_machine_problems(recipe))
-    stages = stages_of(recipe)
-    if target is None or shape is None or growth is None:
+    if target is None or chain is None:
+        # Without a model there is nothing to divide; what is wrong with mesh and batch by themselves can still be said.
+        shape, found = resolve_mesh(recipe.parallelism, num_ranks)
+        problems += found
+        if shape is not None:
+            problems += resolve_batch(training.global_batch_size, training.local_batch_size, shape)[2]
         return None, problems, warnings
-    for config in growth.configs:
-        context = stage_context(recipe, config, shape, device_type)
-        for stage in stages:
-            if stage.enabled(context):
-                problems += [problem for problem in stage.check(context) if problem not in problems]
-                warnings += [warning for warning in stage.warnings(context) if warning not in warnings]
+    here = num_growths
+    if grows_at_once and num_growths < len(chain.maps):
+        # Its growth needs other ranks: then the run only says so, in the phase that it is still in.
+        wanted = recipe.growth.active_stages[num_growths].num_ranks
+        here += wanted in (None, num_ranks)
+    while True:
+        phases, found, said = phases_of(
+            recipe,
+            chain,
+            num_ranks=num_ranks,
+            device_type=device_type,
+            first_phase=here,
+            derived_batch=global_batch_size,
+        )
+        growth, late, doubtful = plan_growth(
+            recipe.growth,
+            chain,
+            steps=training.steps,
+            tokens_per_step=[phase.tokens_per_step for phase in phases],
+            seq_lens=[phase.recipe.training.seq_len for phase in phases],
+            progress=progress,
+            num_growths=num_growths,
+        )
+        if here == num_growths or growth.reached(num_growths, progress or Progress()):
+            break
+        here = num_growths  # the recipe has moved the growth to a later point
+    problems, warnings = problems + found, warnings + said
+    if recipe.comm.mode == "default" and not found:
+        problems, warnings = problems + late, warnings + doubtful
     if problems:
         return None, problems, warnings
-    return RunPlan(recipe, target, growth, shape, stages, num_accumulation_steps, schedule), [], warnings
+    return RunPlan(phases[0].recipe, target, growth, phases, here, schedule), [], warnings
+
+
+def _phase_numbers(recipe: Recipe) -> range:
+    return range(len(recipe.growth.active_stages) + 1)
 
 
 def _device_problems(recipe: Recipe, device_type: str) -> list[Problem]:

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from titan_growth.config.loader import inspect_recipe
-from titan_growth.models.config import ModelConfig
+from titan_growth.config.schema import Recipe
 from titan_growth.models.registry import family_module
+from titan_growth.phases import Phase
 from titan_growth.pipeline_layout import plan_pipeline, stage_table
 from titan_growth.pipeline_parts import Part
-from titan_growth.plan import RunPlan, plan_run
+from titan_growth.plan import RunPlan, plan_run, stage_lines
 from titan_growth.preflight import report_problems
 from titan_growth.shards import EMBEDDING, HEAD, LAYER, NORM, ModelShards
 from titan_growth.start import dry_run_of
@@ -115,17 +116,29 @@ def _report(words: list[str], num_ranks: int, device_type: str, problems: list[P
 def report_lines(plan: RunPlan, device_type: str) -> list[str]:
     """The long description of a plan."""
     family = family_module(plan.recipe.model.name)
-    depths = [ModelShards(config, family, plan.mesh_shape) for config in plan.growth.configs]
+    depths = [ModelShards(phase.config, family, phase.mesh_shape) for phase in plan.phases]
     blocks = [
         [plan.recipe.job.description],
         _model(plan, depths[-1]),
         _batch(plan),
-        plan.stage_lines(device_type),
+        *_stages(plan, device_type),
         _growth(plan),
-        *(_ranks(plan, shards) for shards in depths),
+        *(_ranks(phase, shards) for phase, shards in zip(plan.phases, depths, strict=True)),
         _checkpoints(plan, depths),
     ]
     return [line for block in blocks if block for line in ("", *block)][1:]
+
+
+def _stages(plan: RunPlan, device_type: str) -> Iterator[list[str]]:
+    """The stages of the first phase, and those of each later one that has others."""
+    shown = stage_lines(plan.phases[0], device_type)
+    yield shown
+    for number, phase in enumerate(plan.phases[1:], start=1):
+        lines = stage_lines(phase, device_type)
+        if plan.growth.stages[number - 1].changes_layout and lines != shown:
+            shape = str(phase.mesh_shape)
+            yield [f"after {_many(number, 'growth')}, on {shape}, {lines[0]}", *lines[1:]]
+            shown = lines
 
 
 def _model(plan: RunPlan, shards: ModelShards) -> list[str]:
@@ -144,7 +157,7 @@ def _model(plan: RunPlan, shards: ModelShards) -> list[str]:
 
 def _batch(plan: RunPlan) -> list[str]:
     training, shape, steps = plan.recipe.training, plan.mesh_shape, plan.num_accumulation_steps
-    *_, last = phases(plan)
+    *_, (_, last) = timeline(plan)
     fewer = "at most " if plan.recipe.data.document_mask else ""
     return [
         f"mesh: {shape} = {_many(shape.num_ranks, 'rank')}" if shape.num_ranks > 1 else "mesh: 1 rank",
@@ -160,10 +173,9 @@ def _batch(plan: RunPlan) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """The part of a run at one depth."""
+class Stretch:
+    """How far a phase of the run goes."""
 
-    config: ModelConfig
     last_step: int
     """Its last step; the model grows before the next one."""
     tokens: int
@@ -172,30 +184,39 @@ class Phase:
     """FLOPs until then."""
 
 
-def phases(plan: RunPlan) -> Iterator[Phase]:
-    """The depths of a run in their order: a growth comes after the first step that has reached its count."""
-    step = tokens = flops = 0
-    ends = [(stage.when.value, stage.when.unit) for stage in plan.growth.stages]
-    for config, (value, unit) in zip(plan.growth.configs, [*ends, (plan.recipe.training.steps, "steps")], strict=True):
-        last_step = value if unit == "steps" else -(-value // plan.tokens_per_step)
-        new_tokens = (last_step - step) * plan.tokens_per_step
-        step, tokens = last_step, tokens + new_tokens
-        flops += new_tokens * config.flops_per_token(plan.recipe.training.seq_len)
-        yield Phase(config, step, tokens, flops)
+def timeline(plan: RunPlan) -> Iterator[tuple[Phase, Stretch]]:
+    """The phases of a run with their ends: a growth comes after the first step that has reached its count.
+
+    One that waits for a slope is taken to come as early as it can.
+    """
+    now = {"steps": 0, "tokens": 0, "FLOPs": 0}
+    for phase, end in zip(plan.phases, [*plan.growth.points, None], strict=True):
+        tokens = phase.tokens_per_step
+        rate = {"steps": 1, "tokens": tokens}
+        rate["FLOPs"] = tokens * phase.config.flops_per_token(phase.recipe.training.seq_len)
+        if end is None:
+            num_steps = plan.recipe.training.steps - now["steps"]
+        elif end.unit == "slope":
+            num_steps = end.window
+        else:
+            num_steps = -(-(end.count - now[end.unit]) // rate[end.unit])
+        now = {unit: count + num_steps * rate[unit] for unit, count in now.items()}
+        yield phase, Stretch(now["steps"], now["tokens"], now["FLOPs"])
 
 
 def _growth(plan: RunPlan) -> list[str]:
     """The timeline: the depths, how long each lasts, and the growths between them."""
     if not plan.growth.stages:
         return []
-    seq_len = plan.recipe.training.seq_len
     lines = ["growth (tokens and FLOPs are counted from the start of the run):"]
-    for event, phase in zip([*plan.growth_lines(), ""], phases(plan), strict=True):
+    for index, (event, (phase, stretch)) in enumerate(zip([*plan.growth_lines(), ""], timeline(plan), strict=True)):
         config = phase.config
+        waits = index < len(plan.growth.points) and plan.growth.points[index].unit == "slope"
         lines += [
             f"  {_many(config.num_layers, 'layer')}: {config.num_params:,} parameters, "
-            f"{config.flops_per_token(seq_len):,} FLOPs per token",
-            f"    until step {phase.last_step:,}: {phase.tokens:,} tokens, {phase.flops:.4e} FLOPs",
+            f"{config.flops_per_token(phase.recipe.training.seq_len):,} FLOPs per token",
+            f"    until step {stretch.last_step:,}{' or later' if waits else ''}: {stretch.tokens:,} tokens, "
+            f"{stretch.flops:.4e} FLOPs",
             *([f"  {event}"] if event else []),
         ]
     if plan.recipe.data.document_mask:
@@ -206,10 +227,10 @@ def _growth(plan: RunPlan) -> list[str]:
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def _ranks(plan: RunPlan, shards: ModelShards) -> list[str]:
-    """Which ranks hold which parts of the model of one depth, and how many bytes that is."""
-    config, shape, dtype = shards.config, plan.mesh_shape, plan.recipe.training.dtype
-    table, parts_of = _pipeline(plan, config)
+def _ranks(phase: Phase, shards: ModelShards) -> list[str]:
+    """Which ranks hold which parts of the model of one phase, and how many bytes that is."""
+    config, shape, recipe = shards.config, phase.mesh_shape, phase.recipe
+    table, parts_of = _pipeline(phase)
     rows: list[tuple[str, ...]] = [
         ("pp", "ranks", "layers", "parameters of a rank", "weights", "gradients", "moments", "sum")
     ]
@@ -221,29 +242,31 @@ def _ranks(plan: RunPlan, shards: ModelShards) -> list[str]:
         share = f"{held.most:,}" if held.least == held.most else f"{held.least:,} to {held.most:,}"
         ranks = f"{place * each}-{(place + 1) * each - 1}" if each > 1 else str(place)
         num_layers = sum(len(part.layers) for part in parts)
-        num_bytes = [held.most * size for size in _sizes(plan)]
+        num_bytes = [held.most * size for size in _sizes(recipe)]
         rows.append((str(place), ranks, str(num_layers), share, *(_gib(number) for number in num_bytes)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    where = " in host memory" if plan.recipe.training.enable_cpu_offload else ""
+    dtype = recipe.training.dtype
+    where = " in host memory" if recipe.training.enable_cpu_offload else ""
     return [
         f"ranks at {_many(config.num_layers, 'layer')} (GiB of {dtype}{where} on the ranks that hold most):",
         *table,
         *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
-        f"  largest: {_gib(sum(_sizes(plan)[:-1]) * largest)} GiB; activations and gathered parameters come on top",
+        f"  largest: {_gib(sum(_sizes(recipe)[:-1]) * largest)} GiB; activations and gathered parameters come on top",
     ]
 
 
-def _sizes(plan: RunPlan) -> tuple[int, int, int, int]:
+def _sizes(recipe: Recipe) -> tuple[int, int, int, int]:
     """Bytes per parameter: weights, gradients, the two moments, and all together."""
-    size = _bytes_per_value(plan)
+    size = _bytes_per_value(recipe)
     return size, size, 2 * size, 4 * size
 
 
-def _pipeline(plan: RunPlan, config: ModelConfig) -> tuple[list[str], list[tuple[Part, ...]]]:
+def _pipeline(phase: Phase) -> tuple[list[str], list[tuple[Part, ...]]]:
     """(lines about schedule and parts, the parts of each pp rank)."""
-    if plan.mesh_shape.pp == 1:
+    config = phase.config
+    if phase.mesh_shape.pp == 1:
         return [], [(Part(0, tuple(range(config.num_layers)), first=True, last=True),)]
-    recipe = plan.recipe
+    recipe = phase.recipe
     layout, problems, _ = plan_pipeline(recipe.parallelism, config.num_layers, recipe.training.local_batch_size)
     assert layout is not None, f"the pipeline was not checked: {problems}"
     lines = [
@@ -251,12 +274,12 @@ def _pipeline(plan: RunPlan, config: ModelConfig) -> tuple[list[str], list[tuple
         f"{_many(recipe.parallelism.pipeline_parallel_microbatch_size, 'sequence')} in each accumulation step",
         *(f"  {line}" for line in stage_table(layout)),
     ]
-    return lines, [layout.parts_of(place) for place in range(plan.mesh_shape.pp)]
+    return lines, [layout.parts_of(place) for place in range(phase.mesh_shape.pp)]
 
 
 def _checkpoints(plan: RunPlan, depths: list[ModelShards]) -> list[str]:
     """What a checkpoint takes on disk: weights and both moments, in the type that they are trained in."""
-    section, size = plan.recipe.checkpoint, _bytes_per_value(plan)
+    section, size = plan.recipe.checkpoint, _bytes_per_value(plan.recipe)
     if not section.enable or section.load_only:
         return ["checkpoints: none are saved"]
     sizes = " -> ".join(_gib(3 * size * shards.num_stored) for shards in depths)
@@ -270,8 +293,8 @@ def _checkpoints(plan: RunPlan, depths: list[ModelShards]) -> list[str]:
     ]
 
 
-def _bytes_per_value(plan: RunPlan) -> int:
-    return 2 if plan.recipe.training.dtype == "bfloat16" else 4
+def _bytes_per_value(recipe: Recipe) -> int:
+    return 2 if recipe.training.dtype == "bfloat16" else 4
 
 
 def _gib(num_bytes: int) -> str:

@@ -61,8 +61,8 @@ class RunData:
                 return [Problem(key, message, hint)]
         return []
 
-    def train_blocks(self, recipe: Recipe) -> BlockDataset:
-        """The training samples in the order that the seed fixes."""
+    def train_blocks(self, recipe: Recipe, base_seq_len: int | None = None) -> BlockDataset:
+        """The training samples in the order that the seed fixes; the cursor counts blocks of `base_seq_len`."""
         assert recipe.debug.seed is not None, "the seed has not been resolved"
         return BlockDataset(
             self.corpus.train,
@@ -70,12 +70,13 @@ class RunData:
             recipe.data.document_mask,
             recipe.debug.seed,
             recipe.data.shuffle,
+            base_seq_len,
         )
 
-    def loader(self, recipe: Recipe, mesh: Mesh, cursor: int) -> BatchLoader:
+    def loader(self, recipe: Recipe, mesh: Mesh, cursor: int, base_seq_len: int | None = None) -> BatchLoader:
         """This rank's global batches from a cursor on."""
         return BatchLoader(
-            self.train_blocks(recipe),
+            self.train_blocks(recipe, base_seq_len),
             global_batch_size=recipe.training.global_batch_size,
             local_batch_size=recipe.training.local_batch_size,
             dp_rank=mesh.dp_rank,

@@ -70,6 +70,7 @@ def settle(
         global_batch_size=before if before != -1 else None,
         progress=checkpoint.manifest.progress if checkpoint is not None else None,
         num_growths=num_growths_of(checkpoint) if checkpoint is not None else 0,
+        grows_at_once=checkpoint is not None and checkpoint.manifest.held_out_loss is not None,
     )
     if plan is None:
         raise ConfigError(problems)

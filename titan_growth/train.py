@@ -21,7 +21,16 @@ from titan_growth.config.schema import Recipe
 from titan_growth.config.sources import load_named_plugins
 from titan_growth.preflight import report_problems
 from titan_growth.tools.errors import ConfigError, TitanGrowthError, TrainingError
-from titan_growth.tools.exit_report import BAD_RECIPE, DONE, FAILED, REQUEUE, ExitReport, caused_by_peer, process_status
+from titan_growth.tools.exit_report import (
+    BAD_RECIPE,
+    DONE,
+    FAILED,
+    REQUEUE,
+    RESIZE,
+    ExitReport,
+    caused_by_peer,
+    process_status,
+)
 from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
@@ -59,11 +68,11 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_status
     folder = RunFolder(recipe.job.dump_folder)
     report = ExitReport(folder.path, rank)
-    status, message, secondary = FAILED, "", False
+    status, message, num_ranks, secondary = FAILED, "", None, False
     try:
-        status, message = run(recipe, folder)
+        status, message, num_ranks = run(recipe, folder)
         if message and rank == 0:
-            say(message if status in (DONE, REQUEUE) else f"error: {message}")
+            say(message if status in (DONE, REQUEUE, RESIZE) else f"error: {message}")
     except ConfigError as error:
         status, message = error.exit_status, str(error)
         report_problems(error)
@@ -81,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             message = f"rank {rank}: {type(error).__name__}: {error}"
             say(traceback.format_exc())
-    report.write(status, message, secondary=secondary)
+    report.write(status, message, num_ranks=num_ranks, secondary=secondary)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -91,8 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     return process_status(status)
 
 
-def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
-    """Trains, and returns (status, message) for the exit report."""
+def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str, int | None]:
+    """Trains, and returns (status, message, ranks to go on with) for the exit report."""
     import torch
     import torch.distributed as dist
 
@@ -126,7 +135,7 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
             on_rank0(folder.lock)
             recipe = on_rank0(lambda: going_back(asked, folder))
             if (done := on_rank0(lambda: finished(recipe, folder))) is not None:
-                return DONE, finished_message(done)
+                return DONE, finished_message(done), None
         checkpointer = CheckpointManager(recipe.checkpoint, folder.path)
         checkpoint = checkpointer.find()
         decisions = on_rank0(lambda: decide(recipe, folder, checkpoint))
@@ -161,11 +170,21 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str]:
             trainer.data.close()
             checkpointer.close()
         if completed:
-            return DONE, ""
+            return DONE, "", None
+        if trainer.wanted_ranks is not None:
+            return (
+                RESIZE,
+                f"saved at step {trainer.progress.step}; the growth wants {trainer.wanted_ranks} ranks",
+                trainer.wanted_ranks,
+            )
         if trainer.last_saved is not None and trainer.last_saved.step == trainer.progress.step:
-            return REQUEUE, f"stopped at step {trainer.progress.step} and saved; run the same command again to go on"
+            return (
+                REQUEUE,
+                f"stopped at step {trainer.progress.step} and saved; run the same command again to go on",
+                None,
+            )
         key = "checkpoint.load_only is true" if recipe.checkpoint.load_only else "checkpoint.enable is false"
-        return FAILED, f"stopped at step {trainer.progress.step} without saving: {key}"
+        return FAILED, f"stopped at step {trainer.progress.step} without saving: {key}", None
     finally:
         folder.unlock()
         if torch.distributed.is_initialized() and sys.exc_info()[0] is None:

@@ -24,7 +24,7 @@ from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.state import model_tensors, optimizer_tensors, rng_tensors, set_rng, stored_rng
 from titan_growth.config.growth_schema import GrowthStage
 from titan_growth.config.loader import to_toml
-from titan_growth.data import batch_hash, sample_digests
+from titan_growth.data import BatchLoader, batch_hash, sample_digests
 from titan_growth.engine import Microbatch, num_valid_tokens, sum_over_ranks
 from titan_growth.engines import make_engine
 from titan_growth.growth.carry_out import carry_out
@@ -32,6 +32,7 @@ from titan_growth.growth.verify import check_preserved
 from titan_growth.mesh import Mesh
 from titan_growth.observers import Observers
 from titan_growth.optim import Optimizer
+from titan_growth.phases import Phase
 from titan_growth.plan import RunPlan
 from titan_growth.run_data import RunData
 from titan_growth.tools.device import Device
@@ -72,12 +73,13 @@ class Trainer:
         self.checkpointer = checkpointer
         self.observers = observers
         self.stop = stop
-        self.mesh = Mesh.get(plan.mesh_shape, device.type)
         self.progress = Progress()
         self.lineage = Lineage()
         self.last_saved: StepFolder | None = None
-        held_out = run_data.validation_blocks(self.recipe)
-        self.validator = Validator(self.recipe.validation, held_out, self.mesh, self.recipe.training.steps)
+        self.losses: list[float] = []
+        """The last training losses, when the next growth depends on their slope."""
+        self.wanted_ranks: int | None = None
+        """The number of ranks that the run is to go on with, once it has saved and stopped for that."""
         self._start(checkpoint)
 
     # ---- start ---------------------------------------------------------------------------------------------------
@@ -88,10 +90,16 @@ class Trainer:
         if checkpoint is not None:
             self.progress = checkpoint.manifest.progress
             self.lineage = checkpoint.lineage()
+            self.losses = checkpoint.manifest.recent_losses
             self.last_saved = checkpoint
-            self._build(seed=None)
-            rng = stored_rng(dist.get_rank(), self.checkpointer.stored_names(checkpoint.path))
-            self.checkpointer.load(checkpoint.path, self._tensors(optimizer=True) | rng)
+            tensors = stored_rng(dist.get_rank(), self.checkpointer.stored_names(checkpoint.path))
+            rng = dict(tensors)
+            if self.plan.first_phase == len(self.lineage.events):
+                self._build(seed=None)
+                tensors |= self._tensors(optimizer=True)
+            else:
+                logger.info("the model grows at once, so the small one is not built again")
+            self.checkpointer.load(checkpoint.path, tensors)
             set_rng(dist.get_rank(), rng)
             logger.info("resumed from %s", checkpoint.path)
             if initial is not None:
@@ -100,7 +108,11 @@ class Trainer:
             self._start_from_another_run()
         else:
             self._build(seed=self.seed)
-        self.data = self.run_data.loader(self.recipe, self.mesh, self.progress.samples)
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the run has come to."""
+        return self.plan.phases[len(self.lineage.events)]
 
     @property
     def seed(self) -> int:
@@ -109,20 +121,32 @@ class Trainer:
         return self.recipe.debug.seed
 
     def _build(self, *, seed: int | None) -> None:
-        """Model, engine and optimizer at the depth that the lineage has come to."""
-        self.model_config = self.plan.growth.config_after(len(self.lineage.events))
+        """Model, engine, optimizer and batches of the phase that the lineage has come to."""
+        phase = self.phase
+        self.model_config = phase.config
+        self.mesh = Mesh.get(phase.mesh_shape, self.device.type)
+        held_out = self.run_data.validation_blocks(self.recipe)
+        self.validator = Validator(self.recipe.validation, held_out, self.mesh, self.recipe.training.steps)
+        self.data = self._loader()
         model = build(
             self.model_config,
             family=self.recipe.model.name,
             mesh=self.mesh,
-            stages=self.plan.stages,
+            stages=phase.stages,
             device=self.device.torch,
             dtype=getattr(torch, self.recipe.training.dtype),
-            seq_len=max(self.recipe.training.seq_len, self.recipe.validation.seq_len or 0),
+            seq_len=max(
+                phase.recipe.training.seq_len, self.recipe.training.seq_len, self.recipe.validation.seq_len or 0
+            ),
             seed=seed,
         )
         self.engine = make_engine(model, self.device.torch)
         self.optimizer = Optimizer.of(model, self.recipe.optimizer, max_norm=self.recipe.training.max_norm)
+
+    def _loader(self) -> BatchLoader:
+        """The global batches of this phase that have not been trained on."""
+        base_seq_len = self.recipe.training.seq_len
+        return self.run_data.loader(self.phase.recipe, self.mesh, self.progress.samples, base_seq_len)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -140,13 +164,18 @@ class Trainer:
 
     def _loop(self) -> None:
         stopped = False
-        first_step = self.progress.step + 1
+        fresh = True  # whatever is slow the first time is still to come: process groups, kernels, compilation
         self.observers.start()
         while self.progress.step < self.recipe.training.steps and not stopped:
-            if stage := self.plan.growth.due(self.progress, self.lineage):
+            if stage := self._due():
                 if self._any_rank_stops():
                     return  # the step is saved; the next start grows
+                if stage.num_ranks not in (None, dist.get_world_size()):
+                    self._way_back()
+                    self.wanted_ranks = stage.num_ranks
+                    return
                 self.grow(stage)
+                fresh = True
             with self.observers.meter.data():
                 batch = self.data.next_batch()
             num_tokens, stopped = self._agree(batch)
@@ -154,13 +183,14 @@ class Trainer:
             lr = self.plan.schedule(self.progress.step + 1, self.lineage.grown_at)
             grad_norm = self.optimizer.clip_and_step(lr)
             self.engine.model.after_optimizer_step()
-            self._advance(num_tokens)
+            self._advance(num_tokens, loss)
             growing = self._grows_next()
             saving = self._save_due(growing or stopped)
             self._record(batch, loss, grad_norm, lr, saving)
             self._after_step(growing, saving)
-            if self.progress.step == first_step and dist.get_world_size() > 1:
+            if fresh and dist.get_world_size() > 1:
                 set_timeout(self.recipe.comm.train_timeout_seconds)
+            fresh = False
 
     def _agree(self, batch: list[Microbatch]) -> tuple[int, bool]:
         """(valid tokens of the global batch, whether any rank was asked to stop)."""
@@ -173,12 +203,18 @@ class Trainer:
     def _any_rank_stops(self) -> bool:
         return bool(sum_over_ranks(torch.tensor(int(self.stop.is_set))).item())
 
-    def _grows_next(self) -> bool:
-        due = self.plan.growth.due(self.progress, self.lineage) is not None
-        return due and self.progress.step < self.recipe.training.steps
+    def _due(self) -> GrowthStage | None:
+        if self.plan.first_phase > len(self.lineage.events):
+            return self.plan.growth.stages[len(self.lineage.events)]  # resumed from the checkpoint of a growth
+        return self.plan.growth.due(self.progress, self.lineage, self.losses)
 
-    def _advance(self, num_tokens: int) -> None:
-        flops_per_token = self.model_config.flops_per_token(self.recipe.training.seq_len)
+    def _grows_next(self) -> bool:
+        return self._due() is not None and self.progress.step < self.recipe.training.steps
+
+    def _advance(self, num_tokens: int, loss: Tensor) -> None:
+        flops_per_token = self.model_config.flops_per_token(self.phase.recipe.training.seq_len)
+        if window := self.plan.growth.window_after(len(self.lineage.events)):
+            self.losses = [*self.losses, loss.item()][-window:]
         self.progress = self.progress.advanced(
             tokens=num_tokens, flops=num_tokens * flops_per_token, samples=self.data.cursor - self.progress.samples
         )
@@ -224,6 +260,7 @@ class Trainer:
         with self.observers.meter.pause("growth"):
             source = self._way_back()
             growth = self.plan.growth.map_after(len(self.lineage.events))
+            assert source.manifest.held_out_loss is not None, "the way back of a growth has its loss"
             event = GrowthEvent(
                 step=self.progress.step,
                 tokens=self.progress.tokens,
@@ -234,12 +271,13 @@ class Trainer:
                 to_sizes=growth.after.sizes,
                 layer_map=growth.layers,
                 source=source.path.name,
-                mesh=str(self.mesh.shape),
+                mesh=str(self.plan.phases[len(self.lineage.events) + 1].mesh_shape),
                 num_ranks=dist.get_world_size(),
-                loss_before=self._held_out_loss(),
+                loss_before=source.manifest.held_out_loss,
             )
             self._release()
             self.lineage = Lineage((*self.lineage.events, event))
+            self.losses = []
             self._build(seed=None)
             read = carry_out(
                 source.path,
@@ -261,22 +299,27 @@ class Trainer:
         if self.last_saved is None or self.last_saved.step != self.progress.step:
             self.save(permanent=True)
         assert self.last_saved is not None
-        self.last_saved = self.checkpointer.make_permanent(self.last_saved)
+        loss = self.last_saved.manifest.held_out_loss
+        self.last_saved = self.checkpointer.make_permanent(
+            self.last_saved, self._held_out_loss() if loss is None else loss
+        )
         return self.last_saved
 
     def _held_out_loss(self) -> float:
         if self.validator.blocks is not None:
             return self.validator.one_batch(self.engine)
         # Nothing is held out: the next global batch, which has not been trained on, serves.
-        upcoming = self.run_data.loader(self.recipe, self.mesh, self.progress.samples)
+        upcoming = self._loader()
         try:
             return self.engine.evaluate(upcoming.next_batch())
         finally:
             upcoming.close()
 
     def _release(self) -> None:
-        """Lets go of the model before the larger one is built."""
-        del self.engine, self.optimizer
+        """Lets go of the model, if there is one, before the larger one is built."""
+        if hasattr(self, "engine"):
+            self.data.close()
+            del self.engine, self.optimizer
         gc.collect()
         self.device.free_memory()
 
@@ -302,6 +345,8 @@ class Trainer:
                 model_only=model_only,
                 permanent=permanent,
                 metrics_offset=self.observers.metrics_offset,
+                held_out_loss=self._held_out_loss() if permanent else None,
+                recent_losses=self.losses,
                 data=self.run_data.fingerprints(),
             )
             tensors = self._tensors(optimizer=not model_only)

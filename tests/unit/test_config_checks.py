@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from functools import reduce
+from typing import Any
 
 import pytest
 
@@ -266,10 +268,17 @@ def test_what_was_refused_is_not_held_against_other_keys(refused: dict[str, obje
         ("1.001k steps", 1001, "steps", "1,001 steps"),
         ("1_000 steps", 1000, "steps", "1,000 steps"),
         ("1,000 steps", 1000, "steps", "1,000 steps"),
+        ("1e3 steps", 1000, "steps", "1,000 steps"),
+        ("3.5e21 FLOPs", 35 * 10**20, "FLOPs", "3.5e21 FLOPs"),
+        ("12 flops", 12, "FLOPs", "12 FLOPs"),
+        ("25%", 25, "percent", "25%"),
+        ("2.5 % of the run", Decimal("2.5"), "percent", "2.5%"),
+        ("auto", 0, "auto", "auto"),
+        ("Slope 0.02 over 200 steps", Decimal("0.02"), "slope", "slope 0.02 over 200 steps"),
         ("9007199254740993 tokens", 2**53 + 1, "tokens", "9,007,199,254,740,993 tokens"),
     ],
 )
-def test_duration(text: str, value: int, unit: str, shown: str) -> None:
+def test_duration(text: str, value: Any, unit: str, shown: str) -> None:
     duration = Duration.parse(text)
     assert (duration.value, duration.unit, str(duration)) == (value, unit, shown)
     assert Duration.parse(str(duration)) == duration
@@ -281,7 +290,22 @@ def test_every_thousandth_is_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["300", "", "steps", "-3 steps", "0 steps", "0.5 steps", "1.0001k steps", "3 epochs", "3 t", "1e3 steps"]
+    "text",
+    [
+        "300",
+        "",
+        "steps",
+        "-3 steps",
+        "0 steps",
+        "0.5 steps",
+        "1.0001k steps",
+        "3 epochs",
+        "3 t",
+        "1e-3 steps",
+        "100%",
+        "slope 0.1",
+        "auto 3",
+    ],
 )
 def test_not_a_duration(text: str) -> None:
     with pytest.raises(ValueError, match='expected a count with a unit, such as "300 steps" or "10M tokens"'):

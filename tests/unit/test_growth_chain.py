@@ -100,7 +100,7 @@ def test_the_base_may_be_named() -> None:
         (recipe({"operator": "zero_width", "n_layers": 4}), "growth.stages.0.n_layers: has no"),
         (recipe({"operator": "map", "layer_map": [0, 0]}), "growth.stages.0: needs growth.base.n_layers"),
         (recipe({"operator": "map", "layer_map": [0, 4]}, n_layers=2), "growth.stages.0: layer_map names layer 4"),
-        (recipe({"factor": 2}, n_layers=5), "growth.stages: the growths do not end at the model of [model]: they end at n"),
+        (recipe({"factor": 2}, n_layers=5), "growth.stages: the growths do not end at the model of"),
         (recipe({"operator": "split_width", "factor": 3}), "growth.stages.0.factor: the factor 3 does not divide dim"),
         (recipe({"operator": "zero_width", "dim": 32}, dim=40), "growth.stages.0: dim shrinks from 40 to 32"),
         (recipe({"factor": 2, "options": {"x": 1}}), "growth.stages.0.options.x: is no option of 'stack'. Remove it"),

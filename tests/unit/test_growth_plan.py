@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
 from titan_growth.config.growth_schema import Growth, GrowthStage
 from titan_growth.growth import operators as operators_module
+from titan_growth.growth import schedule
+from titan_growth.growth.chain import chain_of
 from titan_growth.growth.operators import GrowthMap, operators, register_operator
-from titan_growth.growth.schedule import plan_growth, timing_problems
+from titan_growth.growth.points import advise, law_tokens
+from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.models.config import ModelConfig
+from titan_growth.tools.errors import Problem
 
 TARGET = ModelConfig(
     dim=32, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, rope_theta=123.0
 )
+
+
+def plan_growth(
+    section: Growth, target: ModelConfig, *, steps: int = 100, tokens_per_step: int = 10, **more: Any
+) -> tuple[GrowthPlan | None, list[Problem]]:
+    """The plan of a run of one batch size."""
+    chain, problems = chain_of(section, target)
+    if chain is None:
+        return None, problems
+    phases = len(chain.configs)
+    rates = {"tokens_per_step": [tokens_per_step] * phases, "seq_lens": [10] * phases}
+    plan, problems, _ = schedule.plan_growth(section, chain, steps=steps, **rates, **more)
+    return plan, problems
+
+
+def timing_problems(section: Growth, **settings: Any) -> list[Problem]:
+    return plan_growth(section, TARGET, **settings)[1]
 
 
 def growth(*stages: dict[str, object], enable: bool = True) -> Growth:
@@ -116,6 +138,10 @@ def test_unknown_operators_are_all_named() -> None:
         ("1k tokens", Progress(step=5000, tokens=999), False),
         ("1k tokens", Progress(step=1, tokens=1000), True),
         ("1k tokens", Progress(step=1, tokens=1007), True),
+        ("3e6 FLOPs", Progress(step=1, flops=2_999_999), False),
+        ("3e6 FLOPs", Progress(step=1, flops=3_000_000), True),
+        ("15%", Progress(step=14), False),
+        ("15%", Progress(step=15), True),
     ],
 )
 def test_due_after_the_first_step_that_reaches_the_count(at: str, progress: Progress, due: bool) -> None:
@@ -158,3 +184,44 @@ def test_growths_that_have_happened_are_not_asked_about_again() -> None:
     settings = {"tokens_per_step": 1, "progress": now, "num_growths": 1}
     assert [problem.key for problem in timing_problems(section, steps=150, **settings)] == ["growth.stages.1.at"]
     assert not timing_problems(section, steps=151, **settings)
+
+
+def test_a_slope_is_reached_when_the_loss_has_stopped_falling() -> None:
+    plan, _ = plan_growth(growth({"at": "slope 0.1 over 5 steps"}), TARGET)
+    assert plan is not None
+    assert plan.window_after(0) == 5
+    falling = [3.0, 2.9, 2.8, 2.7, 2.6]
+    assert plan.due(Progress(step=50), Lineage(), falling) is None
+    assert plan.due(Progress(step=50), Lineage(), [2.6] * 4) is None, "four losses are not five"
+    assert plan.due(Progress(step=50), Lineage(), [2.65, 2.6, 2.6, 2.6, 2.6]) is plan.stages[0]
+    assert plan.due(Progress(step=50), Lineage(), [9.0, *falling[::-1]]) is plan.stages[0], "a rising loss has stopped"
+    assert schedule.slope(falling) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_params", "run_tokens", "tokens"),
+    [
+        ("Llama3-8B", 8e9, 15e12, 6.58e9),
+        ("Llama2-7B", 7e9, 2e12, 11.11e9),
+        ("Llama2-13B", 13e9, 2e12, 15.84e9),
+        ("Llama2-70B", 70e9, 2e12, 42.48e9),
+    ],
+)
+def test_the_law_is_the_papers(name: str, num_params: float, run_tokens: float, tokens: float) -> None:
+    """Table 4 of Du et al., to the digits that it prints."""
+    assert law_tokens(num_params, 6 * num_params * run_tokens) == pytest.approx(tokens, abs=0.005e9), name
+
+
+def test_auto_is_clamped_and_says_when_it_was_not_fitted() -> None:
+    chain, _ = chain_of(growth({"at": "auto"}), TARGET)
+    assert chain is not None
+    rates = {"tokens_per_step": [10, 10], "seq_lens": [10, 10]}
+    plan, problems, (warning,) = schedule.plan_growth(growth({"at": "auto"}), chain, steps=100, **rates)
+    assert not problems
+    assert str(plan.points[0]) == "500 tokens", "at most half of the run"
+    assert "the law was fitted to models of 4e+08 to 3e+09 parameters, and this one has" in warning.message
+    assert "cut to 500" in warning.message
+    inside = replace(TARGET, dim=2048, num_layers=24, num_heads=32, num_kv_heads=32, head_dim=64, hidden_dim=5632)
+    advice = advise(inside, 97_500_000_000)
+    assert advice.doubts == ""
+    assert 11.4e9 < advice.tokens < 12.8e9, "the 1.1B of the paper, however its parameters are counted"

@@ -27,7 +27,7 @@ from titan_growth.optim import Optimizer
 from titan_growth.pipeline_layout import plan_pipeline
 from titan_growth.pipeline_parts import Part
 from titan_growth.plan import RunPlan, plan_run
-from titan_growth.plan_report import phases, report_lines
+from titan_growth.plan_report import report_lines, timeline
 from titan_growth.shards import LAYER, ModelShards, chunk_size
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,14 +230,14 @@ def growing(*stages: str) -> dict[str, Any]:
 def test_phases_of_a_run_that_grows_by_steps_and_by_tokens() -> None:
     """8 sequences of 32 tokens a step: 1,000 tokens are reached in the fourth step, 3,072 exactly in the twelfth."""
     plan = plan_of(growing("1k tokens", "3072 tokens"), 1)
-    found = list(phases(plan))
-    assert [phase.config.num_layers for phase in found] == [2, 4, 8]
-    assert [phase.last_step for phase in found] == [4, 12, 20]
-    assert [phase.tokens for phase in found] == [1024, 3072, 5120]
-    costs = [phase.config.flops_per_token(32) for phase in found]
+    found = list(timeline(plan))
+    assert [phase.config.num_layers for phase, _ in found] == [2, 4, 8]
+    assert [stretch.last_step for _, stretch in found] == [4, 12, 20]
+    assert [stretch.tokens for _, stretch in found] == [1024, 3072, 5120]
+    costs = [phase.config.flops_per_token(32) for phase, _ in found]
     spent = [4 * 256 * costs[0], 8 * 256 * costs[1], 8 * 256 * costs[2]]
-    assert [phase.flops for phase in found] == [spent[0], spent[0] + spent[1], sum(spent)]
-    assert [phase.last_step for phase in phases(plan_of(growing("7 steps"), 1))] == [7, 20]
+    assert [stretch.flops for _, stretch in found] == [spent[0], spent[0] + spent[1], sum(spent)]
+    assert [stretch.last_step for _, stretch in timeline(plan_of(growing("7 steps"), 1))] == [7, 20]
 
 
 def test_report_of_a_run_that_grows() -> None:

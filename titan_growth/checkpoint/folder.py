@@ -39,6 +39,10 @@ class Manifest:
     """Kept by retention: taken at a growth."""
     metrics_offset: int
     """Bytes of metrics.jsonl when the checkpoint was taken; a resume cuts the file back to it."""
+    held_out_loss: float | None = None
+    """Of one fixed batch, when the model grows from here: the growth then needs the small model itself no more."""
+    recent_losses: list[float] = field(default_factory=list)
+    """The last training losses, when a growth depends on their slope."""
     data: dict[str, Any] = field(default_factory=dict)
     """Fingerprints of corpus and tokenizer."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -183,11 +183,12 @@ class CheckpointManager:
         """Returns when nothing is being removed any more."""
         self.retention.wait()
 
-    def make_permanent(self, folder: StepFolder) -> StepFolder:
-        """Takes a committed checkpoint out of retention."""
-        if folder.manifest.permanent:
+    def make_permanent(self, folder: StepFolder, held_out_loss: float) -> StepFolder:
+        """Takes a committed checkpoint out of retention, as one that the model grows from."""
+        if folder.manifest.permanent and folder.manifest.held_out_loss == held_out_loss:
             return folder
-        permanent = StepFolder(folder.path, replace(folder.manifest, permanent=True))
+        manifest = replace(folder.manifest, permanent=True, held_out_loss=held_out_loss)
+        permanent = StepFolder(folder.path, manifest)
         on_rank0(lambda: write_manifest(permanent.path, permanent.manifest))
         return permanent
 

@@ -181,12 +181,12 @@ def _growth(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
         when = stage.when
         if when.unit != "steps":
             continue  # where it falls depends on the batch size and on what has happened: see growth.schedule
-        if when.value >= steps:
+        if when.count >= steps:
             yield Problem(
                 key,
                 f'"{stage.at}" is not before the last step (training.steps = {steps:,})',
                 "Grow earlier or train longer; growth.enable = false trains the target model from scratch",
             )
-        if when.value <= previous:
+        if when.count <= previous:
             yield Problem(key, f'"{stage.at}" is not after the growth before it', "Stages are in the order they happen")
-        previous = when.value
+        previous = when.count

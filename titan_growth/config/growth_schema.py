@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from titan_growth.config.duration import Duration
+from titan_growth.config.parallelism_schema import Parallelism
 from titan_growth.config.section import BadValueError, Section
 
 WIDTHS = {"dim": "dim", "n_heads": "num_heads", "n_kv_heads": "num_kv_heads", "hidden_dim": "hidden_dim"}
@@ -40,7 +41,8 @@ class GrowthStage(Sizes):
     """One growth: when, by which operator, and what becomes of moments and learning rate."""
 
     at: str
-    """When to grow, counted from the start of the run: "300 steps" or "10M tokens"."""
+    """When to grow, counted from the start of the run: "300 steps", "10M tokens", "3e17 FLOPs", "25%" of the steps,
+    "slope 0.02 over 200 steps" (the loss has fallen by less than that), or "auto" (the G_stack paper's law)."""
     operator: str = "stack"
     """Growth operator; "stack" repeats the whole list of layers factor times (G_stack)."""
     factor: int | None = Field(None, ge=2)
@@ -53,6 +55,16 @@ class GrowthStage(Sizes):
     """random_depth and random_width: steps over which the mask on what is new opens."""
     options: dict[str, Any] = {}
     """Settings of a plugin's operator."""
+    parallelism: Parallelism | None = None
+    """The whole [parallelism] table from this growth on, for another mesh. Default: the mesh stays."""
+    num_ranks: int | None = Field(None, ge=1)
+    """Ranks from this growth on: the run saves and is started again with so many (status 76)."""
+    global_batch_size: int | None = Field(None, ge=1)
+    """Sequences of a step from this growth on. Default: as before."""
+    local_batch_size: int | None = Field(None, ge=1)
+    """Sequences of a microbatch from this growth on. Default: as before."""
+    seq_len: int | None = Field(None, ge=1)
+    """Tokens of a sequence from this growth on; a multiple of training.seq_len. Default: as before."""
     optimizer_state: Literal["reset", "copy", "copy_scaled", "asymmetric"] = "reset"
     """What becomes of the moments: zero again (official G_stack), copied along with the weights, copied and scaled as
     the gradients are (width), or kept where the weights are originals and zero where they are copies or new."""
@@ -92,6 +104,12 @@ class GrowthStage(Sizes):
     def when(self) -> Duration:
         """The parsed `at`."""
         return Duration.parse(self.at)
+
+    @property
+    def changes_layout(self) -> bool:
+        """Whether the run goes on with another mesh or batch."""
+        keys = ("parallelism", "num_ranks", "global_batch_size", "local_batch_size", "seq_len")
+        return any(getattr(self, key) is not None for key in keys)
 
     @property
     def keeps_step(self) -> bool:

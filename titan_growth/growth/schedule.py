@@ -1,17 +1,20 @@
-"""The growth plan of a run: which model it starts from, when it grows, and into what.
+"""The growth plan of a run: which models it goes through, and when one becomes the next.
 
-`chain.py` works out the models; here is when one becomes the next. All is validated as a whole before anything starts.
-At run time the plan's only memory is the lineage: the number of growths that have happened.
+`chain.py` works out the models and `points.py` the counts; both are validated as a whole before anything starts. At run
+time the plan's only memory is the lineage: the number of growths that have happened.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.config.duration import Duration
 from titan_growth.config.growth_schema import Growth, GrowthStage
-from titan_growth.growth.chain import Chain, chain_of
+from titan_growth.growth.chain import Chain
 from titan_growth.growth.operators import GrowthMap
+from titan_growth.growth.points import advise, resolved, slope
 from titan_growth.models.config import ModelConfig
 from titan_growth.tools.errors import Problem, TrainingError
 
@@ -22,6 +25,8 @@ class GrowthPlan:
 
     chain: Chain
     stages: tuple[GrowthStage, ...]
+    points: tuple[Duration, ...]
+    """When, as counts (or a slope): "25%" and "auto" are resolved."""
 
     @property
     def configs(self) -> tuple[ModelConfig, ...]:
@@ -36,14 +41,30 @@ class GrowthPlan:
         """The model after so many growths."""
         return self.configs[num_growths]
 
-    def due(self, progress: Progress, lineage: Lineage) -> GrowthStage | None:
-        """The stage to carry out now: the next one, once its count has been reached."""
+    def due(self, progress: Progress, lineage: Lineage, losses: Sequence[float] = ()) -> GrowthStage | None:
+        """The stage to carry out now: the next one, once its count has been reached.
+
+        Args:
+            losses: the last training losses, as many as `window_after` asks for.
+        """
         done = len(lineage.events)
         if done == len(self.stages):
             return None
-        when = self.stages[done].when
-        count = progress.step if when.unit == "steps" else progress.tokens
-        return self.stages[done] if count >= when.value else None
+        point = self.points[done]
+        if point.unit == "slope":
+            reached = len(losses) >= point.window and slope(list(losses[-point.window :])) < float(point.value)
+        else:
+            reached = self.reached(done, progress)
+        return self.stages[done] if reached else None
+
+    def reached(self, number: int, progress: Progress) -> bool:
+        """Whether the count of a growth has come; a slope is taken for one that has."""
+        point = self.points[number]
+        return point.unit == "slope" or count_of(progress, point.unit) >= point.count
+
+    def window_after(self, num_growths: int) -> int:
+        """How many losses the next growth is decided by; 0 when it does not depend on them."""
+        return self.points[num_growths].window if num_growths < len(self.points) else 0
 
     def remaining(self, lineage: Lineage) -> tuple[GrowthStage, ...]:
         """Stages that have not happened."""
@@ -52,39 +73,77 @@ class GrowthPlan:
     def require_complete(self, progress: Progress, lineage: Lineage) -> None:
         """Raises TrainingError when a run that has come to its last step is not at its target."""
         for stage in self.remaining(lineage):
-            num_layers = self.config_after(len(lineage.events)).num_layers
+            config = self.config_after(len(lineage.events))
             raise TrainingError(
                 f"the growth at {stage.when} never came: the run ended with {progress.tokens:,} tokens at "
-                f"{num_layers} layers. Raise training.steps to go on"
+                f"{config.num_layers} layers. Raise training.steps to go on"
             )
 
 
-def plan_growth(section: Growth, target: ModelConfig) -> tuple[GrowthPlan | None, list[Problem]]:
-    """The plan of a recipe, or what is wrong with it."""
-    chain, problems = chain_of(section, target)
-    return (GrowthPlan(chain, tuple(section.active_stages)) if chain is not None else None), problems
+def count_of(progress: Progress, unit: str) -> int:
+    """The counter that a point is measured in."""
+    return {"steps": progress.step, "tokens": progress.tokens, "FLOPs": progress.flops}[unit]
 
 
-def timing_problems(
-    section: Growth, *, steps: int, tokens_per_step: int, progress: Progress | None = None, num_growths: int = 0
-) -> list[Problem]:
-    """Stages that would come too late or out of order, once the batch size is known.
+def plan_growth(
+    section: Growth,
+    chain: Chain,
+    *,
+    steps: int,
+    tokens_per_step: Sequence[int],
+    seq_lens: Sequence[int],
+    progress: Progress | None = None,
+    num_growths: int = 0,
+) -> tuple[GrowthPlan, list[Problem], list[Problem]]:
+    """(plan, problems, warnings) of the growths of a recipe, once its models and batches are known.
 
     Args:
+        tokens_per_step, seq_lens: of each phase of the run.
         progress: where the run has come to; None at its start.
         num_growths: stages that have happened, which are not asked about again.
     """
-    progress = progress or Progress()
-    problems, previous = [], progress.step - 1
-    for index, stage in enumerate(section.active_stages):
-        if index < num_growths:
-            continue
-        when = stage.when
-        left = when.value - (progress.step if when.unit == "steps" else progress.tokens)
-        step = progress.step + max(0, left if when.unit == "steps" else -(-left // tokens_per_step))
+    stages = tuple(section.active_stages)
+    run_tokens = steps * tokens_per_step[-1]
+    points = tuple(resolved(stage.when, chain.target, steps=steps, run_tokens=run_tokens) for stage in stages)
+    plan = GrowthPlan(chain, stages, points)
+    warnings = []
+    for index, stage in enumerate(stages):
+        if stage.when.unit == "auto" and (doubts := advise(chain.target, run_tokens).doubts):
+            warnings.append(Problem(f"growth.stages.{index}.at", f'"auto" comes to {points[index]}, but {doubts}'))
+    flops_per_token = [config.flops_per_token(length) for config, length in zip(chain.configs, seq_lens, strict=True)]
+    rates = [
+        {"steps": 1, "tokens": tokens, "FLOPs": tokens * flops}
+        for tokens, flops in zip(tokens_per_step, flops_per_token, strict=True)
+    ]
+    problems = list(timing_problems(plan, steps=steps, rates=rates, progress=progress, num_growths=num_growths))
+    return plan, problems, warnings
+
+
+def timing_problems(
+    plan: GrowthPlan, *, steps: int, rates: Sequence[dict[str, int]], progress: Progress | None, num_growths: int
+) -> list[Problem]:
+    """Stages that would come too late or out of order.
+
+    Args:
+        rates: of each phase, what a step adds to each counter; masked positions are counted, so growths given in tokens
+            may come later than this says.
+    """
+    if all(point.unit == "steps" for point in plan.points) and progress is None:
+        return []  # what steps alone can tell is told before the batch is known (config/checks.py)
+    now = progress or Progress()
+    step, counts = now.step, {unit: count_of(now, unit) for unit in ("steps", "tokens", "FLOPs")}
+    problems, previous = [], step - 1
+    for index in range(num_growths, len(plan.points)):
+        point, stage, rate = plan.points[index], plan.stages[index], rates[index]
+        if point.unit == "slope":
+            num_steps = point.window
+        else:
+            num_steps = max(0, -(-(point.count - counts[point.unit]) // rate[point.unit]))
+        step += num_steps
+        counts = {unit: count + num_steps * rate[unit] for unit, count in counts.items()}
         key = f"growth.stages.{index}.at"
         if step >= steps:
-            message = f'"{stage.at}" is not before the last step ({steps:,} steps of {tokens_per_step:,} tokens)'
+            message = f'"{stage.at}" is not before the last step ({steps:,} steps of {rate["tokens"]:,} tokens)'
             hint = "Grow earlier or train longer; growth.enable = false trains the target model from scratch"
             problems.append(Problem(key, message, hint))
         elif step <= previous:

@@ -160,5 +160,6 @@ def check_preserved(operator: str, growth: GrowthMap, before: float, after: floa
     if not change <= allowed:
         raise GrowthError(
             f"the operator '{operator}' declares that it preserves the function, but on the same held-out batch the "
-            f"loss went from {before:.8f} to {after:.8f}, by {change:.1e} where {allowed:.0e} is allowed. The small model's checkpoint is whole"
+            f"loss went from {before:.8f} to {after:.8f}, by {change:.1e} where {allowed:.0e} is allowed. "
+            "The small model's checkpoint is whole"
         )
