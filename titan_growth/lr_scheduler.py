@@ -3,7 +3,8 @@
 Nothing is stored in a checkpoint and nothing can be frozen there: a changed recipe takes effect on resume. A schedule
 is a warmup, an optional stable phase and a decay, laid over a *segment* of the run. The run starts with one segment
 from step 0 to the end, as if it would never grow (the base of G_stack is grown un-annealed). A growth with
-`lr_policy = "restart"` opens a new segment from there to the end; "continue" changes at most the peak.
+`lr_policy = "restart"` opens a new segment from there to the end; "continue" changes at most the peak; "rewarm" is
+"continue" under a warmup, and "rewarm_new" one whose warmup is for what the growth has added alone (`fresh_share`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,21 @@ class LRSchedule:
     def __call__(self, step: int, grown_at: Sequence[int] = ()) -> float:
         """The learning rate of a step, counted from 1, after growths at the given steps."""
         segment = self.segment(step, grown_at)
-        return segment.peak_lr * self._factor(step - segment.start, segment)
+        lr = segment.peak_lr * self._factor(step - segment.start, segment)
+        return lr * self._warming("rewarm", step, grown_at)
+
+    def fresh_share(self, step: int, grown_at: Sequence[int] = ()) -> float:
+        """What share of the learning rate of a step is for parameters that came with the last growth (`rewarm_new`)."""
+        return self._warming("rewarm_new", step, grown_at)
+
+    def _warming(self, policy: str, step: int, grown_at: Sequence[int]) -> float:
+        """Share of the way through the warmup of the last growth before a step, if that has this policy."""
+        passed = [index for index, at in enumerate(grown_at) if at < step]
+        if not passed or passed[-1] >= len(self.growth.active_stages):
+            return 1.0
+        stage, start = self.growth.active_stages[passed[-1]], grown_at[passed[-1]]
+        warmup = self.section.warmup_steps if stage.warmup_steps is None else stage.warmup_steps
+        return min(1.0, (step - start) / warmup) if stage.lr_policy == policy and warmup else 1.0
 
     def segment(self, step: int, grown_at: Sequence[int] = ()) -> Segment:
         """The segment that a step belongs to."""
@@ -76,7 +91,7 @@ class LRSchedule:
         if self.growth.active_stages and self.growth.base.warmup_steps is not None:
             asked = [("growth.base.warmup_steps", 0, self.growth.base.warmup_steps)]
         for index, stage in enumerate(self.growth.active_stages):
-            if stage.lr_policy == "restart" and stage.when.unit == "steps":
+            if stage.lr_policy != "continue" and stage.when.unit == "steps":
                 given = stage.warmup_steps is not None
                 key = f"growth.stages.{index}.warmup_steps" if given else "lr_scheduler.warmup_steps"
                 warmup = stage.warmup_steps if stage.warmup_steps is not None else self.section.warmup_steps

@@ -42,6 +42,8 @@ class Optimizer:
         self.max_norm = max_norm
         self.tied = dict(tied or {})
         self.pipeline_group = pipeline_group
+        self.fresh: dict[str, Tensor] = {}
+        """Parameters with elements that came with the last growth: a mask that broadcasts to this rank's shard."""
         self.parameters: dict[str, nn.Parameter] = {}
         for part in parts:
             for name, parameter in part.named_parameters():
@@ -83,8 +85,11 @@ class Optimizer:
                 for key in STATE_KEYS:
                     yield copy, key, self.inner.state[self.parameters[name]][key]
 
-    def clip_and_step(self, lr: float) -> Tensor:
+    def clip_and_step(self, lr: float, fresh_share: float = 1.0) -> Tensor:
         """Clips the gradients to `max_norm`, updates the parameters, and drops the gradients.
+
+        Args:
+            fresh_share: of the learning rate, for the elements in `fresh`.
 
         Returns:
             The global gradient norm before clipping, a float32 scalar.
@@ -101,9 +106,24 @@ class Optimizer:
         torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.max_norm, norm, foreach=True)
         for group in self.inner.param_groups:
             group["lr"] = lr
+        before = self._fresh_values() if fresh_share != 1.0 else {}
         self.inner.step()
+        for name, old in before.items():
+            # An Adam step, weight decay included, is linear in the learning rate, so a share of it is a share of the
+            # step: old + share * (new - old).
+            local = _local(self.parameters[name])
+            local.copy_(torch.where(self.fresh[name], torch.lerp(old, local, fresh_share), local))
         self.inner.zero_grad(set_to_none=True)
         return norm
+
+    @torch.no_grad()
+    def _fresh_values(self) -> dict[str, Tensor]:
+        return {name: _local(self.parameters[name]).clone() for name in self.fresh}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach()
 
 
 def global_norm(gradients: Sequence[Tensor], pipeline_group: dist.ProcessGroup | None = None) -> Tensor:

@@ -27,7 +27,7 @@ from titan_growth.config.loader import to_toml
 from titan_growth.data import BatchLoader, batch_hash, sample_digests
 from titan_growth.engine import Microbatch, num_valid_tokens, sum_over_ranks
 from titan_growth.engines import make_engine
-from titan_growth.growth.carry_out import carry_out
+from titan_growth.growth.carry_out import carry_out, fresh_elements
 from titan_growth.growth.verify import check_preserved
 from titan_growth.mesh import Mesh
 from titan_growth.observers import Observers
@@ -142,6 +142,17 @@ class Trainer:
         )
         self.engine = make_engine(model, self.device.torch)
         self.optimizer = Optimizer.of(model, self.recipe.optimizer, max_norm=self.recipe.training.max_norm)
+        if (
+            self.lineage.events
+            and self.recipe.growth.active_stages[len(self.lineage.events) - 1].lr_policy == "rewarm_new"
+        ):
+            number = len(self.lineage.events) - 1
+            self.optimizer.fresh = fresh_elements(
+                self.optimizer.parameters,
+                self.plan.growth.map_after(number),
+                self.plan.growth.stages[number],
+                family=self.recipe.model.name,
+            )
 
     def _loader(self) -> BatchLoader:
         """The global batches of this phase that have not been trained on."""
@@ -164,7 +175,7 @@ class Trainer:
 
     def _loop(self) -> None:
         stopped = False
-        fresh = True  # whatever is slow the first time is still to come: process groups, kernels, compilation
+        starting = True  # whatever is slow the first time is still to come: process groups, kernels, compilation
         self.observers.start()
         while self.progress.step < self.recipe.training.steps and not stopped:
             if stage := self._due():
@@ -175,22 +186,23 @@ class Trainer:
                     self.wanted_ranks = stage.num_ranks
                     return
                 self.grow(stage)
-                fresh = True
+                starting = True
             with self.observers.meter.data():
                 batch = self.data.next_batch()
             num_tokens, stopped = self._agree(batch)
             loss = self.engine.forward_backward(batch, num_tokens)
             lr = self.plan.schedule(self.progress.step + 1, self.lineage.grown_at)
-            grad_norm = self.optimizer.clip_and_step(lr)
+            fresh = self.plan.schedule.fresh_share(self.progress.step + 1, self.lineage.grown_at)
+            grad_norm = self.optimizer.clip_and_step(lr, fresh)
             self.engine.model.after_optimizer_step()
             self._advance(num_tokens, loss)
             growing = self._grows_next()
             saving = self._save_due(growing or stopped)
             self._record(batch, loss, grad_norm, lr, saving)
             self._after_step(growing, saving)
-            if fresh and dist.get_world_size() > 1:
+            if starting and dist.get_world_size() > 1:
                 set_timeout(self.recipe.comm.train_timeout_seconds)
-            fresh = False
+            starting = False
 
     def _agree(self, batch: list[Microbatch]) -> tuple[int, bool]:
         """(valid tokens of the global batch, whether any rank was asked to stop)."""

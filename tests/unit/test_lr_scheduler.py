@@ -148,3 +148,24 @@ def test_warmups_that_are_clamped_are_told(steps: int, section: Growth, expected
     assert found.clamped_warmups() == expected
     factors = [found(step) / PEAK for step in range(1, steps + 1)]
     assert max(factors) == pytest.approx(1.0), "a clamped warmup still reaches the peak"
+
+
+def test_rewarm_is_the_ungrown_curve_under_a_warmup() -> None:
+    section = growth({"at": "40 steps", "lr_policy": "rewarm", "warmup_steps": 10})
+    grown, plain = schedule(growth=section, warmup_steps=5), schedule(warmup_steps=5)
+    for step in range(1, 101):
+        share = 1.0 if step <= 40 else min(1.0, (step - 40) / 10)
+        assert grown(step, [40]) == pytest.approx(plain(step) * share)
+        assert grown.fresh_share(step, [40]) == 1.0
+    assert grown(45) == plain(45), "a growth that has not happened changes nothing"
+
+
+def test_rewarm_new_leaves_the_rate_and_warms_up_what_is_new() -> None:
+    section = growth(
+        {"at": "20 steps", "lr_policy": "rewarm_new", "warmup_steps": 4}, {"at": "40 steps", "lr_policy": "rewarm_new"}
+    )
+    grown, plain = schedule(growth=section, warmup_steps=8), schedule(warmup_steps=8)
+    assert [grown(step, [20, 40]) for step in range(1, 101)] == [plain(step) for step in range(1, 101)]
+    shares = [grown.fresh_share(step, [20, 40]) for step in range(19, 50)]
+    expected = [1, 1, 0.25, 0.5, 0.75, 1, *[1] * 16, *[n / 8 for n in range(1, 9)], 1]
+    assert shares == expected

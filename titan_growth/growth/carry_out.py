@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from titan_growth.config.growth_schema import GrowthStage
 from titan_growth.growth.operators import GrowthMap
-from titan_growth.growth.read import BytesRead, read_grown
+from titan_growth.growth.read import Box, BytesRead, copied_elements, new_elements, read_grown
 from titan_growth.growth.rules import Rules
 from titan_growth.growth.verify import verify_growth
 from titan_growth.models.registry import family_module
@@ -18,6 +20,29 @@ from titan_growth.tools.distributed import describe_os_error, fail_together, gat
 from titan_growth.tools.errors import CheckpointError, GrowthError
 
 logger = logging.getLogger("titan_growth")
+
+
+def fresh_elements(
+    tensors: Mapping[str, Tensor], growth: GrowthMap, stage: GrowthStage, *, family: str
+) -> dict[str, Tensor]:
+    """Which elements of each parameter came with a growth, new or copied; parameters without any are left out.
+
+    Args:
+        tensors: this rank's parameters of the grown model.
+
+    Returns:
+        Masks that broadcast to this rank's shards, on their device.
+    """
+    rules = Rules(growth, stage, family_module(family).ROLES, growth.after.tied)
+    found = {}
+    for name, tensor in tensors.items():
+        box = Box.of(tensor, rules.of(name))
+        if not box.local.numel():
+            continue
+        masks = [mask for mask in (new_elements(box), copied_elements(box)) if mask is not None and bool(mask.any())]
+        if masks:
+            found[name] = functools.reduce(torch.logical_or, masks).to(box.local.device)
+    return found
 
 
 def carry_out(
