@@ -18,7 +18,7 @@ from titan_growth.mesh import Mesh
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.registry import family_module
-from titan_growth.stages.base import Microbatch, ModelParts, Stage, StageContext
+from titan_growth.stages.base import Microbatch, ModelParts, Stage, StageContext, Transition
 
 logger = logging.getLogger("titan_growth")
 
@@ -39,6 +39,11 @@ class BuiltModel:
             for stage in self.stages:
                 stack.enter_context(stage.train_context(self.context))
             yield
+
+    def before_step(self, step: int) -> None:
+        """The hooks of all stages before a training step, and once when the model has been built."""
+        for stage in self.stages:
+            stage.before_step(self.parts, step)
 
     def prepare_microbatch(self, microbatch: Microbatch) -> Microbatch:
         """This rank's share of a microbatch."""
@@ -72,14 +77,16 @@ def build(
     dtype: torch.dtype,
     seq_len: int,
     seed: int | None,
+    transition: Transition | None = None,
 ) -> BuiltModel:
     """Builds this rank's parts of a model.
 
     Args:
+        transition: the growth that the model comes from, if it has grown.
         seed: of the initial weights; None leaves them uninitialised, for a model that is about to be loaded.
     """
     module = family_module(family)
-    context = StageContext(model_config, mesh.shape, device.type, seq_len, module, mesh)
+    context = StageContext(model_config, mesh.shape, device.type, seq_len, module, mesh, transition)
     with torch.device("meta"):
         whole = module.Decoder(model_config, seq_len).to(dtype)
     parts: ModelParts = [whole]

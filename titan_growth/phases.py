@@ -8,16 +8,17 @@ everything that reads a recipe (stages, batches, checks) reads the phase's, and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from titan_growth.config.checks import check_recipe
 from titan_growth.config.schema import Recipe
 from titan_growth.growth.chain import Chain
+from titan_growth.growth.operators import GrowthMap
 from titan_growth.mesh import MeshShape, resolve_batch, resolve_mesh
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.registry import family_module
-from titan_growth.stages.base import Stage, StageContext, stages_of
+from titan_growth.stages.base import Stage, StageContext, Transition, stages_of
 from titan_growth.tools.errors import Problem
 
 BATCH_KEYS = ("global_batch_size", "local_batch_size", "seq_len")
@@ -34,6 +35,10 @@ class Phase:
     mesh_shape: MeshShape
     stages: list[Stage]
     num_accumulation_steps: int
+    growth: GrowthMap | None
+    """What the model has come from; None in the first phase."""
+    mask_steps: int = 0
+    """Steps over which what that growth has added opens."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -42,7 +47,12 @@ class Phase:
 
     def context(self, device_type: str) -> StageContext:
         """The context that stages are checked and described in while nothing is running."""
-        return stage_context(self.recipe, self.config, self.mesh_shape, device_type)
+        context = stage_context(self.recipe, self.config, self.mesh_shape, device_type)
+        return replace(context, transition=self.transition(0))
+
+    def transition(self, step: int) -> Transition | None:
+        """The growth that came after a step, for the model of this phase."""
+        return None if self.growth is None else Transition(self.growth, self.mask_steps, step)
 
 
 def stage_context(recipe: Recipe, config: ModelConfig, shape: MeshShape, device_type: str) -> StageContext:
@@ -99,7 +109,9 @@ def phases_of(
         # Derived once: later phases and other meshes keep it.
         batch = batch or (size if asked == -1 else None)
         mine = mine.model_copy(update={"training": mine.training.model_copy(update={"global_batch_size": size})})
-        phase = Phase(mine, chain.configs[number], shape, stages_of(mine), accumulation)
+        growth = chain.maps[number - 1] if number else None
+        mask_steps = recipe.growth.active_stages[number - 1].mask_steps or 0 if number else 0
+        phase = Phase(mine, chain.configs[number], shape, stages_of(mine), accumulation, growth, mask_steps)
         phases.append(phase)
         if number < first_phase:
             continue

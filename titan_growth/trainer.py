@@ -139,7 +139,9 @@ class Trainer:
                 phase.recipe.training.seq_len, self.recipe.training.seq_len, self.recipe.validation.seq_len or 0
             ),
             seed=seed,
+            transition=phase.transition(self.lineage.grown_at[-1] if self.lineage.events else 0),
         )
+        model.before_step(self.progress.step)
         self.engine = make_engine(model, self.device.torch)
         self.optimizer = Optimizer.of(model, self.recipe.optimizer, max_norm=self.recipe.training.max_norm)
         if (
@@ -190,6 +192,7 @@ class Trainer:
             with self.observers.meter.data():
                 batch = self.data.next_batch()
             num_tokens, stopped = self._agree(batch)
+            self.engine.model.before_step(self.progress.step + 1)
             loss = self.engine.forward_backward(batch, num_tokens)
             lr = self.plan.schedule(self.progress.step + 1, self.lineage.grown_at)
             fresh = self.plan.schedule.fresh_share(self.progress.step + 1, self.lineage.grown_at)

@@ -41,8 +41,10 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "zero_depth": {"operator": "zero_depth", "factor": 2},
     "zero_width": {"operator": "zero_width", "dim": 48, "n_heads": 6, "n_kv_heads": 3, "hidden_dim": 90},
     "split_width": {"operator": "split_width", "factor": 2, "noise": 0.01},
+    "random_width": {"operator": "random_width", "factor": 2, "mask_steps": 4},
+    "random_depth": {"operator": "random_depth", "factor": 2, "mask_steps": 4},
 }
-DEPTH = ("stack", "interpose", "zero_depth")
+DEPTH = ("stack", "interpose", "zero_depth", "random_depth")
 QUICK = [
     ("fsdp8", "pp2 x fsdp2 x tp2", "stack"),
     ("pp2 x fsdp2 x tp2", "fsdp8", "zero_depth"),
@@ -50,6 +52,8 @@ QUICK = [
     ("1 rank", "pp4 x fsdp2, Interleaved1F1B", "stack"),
     ("tp2", "fsdp2", "zero_width"),
     ("fsdp2", "tp2", "split_width"),
+    ("fsdp2", "pp2 x fsdp2 x tp2", "random_width"),
+    ("1 rank", "tp2", "random_depth"),
 ]
 STEPS = 3
 BASE = {"n_layers": 5, "dim": 32, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 90}

@@ -44,7 +44,7 @@ def layers_of(num_layers: int, **settings: Any) -> Any:
         (3, {"operator": "map", "layer_map": [2, 0, 0]}, (2, 0, 0)),
         (2, {"operator": "stack", "layer_map": [0, 1, 1]}, (0, 1, 1)),
         (2, {"operator": "zero_depth", "factor": 3}, (0, 0, 0, 1, 1, 1)),
-        (2, {"operator": "random_depth", "factor": 3}, (0, None, None, 1, None, None)),
+        (2, {"operator": "random_depth", "factor": 3, "mask_steps": 9}, (0, None, None, 1, None, None)),
         (3, {"operator": "middle", "factor": 3}, "adds 6 layers, more than the 3 there are; grow in two stages"),
         (
             3,
@@ -65,7 +65,8 @@ def test_originals_are_the_first_copies() -> None:
 
 @pytest.mark.parametrize("operator", ["split_width", "zero_width", "random_width"])
 def test_the_base_of_width_growth_is_every_size_divided(operator: str) -> None:
-    chain, problems = chain_of(recipe({"operator": operator, "factor": 2}), TARGET)
+    mask = {"mask_steps": 5} if operator == "random_width" else {}
+    chain, problems = chain_of(recipe({"operator": operator, "factor": 2, **mask}), TARGET)
     assert chain is not None, problems
     first, last = chain.configs
     assert first.sizes == {"n_layers": 12, "dim": 16, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 24}
@@ -103,6 +104,8 @@ def test_the_base_may_be_named() -> None:
         (recipe({"factor": 2}, n_layers=5), "growth.stages: the growths do not end at the model of"),
         (recipe({"operator": "split_width", "factor": 3}), "growth.stages.0.factor: the factor 3 does not divide dim"),
         (recipe({"operator": "zero_width", "dim": 32}, dim=40), "growth.stages.0: dim shrinks from 40 to 32"),
+        (recipe({"factor": 2, "mask_steps": 9}), "growth.stages.0.mask_steps: has no meaning for 'stack'. Only random"),
+        (recipe({"operator": "random_depth", "factor": 2}), "growth.stages.0.mask_steps: is missing: over how many"),
         (recipe({"factor": 2, "options": {"x": 1}}), "growth.stages.0.options.x: is no option of 'stack'. Remove it"),
         (recipe({"operator": "zero_width", "hidden_dim": 48}, n_heads=3), "growth.base.n_kv_heads: 2 key"),
     ],

@@ -15,9 +15,12 @@ from titan_growth.growth.operators import GrowthMap, operators
 from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import Rules
 from titan_growth.growth.verify import verify_growth
+from titan_growth.mesh import MeshShape
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.registry import family_module
+from titan_growth.stages.base import StageContext, Transition
+from titan_growth.stages.growth_mask import GrowthMask
 
 SIZES = {"dim": 48, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "hidden_dim": 80}
 CONFIGS = {
@@ -74,16 +77,56 @@ def grown(folder: Path, case: str, **settings: Any) -> tuple[nn.Module, nn.Modul
     return small, large, growth
 
 
-def deviation(small: nn.Module, large: nn.Module) -> float:
-    """Relative difference of the logits, in the Euclidean norm."""
-    expected, found = logits_of(small), logits_of(large)
-    return float((found - expected).norm() / expected.norm())
-
-
 DOUBLE = {"dim": 96, "n_heads": 12, "n_kv_heads": 4, "hidden_dim": 160}
 UNEVEN = {"dim": 72, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 100}
 ONLY_HIDDEN = {"hidden_dim": 100}
 MORE_QUERIES = {"n_heads": 10}
+
+
+def masked(model: nn.Module, case: str, growth: GrowthMap, step: int) -> nn.Module:
+    """The model under the mask of a growth at step 100 that opens over 10 steps, as it is at a step."""
+    family, _ = CONFIGS[case]
+    transition = Transition(growth, 10, 100)
+    context = StageContext(growth.after, MeshShape(), "cpu", SEQ_LEN, family_module(family), None, transition)
+    stage = GrowthMask()
+    assert stage.enabled(context)
+    stage.apply([model], context)
+    stage.before_step([model], step)
+    return model
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("sizes", [{"factor": 2}, {"n_layers": 4}])
+def test_random_depth_is_exact_while_its_mask_is_closed(case: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    small, large, growth = grown(tmp_path, case, operator="random_depth", mask_steps=10, **sizes)
+    assert growth.tolerance == 0.0
+    unmasked = logits_of(large)
+    assert torch.equal(logits_of(small), logits_of(masked(large, case, growth, 100)))
+    (stage,) = [GrowthMask()]
+    stage.transition = Transition(growth, 10, 100)
+    distances = []
+    for step in (101, 105, 110, 111):
+        stage.before_step([large], step)
+        distances.append(float((logits_of(large) - unmasked).norm()))
+    assert distances[0] > distances[1] > distances[2] == distances[3] == 0.0, "an open mask is no mask"
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("sizes", [{"factor": 2}, {"factor": 3}, DOUBLE, UNEVEN, ONLY_HIDDEN, MORE_QUERIES])
+def test_random_width_preserves_while_its_mask_is_closed(case: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    small, large, growth = grown(tmp_path, case, operator="random_width", mask_steps=10, **sizes)
+    unmasked = logits_of(large)
+    assert deviation(small, large) > 1e-4, "everything new is random"
+    masked(large, case, growth, 100)
+    assert deviation(small, large) < 1e-6
+    masked(large, case, growth, 110)
+    assert torch.equal(logits_of(large), unmasked)
+
+
+def deviation(small: nn.Module, large: nn.Module) -> float:
+    """Relative difference of the logits, in the Euclidean norm."""
+    expected, found = logits_of(small), logits_of(large)
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("case", CONFIGS)

@@ -95,7 +95,7 @@ def test_silent_copies_start_their_writing_projections_anew(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_copy_scaled_is_how_gradients_really_scale(tied: bool, tmp_path: Path) -> None:
-    """Put in the place of moments, gradients of the small model must become those of the grown one, which are measured."""
+    """Gradients of the small model in the place of moments must become those of the grown one, which are measured."""
     family, config = CONFIGS["llama3 tied" if tied else "llama3"]
     stage = GrowthStage.model_validate(
         {"at": "1 step", "operator": "split_width", **DOUBLE, "optimizer_state": "copy_scaled"}

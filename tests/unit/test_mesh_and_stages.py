@@ -151,7 +151,8 @@ def test_a_name_that_no_stage_has() -> None:
         (("pipeline",), "float8"),
         (("compile",), "autocast"),
         (("autocast",), "fsdp"),
-        (("pipeline", "chunked_loss"), "activation_checkpoint"),
+        (("pipeline", "chunked_loss"), "growth_mask"),
+        (("growth_mask",), "activation_checkpoint"),
     ],
 )
 def test_a_stage_of_a_plugin_comes_as_early_as_it_may(after: tuple[str, ...], expected_before: str) -> None:

@@ -52,6 +52,11 @@ def chain_of(section: Growth, target: ModelConfig) -> tuple[Chain | None, list[P
         growth = known[stage.operator].grow(config, stage)
         if isinstance(growth, str):
             return None, [Problem(f"growth.stages.{index}", growth, _where(index, config, section))]
+        if growth.masked != (stage.mask_steps is not None):
+            key = f"growth.stages.{index}.mask_steps"
+            message = "is missing: over how many steps is the mask to open" if growth.masked else "has no meaning"
+            hint = "For example 1000" if growth.masked else "Only random_depth and random_width have a mask"
+            return None, [Problem(key, f"{message} for '{stage.operator}'", hint)]
         maps.append(replace(growth, tolerance=None) if stage.noise and not growth.silent_copies else growth)
         config = growth.after
     off = [

@@ -51,6 +51,8 @@ class GrowthPlan:
         if done == len(self.stages):
             return None
         point = self.points[done]
+        if done and progress.step < lineage.grown_at[-1] + (self.stages[done - 1].mask_steps or 0):
+            return None  # what the last growth has added is not all there yet
         if point.unit == "slope":
             reached = len(losses) >= point.window and slope(list(losses[-point.window :])) < float(point.value)
         else:
@@ -128,7 +130,8 @@ def timing_problems(
         rates: of each phase, what a step adds to each counter; masked positions are counted, so growths given in tokens
             may come later than this says.
     """
-    if all(point.unit == "steps" for point in plan.points) and progress is None:
+    plain = all(point.unit == "steps" for point in plan.points)
+    if plain and progress is None and not any(stage.mask_steps for stage in plan.stages):
         return []  # what steps alone can tell is told before the batch is known (config/checks.py)
     now = progress or Progress()
     step, counts = now.step, {unit: count_of(now, unit) for unit in ("steps", "tokens", "FLOPs")}
@@ -146,6 +149,11 @@ def timing_problems(
             message = f'"{stage.at}" is not before the last step ({steps:,} steps of {rate["tokens"]:,} tokens)'
             hint = "Grow earlier or train longer; growth.enable = false trains the target model from scratch"
             problems.append(Problem(key, message, hint))
+        elif index > num_growths and step < previous + (plan.stages[index - 1].mask_steps or 0):
+            message = (
+                f'"{stage.at}" (step {step:,}) is within the mask_steps of the growth before it (step {previous:,})'
+            )
+            problems.append(Problem(key, message, "Let a mask open before the next growth"))
         elif step <= previous:
             message = f'"{stage.at}" (step {step:,}) is not after the growth before it (step {previous:,})'
             problems.append(Problem(key, message, "Stages are in the order they happen"))

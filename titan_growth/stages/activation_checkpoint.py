@@ -46,6 +46,7 @@ class ActivationCheckpoint(StageDefaults):
         "tensor_parallel",
         "context_parallel",
         "chunked_loss",
+        "growth_mask",
     )
 
     def __init__(self, section: Section, compiles_model: bool) -> None:

@@ -22,6 +22,7 @@ from titan_growth.config.messages import suggestion
 from titan_growth.config.plugins import PLUGINS_KEY, register_table, same_origin
 from titan_growth.config.schema import Recipe
 from titan_growth.config.section import Section
+from titan_growth.growth.operators import GrowthMap
 from titan_growth.mesh import Mesh, MeshShape
 from titan_growth.models.config import ModelConfig
 from titan_growth.tools.errors import ConfigError, Problem
@@ -31,6 +32,21 @@ ModelParts = list[Any]
 
 Microbatch = dict[str, Any]
 """`input` and `labels`, both (B, S) int64, and `positions` (B, S) when attention stays inside documents."""
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A growth as the model after it sees it."""
+
+    growth: GrowthMap
+    mask_steps: int
+    """Steps over which the mask of what is new opens; 0 without one."""
+    step: int
+    """The last step of the model before."""
+
+    def opening(self, step: int) -> float:
+        """How far the mask is open at a step: the first one after the growth is the first with anything new."""
+        return min(1.0, max(0.0, (step - self.step) / self.mask_steps)) if self.mask_steps else 1.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,8 @@ class StageContext:
     """The model family's module, with its `fsdp_units` and `tensor_parallel_plan`."""
     mesh: Mesh | None = None
     """None while planning without process groups."""
+    transition: Transition | None = None
+    """The growth that the model has come from; None for a model that has not grown."""
 
 
 @runtime_checkable
@@ -77,6 +95,10 @@ class Stage(Protocol):
 
     def parameter_device(self, context: StageContext) -> str | None:
         """Where the parameters are to live, when that is not the device of the computation."""
+        ...
+
+    def before_step(self, parts: ModelParts, step: int) -> None:
+        """Called when the model has been built, and before each training step, with the number of the step."""
         ...
 
     def prepare_microbatch(self, microbatch: Microbatch, context: StageContext) -> Microbatch:
@@ -117,6 +139,9 @@ class StageDefaults:
         return iter(())
 
     def parameter_device(self, context: StageContext) -> str | None:
+        return None
+
+    def before_step(self, parts: ModelParts, step: int) -> None:
         return None
 
     def prepare_microbatch(self, microbatch: Microbatch, context: StageContext) -> Microbatch:
@@ -193,6 +218,7 @@ def registered_stages() -> dict[str, type[Stage]]:
         context_parallel,
         float8,
         fsdp,
+        growth_mask,
         pipeline,
         tensor_parallel,
     )

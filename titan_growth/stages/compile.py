@@ -31,6 +31,7 @@ class Compile(StageDefaults):
         "tensor_parallel",
         "context_parallel",
         "chunked_loss",
+        "growth_mask",
         "activation_checkpoint",
     )
 
