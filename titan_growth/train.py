@@ -11,7 +11,8 @@ import hashlib
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from titan_growth.config.fields import section_names
 from titan_growth.config.help import help_text
@@ -106,13 +107,12 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str, int | None]:
     import torch.distributed as dist
 
     from titan_growth.checkpoint.manager import CheckpointManager
-    from titan_growth.observers import Observers
     from titan_growth.run_data import check_run_data, prepare_run_data
-    from titan_growth.start import decide, dry_run_of, finished, finished_message, going_back, note_going_back, settle
+    from titan_growth.start import dry_run_of, finished, finished_message, going_back
     from titan_growth.tools.device import Device
     from titan_growth.tools.distributed import init_process_group, on_rank0, require_agreement
     from titan_growth.tools.signals import StopSignal
-    from titan_growth.trainer import Trainer
+    from titan_growth.watchdog import RollBackError
 
     dry_run = recipe.comm.mode == "fake_backend"
     recipe = asked = dry_run_of(recipe)
@@ -138,6 +138,42 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str, int | None]:
                 return DONE, finished_message(done), None
         checkpointer = CheckpointManager(recipe.checkpoint, folder.path)
         checkpoint = checkpointer.find()
+        session = _Session(asked, recipe, folder, device, run_data, checkpointer, stop)
+        while True:
+            try:
+                return session.train(checkpoint)
+            except RollBackError as back:
+                checkpoint = checkpointer.roll_back(back.source, back.roll_back)
+    finally:
+        folder.unlock()
+        if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+@dataclass
+class _Session:
+    """What stays when a run goes back to an earlier checkpoint and on from there."""
+
+    asked: Recipe
+    recipe: Recipe
+    folder: RunFolder
+    device: Any
+    run_data: Any
+    checkpointer: Any
+    stop: Any
+
+    def train(self, checkpoint: Any) -> tuple[int, str, int | None]:
+        """Trains from a checkpoint, or from the start; returns what `run` does."""
+        import torch.distributed as dist
+
+        from titan_growth.observers import Observers
+        from titan_growth.start import decide, note_going_back, settle
+        from titan_growth.tools.distributed import on_rank0
+        from titan_growth.trainer import Trainer
+
+        asked, recipe, folder, device = self.asked, self.recipe, self.folder, self.device
+        run_data, checkpointer, stop = self.run_data, self.checkpointer, self.stop
+        dry_run = recipe.comm.mode == "fake_backend"
         decisions = on_rank0(lambda: decide(recipe, folder, checkpoint))
         plan = settle(recipe, decisions, checkpoint, num_ranks=dist.get_world_size(), device_type=device.type)
         before = (checkpoint.manifest.data, checkpoint.path.name) if checkpoint is not None else ({}, "")
@@ -167,7 +203,7 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str, int | None]:
                 logger.info("%s", line)
         finally:
             observers.close()
-            trainer.data.close()
+            trainer.close()
             checkpointer.close()
         if completed:
             return DONE, "", None
@@ -185,10 +221,6 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str, int | None]:
             )
         key = "checkpoint.load_only is true" if recipe.checkpoint.load_only else "checkpoint.enable is false"
         return FAILED, f"stopped at step {trainer.progress.step} without saving: {key}", None
-    finally:
-        folder.unlock()
-        if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
 
 
 def _fit(trainer: Trainer) -> bool:

@@ -40,6 +40,7 @@ from titan_growth.tools.distributed import gather_objects, on_rank0, set_timeout
 from titan_growth.tools.errors import CheckpointError, TrainingError, require_finite
 from titan_growth.tools.signals import StopSignal
 from titan_growth.validator import Validator
+from titan_growth.watchdog import Watchdog
 
 logger = logging.getLogger("titan_growth")
 
@@ -80,6 +81,7 @@ class Trainer:
         """The last training losses, when the next growth depends on their slope."""
         self.wanted_ranks: int | None = None
         """The number of ranks that the run is to go on with, once it has saved and stopped for that."""
+        self.watchdog = Watchdog(self.recipe.growth.watchdog, plan.growth.stages, self.recipe.lr_scheduler.warmup_steps)
         self._start(checkpoint)
 
     # ---- start ---------------------------------------------------------------------------------------------------
@@ -256,12 +258,21 @@ class Trainer:
                 validation_loss = self.validator.run(self.engine)
                 self.observers.record_validation(self.progress, validation_loss)
             require_finite(step, validation_loss=validation_loss)
+        if event := self.watchdog.due(step, self.lineage, grows=growing):
+            with self.observers.meter.pause("validation"):
+                loss = self._held_out_loss()
+            logger.info("%s", self.watchdog.judge(event, self.lineage, step, loss))
         # After the validation, so that a resume finds its line already written.
         if saving:
             self.save(permanent=growing)
         self.observers.end_of_step()
         if step % self.recipe.training.gc_freq == 0:
             gc.collect()
+
+    def close(self) -> None:
+        """Stops the workers that make batches. A run that was stopped before it could grow has none."""
+        if hasattr(self, "data"):
+            self.data.close()
 
     # ---- growth --------------------------------------------------------------------------------------------------
 
@@ -291,7 +302,7 @@ class Trainer:
                 loss_before=source.manifest.held_out_loss,
             )
             self._release()
-            self.lineage = Lineage((*self.lineage.events, event))
+            self.lineage = replace(self.lineage, events=(*self.lineage.events, event))
             self.losses = []
             self._build(seed=None)
             read = carry_out(
@@ -306,7 +317,7 @@ class Trainer:
             check_preserved(stage.operator, growth, event.loss_before, loss_after, self.recipe.training)
             seconds = time.perf_counter() - began
             event = replace(event, loss_after=loss_after, seconds=seconds, bytes_read=read.num_bytes)
-            self.lineage = Lineage((*self.lineage.events[:-1], event))
+            self.lineage = replace(self.lineage, events=(*self.lineage.events[:-1], event))
             self.observers.record_growth(event)
 
     def _way_back(self) -> StepFolder:

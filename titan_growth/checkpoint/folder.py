@@ -11,13 +11,13 @@ import hashlib
 import json
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import tomli
 
-from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.checkpoint.lineage import Lineage, Progress, RollBack
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.files import write_atomic
 
@@ -41,6 +41,8 @@ class Manifest:
     """Bytes of metrics.jsonl when the checkpoint was taken; a resume cuts the file back to it."""
     held_out_loss: float | None = None
     """Of one fixed batch, when the model grows from here: the growth then needs the small model itself no more."""
+    roll_back: dict[str, Any] | None = None
+    """The growth from this checkpoint that the watchdog has taken back (`lineage.RollBack`)."""
     recent_losses: list[float] = field(default_factory=list)
     """The last training losses, when a growth depends on their slope."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +85,10 @@ class StepFolder:
 
     def lineage(self) -> Lineage:
         """The growths behind the checkpoint."""
-        return Lineage.from_dict(json.loads((self.path / LINEAGE).read_text(encoding="utf-8")))
+        lineage = Lineage.from_dict(json.loads((self.path / LINEAGE).read_text(encoding="utf-8")))
+        if self.manifest.roll_back is None:
+            return lineage
+        return replace(lineage, roll_backs=(*lineage.roll_backs, RollBack(**self.manifest.roll_back)))
 
     def damage(
         self, *, checksums: bool, share: tuple[int, int] = (0, 1), names: Collection[str] | None = None

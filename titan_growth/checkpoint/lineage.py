@@ -77,11 +77,31 @@ class GrowthEvent:
         return cls(**{**table, "layer_map": tuple(table["layer_map"])})
 
 
+@dataclass(frozen=True, kw_only=True)
+class RollBack:
+    """A growth that the watchdog has taken back."""
+
+    growth: int
+    """Its number, from 0."""
+    step: int
+    """When it had happened."""
+    noticed_at: int
+    loss_before: float
+    loss_then: float
+    postponed_to: int
+    """The step from which on the run may grow again."""
+
+
 @dataclass(frozen=True)
 class Lineage:
     """The growths of a run, oldest first."""
 
     events: tuple[GrowthEvent, ...] = field(default=())
+    roll_backs: tuple[RollBack, ...] = field(default=())
+
+    def postponed_to(self, growth: int) -> int:
+        """The step before which a growth may not happen, because it has been taken back."""
+        return max((one.postponed_to for one in self.roll_backs if one.growth == growth), default=0)
 
     @property
     def grown_at(self) -> list[int]:
@@ -89,8 +109,14 @@ class Lineage:
         return [event.step for event in self.events]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"events": [asdict(event) for event in self.events]}
+        return {
+            "events": [asdict(event) for event in self.events],
+            "roll_backs": [asdict(one) for one in self.roll_backs],
+        }
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Lineage:
-        return cls(tuple(GrowthEvent.from_dict(event) for event in table["events"]))
+        return cls(
+            tuple(GrowthEvent.from_dict(event) for event in table["events"]),
+            tuple(RollBack(**one) for one in table["roll_backs"]),
+        )

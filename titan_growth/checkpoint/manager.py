@@ -14,7 +14,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,11 @@ from titan_growth.checkpoint.folder import (
     file_entry,
     no_such_step,
     none_usable,
+    open_step,
     step_path,
     write_manifest,
 )
+from titan_growth.checkpoint.lineage import RollBack
 from titan_growth.checkpoint.reader import NamesOf, SafeReader
 from titan_growth.checkpoint.retention import Retention, set_aside_after
 from titan_growth.config.schema import Checkpoint
@@ -191,6 +193,23 @@ class CheckpointManager:
         permanent = StepFolder(folder.path, manifest)
         on_rank0(lambda: write_manifest(permanent.path, permanent.manifest))
         return permanent
+
+    def roll_back(self, source: str, roll_back: RollBack) -> StepFolder:
+        """Goes back to the checkpoint before a growth; later ones are set aside.
+
+        Raises:
+            CheckpointError: when it is not there, or damaged.
+        """
+        folder = on_rank0(lambda: open_step(self.root / source))
+        damage = "it is not there" if folder is None else self.damage(folder)
+        if folder is None or damage:
+            raise CheckpointError(f"the growth cannot be taken back: {source} refused: {damage}")
+        manifest = replace(folder.manifest, held_out_loss=None, roll_back=asdict(roll_back))
+        # In this order: killed between the two, the run grows and rolls back once more.
+        moved = on_rank0(lambda: set_aside_after(self.root, folder.step, "rolled-back"))
+        on_rank0(lambda: write_manifest(folder.path, manifest))
+        logger.warning("rolled back to %s; later checkpoints are kept as %s", source, ", ".join(moved) or "none")
+        return StepFolder(folder.path, manifest)
 
     # ---- loading -------------------------------------------------------------------------------------------------
 

@@ -129,12 +129,26 @@ class GrowthBase(Sizes):
     """Warmup at the start. Default: lr_scheduler.warmup_steps."""
 
 
+class Watchdog(Section):
+    """Whether the loss comes back after a growth."""
+
+    steps: int | None = Field(None, ge=0)
+    """Steps after a growth by which it must be back; 0 = not watched. Default: twice the warmup, at least 100."""
+    max_rise: float = Field(0.1, ge=0)
+    """Nats by which the loss on the held-out batch may then still be above what it was before."""
+    action: Literal["warn", "stop", "roll_back"] = "warn"
+    """What to do when it is not: say so, end the run, or go on from the small model and grow that many steps later."""
+    max_roll_backs: int = Field(1, ge=1)
+    """Roll-backs of one growth after which the run ends."""
+
+
 class Growth(Section):
     """Growing the model during the run."""
 
     enable: bool = True
     """false: train the model of [model] from scratch, the honest baseline of the same recipe."""
     base: GrowthBase = GrowthBase()
+    watchdog: Watchdog = Watchdog()
     stages: list[GrowthStage] = []
     """The growths in their order, as [[growth.stages]]."""
 

@@ -51,6 +51,8 @@ class GrowthPlan:
         if done == len(self.stages):
             return None
         point = self.points[done]
+        if progress.step < lineage.postponed_to(done):
+            return None
         if done and progress.step < lineage.grown_at[-1] + (self.stages[done - 1].mask_steps or 0):
             return None  # what the last growth has added is not all there yet
         if point.unit == "slope":
