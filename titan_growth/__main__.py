@@ -12,6 +12,8 @@ commands:
   train   train in this process (one rank); run_train.sh starts many
   plan    what a recipe comes to on --world-size N ranks, without data or devices
   check   check a recipe and prepare its data without training; WORLD_SIZE is the number of ranks
+  grow    grow a checkpoint on disk, in one process and bounded memory
+  lineage what a checkpoint has come from: growths, sources, meshes, losses
   launch  what run_train.sh calls: check, start the ranks, report how it ended
 
 python -m titan_growth train --help lists every key of a recipe.
@@ -40,6 +42,14 @@ def main(argv: list[str] | None = None) -> int:
         from titan_growth.preflight import main as check
 
         return check(rest)
+    if command == "grow":
+        from titan_growth.offline import main as grow
+
+        return grow(rest)
+    if command == "lineage":
+        from titan_growth.lineage_report import main as lineage
+
+        return lineage(rest)
     if command == "launch":
         from titan_growth.launch import main as launch
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 
@@ -113,8 +115,8 @@ class Observers:
             flops=event.flops,
             from_layers=event.from_layers,
             to_layers=event.to_layers,
-            loss_before=event.loss_before,
-            loss_after=event.loss_after,
+            loss_before=math.nan if event.loss_before is None else event.loss_before,
+            loss_after=math.nan if event.loss_after is None else event.loss_after,
         )
 
     def end_of_step(self) -> None:

@@ -7,7 +7,6 @@ The trainer knows of no parallelism and no precision; those are stages, and it c
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import time
 from dataclasses import replace
@@ -314,7 +313,7 @@ class Trainer:
                 seed=self.seed + 1_000_003 * len(self.lineage.events),
             )
             loss_after = self._held_out_loss()
-            check_preserved(stage.operator, growth, event.loss_before, loss_after, self.recipe.training)
+            check_preserved(stage.operator, growth, source.manifest.held_out_loss, loss_after, self.recipe.training)
             seconds = time.perf_counter() - began
             event = replace(event, loss_after=loss_after, seconds=seconds, bytes_read=read.num_bytes)
             self.lineage = replace(self.lineage, events=(*self.lineage.events[:-1], event))
@@ -382,7 +381,7 @@ class Trainer:
                 manifest,
                 tensors,
                 recipe_toml=to_toml(self.recipe),
-                lineage_json=json.dumps(self.lineage.to_dict(), indent=1) + "\n",
+                lineage_json=self.lineage.to_json(),
             )
             self.checkpointer.prune(self.progress.step)
             logger.info("saved %s", self.last_saved.path)

@@ -67,6 +67,7 @@ class Watchdog:
         Raises:
             TrainingError, RollBackError: when it has not recovered and the recipe says so.
         """
+        assert event.loss_before is not None, "a growth of a run has been judged before it"
         rise = loss - event.loss_before
         said = (
             f"{step - event.step} steps after growing to {event.to_layers} layers the loss on the held-out batch is "

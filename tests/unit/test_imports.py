@@ -34,7 +34,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("growth.points", "growth.schedule", "growth.read", "growth.verify", "growth.carry_out"),
     ("phases", "plan", "resume", "run_data", "shards", "validator", "observers", "start", "watchdog"),
     ("trainer",),
-    ("train", "preflight", "plan_report"),
+    ("train", "preflight", "plan_report", "offline", "lineage_report"),
     ("launch", "__main__"),
 ]
 """Lowest first. A module may import from its own layer and from lower ones."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from titan_growth.checkpoint.folder import StepFolder, open_step
-from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
 from titan_growth.checkpoint.reader import NamesOf
 from titan_growth.config.schema import Checkpoint
 from titan_growth.tools.errors import CheckpointError
@@ -47,8 +47,16 @@ def initial_state(section: Checkpoint, *, checksums: bool) -> tuple[Path, Progre
     if folder is not None and (damage := folder.damage(checksums=checksums)):
         raise CheckpointError(f"{path.name} refused: {damage}")
     if section.initial_load_model_only:
-        return path, Progress(), Lineage()
+        return path, Progress(), Lineage(ancestors=_ancestors(folder))
     return path, *_whole_state(folder, key)
+
+
+def _ancestors(folder: StepFolder | None) -> tuple[GrowthEvent, ...]:
+    """The growths behind a checkpoint; none where it is another program's, or does not say."""
+    if folder is None:
+        return ()
+    lineage = folder.lineage()
+    return (*lineage.ancestors, *lineage.events)
 
 
 def _whole_state(folder: StepFolder | None, key: str) -> tuple[Progress, Lineage]:

@@ -6,7 +6,7 @@ its depth; and reading them runs nothing.
 
 from __future__ import annotations
 
-import math
+import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -54,9 +54,10 @@ class GrowthEvent:
     mesh: str
     """Of the grown model; the source's manifest has that of the small one."""
     num_ranks: int
-    loss_before: float
-    loss_after: float = math.nan
-    seconds: float = math.nan
+    loss_before: float | None
+    """On a fixed held-out batch; None for a growth on disk, which has no batch."""
+    loss_after: float | None = None
+    seconds: float | None = None
     """From the small model's last step to the grown one's first, save and verification included."""
     bytes_read: int = 0
     """By all ranks together, verification apart."""
@@ -97,6 +98,9 @@ class Lineage:
     """The growths of a run, oldest first."""
 
     events: tuple[GrowthEvent, ...] = field(default=())
+    """Of this run: its recipe lists them."""
+    ancestors: tuple[GrowthEvent, ...] = field(default=())
+    """Of what the run started from: growths on disk, and those of the runs before them."""
     roll_backs: tuple[RollBack, ...] = field(default=())
 
     def postponed_to(self, growth: int) -> int:
@@ -110,13 +114,19 @@ class Lineage:
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "ancestors": [asdict(event) for event in self.ancestors],
             "events": [asdict(event) for event in self.events],
             "roll_backs": [asdict(one) for one in self.roll_backs],
         }
+
+    def to_json(self) -> str:
+        """The text of `lineage.json`."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Lineage:
         return cls(
             tuple(GrowthEvent.from_dict(event) for event in table["events"]),
+            tuple(GrowthEvent.from_dict(event) for event in table["ancestors"]),
             tuple(RollBack(**one) for one in table["roll_backs"]),
         )

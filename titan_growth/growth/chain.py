@@ -41,7 +41,7 @@ def chain_of(section: Growth, target: ModelConfig) -> tuple[Chain | None, list[P
     problems = list(_unknown(stages, known))
     if not problems:
         for index, stage in enumerate(stages):
-            problems += _meaningless(f"growth.stages.{index}", stage, known[stage.operator])
+            problems += stage_problems(f"growth.stages.{index}", stage, known[stage.operator])
     if problems or not stages:
         return (None if problems else Chain(target, ())), problems
     config, problems = _base(section, target, known)
@@ -83,22 +83,27 @@ def _unknown(stages: list[GrowthStage], known: Mapping[str, Operator]) -> Iterat
             yield Problem(f"growth.stages.{index}.operator", message, suggestion(stage.operator, known))
 
 
-def _meaningless(key: str, stage: GrowthStage, operator: Operator) -> Iterator[Problem]:
-    """Settings that this operator does not know: they would be options that do nothing."""
+def stage_problems(key: str, stage: GrowthStage, operator: Operator) -> Iterator[Problem]:
+    """What is wrong with a stage whatever the model: settings that its operator does not know, and would leave unused.
+
+    Args:
+        key: of the stage in the recipe; empty for one that is given as arguments.
+    """
     allowed = {*(DEPTH_KEYS if "depth" in operator.grows else ()), *(WIDTH_KEYS if "width" in operator.grows else ())}
     sizes = ("factor", "layer_map", *SIZES)
+    prefix = f"{key}." if key else "--"
     no_meaning = f"has no meaning for '{stage.operator}', which changes the"
     for name in sizes:
         if getattr(stage, name) is not None and name not in allowed:
-            yield Problem(f"{key}.{name}", f"{no_meaning} {' and '.join(sorted(operator.grows))}", "Remove it")
+            yield Problem(f"{prefix}{name}", f"{no_meaning} {' and '.join(sorted(operator.grows))}", "Remove it")
     if not any(getattr(stage, name) is not None for name in sizes):
         hint = f"Give {' or '.join(sorted(allowed, key=sizes.index))}"
-        yield Problem(key, "does not say how large the model becomes", hint)
+        yield Problem(key or "--operator", "does not say how large the model becomes", hint)
     options: frozenset[str] = getattr(operator, "options", frozenset())
     for name in stage.options:
         if name not in options:
             hint = suggestion(name, options) or ("Remove it" if not options else f"Known: {', '.join(sorted(options))}")
-            yield Problem(f"{key}.options.{name}", f"is no option of '{stage.operator}'", hint)
+            yield Problem(f"{prefix}options.{name}", f"is no option of '{stage.operator}'", hint)
 
 
 def _base(

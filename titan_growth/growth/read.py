@@ -58,7 +58,13 @@ class Box:
 
 
 def read_grown(
-    folder: Path, tensors: Mapping[str, Tensor], rule_of: Callable[[str], Rule], *, std_of: StdOf, seed: int
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    rule_of: Callable[[str], Rule],
+    *,
+    std_of: StdOf,
+    seed: int,
+    reader: SafeReader | None = None,
 ) -> BytesRead:
     """Fills the tensors of a grown model in place, from the small model's checkpoint.
 
@@ -69,11 +75,12 @@ def read_grown(
         std_of: of the initial distribution, for what has no source.
         seed: of this growth; the same on every rank. New values depend on it, on the name and on the place, and not on
             the mesh.
+        reader: of the folder, when the caller has one.
 
     Raises:
         CheckpointError: when a source is not stored, has another type, or cannot be read.
     """
-    stored = SafeReader(folder)
+    stored = reader or SafeReader(folder)
     chunks = stored.chunks()
     boxes = {name: Box.of(tensor, rule_of(name)) for name, tensor in _once(tensors).items()}
     wanted: dict[StoredChunk, list[Box]] = {}

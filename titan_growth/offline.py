@@ -1,0 +1,315 @@
+"""`python -m titan_growth grow`: grow a checkpoint on disk, in one process and bounded memory.
+
+    python -m titan_growth grow --from outputs/checkpoint/step-5000 --operator stack --factor 4 --to grown/step-5000
+
+The same operators, rules and reader as in a run. Tensors are made one at a time while they are written, so a model
+needs no more memory than its largest tensor and what that is made of. What comes out is a step folder: another
+run starts from it with `checkpoint.initial_load_path`, and its lineage names the checkpoint that it was grown from.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from pydantic import ValidationError
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+
+from titan_growth.checkpoint.folder import (
+    LINEAGE,
+    METADATA,
+    RECIPE,
+    Manifest,
+    StepFolder,
+    file_entry,
+    open_step,
+    write_manifest,
+)
+from titan_growth.checkpoint.lineage import GrowthEvent, Lineage
+from titan_growth.checkpoint.reader import SafeReader, StoredChunk
+from titan_growth.config.fields import parse_text, suggestion
+from titan_growth.config.growth_schema import GrowthStage
+from titan_growth.config.loader import recipe_from_toml, to_toml, with_values
+from titan_growth.config.schema import Recipe
+from titan_growth.growth.chain import chain_of, stage_problems
+from titan_growth.growth.operators import GrowthMap, operators
+from titan_growth.growth.read import read_grown
+from titan_growth.growth.rules import MOMENTS, OPTIMIZER_PREFIX, Rules
+from titan_growth.growth.verify import verify_growth
+from titan_growth.models.config import ModelConfig
+from titan_growth.models.registry import family_module, model_config_of
+from titan_growth.tools.errors import CheckpointError, ConfigError, GrowthError, Problem, TitanGrowthError
+from titan_growth.tools.files import write_atomic
+from titan_growth.tools.run_folder import gib
+
+USAGE = """usage: python -m titan_growth grow --from STEP_FOLDER --to STEP_FOLDER --operator NAME [--factor N] [...]
+
+Grows a checkpoint without a run. The settings are those of [[growth.stages]], written --optimizer-state or
+--optimizer_state; moments are copied unless --optimizer-state says otherwise ("reset" leaves them out).
+
+  --from FOLDER      a committed step folder
+  --to FOLDER        the step folder to write; must not exist, or be empty
+  --operator NAME    stack, interpose, middle, map, zero_depth, split_width, zero_width
+  --factor N         or --layer-map 0,1,1,2, or sizes: --n-layers, --dim, --n-heads, --n-kv-heads, --hidden-dim
+  --noise X          noise on copies, as a share of the initial deviation
+  --seed N           of new values; default 0
+
+Exit status: 0 grown and verified, 1 failed, 2 wrong arguments.
+"""
+
+_OWN = ("from", "to", "seed")
+_STAGE = ("operator", "factor", "layer_map", "n_layers", "dim", "n_heads", "n_kv_heads", "hidden_dim", "noise",
+          "optimizer_state", "optimizer_step", "options")  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit status."""
+    if not argv or "--help" in argv or "-h" in argv:
+        print(USAGE, end="")
+        return 0
+    try:
+        given, stage = _arguments(argv)
+        done = grow_checkpoint(Path(given["from"]), Path(given["to"]), stage, seed=int(given.get("seed", "0")))
+    except ConfigError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems))
+        return error.exit_status
+    except TitanGrowthError as error:
+        print(f"error: {error}")
+        return error.exit_status
+    print(done)
+    return 0
+
+
+def _arguments(argv: list[str]) -> tuple[dict[str, str], GrowthStage]:
+    """(the command's own arguments, the stage) of a command line."""
+    given: dict[str, str] = {}
+    words = iter(argv)
+    problems = []
+    for word in words:
+        name, has_value, text = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not word.startswith("--") or name not in (*_OWN, *_STAGE):
+            hint = suggestion(name, (*_OWN, *_STAGE)) or "python -m titan_growth grow --help lists the arguments"
+            problems.append(Problem(word, "is no argument of this command", hint))
+            continue
+        value = text if has_value else next(words, None)
+        if value is None or value.startswith("--"):
+            problems.append(Problem(word, "needs a value"))
+            break
+        given[name] = value
+    problems += [Problem(f"--{name}", "is missing") for name in ("from", "to", "operator") if name not in given]
+    if not given.get("seed", "0").isdecimal():
+        problems.append(Problem("--seed", f"expected a whole number, got '{given['seed']}'"))
+    if problems:
+        raise ConfigError(problems)
+    fields = GrowthStage.model_fields
+    settings = {name: parse_text(given[name], fields[name].annotation) for name in _STAGE if name in given}
+    try:
+        stage = GrowthStage.model_validate({"at": "1 step", "optimizer_state": "copy", **settings})
+    except ValidationError as error:
+        raise ConfigError(
+            [Problem("--" + ".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
+        ) from None
+    return given, stage
+
+
+def grow_checkpoint(source: Path, target: Path, stage: GrowthStage, *, seed: int = 0) -> str:
+    """Writes the grown model of a step folder into another one; returns what has been done, in a line.
+
+    Raises:
+        ConfigError: when the stage does not fit the model, or the target is in the way.
+        CheckpointError: when the source cannot be used or the target not written.
+        GrowthError: when what was written is not what it should be. Nothing is committed then.
+    """
+    began = time.perf_counter()
+    folder, recipe, before = _opened(source)
+    growth = _map(before, stage)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError([Problem("--to", f"{target} is not empty", "Name a folder that does not exist")])
+    module = family_module(recipe.model.name)
+    rules = Rules(growth, stage, module.ROLES, growth.after.tied)
+    std_of: Callable[[str], float | None] = lambda name: module.init_rule(growth.after, name)  # noqa: E731
+    with_state = rules.reads_state() and not folder.manifest.model_only
+    tensors = _meta_tensors(module, growth.after, getattr(torch, recipe.training.dtype), with_state)
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(target).free) < num_bytes:
+            raise CheckpointError(f"{target}: the grown model needs {gib(num_bytes)}, but only {gib(free)} are free")
+        reader = _OneSourceReader(source)
+        planner = _GrowingPlanner(reader, rules, std_of, seed)
+        writer = FileSystemWriter(target, single_file_per_rank=True, thread_count=1, sync_files=True)
+        dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
+        _verify(source, target, tensors, rules, std_of)
+        event = _event(folder, stage, growth, time.perf_counter() - began, reader.num_bytes_read)
+        _commit(folder, recipe, target, growth, event, model_only=not with_state)
+    except OSError as error:
+        raise CheckpointError(f"{target}: {error.strerror or error}. Nothing was committed") from error
+    return (
+        f"{target}: {_sizes(growth.before)} -> {_sizes(growth.after)}, {growth.after.num_params:,} parameters"
+        f"{'' if with_state else ', without moments'}, {gib(num_bytes)} written and verified"
+    )
+
+
+def _opened(source: Path) -> tuple[StepFolder, Recipe, ModelConfig]:
+    """(the folder, the recipe it was written with, the model that it holds)."""
+    if not source.is_dir():
+        raise ConfigError([Problem("--from", f"{source}: no such folder", "Name a step-N folder")])
+    folder = open_step(source)
+    if folder is None:
+        raise CheckpointError(f"{source} refused: it has no manifest, so it was never committed")
+    if damage := folder.damage(checksums=True):
+        raise CheckpointError(f"{source} refused: {damage}")
+    recipe = recipe_from_toml(folder.recipe_table())
+    target, problems = model_config_of(recipe.model)
+    chain, more = chain_of(recipe.growth, target) if target is not None else (None, [])
+    if chain is None:
+        raise CheckpointError(f"{source} refused: its recipe makes no model ({[*problems, *more][0]})")
+    return folder, recipe, chain.configs[len(folder.lineage().events)]
+
+
+def _map(before: ModelConfig, stage: GrowthStage) -> GrowthMap:
+    known = operators()
+    if stage.operator not in known:
+        message = f"unknown operator '{stage.operator}'; known: {', '.join(known)}"
+        raise ConfigError([Problem("--operator", message, suggestion(stage.operator, known))])
+    if problems := list(stage_problems("", stage, known[stage.operator])):
+        raise ConfigError(problems)
+    growth = known[stage.operator].grow(before, stage)
+    if isinstance(growth, str):
+        raise ConfigError([Problem("--operator", f"{stage.operator}: {growth}")])
+    if growth.masked or growth.learned:
+        message = f"'{stage.operator}' goes on during training, so it cannot be done on disk"
+        raise ConfigError([Problem("--operator", message, "Name it in [[growth.stages]] of a run")])
+    return growth
+
+
+def _meta_tensors(module: Any, config: ModelConfig, dtype: torch.dtype, with_state: bool) -> dict[str, Tensor]:
+    """Every tensor of the grown model's checkpoint, without values."""
+    with torch.device("meta"):
+        model = module.Decoder(config, 8).to(dtype)
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+        if with_state:
+            for name, weight in list(tensors.items()):
+                for key in MOMENTS:
+                    tensors[f"{OPTIMIZER_PREFIX}{name}.{key}"] = torch.empty_like(weight)
+                tensors[f"{OPTIMIZER_PREFIX}{name}.step"] = torch.empty((), dtype=torch.float32)
+    return tensors
+
+
+class _OneSourceReader(SafeReader):
+    """Keeps the chunks of one stored tensor, for the layers that are all made of it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._kept: dict[StoredChunk, Tensor] = {}
+        self._chunks = super().chunks()
+
+    def chunks(self) -> dict[str, list[StoredChunk]]:
+        return self._chunks
+
+    def read_chunk(self, chunk: StoredChunk) -> Tensor:
+        if any(kept.name != chunk.name for kept in self._kept):
+            self._kept.clear()
+        if chunk not in self._kept:
+            self._kept[chunk] = super().read_chunk(chunk)
+        return self._kept[chunk]
+
+
+class _GrowingPlanner(DefaultSavePlanner):
+    """A DCP save plan whose tensors are made when they are written, those of one source one after another."""
+
+    def __init__(self, reader: _OneSourceReader, rules: Rules, std_of: Any, seed: int) -> None:
+        super().__init__(dedup_replicated_tensors=False)
+        self.reader, self.rules, self.std_of, self.seed = reader, rules, std_of, seed
+
+    def create_local_plan(self) -> SavePlan:
+        plan = super().create_local_plan()
+        ordered = sorted(plan.items, key=lambda item: self.rules.of(item.index.fqn).source or "")
+        self.plan = replace(plan, items=ordered)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        name = write_item.index.fqn
+        meta = self.lookup_object(write_item.index)
+        made = {name: torch.empty(meta.shape, dtype=meta.dtype)}
+        read_grown(self.reader.folder, made, self.rules.of, std_of=self.std_of, seed=self.seed, reader=self.reader)
+        return made[name]
+
+
+def _verify(source: Path, target: Path, tensors: dict[str, Tensor], rules: Rules, std_of: Any) -> None:
+    """Reads back what was written, one tensor at a time, and compares it with what the source makes of it."""
+    written = _OneSourceReader(target)
+    chunks = written.chunks()
+    for name in sorted(tensors, key=lambda one: rules.of(one).source or ""):
+        (chunk,) = chunks[name]
+        _, wrong = verify_growth(source, {name: written.read_chunk(chunk)}, rules.of, std_of=std_of)
+        if wrong:
+            raise GrowthError(f"the grown model is wrong: {wrong[0]}")
+
+
+def _event(folder: StepFolder, stage: GrowthStage, growth: GrowthMap, seconds: float, num_bytes: int) -> GrowthEvent:
+    progress = folder.manifest.progress
+    return GrowthEvent(
+        step=progress.step,
+        tokens=progress.tokens,
+        flops=progress.flops,
+        operator=stage.operator,
+        stage=stage.model_dump(exclude_defaults=True, exclude={"at"}),
+        from_sizes=growth.before.sizes,
+        to_sizes=growth.after.sizes,
+        layer_map=growth.layers,
+        source=str(folder.path.resolve()),
+        mesh="grown on disk",
+        num_ranks=1,
+        loss_before=None,
+        seconds=seconds,
+        bytes_read=num_bytes,
+    )
+
+
+def _commit(
+    folder: StepFolder, recipe: Recipe, target: Path, growth: GrowthMap, event: GrowthEvent, *, model_only: bool
+) -> None:
+    lineage = folder.lineage()
+    ancestors = Lineage(ancestors=(*lineage.ancestors, *lineage.events, event))
+    grown = with_values(
+        recipe,
+        {
+            "growth.stages": [],
+            "growth.base": {},
+            **{f"model.{key}": size for key, size in growth.after.sizes.items()},
+            "model.head_dim": growth.after.head_dim,
+            "model.norm_eps": growth.after.norm_eps,
+        },
+    )
+    write_atomic(target / RECIPE, to_toml(grown))
+    write_atomic(target / LINEAGE, ancestors.to_json())
+    files = [path for path in target.iterdir() if path.suffix == ".distcp"]
+    manifest = Manifest(
+        progress=folder.manifest.progress,
+        num_layers=growth.after.num_layers,
+        num_ranks=1,
+        mesh="grown on disk",
+        model_only=model_only,
+        permanent=False,
+        metrics_offset=0,
+        data=folder.manifest.data,
+        files={
+            path.name: file_entry(path) for path in (*files, *(target / one for one in (METADATA, RECIPE, LINEAGE)))
+        },
+    )
+    write_manifest(target, manifest)
+
+
+def _sizes(config: ModelConfig) -> str:
+    return f"{config.num_layers} layers of width {config.dim}"
