@@ -10,6 +10,7 @@ import gc
 import logging
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ from titan_growth.config.loader import to_toml
 from titan_growth.data import BatchLoader, batch_hash, sample_digests
 from titan_growth.engine import Microbatch, num_valid_tokens, sum_over_ranks
 from titan_growth.engines import make_engine
-from titan_growth.growth.carry_out import carry_out, fresh_elements
+from titan_growth.growth.carry_out import carry_out, fresh_elements, learn_growth
+from titan_growth.growth.operators import GrowthMap
 from titan_growth.growth.verify import check_preserved
 from titan_growth.mesh import Mesh
 from titan_growth.observers import Observers
@@ -304,20 +306,45 @@ class Trainer:
             self.lineage = replace(self.lineage, events=(*self.lineage.events, event))
             self.losses = []
             self._build(seed=None)
-            read = carry_out(
-                source.path,
-                self._tensors(optimizer=stage.optimizer_state != "reset"),
-                growth,
-                stage,
-                family=self.recipe.model.name,
-                seed=self.seed + 1_000_003 * len(self.lineage.events),
-            )
+            seed = self.seed + 1_000_003 * len(self.lineage.events)
+            if growth.learned:
+                event = replace(event, **self._learn(source, growth, stage, seed))
+            else:
+                tensors = self._tensors(optimizer=stage.optimizer_state != "reset")
+                read = carry_out(source.path, tensors, growth, stage, family=self.recipe.model.name, seed=seed)
+                event = replace(event, bytes_read=read.num_bytes)
             loss_after = self._held_out_loss()
             check_preserved(stage.operator, growth, source.manifest.held_out_loss, loss_after, self.recipe.training)
             seconds = time.perf_counter() - began
-            event = replace(event, loss_after=loss_after, seconds=seconds, bytes_read=read.num_bytes)
+            event = replace(event, loss_after=loss_after, seconds=seconds)
             self.lineage = replace(self.lineage, events=(*self.lineage.events[:-1], event))
             self.observers.record_growth(event)
+
+    def _learn(self, source: StepFolder, growth: GrowthMap, stage: GrowthStage, seed: int) -> dict[str, Any]:
+        """Learns the maps of a growth on the batches that come next; what the event is to say of it."""
+
+        def train_step() -> float:
+            self.engine.model.after_optimizer_step()
+            batch = self.data.next_batch()
+            num_tokens, _ = self._agree(batch)
+            loss = self.engine.forward_backward(batch, num_tokens)
+            flops = num_tokens * self.model_config.flops_per_token(self.phase.recipe.training.seq_len)
+            samples = self.data.cursor - self.progress.samples
+            self.progress = self.progress.learned(tokens=num_tokens, flops=flops, samples=samples)
+            return loss.item()
+
+        learning, num_bytes = learn_growth(
+            source.path,
+            growth,
+            stage,
+            self.optimizer.parameters,
+            family=self.recipe.model.name,
+            seed=seed,
+            device=self.device.torch,
+            train_step=train_step,
+        )
+        self.engine.model.after_optimizer_step()
+        return {"learning": learning, "bytes_read": num_bytes}
 
     def _way_back(self) -> StepFolder:
         """The small model's checkpoint of this very step, which stays for good; normally the loop has just saved it."""

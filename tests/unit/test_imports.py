@@ -31,7 +31,7 @@ LAYERS: list[tuple[str, ...]] = [
     ),
     ("build", "engine", "pipeline_engine", "engines"),
     ("checkpoint", "data", "optim", "lr_scheduler", "metrics"),
-    ("growth.points", "growth.schedule", "growth.read", "growth.verify", "growth.carry_out"),
+    ("growth.points", "growth.schedule", "growth.read", "growth.verify", "growth.ligo", "growth.carry_out"),
     ("phases", "plan", "resume", "run_data", "shards", "validator", "observers", "start", "watchdog"),
     ("trainer",),
     ("train", "preflight", "plan_report", "offline", "lineage_report"),

@@ -23,6 +23,10 @@ class Progress:
     samples: int = 0
     """The data cursor: sequences of the global order consumed."""
 
+    def learned(self, *, tokens: int, flops: int, samples: int) -> Progress:
+        """The counters after a batch of a growth's learning phase, which is no step of the run."""
+        return replace(self, tokens=self.tokens + tokens, flops=self.flops + flops, samples=self.samples + samples)
+
     def advanced(self, *, tokens: int, flops: int, samples: int) -> Progress:
         """The counters one step later."""
         return replace(
@@ -59,6 +63,8 @@ class GrowthEvent:
     loss_after: float | None = None
     seconds: float | None = None
     """From the small model's last step to the grown one's first, save and verification included."""
+    learning: dict[str, float] | None = None
+    """Steps, first and last loss of the learning phase of a growth that is learned."""
     bytes_read: int = 0
     """By all ranks together, verification apart."""
 

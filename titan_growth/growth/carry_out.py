@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from titan_growth.config.growth_schema import GrowthStage
+from titan_growth.growth.learn import learning_options
+from titan_growth.growth.ligo import LearnedGrowth, learn
 from titan_growth.growth.operators import GrowthMap
 from titan_growth.growth.read import Box, BytesRead, copied_elements, new_elements, read_grown
 from titan_growth.growth.rules import Rules
@@ -20,6 +22,52 @@ from titan_growth.tools.distributed import describe_os_error, fail_together, gat
 from titan_growth.tools.errors import CheckpointError, GrowthError
 
 logger = logging.getLogger("titan_growth")
+
+
+def learn_growth(
+    source: Path,
+    growth: GrowthMap,
+    stage: GrowthStage,
+    parameters: Mapping[str, Tensor],
+    *,
+    family: str,
+    seed: int,
+    device: torch.device,
+    train_step: Callable[[], float],
+) -> tuple[dict[str, float], int]:
+    """Carries out a growth that is learned; the parameters of the grown model hold the result.
+
+    Args:
+        train_step: trains on the next batch without a step of the optimizer, and returns the loss.
+
+    Returns:
+        (steps, first and last loss of the learning phase, bytes that all ranks have read).
+
+    Raises:
+        CheckpointError: when the small model cannot be read.
+        GrowthError: when a learned weight is not finite.
+    """
+    errors, learned = [], None
+    module = family_module(family)
+    try:
+        learned = LearnedGrowth(
+            source, growth, parameters, roles=module.ROLES, tied=growth.after.tied, seed=seed, device=device
+        )
+    except CheckpointError as error:
+        errors = [str(error)]
+    except OSError as error:
+        errors = [f"{source.name} refused: {describe_os_error(error)}"]
+    fail_together(errors, CheckpointError)
+    assert learned is not None
+    steps, lr = learning_options(stage)
+    learning = learn(learned, steps=steps, lr=lr, train_step=train_step)
+    wrong = [shard.name for shard in learned.shards if not bool(torch.isfinite(shard.local).all())]
+    message = f"the learned model is wrong: {wrong[0]} is not finite. Lower options.lr" if wrong else ""
+    fail_together([message] if message else [], GrowthError)
+    said = f"the growth was learned in {steps} steps: loss {learning.first_loss:.4f} -> {learning.last_loss:.4f}"
+    logger.info("%s", said)
+    record = {"steps": steps, "first_loss": learning.first_loss, "last_loss": learning.last_loss}
+    return record, sum(gather_objects(learned.num_bytes_read))
 
 
 def fresh_elements(

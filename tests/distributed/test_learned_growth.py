@@ -1,0 +1,125 @@
+"""LiGO: its gradients are those of autograd, its learning lowers the loss, and every mesh learns the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.func import functional_call
+
+from tests.distributed.meshes import Case, mesh
+from tests.harness import run_ranks
+from tests.runs import make_recipe, read_metrics, relative_difference, train
+from tests.unit.test_growth_function import CONFIGS, logits_of, model_of, state_of
+from titan_growth.config.growth_schema import GrowthStage
+from titan_growth.growth.ligo import LearnedGrowth
+from titan_growth.growth.operators import GrowthMap, operators
+from titan_growth.models.registry import family_module
+
+WIDER = {"dim": 72, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 100}
+
+
+def learned_growth(folder: Path, case: str, **settings: Any) -> tuple[torch.nn.Module, torch.nn.Module, LearnedGrowth]:
+    family, config = CONFIGS[case]
+    stage = GrowthStage.model_validate({"at": "1 step", "operator": "learn", **settings})
+    growth = operators()["learn"].grow(config, stage)
+    assert isinstance(growth, GrowthMap), growth
+    small, large = model_of(family, config, seed=3), model_of(family, growth.after)
+    dcp.save(state_of(small), checkpoint_id=folder, no_dist=True)
+    roles = family_module(family).ROLES
+    device = torch.device("cpu")
+    parameters = dict(large.named_parameters())
+    learned = LearnedGrowth(folder, growth, parameters, roles=roles, tied=growth.after.tied, seed=5, device=device)
+    return small, large, learned
+
+
+def _gradients(rank: int, folder: Path, case: str, settings: dict[str, Any]) -> None:
+    _, large, learned = learned_growth(folder, case, **settings)
+    for tensor in learned.maps:  # away from identities, where many gradients vanish
+        tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+    learned.write()
+    tokens = torch.randint(0, 131, (2, 40), generator=torch.Generator().manual_seed(2))
+    large(tokens, None, tokens).sum().backward()
+    found = learned.gradients()
+
+    leaves = [tensor.clone().requires_grad_() for tensor in learned.maps]
+    widths = dict(zip(sorted(learned.widths), leaves, strict=False))
+    depths = dict(zip(sorted(learned.depths), leaves[len(widths) :], strict=True))
+    learned.widths, learned.depths = widths, depths
+    made = {shard.name: learned._made(shard) for shard in learned.shards}
+    for copy, name in learned.growth.after.tied.items():
+        made[copy] = made[name]
+    functional_call(large, made, (tokens, None, tokens)).sum().backward()
+    for gradient, leaf in zip(found, leaves, strict=True):
+        assert leaf.grad is not None
+        difference = (gradient - leaf.grad).norm() / leaf.grad.norm()
+        assert difference < 1e-5, f"off by {difference:.1e}"
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("settings", [{"factor": 2}, WIDER, {**WIDER, "n_layers": 5}])
+def test_gradients_are_autograds(case: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    run_ranks(_gradients, 1, tmp_path, case, settings)
+
+
+def _start(rank: int, folder: Path) -> None:
+    small, large, learned = learned_growth(folder, "llama3", factor=2)
+    learned.write()
+    for name, parameter in large.named_parameters():
+        layer = int(name.split(".")[1]) if name.startswith("layers") else None
+        source = name if layer is None else name.replace(f"layers.{layer}.", f"layers.{layer % 3}.")
+        assert torch.equal(parameter, small.get_parameter(source)), name
+    assert logits_of(large).isfinite().all()
+
+
+def test_over_depth_it_starts_as_a_stack(tmp_path: Path) -> None:
+    run_ranks(_start, 1, tmp_path)
+
+
+def grown(folder: Path, case: Case, **more: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(metrics, event) of a run that learns its growth from 2 layers of width 16 after step 4."""
+    stage = {"at": "4 steps", "operator": "learn", "n_layers": 4, "dim": 32, "n_heads": 4, "n_kv_heads": 2}
+    recipe = make_recipe(
+        folder,
+        **case.layout,
+        **{f"growth__stages__0__{key}": value for key, value in stage.items()},
+        growth__stages__0__hidden_dim=64,
+        growth__stages__0__options='{steps = 12, lr = 0.02}',
+        model__head_dim=8,
+        model__hidden_dim=64,
+        **{f"growth__base__{key}": value for key, value in
+           {"n_layers": 2, "dim": 16, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 40}.items()},
+        checkpoint__enable=True,
+        checkpoint__interval=100,
+        training__steps=7,
+        **more,
+    )  # fmt: skip
+    run_ranks(train, case.num_ranks, case.num_ranks, recipe, timeout_seconds=200)
+    lineage = json.loads((folder / "checkpoint" / "step-7" / "lineage.json").read_text())
+    (event,) = lineage["events"]
+    return [line for line in read_metrics(folder) if "loss" in line], event
+
+
+def test_it_learns_and_every_mesh_learns_the_same(tmp_path: Path) -> None:
+    expected, event = grown(tmp_path / "alone", mesh())
+    assert event["learning"]["steps"] == 12
+    assert event["learning"]["last_loss"] < event["learning"]["first_loss"] - 0.1, "learning did not lower the loss"
+    tokens = [line["tokens"] for line in expected]
+    assert tokens[4] - tokens[3] == 13 * 256, "the batches of the learning phase are counted, and not seen again"
+    for name, case in {"hsdp": mesh(replicate=2, shard=2), "3D": mesh(pp=2, shard=2, tp=1)}.items():
+        found, other = grown(tmp_path / name, case)
+        assert other["learning"]["last_loss"] == pytest.approx(event["learning"]["last_loss"], rel=1e-4)
+        for line, reference in zip(found, expected, strict=True):
+            assert relative_difference(line, reference, "loss") < 1e-4
+
+
+def test_a_tied_head_over_pipeline_parts(tmp_path: Path) -> None:
+    settings = {"model__name": "qwen3", "model__tie_word_embeddings": True}
+    expected, _ = grown(tmp_path / "alone", mesh(), **settings)
+    found, _ = grown(tmp_path / "3D", mesh(pp=2, shard=2), **settings)
+    for line, reference in zip(found, expected, strict=True):
+        assert relative_difference(line, reference, "loss") < 1e-4
