@@ -16,7 +16,7 @@ import torch
 from benchmarks.throughput_cases import PlannedCase
 from benchmarks.throughput_running import PHASES, RankSample
 from titan_growth.metrics.formatting import format_rate
-from titan_growth.plan import RunPlan
+from titan_growth.plan import RunPlan, stage_lines
 from titan_growth.stages.autocast import uses_float8
 
 LOSSES_AGREE = 0.02
@@ -138,7 +138,7 @@ def _facts(plan: RunPlan) -> dict[str, Any]:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "mesh": str(plan.mesh_shape),
-        "stages": plan.stage_lines(device_type),
+        "stages": stage_lines(plan.phase, device_type),
         "parameters": plan.target.num_params,
         "flops_per_token": plan.target.flops_per_token(plan.recipe.training.seq_len),
         "tokens_per_step": plan.tokens_per_step,

@@ -122,8 +122,8 @@ def phases_of(
             context = phase.context(device_type)
             for stage in phase.stages:
                 if stage.enabled(context):
-                    found += stage.check(context)
-                    said += stage.warnings(context)
+                    found += [problem for problem in stage.check(context) if problem not in found]
+                    said += [warning for warning in stage.warnings(context) if warning not in said]
         problems += _in_phase(found, number, recipe, problems)
         warnings += _in_phase(said, number, recipe, warnings)
     return phases, problems, warnings

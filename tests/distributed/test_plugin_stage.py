@@ -37,7 +37,7 @@ from titan_growth.config import plugins
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.plugins import load_plugins
 from titan_growth.config.schema import Recipe
-from titan_growth.plan import plan_run
+from titan_growth.plan import plan_run, stage_lines
 from titan_growth.stages import base
 from titan_growth.stages.base import registered_stages, resolve_order
 from titan_growth.tools.errors import ConfigError
@@ -161,7 +161,7 @@ def planned(*words: str, num_ranks: int = 2) -> tuple[list[str], list[str], list
     assert recipe is not None
     assert not problems
     plan, problems, warnings = plan_run(recipe, num_ranks=num_ranks, device_type="cuda")
-    return (plan.stage_lines("cuda") if plan else []), [*map(str, problems)], [*map(str, warnings)]
+    return (stage_lines(plan.phase, "cuda") if plan else []), [*map(str, problems)], [*map(str, warnings)]
 
 
 def test_check_and_warnings_are_heard(example: str) -> None:

@@ -281,8 +281,9 @@ def test_remains_of_dead_saves_are_cleared(on_one_rank: Any) -> None:
 
 def _permanent(rank: int, folder: Path) -> None:
     checkpoints = manager(folder, keep_latest_k=2)
-    kept = checkpoints.make_permanent(save(checkpoints, 1))
+    kept = checkpoints.make_permanent(save(checkpoints, 1), held_out_loss=2.5)
     assert kept.manifest.permanent
+    assert kept.manifest.held_out_loss == 2.5
     for step in (2, 3, 4):
         save(checkpoints, step)
     checkpoints.prune(99)

@@ -133,6 +133,6 @@ class Lineage:
     def from_dict(cls, table: dict[str, Any]) -> Lineage:
         return cls(
             tuple(GrowthEvent.from_dict(event) for event in table["events"]),
-            tuple(GrowthEvent.from_dict(event) for event in table["ancestors"]),
-            tuple(RollBack(**one) for one in table["roll_backs"]),
+            tuple(GrowthEvent.from_dict(event) for event in table.get("ancestors", [])),
+            tuple(RollBack(**one) for one in table.get("roll_backs", [])),
         )

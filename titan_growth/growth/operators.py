@@ -10,6 +10,7 @@ The operators of this package are in `depth.py`, `width.py` and `learn.py`. A pl
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -111,6 +112,6 @@ def register_operator(name: str) -> Callable[[Kind], Kind]:
 
 def operators() -> dict[str, Operator]:
     """All operators by name, those of this package included."""
-    from titan_growth.growth import depth, learn, width  # noqa: F401  (importing registers them)
-
+    for module in ("depth", "width", "learn"):  # importing registers them, in the order that messages list them
+        importlib.import_module(f"titan_growth.growth.{module}")
     return dict(_OPERATORS)

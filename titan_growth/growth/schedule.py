@@ -133,7 +133,7 @@ def timing_problems(
             may come later than this says.
     """
     plain = all(point.unit == "steps" for point in plan.points)
-    if plain and progress is None and not any(stage.mask_steps for stage in plan.stages):
+    if plain and not any(stage.mask_steps for stage in plan.stages):
         return []  # what steps alone can tell is told before the batch is known (config/checks.py)
     now = progress or Progress()
     step, counts = now.step, {unit: count_of(now, unit) for unit in ("steps", "tokens", "FLOPs")}
