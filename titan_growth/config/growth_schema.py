@@ -98,6 +98,9 @@ class GrowthStage(Sizes):
             if one in given and len(given) > 1:
                 other = next(key for key in given if key != one)
                 raise BadValueError(f"gives both {one} and {other}", "Give one of the two")
+        if self.optimizer_state == "reset" and self.optimizer_step == "keep":
+            # A second moment of zero under an old counter: the first updates reach several times the learning rate.
+            raise BadValueError("keeps Adam's step counter and resets the moments", 'Leave out optimizer_step = "keep"')
         return self
 
     @property

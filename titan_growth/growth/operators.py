@@ -112,6 +112,9 @@ def register_operator(name: str) -> Callable[[Kind], Kind]:
 
 def operators() -> dict[str, Operator]:
     """All operators by name, those of this package included."""
-    for module in ("depth", "width", "learn"):  # importing registers them, in the order that messages list them
-        importlib.import_module(f"titan_growth.growth.{module}")
-    return dict(_OPERATORS)
+    own = [f"titan_growth.growth.{module}" for module in ("depth", "width", "learn")]
+    for module in own:
+        importlib.import_module(module)  # registers them
+    place = {module: number for number, module in enumerate(own)}
+    ordered = sorted(_OPERATORS.items(), key=lambda item: place.get(type(item[1]).__module__, len(own)))
+    return dict(ordered)
