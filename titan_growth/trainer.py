@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
-from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +16,7 @@ from torch import Tensor
 from titan_growth.build import build
 from titan_growth.checkpoint.folder import Manifest, StepFolder, open_step
 from titan_growth.checkpoint.initial import initial_state, tied_names
-from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
+from titan_growth.checkpoint.lineage import Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.state import model_tensors, optimizer_tensors, rng_tensors, set_rng, stored_rng
 from titan_growth.config.growth_schema import GrowthStage
@@ -27,9 +24,8 @@ from titan_growth.config.loader import to_toml
 from titan_growth.data import BatchLoader, batch_hash, sample_digests
 from titan_growth.engine import Microbatch, num_valid_tokens, sum_over_ranks
 from titan_growth.engines import make_engine
-from titan_growth.growth.carry_out import carry_out, fresh_elements, learn_growth
-from titan_growth.growth.operators import GrowthMap
-from titan_growth.growth.verify import check_preserved
+from titan_growth.growing import GrowsMidRun
+from titan_growth.growth.carry_out import fresh_elements
 from titan_growth.mesh import Mesh
 from titan_growth.observers import Observers
 from titan_growth.optim import Optimizer
@@ -46,7 +42,7 @@ from titan_growth.watchdog import Watchdog
 logger = logging.getLogger("titan_growth")
 
 
-class Trainer:
+class Trainer(GrowsMidRun):
     """One run, on this rank.
 
     Args:
@@ -274,106 +270,6 @@ class Trainer:
         """Stops the workers that make batches. A run that was stopped before it could grow has none."""
         if hasattr(self, "data"):
             self.data.close()
-
-    # ---- growth --------------------------------------------------------------------------------------------------
-
-    def grow(self, stage: GrowthStage) -> None:
-        """Replaces the model by the grown one, read from the checkpoint that this step was saved in.
-
-        Nothing is written before the grown model has proved right, so a crash anywhere in here resumes at the small
-        model and grows again to the same bits.
-        """
-        began = time.perf_counter()
-        with self.observers.meter.pause("growth"):
-            source = self._way_back()
-            growth = self.plan.growth.map_after(len(self.lineage.events))
-            assert source.manifest.held_out_loss is not None, "the way back of a growth has its loss"
-            event = GrowthEvent(
-                step=self.progress.step,
-                tokens=self.progress.tokens,
-                flops=self.progress.flops,
-                operator=stage.operator,
-                stage=stage.model_dump(exclude_defaults=True),
-                from_sizes=growth.before.sizes,
-                to_sizes=growth.after.sizes,
-                layer_map=growth.layers,
-                source=source.path.name,
-                mesh=str(self.plan.phases[len(self.lineage.events) + 1].mesh_shape),
-                num_ranks=dist.get_world_size(),
-                loss_before=source.manifest.held_out_loss,
-            )
-            self._release()
-            self.lineage = replace(self.lineage, events=(*self.lineage.events, event))
-            self.losses = []
-            self._build(seed=None)
-            seed = self.seed + 1_000_003 * len(self.lineage.events)
-            if growth.learned:
-                event = replace(event, **self._learn(source, growth, stage, seed))
-            else:
-                tensors = self._tensors(optimizer=stage.optimizer_state != "reset")
-                read = carry_out(source.path, tensors, growth, stage, family=self.recipe.model.name, seed=seed)
-                event = replace(event, bytes_read=read.num_bytes)
-            loss_after = self._held_out_loss()
-            check_preserved(stage.operator, growth, source.manifest.held_out_loss, loss_after, self.recipe.training)
-            seconds = time.perf_counter() - began
-            event = replace(event, loss_after=loss_after, seconds=seconds)
-            self.lineage = replace(self.lineage, events=(*self.lineage.events[:-1], event))
-            self.observers.record_growth(event)
-
-    def _learn(self, source: StepFolder, growth: GrowthMap, stage: GrowthStage, seed: int) -> dict[str, Any]:
-        """Learns the maps of a growth on the batches that come next; what the event is to say of it."""
-
-        def train_step() -> float:
-            self.engine.model.after_optimizer_step()
-            batch = self.data.next_batch()
-            num_tokens, _ = self._agree(batch)
-            loss = self.engine.forward_backward(batch, num_tokens)
-            flops = num_tokens * self.model_config.flops_per_token(self.phase.recipe.training.seq_len)
-            samples = self.data.cursor - self.progress.samples
-            self.progress = self.progress.learned(tokens=num_tokens, flops=flops, samples=samples)
-            return loss.item()
-
-        learning, num_bytes = learn_growth(
-            source.path,
-            growth,
-            stage,
-            self.optimizer.parameters,
-            family=self.recipe.model.name,
-            seed=seed,
-            device=self.device.torch,
-            train_step=train_step,
-        )
-        self.engine.model.after_optimizer_step()
-        return {"learning": learning, "bytes_read": num_bytes}
-
-    def _way_back(self) -> StepFolder:
-        """The small model's checkpoint of this very step, which stays for good; normally the loop has just saved it."""
-        if self.last_saved is None or self.last_saved.step != self.progress.step:
-            self.save(permanent=True)
-        assert self.last_saved is not None
-        loss = self.last_saved.manifest.held_out_loss
-        self.last_saved = self.checkpointer.make_permanent(
-            self.last_saved, self._held_out_loss() if loss is None else loss
-        )
-        return self.last_saved
-
-    def _held_out_loss(self) -> float:
-        if self.validator.blocks is not None:
-            return self.validator.one_batch(self.engine)
-        # Nothing is held out: the next global batch, which has not been trained on, serves.
-        upcoming = self._loader()
-        try:
-            return self.engine.evaluate(upcoming.next_batch())
-        finally:
-            upcoming.close()
-
-    def _release(self) -> None:
-        """Lets go of the model, if there is one, before the larger one is built."""
-        if hasattr(self, "engine"):
-            self.data.close()
-            del self.engine, self.optimizer
-        gc.collect()
-        self.device.free_memory()
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("checkpoint", "data", "optim", "lr_scheduler", "metrics"),
     ("growth.points", "growth.schedule", "growth.read", "growth.verify", "growth.ligo", "growth.carry_out"),
     ("phases", "plan", "resume", "run_data", "shards", "validator", "observers", "start", "watchdog"),
+    ("growing",),
     ("trainer",),
     ("train", "preflight", "plan_report", "offline", "lineage_report"),
     ("launch", "__main__"),
