@@ -10,7 +10,6 @@ feed many tensors, requests are grouped by chunk; DCP's reader would load it aga
 from __future__ import annotations
 
 import dataclasses
-import io
 import pathlib
 import pickle
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
 from titan_growth.tools.errors import CheckpointError
@@ -162,11 +162,11 @@ class SafeReader(FileSystemReader):
 
     def _read(self, relative_path: str, offset: int, length: int) -> torch.Tensor:
         with open(self.folder / relative_path, "rb") as file:
-            file.seek(offset)
-            data = file.read(length)
+            # A view of the file, not its bytes: values go from the disk into the tensor without a copy between.
+            values = _load_tensor(_create_file_view(file, offset, length), f"{self.folder.name}/{relative_path}")
         self.num_bytes_read += length
         self.num_chunks_read += 1
-        return _load_tensor(data, f"{self.folder.name}/{relative_path}")
+        return values
 
     def tensor_entries(self) -> dict[str, TensorStorageMetadata]:
         """Name -> size and dtype of every stored tensor, under the names of `names_of`."""
@@ -186,9 +186,11 @@ def _is_metadata(metadata: Any) -> bool:
     )
 
 
-def _load_tensor(data: bytes, where: str) -> torch.Tensor:
+def _load_tensor(file: Any, where: str) -> torch.Tensor:
     try:
-        value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        value = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # a damaged archive raises nearly anything
         raise CheckpointError(f"{where} cannot be read ({type(error).__name__})") from None
     if not isinstance(value, torch.Tensor):

@@ -1,0 +1,226 @@
+"""What a growth reads, how long that takes, and how much memory: on 1, 2, 4 and 8 ranks, beside a plain load.
+
+    python benchmarks/growth_read.py [--layers 4] [--factor 4] [--dim 512] [--repeats 5]
+
+A small model with its moments is saved on two ranks. On each number of ranks it is grown from there (weights and both
+moments), and the grown model's own checkpoint, saved on two ranks as well, is loaded as a resume would: DCP's load and
+the growth read fill the very same shards, in turns. Reported per rank: stored bytes read, the largest stored chunk, the
+memory that came on top of the shards while reading, and the median of the ratios of the seconds taken. The growth must
+take at most 1.3 times as long. Verification is apart, as a resume's checksums are. Writes
+`benchmarks/results/growth_read.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from tests.harness import run_ranks  # noqa: E402
+from tests.runs import make_recipe  # noqa: E402
+from titan_growth.build import build  # noqa: E402
+from titan_growth.checkpoint.folder import Manifest  # noqa: E402
+from titan_growth.checkpoint.lineage import Lineage, Progress  # noqa: E402
+from titan_growth.checkpoint.manager import CheckpointManager  # noqa: E402
+from titan_growth.checkpoint.state import model_tensors, optimizer_tensors  # noqa: E402
+from titan_growth.growth.read import read_grown  # noqa: E402
+from titan_growth.growth.rules import Rules  # noqa: E402
+from titan_growth.mesh import Mesh  # noqa: E402
+from titan_growth.models.registry import family_module  # noqa: E402
+from titan_growth.optim import Optimizer  # noqa: E402
+from titan_growth.plan import plan_run  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "growth_read.md"
+SAVED_ON = 2
+LIMIT = 1.3
+MIB = 2**20
+
+
+def tensors_of(recipe: Any, num_ranks: int, phase_number: int, seed: int | None) -> dict[str, torch.Tensor]:
+    """Parameters and optimizer state of a phase's model on this rank."""
+    plan, problems, _ = plan_run(recipe, num_ranks=num_ranks, device_type="cpu")
+    assert plan is not None, problems
+    phase = plan.phases[phase_number]
+    mesh = Mesh.get(phase.mesh_shape, "cpu")
+    model = build(
+        phase.config,
+        family=recipe.model.name,
+        mesh=mesh,
+        stages=phase.stages,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        seq_len=recipe.training.seq_len,
+        seed=seed,
+    )
+    optimizer = Optimizer.of(model, recipe.optimizer, max_norm=1.0)
+    tensors_of.kept = (model, optimizer)  # type: ignore[attr-defined]
+    return {**model_tensors(model.parts), **optimizer_tensors(optimizer)}
+
+
+def saved(rank: int, num_ranks: int, recipe: Any, phase_number: int, step: int) -> None:
+    """Saves a model of a phase, with moments that are nothing special."""
+    tensors = tensors_of(recipe, num_ranks, phase_number, seed=1)
+    for name, tensor in tensors.items():
+        if name.endswith((".exp_avg", ".exp_avg_sq")):
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            local.fill_(0.5)
+    manager = CheckpointManager(recipe.checkpoint, Path(recipe.job.dump_folder))
+    manifest = Manifest(Progress(step=step), 0, num_ranks, "", model_only=False, permanent=True, metrics_offset=0)
+    manager.save(manifest, tensors, recipe_toml="", lineage_json=Lineage().to_json())
+
+
+class Peak:
+    """The most memory that a process has while it is entered, beyond what it had before, in MiB."""
+
+    def __enter__(self) -> Peak:
+        self.before = self.most = _resident()
+        self.running = True
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self.running:
+            self.most = max(self.most, _resident())
+            time.sleep(0.001)
+
+    def __exit__(self, *error: object) -> None:
+        self.running = False
+        self.thread.join()
+        self.mib = (max(self.most, _resident()) - self.before) / MIB
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measured(rank: int, num_ranks: int, recipe: Any, repeats: int) -> dict[str, Any]:
+    """This rank's figures; seconds are of the slowest rank."""
+    plan, _, _ = plan_run(recipe, num_ranks=num_ranks, device_type="cpu")
+    assert plan is not None
+    growth, stage = plan.growth.map_after(0), plan.growth.stages[0]
+    module = family_module(recipe.model.name)
+    rules = Rules(growth, stage, module.ROLES, growth.after.tied)
+    manager = CheckpointManager(recipe.checkpoint, Path(recipe.job.dump_folder))
+    tensors = tensors_of(recipe, num_ranks, 1, seed=2)  # written to once, so that its pages are there
+    shards = sum(_local(tensor).numel() * _local(tensor).element_size() for tensor in tensors.values())
+    times: dict[str, list[float]] = {"growth": [], "load": []}
+    done, peak = None, Peak()
+    for _ in range(repeats):
+        dist.barrier()
+        began = time.perf_counter()
+        with peak:
+            done = read_grown(
+                manager.root / "step-1",
+                tensors,
+                rules.of,
+                std_of=lambda name: module.init_rule(growth.after, name),
+                seed=1,
+            )
+        dist.barrier()
+        times["growth"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        manager.load(manager.root / "step-2", tensors)
+        dist.barrier()
+        times["load"].append(time.perf_counter() - began)
+    assert done is not None
+    return {
+        "bytes": done.num_bytes,
+        "chunks": done.num_chunks,
+        "largest": done.largest_chunk,
+        "shards": shards,
+        "peak_mib": peak.mib,
+        **times,
+    }
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, writes the page, and returns 1 when a growth takes too long."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--factor", type=int, default=4)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args(argv)
+    rows, slow = [], False
+    with tempfile.TemporaryDirectory(prefix="growth-read") as folder:
+        recipe = make_recipe(
+            Path(folder) / "run",
+            model__n_layers=options.layers * options.factor,
+            model__dim=options.dim,
+            model__n_heads=8,
+            model__n_kv_heads=8,
+            model__vocab_size=8192,
+            training__local_batch_size=1,
+            checkpoint__enable=True,
+            growth__stages__0__at="3 steps",
+            growth__stages__0__factor=options.factor,
+            growth__stages__0__optimizer_state="copy",
+        )
+        for phase, step in ((0, 1), (1, 2)):
+            run_ranks(saved, SAVED_ON, SAVED_ON, recipe, phase, step, timeout_seconds=600)
+        stored = {step: _stored_bytes(Path(recipe.job.dump_folder) / "checkpoint" / f"step-{step}") for step in (1, 2)}
+        for num_ranks in (1, 2, 4, 8):
+            ranks = run_ranks(measured, num_ranks, num_ranks, recipe, options.repeats, timeout_seconds=600)
+            ratio = median(grown / load for grown, load in zip(ranks[0]["growth"], ranks[0]["load"], strict=True))
+            slow |= ratio > LIMIT
+            most = {
+                key: max(rank[key] for rank in ranks) for key in ("bytes", "chunks", "largest", "shards", "peak_mib")
+            }
+            rows.append(
+                f"| {num_ranks} | {most['bytes'] / MIB:,.1f} | {most['chunks']} | {most['largest'] / MIB:,.1f} | "
+                f"{most['shards'] / MIB:,.1f} | {most['peak_mib']:,.1f} | {median(ranks[0]['growth']):.2f} | "
+                f"{median(ranks[0]['load']):.2f} | {ratio:.2f} |"
+            )
+            print(rows[-1], flush=True)
+    words = " ".join(["python benchmarks/growth_read.py", *(argv if argv is not None else sys.argv[1:])])
+    RESULT.write_text(
+        "\n".join(
+            [
+                "# What a growth reads",
+                "",
+                f"`{words}`: {options.layers} layers of width {options.dim} with their moments, "
+                f"{stored[1] / MIB:,.0f} MiB saved on {SAVED_ON} ranks, stacked to {options.layers * options.factor} "
+                f"layers ({stored[2] / MIB:,.0f} MiB). FSDP on each number of ranks, one thread each, "
+                f"{os.cpu_count()} cores: with more ranks than cores only the ratio means anything. MiB and chunks are "
+                "of the rank that has most; memory is what came on top of the grown shards while reading (torch.load holds a chunk up to three times). A plain load "
+                "is that of the grown model's own checkpoint into the same shards, in turns with the growth.",
+                "",
+                "| ranks | MiB read | chunks | largest chunk | grown shards | memory on top | growth, s | load, s "
+                "| ratio |",
+                "|" + " --- |" * 9,
+                *rows,
+                "",
+                f"Largest ratio allowed: {LIMIT}. Each chunk is read once, however many layers are made of it.",
+                "",
+            ]
+        )
+    )
+    return int(slow)
+
+
+def _stored_bytes(path: Path) -> int:
+    manifest = json.loads((path / "manifest.json").read_text())
+    return sum(entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".distcp"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
