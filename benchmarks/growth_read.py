@@ -201,8 +201,9 @@ def main(argv: list[str] | None = None) -> int:
                 f"{stored[1] / MIB:,.0f} MiB saved on {SAVED_ON} ranks, stacked to {options.layers * options.factor} "
                 f"layers ({stored[2] / MIB:,.0f} MiB). FSDP on each number of ranks, one thread each, "
                 f"{os.cpu_count()} cores: with more ranks than cores only the ratio means anything. MiB and chunks are "
-                "of the rank that has most; memory is what came on top of the grown shards while reading (torch.load holds a chunk up to three times). A plain load "
-                "is that of the grown model's own checkpoint into the same shards, in turns with the growth.",
+                "of the rank that has most; memory is what came on top of the grown shards while reading, where "
+                "torch.load holds a chunk up to three times. A plain load is that of the grown model's own checkpoint "
+                "into the same shards, in turns with the growth.",
                 "",
                 "| ranks | MiB read | chunks | largest chunk | grown shards | memory on top | growth, s | load, s "
                 "| ratio |",
