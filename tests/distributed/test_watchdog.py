@@ -112,12 +112,14 @@ def test_a_spike_is_rolled_back_and_the_run_grows_later(tmp_path: Path) -> None:
     assert [event["step"] for event in lineage["events"]] == [7]
 
 
+@pytest.mark.slow
 def test_a_growth_that_never_recovers_ends_the_run(tmp_path: Path) -> None:
     status, said = run(tmp_path / "spikes", 2, "roll_back")
     assert status == 1, said
     assert "after 1 roll-back. The small model's checkpoint is step-7" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "status"), [("warn", 0), ("stop", 1)])
 def test_the_other_actions(action: str, status: int, tmp_path: Path) -> None:
     found, said = run(tmp_path / action, 1, action)
