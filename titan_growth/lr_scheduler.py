@@ -60,6 +60,7 @@ class LRSchedule:
             return 1.0
         stage, start = self.growth.active_stages[passed[-1]], grown_at[passed[-1]]
         warmup = self.section.warmup_steps if stage.warmup_steps is None else stage.warmup_steps
+        warmup = min(warmup, max(0, self.total_steps - start))
         return min(1.0, (step - start) / warmup) if stage.lr_policy == policy and warmup else 1.0
 
     def segment(self, step: int, grown_at: Sequence[int] = ()) -> Segment:

@@ -9,8 +9,11 @@ run starts from it with `checkpoint.initial_load_path`, and its lineage names th
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +42,7 @@ from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.config.fields import parse_text, suggestion
 from titan_growth.config.growth_schema import GrowthStage
 from titan_growth.config.loader import recipe_from_toml, to_toml, with_values
+from titan_growth.config.plugins import load_plugins
 from titan_growth.config.schema import Recipe
 from titan_growth.growth.chain import chain_of, stage_problems
 from titan_growth.growth.operators import GrowthMap, operators
@@ -62,11 +66,12 @@ Grows a checkpoint without a run. The settings are those of [[growth.stages]], w
   --factor N         or --layer-map 0,1,1,2, or sizes: --n-layers, --dim, --n-heads, --n-kv-heads, --hidden-dim
   --noise X          noise on copies, as a share of the initial deviation
   --seed N           of new values; default 0
+  --plugins a,b      modules with operators of your own; --options takes JSON
 
 Exit status: 0 grown and verified, 1 failed, 2 wrong arguments.
 """
 
-_OWN = ("from", "to", "seed")
+_OWN = ("from", "to", "seed", "plugins")
 _STAGE = ("operator", "factor", "layer_map", "n_layers", "dim", "n_heads", "n_kv_heads", "hidden_dim", "noise",
           "optimizer_state", "optimizer_step", "options")  # fmt: skip
 
@@ -111,8 +116,12 @@ def _arguments(argv: list[str]) -> tuple[dict[str, str], GrowthStage]:
         problems.append(Problem("--seed", f"expected a whole number, got '{given['seed']}'"))
     if problems:
         raise ConfigError(problems)
+    load_plugins([name for name in given.get("plugins", "").split(",") if name])
     fields = GrowthStage.model_fields
     settings = {name: parse_text(given[name], fields[name].annotation) for name in _STAGE if name in given}
+    if "options" in settings:
+        with contextlib.suppress(ValueError):
+            settings["options"] = json.loads(given["options"])
     try:
         stage = GrowthStage.model_validate({"at": "1 step", "optimizer_state": "copy", **settings})
     except ValidationError as error:
@@ -133,6 +142,8 @@ def grow_checkpoint(source: Path, target: Path, stage: GrowthStage, *, seed: int
     began = time.perf_counter()
     folder, recipe, before = _opened(source)
     growth = _map(before, stage)
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise ConfigError([Problem("--to", f"{target} is inside the source", "Name another folder")])
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError([Problem("--to", f"{target} is not empty", "Name a folder that does not exist")])
     module = family_module(recipe.model.name)
@@ -148,7 +159,9 @@ def grow_checkpoint(source: Path, target: Path, stage: GrowthStage, *, seed: int
         reader = _OneSourceReader(source)
         planner = _GrowingPlanner(reader, rules, std_of, seed)
         writer = FileSystemWriter(target, single_file_per_rank=True, thread_count=1, sync_files=True)
-        dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
         _verify(source, target, tensors, rules, std_of)
         event = _event(folder, stage, growth, time.perf_counter() - began, reader.num_bytes_read)
         _commit(folder, recipe, target, growth, event, model_only=not with_state)
@@ -169,12 +182,20 @@ def _opened(source: Path) -> tuple[StepFolder, Recipe, ModelConfig]:
         raise CheckpointError(f"{source} refused: it has no manifest, so it was never committed")
     if damage := folder.damage(checksums=True):
         raise CheckpointError(f"{source} refused: {damage}")
-    recipe = recipe_from_toml(folder.recipe_table())
+    try:
+        recipe, lineage = recipe_from_toml(folder.recipe_table()), folder.lineage()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source} refused: its recipe or lineage cannot be read ({reason})") from None
+    if lineage.events:
+        last = lineage.events[-1]
+        if folder.step < last.step + int(last.stage.get("mask_steps") or 0):
+            raise CheckpointError(f"{source} refused: the mask of its last growth is still opening. Take a later step")
     target, problems = model_config_of(recipe.model)
     chain, more = chain_of(recipe.growth, target) if target is not None else (None, [])
     if chain is None:
         raise CheckpointError(f"{source} refused: its recipe makes no model ({[*problems, *more][0]})")
-    return folder, recipe, chain.configs[len(folder.lineage().events)]
+    return folder, recipe, chain.configs[len(lineage.events)]
 
 
 def _map(before: ModelConfig, stage: GrowthStage) -> GrowthMap:
@@ -229,7 +250,7 @@ class _GrowingPlanner(DefaultSavePlanner):
     """A DCP save plan whose tensors are made when they are written, those of one source one after another."""
 
     def __init__(self, reader: _OneSourceReader, rules: Rules, std_of: Any, seed: int) -> None:
-        super().__init__(dedup_replicated_tensors=False)
+        super().__init__()
         self.reader, self.rules, self.std_of, self.seed = reader, rules, std_of, seed
 
     def create_local_plan(self) -> SavePlan:

@@ -160,6 +160,7 @@ def plan_run(
     schedule = LRSchedule(recipe.lr_scheduler, lr=recipe.optimizer.lr, steps=training.steps, growth=recipe.growth)
     for key, warmup, length in schedule.clamped_warmups():
         warnings.append(Problem(key, f"{warmup} is longer than the {length} steps it is for, and is cut to that"))
+    warnings += _growth_warnings(recipe)
     problems += _device_problems(recipe, device_type)
     (warnings if elsewhere else problems).extend(_machine_problems(recipe))
     if target is None or chain is None:
@@ -201,6 +202,20 @@ def plan_run(
     if problems:
         return None, problems, warnings
     return RunPlan(phases[0].recipe, target, growth, phases, here, schedule), [], warnings
+
+
+def _growth_warnings(recipe: Recipe) -> list[Problem]:
+    """What a growth that can be carried out does less well than one would think."""
+    found = []
+    for index, stage in enumerate(recipe.growth.active_stages):
+        if stage.seq_len not in (None, recipe.training.seq_len) and recipe.data.shuffle:
+            message = "within an epoch that is shuffled, some of its text comes twice then and some not at all"
+            found.append(Problem(f"growth.stages.{index}.seq_len", message, "Set data.shuffle = false to avoid it"))
+    watches = recipe.growth.active_stages and recipe.growth.watchdog.action != "warn"
+    if watches and not recipe.data.validation_fraction and recipe.validation.dataset_path is None:
+        message = "nothing is held out, so the watchdog compares losses of different batches"
+        found.append(Problem("growth.watchdog.action", message, "Set data.validation_fraction"))
+    return found
 
 
 def _phase_numbers(recipe: Recipe) -> range:

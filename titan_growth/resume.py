@@ -119,6 +119,9 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
     return refused, changes
 
 
+_STILL_FREE = {"lr", "warmup_steps", "parallelism", "num_ranks", "local_batch_size"}
+"""Keys of a growth that has happened which a resume may change: they are about the steps to come."""
+
 _NEW_FOLDER = "Name another job.dump_folder to start a new run"
 
 
@@ -131,9 +134,9 @@ def num_growths_of(checkpoint: StepFolder) -> int:
 
 
 def _past(recipe: Recipe, num_growths: int) -> list[dict[str, Any]]:
-    """What cannot be changed about growths that have happened; their learning rates still can."""
+    """What cannot be changed about growths that have happened; their learning rates and layouts still can."""
     stages = recipe.growth.active_stages[:num_growths]
-    return [stage.model_dump(exclude={"lr", "warmup_steps"}, exclude_defaults=True) for stage in stages]
+    return [stage.model_dump(exclude=_STILL_FREE, exclude_defaults=True) for stage in stages]
 
 
 def _written_with(checkpoint: StepFolder) -> Recipe:

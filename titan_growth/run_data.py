@@ -170,7 +170,8 @@ def _is_beside_torchtitan(path: str | None) -> bool:
 def check_run_data(run_data: RunData, recipe: Recipe) -> None:
     """Raises DataError when a split that will be used is shorter than one sequence."""
     seq_len = recipe.training.seq_len
-    BlockDataset(run_data.corpus.train, seq_len, False, 0, False)
+    longest = max([seq_len, *(stage.seq_len or 0 for stage in recipe.growth.active_stages)])
+    BlockDataset(run_data.corpus.train, longest, False, 0, False)
     if recipe.validation.enable and run_data.validation is not None:
         try:
             BlockDataset(run_data.validation, recipe.validation.seq_len or seq_len, False, 0, False)

@@ -110,7 +110,7 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str, int | None]:
     from titan_growth.run_data import check_run_data, prepare_run_data
     from titan_growth.start import dry_run_of, finished, finished_message, going_back
     from titan_growth.tools.device import Device
-    from titan_growth.tools.distributed import init_process_group, on_rank0, require_agreement
+    from titan_growth.tools.distributed import init_process_group, on_rank0, require_agreement, set_timeout
     from titan_growth.tools.signals import StopSignal
     from titan_growth.watchdog import RollBackError
 
@@ -143,6 +143,8 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str, int | None]:
             try:
                 return session.train(checkpoint)
             except RollBackError as back:
+                if dist.get_world_size() > 1:
+                    set_timeout(recipe.comm.init_timeout_seconds)
                 checkpoint = checkpointer.roll_back(back.source, back.roll_back)
     finally:
         folder.unlock()

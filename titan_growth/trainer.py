@@ -78,7 +78,12 @@ class Trainer(GrowsMidRun):
         """The last training losses, when the next growth depends on their slope."""
         self.wanted_ranks: int | None = None
         """The number of ranks that the run is to go on with, once it has saved and stopped for that."""
-        self.watchdog = Watchdog(self.recipe.growth.watchdog, plan.growth.stages, self.recipe.lr_scheduler.warmup_steps)
+        self.watchdog = Watchdog(
+            self.recipe.growth.watchdog,
+            plan.growth.stages,
+            self.recipe.lr_scheduler.warmup_steps,
+            self.recipe.training.steps,
+        )
         self._start(checkpoint)
 
     # ---- start ---------------------------------------------------------------------------------------------------
@@ -186,6 +191,9 @@ class Trainer(GrowsMidRun):
                     self._way_back()
                     self.wanted_ranks = stage.num_ranks
                     return
+                if dist.get_world_size() > 1:
+                    # Ranks may be minutes apart in reading and verifying, and the grown model compiles anew.
+                    set_timeout(self.recipe.comm.init_timeout_seconds)
                 self.grow(stage)
                 starting = True
             with self.observers.meter.data():
@@ -322,6 +330,13 @@ class Trainer(GrowsMidRun):
             raise CheckpointError(f"{path.name} refused: {damage}")
         if len(self.lineage.events) > len(self.plan.growth.stages):
             raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
+        for number, event in enumerate(self.lineage.events):
+            stage, sizes = self.plan.growth.stages[number], self.plan.growth.config_after(number + 1).sizes
+            if (event.operator, event.to_layers) != (stage.operator, sizes["n_layers"]):
+                raise CheckpointError(
+                    f"{path}: its growth {number + 1} was '{event.operator}' to {event.to_layers} layers, the recipe's "
+                    f"is '{stage.operator}' to {sizes['n_layers']}. Set checkpoint.initial_load_model_only = true"
+                )
         self._build(seed=None)
         tensors = self._tensors(optimizer=not section.initial_load_model_only)
         self.checkpointer.load(path, tensors, tied_names(self.model_config.tied))

@@ -35,9 +35,11 @@ class Watchdog:
         section: `[growth.watchdog]`.
         stages: the growths of the run.
         warmup_steps: lr_scheduler.warmup_steps, for stages that do not say.
+        total_steps: training.steps; at the last one a growth that is too young to be judged is spoken of.
     """
 
-    def __init__(self, section: Section, stages: Sequence[GrowthStage], warmup_steps: int) -> None:
+    def __init__(self, section: Section, stages: Sequence[GrowthStage], warmup_steps: int, total_steps: int) -> None:
+        self.total_steps = total_steps
         self.section = section
         self.stages = stages
         self.warmup_steps = warmup_steps
@@ -56,7 +58,8 @@ class Watchdog:
             return None
         event, number = lineage.events[-1], len(lineage.events) - 1
         left = event.step + self.steps_of(number) - step
-        return event if self.steps_of(number) and (left == 0 or (grows and left > 0)) else None
+        early = grows or step == self.total_steps
+        return event if self.steps_of(number) and (left == 0 or (early and left > 0)) else None
 
     def judge(self, event: GrowthEvent, lineage: Lineage, step: int, loss: float) -> str:
         """What to say of a growth.
@@ -69,8 +72,9 @@ class Watchdog:
         """
         assert event.loss_before is not None, "a growth of a run has been judged before it"
         rise = loss - event.loss_before
+        many = f"{step - event.step} step{'s' if step - event.step > 1 else ''}"
         said = (
-            f"{step - event.step} steps after growing to {event.to_layers} layers the loss on the held-out batch is "
+            f"{many} after growing to {event.to_layers} layers the loss on the held-out batch is "
             f"{loss:.4f}, and was {event.loss_before:.4f} before"
         )
         if rise <= self.section.max_rise:
@@ -78,8 +82,9 @@ class Watchdog:
         number = len(lineage.events) - 1
         so_far = len([one for one in lineage.roll_backs if one.growth == number])
         said += f": {rise:.4f} nats more, where growth.watchdog.max_rise allows {self.section.max_rise:g}"
-        if self.section.action == "warn":
-            return said
+        young = step == self.total_steps and step < event.step + self.steps_of(number)
+        if self.section.action == "warn" or young:
+            return f"{said}, but the run ends before it is due" if young else said
         if self.section.action == "stop":
             raise TrainingError(f"{said}. The small model's checkpoint is {event.source}")
         if so_far >= self.section.max_roll_backs:
@@ -95,4 +100,8 @@ class Watchdog:
             loss_then=loss,
             postponed_to=event.step + self.steps_of(number),
         )
+        if roll_back.postponed_to >= self.total_steps:
+            raise TrainingError(
+                f"{said}. A roll-back would leave no steps to grow in; the small model is {event.source}"
+            )
         raise RollBackError(event.source, roll_back)

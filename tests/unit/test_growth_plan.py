@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
+from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress, RollBack
 from titan_growth.config.growth_schema import Growth, GrowthStage
 from titan_growth.growth import operators as operators_module
 from titan_growth.growth import schedule
@@ -225,3 +225,24 @@ def test_auto_is_clamped_and_says_when_it_was_not_fitted() -> None:
     advice = advise(inside, 97_500_000_000)
     assert advice.doubts == ""
     assert 11.4e9 < advice.tokens < 12.8e9, "the 1.1B of the paper, however its parameters are counted"
+
+
+def test_a_resume_does_not_argue_about_order() -> None:
+    """After a roll-back, or with a slope, a later stage may be overdue: it comes one step after the one before it."""
+    now = Progress(step=8, tokens=80)
+    section = growth({"at": "30 tokens"}, {"at": "70 tokens"})
+    assert not timing_problems(section, steps=20, tokens_per_step=10, progress=now, num_growths=0)
+    section = growth({"at": "slope 0.1 over 8 steps"}, {"at": "8 steps"})
+    assert not timing_problems(section, steps=16, tokens_per_step=10, progress=now, num_growths=0)
+
+
+def test_a_growth_that_came_late_is_given_its_time() -> None:
+    """The next stage waits as long after it as it was put off."""
+    plan, _ = plan_growth(growth({"at": "10 steps"}, {"at": "12 steps"}), TARGET)
+    assert plan is not None
+    back = RollBack(growth=0, step=10, noticed_at=15, loss_before=1.0, loss_then=9.0, postponed_to=15)
+    late = Lineage((replace(lineage(1).events[0], step=15),), roll_backs=(back,))
+    assert plan.due(Progress(step=14), Lineage(roll_backs=(back,))) is None
+    assert plan.due(Progress(step=15), Lineage(roll_backs=(back,))) is plan.stages[0]
+    assert plan.due(Progress(step=19), late) is None
+    assert plan.due(Progress(step=20), late) is plan.stages[1]

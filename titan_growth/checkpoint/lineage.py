@@ -81,6 +81,11 @@ class GrowthEvent:
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> GrowthEvent:
         """Raises TypeError or KeyError when the table is not an event."""
+        if "source_of" in table:  # as the first version wrote it, which knew depth only
+            table = dict(table)
+            stage = {key: table.pop(key) for key in ("factor", "optimizer_state", "lr_policy")}
+            sizes = {f"{side}_sizes": {"n_layers": table.pop(f"{side}_layers")} for side in ("from", "to")}
+            table |= {"stage": stage, **sizes, "layer_map": table.pop("source_of"), "num_ranks": 0}
         return cls(**{**table, "layer_map": tuple(table["layer_map"])})
 
 
@@ -117,6 +122,10 @@ class Lineage:
     def grown_at(self) -> list[int]:
         """The steps of the growths."""
         return [event.step for event in self.events]
+
+    def postponed_by(self, growth: int) -> int:
+        """By how many steps a growth was put off when it was last taken back; 0 if it never was."""
+        return max((one.postponed_to - one.step for one in self.roll_backs if one.growth == growth), default=0)
 
     def to_dict(self) -> dict[str, Any]:
         return {

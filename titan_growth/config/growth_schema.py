@@ -123,7 +123,7 @@ class GrowthStage(Sizes):
 class GrowthBase(Sizes):
     """The run before its first growth: its settings, and the sizes to start from where the stages' factors do not tell.
 
-    A size that is not given is that of [model], divided by the factors of the stages.
+    A size that is not given is that of [model], divided by the factors of the stages when all of them have one.
     """
 
     lr: float | None = Field(None, gt=0)

@@ -28,8 +28,8 @@ class DepthOperator(ABC):
     """The frame of all of them: how deep, and which layer comes from which."""
 
     grows = DEPTH
-    whole_factors = False
-    """Whether the pattern needs a depth that is a multiple of the old one."""
+    keeps_order = False
+    """Whether every old layer must be there, in the old order: what an operator that preserves the function needs."""
 
     def base(self, after: ModelConfig, stage: GrowthStage) -> ModelConfig | str:
         if stage.factor is None:
@@ -43,12 +43,14 @@ class DepthOperator(ABC):
         if stage.layer_map is not None:
             if beyond := [layer for layer in stage.layer_map if layer >= num_layers]:
                 return f"layer_map names layer {beyond[0]}, but the model has only {num_layers} layers by then"
+            if len(stage.layer_map) <= num_layers:
+                return f"layer_map lists {len(stage.layer_map)} layers, not more than the {num_layers} there are"
+            if self.keeps_order and list(dict.fromkeys(stage.layer_map)) != list(range(num_layers)):
+                return f"layer_map must have the {num_layers} layers in their order, each before its copies"
             return self.map_of(before, stage.layer_map)
         target = stage.n_layers if stage.n_layers is not None else num_layers * (stage.factor or 1)
         if target <= num_layers:
             return f"{target} layers are not more than the {num_layers} there are"
-        if self.whole_factors and target % num_layers:
-            return f"{target} layers are not a multiple of {num_layers}"
         sources = self.pattern(num_layers, target)
         return sources if isinstance(sources, str) else self.map_of(before, sources)
 
@@ -112,6 +114,8 @@ class ZeroDepth(Interpose):
     when its projections have left zero.
     """
 
+    keeps_order = True
+
     def map_of(self, before: ModelConfig, sources: Sequence[int]) -> GrowthMap:
         return replace(super().map_of(before, sources), silent_copies=True, tolerance=0.0)
 
@@ -123,6 +127,8 @@ class RandomDepth(Interpose):
     Y = X + MHA(Norm(X)) * c, Y = X + SwiGLU(Norm(X)) * c, with c going from 0 to 1 over `mask_steps` steps. At c = 0
     the grown model computes bit for bit the same. The new layers stand where interposition would put copies.
     """
+
+    keeps_order = True
 
     def map_of(self, before: ModelConfig, sources: Sequence[int]) -> GrowthMap:
         known = super().map_of(before, sources)

@@ -202,7 +202,7 @@ class LearnedGrowth:
             if gradient is None or not shard.local.numel() or not shard.share:
                 continue
             local, _ = local_and_offset(reduced(gradient, shard.parameter))
-            self._backward(shard, local.float() * shard.share, widths, depths)
+            self._backward(shard, local.to(self.device, torch.float32) * shard.share, widths, depths)
         found = [*(widths[axis] for axis in sorted(widths)), *(depths[kind] for kind in sorted(depths))]
         if dist.get_world_size() > 1:
             for gradient in found:

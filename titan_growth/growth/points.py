@@ -64,28 +64,33 @@ class Advice:
         return abs(self.law - self.tokens) > 1
 
 
-def advise(target: ModelConfig, run_tokens: int) -> Advice:
-    """When to grow into `target` within a run of so many tokens."""
+def advise(target: ModelConfig, run_tokens: int, clamp_tokens: int | None = None) -> Advice:
+    """When to grow into `target` within a run of so many tokens.
+
+    Args:
+        clamp_tokens: of the run if its batch never changed from what it is before the growth; default run_tokens.
+    """
     embeddings = target.vocab_size * target.dim * (1 if target.tie_word_embeddings else 2)
     num_params = max(target.num_params - embeddings, 1)
     flops = 6.0 * num_params * run_tokens
     law = law_tokens(num_params, max(flops, 1e3))
-    low, high = (share * run_tokens for share in SHARE_OF_RUN)
+    low, high = (share * (clamp_tokens or run_tokens) for share in SHARE_OF_RUN)
     return Advice(max(1, round(min(max(law, low), high))), law, num_params, flops)
 
 
-def resolved(at: Duration, target: ModelConfig, *, steps: int, run_tokens: int) -> Duration:
+def resolved(at: Duration, target: ModelConfig, *, steps: int, tokens_per_step: int, run_tokens: int) -> Duration:
     """A point as a count of steps, tokens or FLOPs; a slope stays what it is.
 
     Args:
         target: the last model of the run.
         steps: training.steps.
-        run_tokens: what these come to.
+        tokens_per_step: before the growth.
+        run_tokens: what the steps come to at the batch of the last model.
     """
     if at.unit == "percent":
         return Duration(max(1, round(float(at.value) / 100 * steps)), "steps")
     if at.unit == "auto":
-        return Duration(advise(target, run_tokens).tokens, "tokens")
+        return Duration(advise(target, run_tokens, steps * tokens_per_step).tokens, "tokens")
     return at
 
 

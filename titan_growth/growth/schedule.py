@@ -55,6 +55,8 @@ class GrowthPlan:
             return None
         if done and progress.step < lineage.grown_at[-1] + (self.stages[done - 1].mask_steps or 0):
             return None  # what the last growth has added is not all there yet
+        if done and progress.step < lineage.grown_at[-1] + lineage.postponed_by(done - 1):
+            return None  # a growth that came late is given its time, and not judged because the next one is due
         if point.unit == "slope":
             reached = len(losses) >= point.window and slope(list(losses[-point.window :])) < float(point.value)
         else:
@@ -108,11 +110,15 @@ def plan_growth(
     """
     stages = tuple(section.active_stages)
     run_tokens = steps * tokens_per_step[-1]
-    points = tuple(resolved(stage.when, chain.target, steps=steps, run_tokens=run_tokens) for stage in stages)
+    points = tuple(
+        resolved(stage.when, chain.target, steps=steps, tokens_per_step=rate, run_tokens=run_tokens)
+        for stage, rate in zip(stages, tokens_per_step, strict=False)
+    )
     plan = GrowthPlan(chain, stages, points)
     warnings = []
     for index, stage in enumerate(stages):
-        if stage.when.unit == "auto" and (doubts := advise(chain.target, run_tokens).doubts):
+        half = steps * tokens_per_step[index]
+        if stage.when.unit == "auto" and (doubts := advise(chain.target, run_tokens, half).doubts):
             warnings.append(Problem(f"growth.stages.{index}.at", f'"auto" comes to {points[index]}, but {doubts}'))
     flops_per_token = [config.flops_per_token(length) for config, length in zip(chain.configs, seq_lens, strict=True)]
     rates = [
@@ -135,13 +141,14 @@ def timing_problems(
     plain = all(point.unit == "steps" for point in plan.points)
     if plain and not any(stage.mask_steps for stage in plan.stages):
         return []  # what steps alone can tell is told before the batch is known (config/checks.py)
+    resumed = progress is not None and progress.step > 0
     now = progress or Progress()
     step, counts = now.step, {unit: count_of(now, unit) for unit in ("steps", "tokens", "FLOPs")}
     problems, previous = [], step - 1
     for index in range(num_growths, len(plan.points)):
         point, stage, rate = plan.points[index], plan.stages[index], rates[index]
         if point.unit == "slope":
-            num_steps = point.window
+            num_steps = 0 if resumed else point.window  # the losses of before count as well
         else:
             num_steps = max(0, -(-(point.count - counts[point.unit]) // rate[point.unit]))
         step += num_steps
@@ -151,6 +158,8 @@ def timing_problems(
             message = f'"{stage.at}" is not before the last step ({steps:,} steps of {rate["tokens"]:,} tokens)'
             hint = "Grow earlier or train longer; growth.enable = false trains the target model from scratch"
             problems.append(Problem(key, message, hint))
+        elif resumed:
+            pass  # a growth that is overdue, or was postponed, comes a step after the one before it
         elif index > num_growths and step < previous + (plan.stages[index - 1].mask_steps or 0):
             message = (
                 f'"{stage.at}" (step {step:,}) is within the mask_steps of the growth before it (step {previous:,})'

@@ -115,8 +115,9 @@ def _compare(name: str, box: Box, expected: Tensor | None, std: float | None) ->
         if not torch.equal(found[exact], expected[exact]):
             wrong.append(f"{name} differs from its source {box.rule.source}")
         elif noisy is not None and std is not None:
-            difference = (found - expected).abs()[noisy.expand_as(found)]
-            most = TRUNCATED_AT * std * box.rule.noise + 1e-6 * float(expected.abs().max())
+            difference = (found.float() - expected.float()).abs()[noisy.expand_as(found)]
+            most = TRUNCATED_AT * std * box.rule.noise
+            most += 2 * torch.finfo(found.dtype).eps * (float(expected.abs().max()) + most)  # the sum is rounded
             if difference.numel() and float(difference.max()) > most:
                 wrong.append(f"{name} differs from its source {box.rule.source} by more than its noise")
     fresh = found[new]
