@@ -324,7 +324,7 @@ def test_hooks_are_called_when_the_page_says(settings: dict[str, Any], write: Wr
     write("probe", PROBE)
     num_ranks = 2 if settings else 1
     options = {**GROWING, "training__steps": 2, "growth__stages": '[{at = "1 steps", factor = 2}]', **settings}
-    options |= {"plugins": "probe", "training__local_batch_size": 4}
+    options |= {"plugins": "probe", "training__local_batch_size": 4, "growth__watchdog__steps": 0}
     validation = {"validation__enable": True, "validation__freq": 2, "validation__local_batch_size": 2}
     validation |= {"validation__steps": 1}
     forward = ["prepare 4", "enter", "leave"]

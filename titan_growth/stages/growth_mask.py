@@ -12,6 +12,7 @@ a buffer that is neither stored nor trained; c is a function of the step alone, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -46,6 +47,10 @@ class GrowthMask(StageDefaults):
     def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
         assert context.transition is not None
         self.transition = context.transition
+        if "torch._dynamo" in sys.modules:
+            # Compiled blocks are found by their code and do not look at hooks: those of the model before would be
+            # taken for these, and run without the mask.
+            torch._dynamo.reset()
         tp_rank = context.mesh.rank_of("tp") if context.mesh is not None else 0
         for part in parts:
             for module, buffer, pattern in masked_modules(part, context.transition.growth, context.family.ROLES):
