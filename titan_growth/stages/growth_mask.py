@@ -12,7 +12,6 @@ a buffer that is neither stored nor trained; c is a function of the step alone, 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -45,12 +44,13 @@ class GrowthMask(StageDefaults):
         return context.transition is not None and context.transition.growth.masked
 
     def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+        import torch._dynamo.config as dynamo
+
         assert context.transition is not None
         self.transition = context.transition
-        if "torch._dynamo" in sys.modules:
-            # Compiled blocks are found by their code and do not look at hooks: those of the model before would be
-            # taken for these, and run without the mask.
-            torch._dynamo.reset()
+        # Blocks share their compiled code, which by default does not look at hooks: a block with a mask would run as
+        # one without, of the same model or of the one before.
+        dynamo.skip_nnmodule_hook_guards = False
         tp_rank = context.mesh.rank_of("tp") if context.mesh is not None else 0
         for part in parts:
             for module, buffer, pattern in masked_modules(part, context.transition.growth, context.family.ROLES):
