@@ -46,7 +46,7 @@ OPERATORS: dict[str, dict[str, Any]] = {
 }
 DEPTH = ("stack", "interpose", "zero_depth", "random_depth")
 QUICK = [
-    ("fsdp8", "pp2 x fsdp2 x tp2", "stack"),
+    ("hsdp 2x2", "tp2", "stack"),
     ("tp2", "fsdp2", "zero_width"),
 ]
 STEPS = 3

@@ -35,6 +35,7 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(folder) if "num_layers" in line]
 
 
+@pytest.mark.slow
 def test_the_cluster_grows_with_the_model(tmp_path: Path) -> None:
     """One call of run_train.sh: 2 ranks, status 76 inside, 4 ranks from there on; the batches go on unbroken."""
     write_corpus(tmp_path / "corpus.txt")
@@ -115,7 +116,7 @@ THREE = stages(
 WIDE = {"model__dim": 64, "model__n_heads": 8, "model__n_kv_heads": 4, "model__head_dim": 8, "model__hidden_dim": 128}
 
 
-@pytest.mark.parametrize("steps", [[5, 7], pytest.param([2, 4, 5, 6, 7, 8], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [[5], pytest.param([2, 4, 5, 6, 7, 8], marks=pytest.mark.slow)])
 def test_three_stages_resume_from_any_checkpoint(steps: list[int], tmp_path: Path) -> None:
     """x2, x2 on another mesh, then wider: every checkpoint leads to the metrics of the unbroken run, bit for bit."""
     settings = {**THREE, **WIDE, **SAVING, "training__steps": 10, "model__n_layers": 4}
