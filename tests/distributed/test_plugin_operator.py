@@ -45,6 +45,7 @@ def run(folder: Path, script: str, **values: Any) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_example_grows_a_run(tmp_path: Path) -> None:
     """2 ranks; 3 layers become 4, and since its copies are silent the loss does not change."""
     corpus = str(write_corpus(tmp_path / "corpus.txt"))

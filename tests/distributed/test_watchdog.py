@@ -95,6 +95,7 @@ def run(folder: Path, times: int, action: str, **more: Any) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_spike_is_rolled_back_and_the_run_grows_later(tmp_path: Path) -> None:
     status, said = run(tmp_path / "spike", 1, "roll_back")
     assert status == 0, said
