@@ -269,11 +269,11 @@ class _GrowingPlanner(DefaultSavePlanner):
 
 def _verify(source: Path, target: Path, tensors: dict[str, Tensor], rules: Rules, std_of: Any) -> None:
     """Reads back what was written, one tensor at a time, and compares it with what the source makes of it."""
-    written = _OneSourceReader(target)
+    stored, written = _OneSourceReader(source), _OneSourceReader(target)
     chunks = written.chunks()
     for name in sorted(tensors, key=lambda one: rules.of(one).source or ""):
         (chunk,) = chunks[name]
-        _, wrong = verify_growth(source, {name: written.read_chunk(chunk)}, rules.of, std_of=std_of)
+        _, wrong = verify_growth(source, {name: written.read_chunk(chunk)}, rules.of, std_of=std_of, reader=stored)
         if wrong:
             raise GrowthError(f"the grown model is wrong: {wrong[0]}")
 

@@ -8,7 +8,7 @@ everything that reads a recipe (stages, batches, checks) reads the phase's, and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from titan_growth.config.checks import check_recipe
@@ -47,17 +47,13 @@ class Phase:
 
     def context(self, device_type: str) -> StageContext:
         """The context that stages are checked and described in while nothing is running."""
-        context = stage_context(self.recipe, self.config, self.mesh_shape, device_type)
-        return replace(context, transition=self.transition(0))
+        recipe, family = self.recipe, family_module(self.recipe.model.name)
+        shape, seq_len = self.mesh_shape, recipe.training.seq_len
+        return StageContext(self.config, shape, device_type, seq_len, family, transition=self.transition(0))
 
     def transition(self, step: int) -> Transition | None:
         """The growth that came after a step, for the model of this phase."""
         return None if self.growth is None else Transition(self.growth, self.mask_steps, step)
-
-
-def stage_context(recipe: Recipe, config: ModelConfig, shape: MeshShape, device_type: str) -> StageContext:
-    """The context of a model on a mesh without process groups."""
-    return StageContext(config, shape, device_type, recipe.training.seq_len, family_module(recipe.model.name))
 
 
 def recipe_in_phase(recipe: Recipe, num_growths: int) -> Recipe:

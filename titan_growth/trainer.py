@@ -148,17 +148,12 @@ class Trainer(GrowsMidRun):
         model.before_step(self.progress.step)
         self.engine = make_engine(model, self.device.torch)
         self.optimizer = Optimizer.of(model, self.recipe.optimizer, max_norm=self.recipe.training.max_norm)
-        if (
-            self.lineage.events
-            and self.recipe.growth.active_stages[len(self.lineage.events) - 1].lr_policy == "rewarm_new"
-        ):
-            number = len(self.lineage.events) - 1
-            self.optimizer.fresh = fresh_elements(
-                self.optimizer.parameters,
-                self.plan.growth.map_after(number),
-                self.plan.growth.stages[number],
-                family=self.recipe.model.name,
-            )
+        if phase.growth is not None:
+            stage = self.plan.growth.stages[len(self.lineage.events) - 1]
+            if stage.lr_policy == "rewarm_new":
+                self.optimizer.fresh = fresh_elements(
+                    self.optimizer.parameters, phase.growth, stage, family=self.recipe.model.name
+                )
 
     def _loader(self) -> BatchLoader:
         """The global batches of this phase that have not been trained on."""

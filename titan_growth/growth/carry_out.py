@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,23 @@ from titan_growth.tools.distributed import describe_os_error, fail_together, gat
 from titan_growth.tools.errors import CheckpointError, GrowthError
 
 logger = logging.getLogger("titan_growth")
+
+Result = TypeVar("Result")
+
+
+def _read_together(source: Path, read: Callable[[], Result]) -> Result:
+    """What every rank reads of a checkpoint, once all have; raises CheckpointError on all when one cannot."""
+    errors: list[str] = []
+    result: Result | None = None
+    try:
+        result = read()
+    except CheckpointError as error:
+        errors = [str(error)]
+    except OSError as error:
+        errors = [f"{source.name} refused: {describe_os_error(error)}"]
+    fail_together(errors, CheckpointError)
+    assert result is not None, "a rank without an error has read something"
+    return result
 
 
 def learn_growth(
@@ -47,18 +65,13 @@ def learn_growth(
         CheckpointError: when the small model cannot be read.
         GrowthError: when a learned weight is not finite.
     """
-    errors, learned = [], None
     module = family_module(family)
-    try:
-        learned = LearnedGrowth(
+    learned = _read_together(
+        source,
+        lambda: LearnedGrowth(
             source, growth, parameters, roles=module.ROLES, tied=growth.after.tied, seed=seed, device=device
-        )
-    except CheckpointError as error:
-        errors = [str(error)]
-    except OSError as error:
-        errors = [f"{source.name} refused: {describe_os_error(error)}"]
-    fail_together(errors, CheckpointError)
-    assert learned is not None
+        ),
+    )
     steps, lr = learning_options(stage)
     learning = learn(learned, steps=steps, lr=lr, train_step=train_step)
     wrong = [shard.name for shard in learned.shards if not bool(torch.isfinite(shard.local).all())]
@@ -117,14 +130,7 @@ def carry_out(
         deviation: float | None = module.init_rule(growth.after, name)
         return deviation
 
-    done, errors = BytesRead(), []
-    try:
-        done = read_grown(source, tensors, rules.of, std_of=std_of, seed=seed)
-    except CheckpointError as error:
-        errors = [str(error)]
-    except OSError as error:
-        errors = [f"{source.name} refused: {describe_os_error(error)}"]
-    fail_together(errors, CheckpointError)
+    done = _read_together(source, lambda: read_grown(source, tensors, rules.of, std_of=std_of, seed=seed))
     try:
         num_compared, wrong = verify_growth(source, tensors, rules.of, std_of=std_of)
     except (CheckpointError, OSError) as error:

@@ -46,12 +46,6 @@ class Rule:
     originals: tuple[tuple[bool, ...] | None, ...] = ()
     """For each dimension, whether a position is the first with its source."""
 
-    @property
-    def is_plain_copy(self) -> bool:
-        """Whether the tensor is its source, bit for bit."""
-        unchanged = not self.noise or not self.copied_layer
-        return self.source is not None and not any(self.indices) and not any(self.scales) and unchanged
-
 
 class Rules:
     """The rules of one growth.

@@ -29,14 +29,22 @@ TRUNCATED_AT = 3.0
 
 
 def verify_growth(
-    folder: Path, tensors: Mapping[str, Tensor], rule_of: Callable[[str], Rule], *, std_of: StdOf
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    rule_of: Callable[[str], Rule],
+    *,
+    std_of: StdOf,
+    reader: SafeReader | None = None,
 ) -> tuple[int, list[str]]:
     """Compares this rank's shards of a grown model with the checkpoint it was made from.
+
+    Args:
+        reader: of the folder, when the caller has one.
 
     Returns:
         (number of tensors compared, what is wrong with them).
     """
-    stored = SafeReader(folder)
+    stored = reader or SafeReader(folder)
     chunks = stored.chunks()
     by_source: dict[str | None, list[str]] = {}
     boxes = {name: Box.of(tensor, rule_of(name)) for name, tensor in tensors.items()}
