@@ -2,12 +2,14 @@
 
     python benchmarks/growth_read.py [--layers 4] [--factor 4] [--dim 512] [--repeats 5]
 
+Once with `stack`, which copies whole rows, and once with `split_width`, which gathers channels.
+
 A small model with its moments is saved on two ranks. On each number of ranks it is grown from there (weights and both
 moments), and the grown model's own checkpoint, saved on two ranks as well, is loaded as a resume would: DCP's load and
 the growth read fill the very same shards, in turns. Reported per rank: stored bytes read, the largest stored chunk, the
-memory that came on top of the shards while reading, and the median of the ratios of the seconds taken. The growth must
-take at most 1.3 times as long. Verification is apart, as a resume's checksums are. Writes
-`benchmarks/results/growth_read.md`.
+memory that came on top of the shards while reading and while verifying, and the median of the ratios of the seconds
+taken. The growth must take at most 1.3 times as long, and at most the largest chunk more memory (`SLACK_MIB` apart).
+Verification is apart, as a resume's checksums are. Writes `benchmarks/results/growth_read.md`.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from titan_growth.checkpoint.manager import CheckpointManager  # noqa: E402
 from titan_growth.checkpoint.state import model_tensors, optimizer_tensors  # noqa: E402
 from titan_growth.growth.read import read_grown  # noqa: E402
 from titan_growth.growth.rules import Rules  # noqa: E402
+from titan_growth.growth.verify import verify_growth  # noqa: E402
 from titan_growth.mesh import Mesh  # noqa: E402
 from titan_growth.models.registry import family_module  # noqa: E402
 from titan_growth.optim import Optimizer  # noqa: E402
@@ -47,6 +50,8 @@ from titan_growth.plan import plan_run  # noqa: E402
 RESULT = ROOT / "benchmarks" / "results" / "growth_read.md"
 SAVED_ON = 2
 LIMIT = 1.3
+SLACK_MIB = 4.0
+"""What a process takes for itself: names, rules, lists of chunks, rows under way."""
 MIB = 2**20
 
 
@@ -119,20 +124,19 @@ def measured(rank: int, num_ranks: int, recipe: Any, repeats: int) -> dict[str, 
     tensors = tensors_of(recipe, num_ranks, 1, seed=2)  # written to once, so that its pages are there
     shards = sum(_local(tensor).numel() * _local(tensor).element_size() for tensor in tensors.values())
     times: dict[str, list[float]] = {"growth": [], "load": []}
-    done, peak = None, Peak()
+    done, peak, verifying = None, Peak(), Peak()
+    std_of = lambda name: module.init_rule(growth.after, name)  # noqa: E731
     for _ in range(repeats):
         dist.barrier()
         began = time.perf_counter()
         with peak:
-            done = read_grown(
-                manager.root / "step-1",
-                tensors,
-                rules.of,
-                std_of=lambda name: module.init_rule(growth.after, name),
-                seed=1,
-            )
+            done = read_grown(manager.root / "step-1", tensors, rules.of, std_of=std_of, seed=1)
         dist.barrier()
         times["growth"].append(time.perf_counter() - began)
+        with verifying:
+            _, wrong = verify_growth(manager.root / "step-1", tensors, rules.of, std_of=std_of)
+        assert not wrong, wrong
+        dist.barrier()
         began = time.perf_counter()
         manager.load(manager.root / "step-2", tensors)
         dist.barrier()
@@ -144,6 +148,7 @@ def measured(rank: int, num_ranks: int, recipe: Any, repeats: int) -> dict[str, 
         "largest": done.largest_chunk,
         "shards": shards,
         "peak_mib": peak.mib,
+        "verify_mib": verifying.mib,
         **times,
     }
 
@@ -153,61 +158,66 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, writes the page, and returns 1 when a growth takes too long."""
+    """Measures, writes the page, and returns 1 when a growth takes too long or too much."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--factor", type=int, default=4)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(argv)
-    rows, slow = [], False
-    with tempfile.TemporaryDirectory(prefix="growth-read") as folder:
-        recipe = make_recipe(
-            Path(folder) / "run",
-            model__n_layers=options.layers * options.factor,
-            model__dim=options.dim,
-            model__n_heads=8,
-            model__n_kv_heads=8,
-            model__vocab_size=8192,
-            training__local_batch_size=1,
-            checkpoint__enable=True,
-            growth__stages__0__at="3 steps",
-            growth__stages__0__factor=options.factor,
-            growth__stages__0__optimizer_state="copy",
-        )
-        for phase, step in ((0, 1), (1, 2)):
-            run_ranks(saved, SAVED_ON, SAVED_ON, recipe, phase, step, timeout_seconds=600)
-        stored = {step: _stored_bytes(Path(recipe.job.dump_folder) / "checkpoint" / f"step-{step}") for step in (1, 2)}
-        for num_ranks in (1, 2, 4, 8):
-            ranks = run_ranks(measured, num_ranks, num_ranks, recipe, options.repeats, timeout_seconds=600)
-            ratio = median(grown / load for grown, load in zip(ranks[0]["growth"], ranks[0]["load"], strict=True))
-            slow |= ratio > LIMIT
-            most = {
-                key: max(rank[key] for rank in ranks) for key in ("bytes", "chunks", "largest", "shards", "peak_mib")
-            }
-            rows.append(
-                f"| {num_ranks} | {most['bytes'] / MIB:,.1f} | {most['chunks']} | {most['largest'] / MIB:,.1f} | "
-                f"{most['shards'] / MIB:,.1f} | {most['peak_mib']:,.1f} | {median(ranks[0]['growth']):.2f} | "
-                f"{median(ranks[0]['load']):.2f} | {ratio:.2f} |"
+    rows, failed, sizes = [], False, {}
+    wide, deep = options.dim, options.layers
+    for operator in ("stack", "split_width"):
+        with tempfile.TemporaryDirectory(prefix="growth-read") as folder:
+            recipe = make_recipe(
+                Path(folder) / "run",
+                model__n_layers=deep * options.factor if operator == "stack" else deep,
+                model__dim=wide if operator == "stack" else 2 * wide,
+                model__n_heads=8 if operator == "stack" else 16,
+                model__n_kv_heads=8 if operator == "stack" else 16,
+                model__vocab_size=8192,
+                training__local_batch_size=1,
+                checkpoint__enable=True,
+                growth__stages__0__at="3 steps",
+                growth__stages__0__operator=operator,
+                growth__stages__0__factor=options.factor if operator == "stack" else 2,
+                growth__stages__0__optimizer_state="copy",
             )
-            print(rows[-1], flush=True)
+            for phase, step in ((0, 1), (1, 2)):
+                run_ranks(saved, SAVED_ON, SAVED_ON, recipe, phase, step, timeout_seconds=600)
+            steps = [Path(recipe.job.dump_folder) / "checkpoint" / f"step-{step}" for step in (1, 2)]
+            sizes[operator] = " -> ".join(f"{_stored_bytes(step) / MIB:,.0f}" for step in steps)
+            for num_ranks in (1, 2, 4, 8):
+                ranks = run_ranks(measured, num_ranks, num_ranks, recipe, options.repeats, timeout_seconds=600)
+                ratio = median(grown / load for grown, load in zip(ranks[0]["growth"], ranks[0]["load"], strict=True))
+                keys = ("bytes", "chunks", "largest", "shards", "peak_mib", "verify_mib")
+                most = {key: max(rank[key] for rank in ranks) for key in keys}
+                failed |= ratio > LIMIT or most["peak_mib"] > most["largest"] / MIB + SLACK_MIB
+                rows.append(
+                    f"| {operator} | {num_ranks} | {most['bytes'] / MIB:,.1f} | {most['chunks']} | "
+                    f"{most['largest'] / MIB:,.1f} | {most['shards'] / MIB:,.1f} | {most['peak_mib']:,.1f} | "
+                    f"{most['verify_mib']:,.1f} | {median(ranks[0]['growth']):.2f} | "
+                    f"{median(ranks[0]['load']):.2f} | {ratio:.2f} |"
+                )
+                print(rows[-1], flush=True)
     words = " ".join(["python benchmarks/growth_read.py", *(argv if argv is not None else sys.argv[1:])])
     RESULT.write_text(
         "\n".join(
             [
                 "# What a growth reads",
                 "",
-                f"`{words}`: {options.layers} layers of width {options.dim} with their moments, "
-                f"{stored[1] / MIB:,.0f} MiB saved on {SAVED_ON} ranks, stacked to {options.layers * options.factor} "
-                f"layers ({stored[2] / MIB:,.0f} MiB). FSDP on each number of ranks, one thread each, "
-                f"{os.cpu_count()} cores: with more ranks than cores only the ratio means anything. MiB and chunks are "
-                "of the rank that has most; memory is what came on top of the grown shards while reading, where "
-                "torch.load holds a chunk up to three times. A plain load is that of the grown model's own checkpoint "
-                "into the same shards, in turns with the growth.",
+                f"`{words}`: {deep} layers of width {wide} with their moments, saved on {SAVED_ON} ranks, grown to "
+                f"{deep * options.factor} layers ({sizes['stack']} MiB) or to width {2 * wide} "
+                f"({sizes['split_width']} MiB). FSDP on each number of ranks, one thread each, {os.cpu_count()} cores: "
+                "with more ranks than cores only the ratio means anything. MiB and chunks are of the rank that has "
+                "most. Memory is what came on top of the grown shards: while growing it must stay within the largest "
+                f"stored chunk (and {SLACK_MIB:.0f} MiB of the process's own), while verifying it is about one stored "
+                "tensor and a chunk of it. A plain load is that of the grown model's own checkpoint into the same "
+                "shards, in turns with the growth.",
                 "",
-                "| ranks | MiB read | chunks | largest chunk | grown shards | memory on top | growth, s | load, s "
-                "| ratio |",
-                "|" + " --- |" * 9,
+                "| operator | ranks | MiB read | chunks | largest chunk | grown shards | memory on top, growing "
+                "| verifying | growth, s | load, s | ratio |",
+                "|" + " --- |" * 11,
                 *rows,
                 "",
                 f"Largest ratio allowed: {LIMIT}. Each chunk is read once, however many layers are made of it.",
@@ -215,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
             ]
         )
     )
-    return int(slow)
+    return int(failed)
 
 
 def _stored_bytes(path: Path) -> int:

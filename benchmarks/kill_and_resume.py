@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMINGS = ("tokens_per_second", "mfu")
+TIMINGS = ("seconds", "tokens_per_second", "mfu")
 SHORT = [
     *("--training.steps", "24", "--growth.stages.0.at", "12 steps", "--checkpoint.interval", "5"),
     *("--validation.freq", "8", "--validation.steps", "1", "--debug.seed", "1", "--debug.log_batch_hash"),

@@ -13,6 +13,7 @@ from unittest import mock
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.schema import Recipe
+from titan_growth.metrics import MEASURED
 from titan_growth.observers import Observers
 from titan_growth.run_data import prepare_run_data
 from titan_growth.start import decide, settle
@@ -130,7 +131,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def without_timings(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines without what depends on the clock."""
-    return [{key: value for key, value in line.items() if key not in ("tokens_per_second", "mfu")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def assert_parity(

@@ -54,6 +54,7 @@ class Observers:
             log_freq=recipe.metrics.log_freq,
             total_steps=recipe.training.steps,
             device_type=device.type,
+            seconds_before=resumed.manifest.seconds if resumed is not None else 0.0,
         )
         if resumed is not None and self.jsonl is not None:
             self.metrics.load_history(self.jsonl.path, resumed_at=start_step)
@@ -73,6 +74,11 @@ class Observers:
     def metrics_offset(self) -> int:
         """Bytes of metrics.jsonl so far; 0 on a rank that does not write it."""
         return self.jsonl.offset if self.jsonl is not None else 0
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock of the run until now."""
+        return self.metrics.seconds
 
     def start(self) -> None:
         """The first step is about to begin."""

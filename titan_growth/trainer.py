@@ -296,6 +296,7 @@ class Trainer(GrowsMidRun):
                 model_only=model_only,
                 permanent=permanent,
                 metrics_offset=self.observers.metrics_offset,
+                seconds=self.observers.seconds,
                 held_out_loss=self._held_out_loss() if permanent else None,
                 recent_losses=self.losses,
                 data=self.run_data.fingerprints(),

@@ -15,6 +15,7 @@ from tests.harness import run_ranks
 from tests.runs import BASE, argv_of, make_recipe, read_metrics, train, write_corpus
 from titan_growth.growth.schedule import slope
 from titan_growth.lineage_report import lineage_lines
+from titan_growth.metrics import MEASURED
 
 ROOT = Path(__file__).parents[2]
 SAVING = {"checkpoint__enable": True, "checkpoint__interval": 2}
@@ -146,4 +147,4 @@ def test_three_stages_resume_from_any_checkpoint(steps: list[int], tmp_path: Pat
 
 
 def _without_timings(line: str) -> dict[str, Any]:
-    return {key: value for key, value in json.loads(line).items() if key not in ("tokens_per_second", "mfu")}
+    return {key: value for key, value in json.loads(line).items() if key not in MEASURED}

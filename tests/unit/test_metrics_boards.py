@@ -24,7 +24,9 @@ from titan_growth.tools.errors import ConfigError, RunFolderError
 TIMINGS = Timings(
     step_seconds=0.5, data_seconds=0.125, memory_gib=0.75, peak_memory_gib=1.5, eta_seconds=130.0, step_total=300
 )
-GROWTH = GrowthRecord(step=2, tokens=8192, flops=3e9, from_layers=3, to_layers=12, loss_before=3.25, loss_after=4.5)
+GROWTH = GrowthRecord(
+    step=2, tokens=8192, flops=3e9, seconds=1.0, from_layers=3, to_layers=12, loss_before=3.25, loss_after=4.5
+)
 
 
 def step_record(step: int, loss: float = 6.0) -> StepRecord:
@@ -32,6 +34,7 @@ def step_record(step: int, loss: float = 6.0) -> StepRecord:
         step=step,
         tokens=4096 * step,
         flops=2.0**40,
+        seconds=0.5 * step,
         loss=loss,
         grad_norm=1.25,
         lr=0.5,
@@ -52,7 +55,7 @@ def read_back(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_metrics_tensorboard_tags_and_values_come_back(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
     sink.step(step_record(1), TIMINGS)
-    sink.validation(ValidationRecord(step=1, tokens=4096, flops=1e9, validation_loss=5.5))
+    sink.validation(ValidationRecord(step=1, tokens=4096, flops=1e9, seconds=1.0, validation_loss=5.5))
     sink.growth(GROWTH)
     sink.close()
     assert read_back(tmp_path) == {
@@ -142,7 +145,7 @@ def test_metrics_tensorboard_disk_that_fills_after_the_last_record_is_reported_b
     (event_file,) = folder.iterdir()
     event_file.unlink()
     folder.rmdir()
-    sink.validation(ValidationRecord(step=1, tokens=1, flops=1.0, validation_loss=1.0))
+    sink.validation(ValidationRecord(step=1, tokens=1, flops=1.0, seconds=1.0, validation_loss=1.0))
     sink.close()
     assert len(caplog.records) == 1
     assert "No such file" in caplog.records[0].getMessage()
@@ -201,7 +204,7 @@ def test_metrics_wandb_gets_the_same_points_and_is_finished(tmp_path: Path, monk
     sink = WandbSink(tmp_path / "wb", project="p", run_name="r", config={"model": {"dim": 8}})
     assert (tmp_path / "wb").is_dir()
     sink.step(step_record(4), TIMINGS)
-    sink.validation(ValidationRecord(step=4, tokens=1, flops=1.0, validation_loss=5.5))
+    sink.validation(ValidationRecord(step=4, tokens=1, flops=1.0, seconds=1.0, validation_loss=5.5))
     sink.growth(GROWTH)
     sink.close()
     init_call, step_call, *others = calls

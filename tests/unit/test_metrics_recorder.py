@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from titan_growth.metrics import (
+    MEASURED,
     GrowthRecord,
     JsonlSink,
     Metrics,
@@ -97,6 +98,7 @@ def test_metrics_step_records_carry_the_numbers_given_and_measured(clock: Clock)
         step=10,
         tokens=1000,
         flops=50000,
+        seconds=20.0,
         loss=2.5,
         grad_norm=1.0,
         lr=1e-3,
@@ -141,7 +143,7 @@ def test_metrics_all_sinks_get_everything_and_are_closed_once(clock: Clock) -> N
     for sink in sinks:
         assert sink.others == [validation, growth]
         assert sink.num_closed == 1
-    assert validation == ValidationRecord(step=5, tokens=500, flops=25000, validation_loss=3.5)
+    assert validation == ValidationRecord(step=5, tokens=500, flops=25000, seconds=0.0, validation_loss=3.5)
     assert (growth.from_layers, growth.to_layers, growth.loss_before, growth.loss_after) == (3, 6, 2.0, 2.5)
 
 
@@ -234,7 +236,7 @@ def test_metrics_history_that_cannot_be_read_is_a_warning(
 def test_metrics_file_of_a_broken_and_resumed_run_equals_the_unbroken_one(tmp_path: Path) -> None:
     def stable(path: Path) -> list[dict[str, object]]:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "mfu")} for line in lines]
+        return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
     clock = Clock()
     metrics = make(clock, JsonlSink(tmp_path / "whole.jsonl"), log_freq=2, total_steps=9)

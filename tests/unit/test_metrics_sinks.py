@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[2]
 TIMINGS = Timings(
     step_seconds=0.5, data_seconds=0.1, memory_gib=0.92, peak_memory_gib=1.5, eta_seconds=130.0, step_total=300
 )
-VALIDATION = ValidationRecord(step=12, tokens=49152, flops=1.5e12, validation_loss=3.25)
+VALIDATION = ValidationRecord(step=12, tokens=49152, flops=1.5e12, seconds=70.0, validation_loss=3.25)
 GROWTH = GrowthRecord(
-    step=300, tokens=1228800, flops=3e14, from_layers=3, to_layers=12, loss_before=3.21, loss_after=4.56
+    step=300, tokens=1228800, flops=3e14, seconds=71.0, from_layers=3, to_layers=12, loss_before=3.21, loss_after=4.56
 )
 
 
@@ -33,6 +33,7 @@ def step_record(step: int = 12, **changes: object) -> StepRecord:
         "step": step,
         "tokens": 4096 * step,
         "flops": 1.23e13,
+        "seconds": 61.5,
         "loss": 6.12341,
         "grad_norm": 1.2345,
         "lr": 8e-4,
@@ -51,14 +52,14 @@ def lines_of(path: Path) -> list[dict[str, object]]:
 
 
 def test_metrics_step_record_has_exactly_these_keys_in_this_order() -> None:
-    keys = ["step", "tokens", "flops", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "num_layers"]
+    keys = ["step", "tokens", "flops", "seconds", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "num_layers"]
     assert list(step_record().to_dict()) == keys
     assert list(step_record(batch_hash="abc").to_dict()) == [*keys, "batch_hash"]
 
 
 def test_metrics_validation_and_growth_records_have_exactly_these_keys() -> None:
-    assert list(VALIDATION.to_dict()) == ["step", "tokens", "flops", "validation_loss"]
-    expected = ["event", "step", "tokens", "flops", "from_layers", "to_layers", "loss_before", "loss_after"]
+    assert list(VALIDATION.to_dict()) == ["step", "tokens", "flops", "seconds", "validation_loss"]
+    expected = ["event", "step", "tokens", "flops", "seconds", "from_layers", "to_layers", "loss_before", "loss_after"]
     assert list(GROWTH.to_dict()) == expected
     assert GROWTH.to_dict()["event"] == "growth"
 

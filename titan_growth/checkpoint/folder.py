@@ -39,6 +39,8 @@ class Manifest:
     """Kept by retention: taken at a growth."""
     metrics_offset: int
     """Bytes of metrics.jsonl when the checkpoint was taken; a resume cuts the file back to it."""
+    seconds: float = 0.0
+    """Wall-clock of the run's loop when the checkpoint was taken, over all processes that led to it."""
     held_out_loss: float | None = None
     """Of one fixed batch, when the model grows from here: the growth then needs the small model itself no more."""
     roll_back: dict[str, Any] | None = None

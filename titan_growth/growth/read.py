@@ -4,13 +4,14 @@
 
 Nothing is gathered and nothing is planned together: the ranks do not even talk to each other, but to agree on whether
 all have succeeded. A chunk that feeds many tensors (a layer that is stacked four times) is read once for all of them,
-and let go before the next is read, so a rank needs its grown shards and the largest stored chunk.
+and let go before the next is read; what is gathered or drawn on the way is so a few rows at a time. A rank needs its
+grown shards and the largest stored chunk.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.growth.axes import NEW
 from titan_growth.growth.rules import OPTIMIZER_PREFIX, Rule
-from titan_growth.models.initialize import draw, local_and_offset
+from titan_growth.models.initialize import ROWS_PER_BLOCK, draw, local_and_offset
 from titan_growth.tools.errors import CheckpointError
 
 StdOf = Callable[[str], float | None]
@@ -55,6 +56,26 @@ class Box:
             for index, start, length in zip(indices, offset, local.shape, strict=True)
         )
         return cls(local, offset, rule, positions)
+
+    def parts(self) -> Iterator[Box]:
+        """The box in parts of a few rows, so that what is computed for one of them is small.
+
+        They end where the blocks of the initial distribution do, so that no block is drawn twice.
+        """
+        if self.local.dim() < 2:
+            yield self
+            return
+        num_rows, (first, *others) = self.local.shape[0], self.offset
+        start = 0
+        while start < num_rows:
+            stop = min(num_rows, start + ROWS_PER_BLOCK - (first + start) % ROWS_PER_BLOCK)
+            positions = (self.positions[0][start:stop], *self.positions[1:])
+            yield Box(self.local[start:stop], (first + start, *others), self.rule, positions)
+            start = stop
+
+    def overlaps(self, offsets: Sequence[int], sizes: Sequence[int]) -> bool:
+        """Whether any element comes from a stored chunk."""
+        return all(_overlaps(*span) for span in zip(self.positions, offsets, sizes, strict=True))
 
 
 def read_grown(
@@ -96,7 +117,7 @@ def read_grown(
             if chunk.dtype != box.local.dtype:
                 message = f"{box.rule.source} is stored as {chunk.dtype}, and {name} is {box.local.dtype}"
                 raise CheckpointError(f"{folder.name} refused: {message}")
-            if all(_overlaps(*pair) for pair in zip(box.positions, chunk.offsets, chunk.sizes, strict=True)):
+            if box.overlaps(chunk.offsets, chunk.sizes):
                 wanted.setdefault(chunk, []).append(box)
     done = BytesRead()
     for chunk in sorted(wanted, key=lambda chunk: (chunk.file, chunk.begin)):
@@ -106,8 +127,10 @@ def read_grown(
         done.largest_chunk = max(done.largest_chunk, chunk.length)
         for box in wanted[chunk]:
             place(values, chunk.offsets, box)
+        del values  # before the next one is read
     for name, box in boxes.items():
-        finish(box, tensors[name].shape, std_of, seed, is_state=name.startswith(OPTIMIZER_PREFIX))
+        for part in box.parts():
+            finish(part, tensors[name].shape, std_of, seed, is_state=name.startswith(OPTIMIZER_PREFIX))
     return done
 
 
@@ -137,6 +160,15 @@ def place(values: Tensor, offsets: Sequence[int], box: Box) -> None:
         values: the chunk.
         offsets: where in the stored tensor it begins.
     """
+    if all(isinstance(positions, range) for positions in box.positions):
+        _place(values, offsets, box)
+        return
+    for part in box.parts():
+        if part.overlaps(offsets, values.shape):
+            _place(values, offsets, part)
+
+
+def _place(values: Tensor, offsets: Sequence[int], box: Box) -> None:
     target, piece = box.local, values
     scattered: list[Tensor | slice] = []
     for dim, (positions, start) in enumerate(zip(box.positions, offsets, strict=True)):

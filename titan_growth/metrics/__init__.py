@@ -4,11 +4,12 @@ from titan_growth.metrics.boards import TensorBoardSink, WandbSink
 from titan_growth.metrics.hardware import memory_gib, peak_flops_per_second
 from titan_growth.metrics.profiling import Profiler
 from titan_growth.metrics.recorder import Metrics
-from titan_growth.metrics.records import GrowthRecord, Record, StepRecord, Timings, ValidationRecord
+from titan_growth.metrics.records import MEASURED, GrowthRecord, Record, StepRecord, Timings, ValidationRecord
 from titan_growth.metrics.sinks import ConsoleSink, JsonlSink, Sink
 from titan_growth.metrics.throughput import Throughput, Window
 
 __all__ = [
+    "MEASURED",
     "ConsoleSink",
     "GrowthRecord",
     "JsonlSink",

@@ -32,14 +32,22 @@ class Metrics:
     """Records steps, validations and growths in `sinks` (empty on ranks that do not write).
 
     `meter` is fed by the loop through `count_step()`, `meter.data()` and `meter.pause()`. `total_steps` is the step the
-    run ends at, `log_freq` the distance in steps between logs, and `device_type` says whose memory is reported.
+    run ends at, `log_freq` the distance in steps between logs, `device_type` says whose memory is reported, and
+    `seconds_before` is the wall-clock of the run until this process took over.
 
     Raises:
         ValueError: `log_freq` is not positive.
     """
 
     def __init__(
-        self, *, sinks: Sequence[Sink], meter: Throughput, log_freq: int, total_steps: int, device_type: str = "cpu"
+        self,
+        *,
+        sinks: Sequence[Sink],
+        meter: Throughput,
+        log_freq: int,
+        total_steps: int,
+        device_type: str = "cpu",
+        seconds_before: float = 0.0,
     ) -> None:
         if log_freq < 1:
             raise ValueError(f"log_freq must be at least 1, got {log_freq}")
@@ -48,11 +56,17 @@ class Metrics:
         self._log_freq = log_freq
         self._total_steps = total_steps
         self._device_type = device_type
+        self._seconds_before = seconds_before
         self._validations: list[tuple[int, float]] = []
         self._growths: list[GrowthRecord] = []
         # Step, tokens and FLOPs that the run has come to, and the step this process took over at.
         self._reached = (0, 0, 0.0)
         self._resumed_at: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock of the run until now, over all the processes that led here."""
+        return self._seconds_before + sum(self.meter.phase_seconds().values())
 
     def should_log(self, step: int) -> bool:
         """Whether `step` (counted from 1) is logged. The same answer on every rank."""
@@ -89,6 +103,7 @@ class Metrics:
             step=step,
             tokens=tokens,
             flops=flops,
+            seconds=self.seconds,
             loss=loss,
             grad_norm=grad_norm,
             lr=lr,
@@ -116,7 +131,9 @@ class Metrics:
 
     def record_validation(self, *, step: int, tokens: int, flops: float, validation_loss: float) -> ValidationRecord:
         """Log a validation. Raises RunFolderError where `metrics.jsonl` cannot be written."""
-        record = ValidationRecord(step=step, tokens=tokens, flops=flops, validation_loss=validation_loss)
+        record = ValidationRecord(
+            step=step, tokens=tokens, flops=flops, seconds=self.seconds, validation_loss=validation_loss
+        )
         self._validations.append((step, validation_loss))
         for sink in self._sinks:
             sink.validation(record)
@@ -141,6 +158,7 @@ class Metrics:
             step=step,
             tokens=tokens,
             flops=flops,
+            seconds=self.seconds,
             from_layers=from_layers,
             to_layers=to_layers,
             loss_before=loss_before,
@@ -175,6 +193,7 @@ class Metrics:
         if line.get("event") == "growth":
             record = GrowthRecord(
                 *reached,
+                seconds=math.nan,
                 from_layers=int(_number(line["from_layers"])),
                 to_layers=int(_number(line["to_layers"])),
                 loss_before=_number(line["loss_before"]),

@@ -2,8 +2,8 @@
 
 `metrics.jsonl` is the run's durable history and the file that two runs are compared by, so it holds three kinds of
 lines and nothing else: one per logged training step, one per validation and one per growth. Given the same recipe,
-every value except `tokens_per_second` and `mfu` comes out bit for bit the same, before and after a resume; wall-clock
-facts that never repeat (step time, memory, what is left to go) are a `Timings` and stay out of the file.
+every value except those named in `MEASURED` comes out bit for bit the same, before and after a resume; wall-clock
+facts that nobody compares runs by (step time, memory, what is left to go) are a `Timings` and stay out of the file.
 
 Two rules make the lines comparable as text. A float is written with the shortest digits that read back as the same
 double, so equal lines mean equal numbers. And since JSON has no NaN and no infinity, a value that is not finite is
@@ -16,6 +16,9 @@ import json
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+
+MEASURED = ("seconds", "tokens_per_second", "mfu")
+"""The keys whose values no second run repeats."""
 
 
 def finite_or_none(value: float) -> float | None:
@@ -40,15 +43,17 @@ class Record(ABC):
 class StepRecord(Record):
     """One logged training step.
 
-    `tokens` and `flops` are totals since the run began, over all ranks; both are written as integers. `loss` is the
-    step's mean over all ranks. `tokens_per_second` is of all ranks together and `mfu` is a fraction of the hardware's
-    peak (0.40 is 40 %); these two are measured, hence not reproducible. `batch_hash`, where set, identifies the step's
-    data.
+    `tokens` and `flops` are totals since the run began, over all ranks; both are written as integers. `seconds` is the
+    wall-clock of the loop until here: validations, checkpoints and growths are in it, start-up is not, and neither is
+    what a kill or a roll-back has undone. `loss` is the step's mean over all ranks. `tokens_per_second` is of all ranks
+    together and `mfu` is a fraction of the hardware's peak (0.40 is 40 %); `MEASURED` are not reproducible.
+    `batch_hash`, where set, identifies the step's data.
     """
 
     step: int
     tokens: int
     flops: float
+    seconds: float
     loss: float
     grad_norm: float
     lr: float
@@ -62,6 +67,7 @@ class StepRecord(Record):
             "step": int(self.step),
             "tokens": int(self.tokens),
             "flops": int(self.flops),
+            "seconds": finite_or_none(round(self.seconds, 3)),
             "loss": finite_or_none(self.loss),
             "grad_norm": finite_or_none(self.grad_norm),
             "lr": finite_or_none(self.lr),
@@ -81,6 +87,7 @@ class ValidationRecord(Record):
     step: int
     tokens: int
     flops: float
+    seconds: float
     validation_loss: float
 
     def to_dict(self) -> dict[str, object]:
@@ -88,6 +95,7 @@ class ValidationRecord(Record):
             "step": int(self.step),
             "tokens": int(self.tokens),
             "flops": int(self.flops),
+            "seconds": finite_or_none(round(self.seconds, 3)),
             "validation_loss": finite_or_none(self.validation_loss),
         }
 
@@ -102,6 +110,7 @@ class GrowthRecord(Record):
     step: int
     tokens: int
     flops: float
+    seconds: float
     from_layers: int
     to_layers: int
     loss_before: float
@@ -113,6 +122,7 @@ class GrowthRecord(Record):
             "step": int(self.step),
             "tokens": int(self.tokens),
             "flops": int(self.flops),
+            "seconds": finite_or_none(round(self.seconds, 3)),
             "from_layers": int(self.from_layers),
             "to_layers": int(self.to_layers),
             "loss_before": finite_or_none(self.loss_before),
