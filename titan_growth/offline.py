@@ -238,11 +238,11 @@ class _OneSourceReader(SafeReader):
     def chunks(self) -> dict[str, list[StoredChunk]]:
         return self._chunks
 
-    def read_chunk(self, chunk: StoredChunk) -> Tensor:
+    def read_chunk(self, chunk: StoredChunk, buffer: Tensor | None = None) -> Tensor:
         if any(kept.name != chunk.name for kept in self._kept):
             self._kept.clear()
         if chunk not in self._kept:
-            self._kept[chunk] = super().read_chunk(chunk)
+            self._kept[chunk] = super().read_chunk(chunk)  # in memory of its own, since it stays
         return self._kept[chunk]
 
 

@@ -40,6 +40,11 @@ class StoredChunk:
     begin: int
     length: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its values; the file has a little more."""
+        return prod(self.sizes) * self.dtype.itemsize
+
 
 NamesOf = Callable[[str], list[str]]
 """Stored name -> the names it is served under."""
@@ -149,8 +154,11 @@ class SafeReader(FileSystemReader):
                 raise CheckpointError(f"{self.folder.name} refused: the pieces of {name} do not make it up")
         return found
 
-    def read_chunk(self, chunk: StoredChunk) -> torch.Tensor:
+    def read_chunk(self, chunk: StoredChunk, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The values of a stored piece.
+
+        Args:
+            buffer: where to put them: bytes, at least as many as the piece has values. Default: memory of their own.
 
         Raises:
             CheckpointError: when they cannot be read, or are not what the metadata says.
@@ -161,20 +169,20 @@ class SafeReader(FileSystemReader):
             # hold them up to three times on the way.
             said = _load_tensor(_create_file_view(file, chunk.begin, chunk.length), where, "meta")
             as_listed = tuple(said.shape) == chunk.sizes and said.dtype == chunk.dtype and said.is_contiguous()
-            num_bytes = prod(chunk.sizes) * chunk.dtype.itemsize
+            num_bytes = chunk.num_bytes
             storage_begin = said.untyped_storage()._checkpoint_offset
             assert storage_begin is not None, "torch.load notes where a storage without values lies"
             begin = storage_begin + int(said.storage_offset()) * said.element_size()
             if not as_listed or begin + num_bytes > chunk.length:
                 raise CheckpointError(f"{self.folder.name} refused: {chunk.file} does not hold {chunk.name} as it says")
-            values = torch.empty(chunk.sizes, dtype=chunk.dtype)
-            buffer: Any = values.view(-1).view(torch.uint8).numpy()
+            buffer = torch.empty(num_bytes, dtype=torch.uint8) if buffer is None else buffer[:num_bytes]
+            target: Any = buffer.numpy()
             file.seek(chunk.begin + begin)
-            if num_bytes and file.readinto(buffer) != num_bytes:
+            if num_bytes and file.readinto(target) != num_bytes:
                 raise CheckpointError(f"{where} cannot be read (it ends too early)")
         self.num_bytes_read += chunk.length
         self.num_chunks_read += 1
-        return values
+        return buffer.view(chunk.dtype).view(chunk.sizes)
 
     def _read(self, relative_path: str, offset: int, length: int) -> torch.Tensor:
         with open(self.folder / relative_path, "rb") as file:

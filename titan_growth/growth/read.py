@@ -20,6 +20,7 @@ from torch import Tensor
 
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.growth.axes import NEW
+from titan_growth.growth.place import place
 from titan_growth.growth.rules import OPTIMIZER_PREFIX, Rule
 from titan_growth.models.initialize import ROWS_PER_BLOCK, draw, local_and_offset
 from titan_growth.tools.errors import CheckpointError
@@ -120,14 +121,15 @@ def read_grown(
             if box.overlaps(chunk.offsets, chunk.sizes):
                 wanted.setdefault(chunk, []).append(box)
     done = BytesRead()
+    # One after another into the same memory: an allocator may keep several large pieces that have been let go.
+    buffer = torch.empty(max((chunk.num_bytes for chunk in wanted), default=0), dtype=torch.uint8)
     for chunk in sorted(wanted, key=lambda chunk: (chunk.file, chunk.begin)):
-        values = stored.read_chunk(chunk)
+        values = stored.read_chunk(chunk, buffer)
         done.num_bytes += chunk.length
         done.num_chunks += 1
         done.largest_chunk = max(done.largest_chunk, chunk.length)
         for box in wanted[chunk]:
-            place(values, chunk.offsets, box)
-        del values  # before the next one is read
+            place(values, chunk.offsets, box.local, box.positions, box.offset, box.rule)
     for name, box in boxes.items():
         for part in box.parts():
             finish(part, tensors[name].shape, std_of, seed, is_state=name.startswith(OPTIMIZER_PREFIX))
@@ -153,55 +155,9 @@ def _overlaps(positions: Sequence[int], start: int, length: int) -> bool:
     return any(start <= position < start + length for position in positions)
 
 
-def place(values: Tensor, offsets: Sequence[int], box: Box) -> None:
-    """Copies what a stored chunk has of a box into it.
-
-    Args:
-        values: the chunk.
-        offsets: where in the stored tensor it begins.
-    """
-    if all(isinstance(positions, range) for positions in box.positions):
-        _place(values, offsets, box)
-        return
-    for part in box.parts():
-        if part.overlaps(offsets, values.shape):
-            _place(values, offsets, part)
-
-
-def _place(values: Tensor, offsets: Sequence[int], box: Box) -> None:
-    target, piece = box.local, values
-    scattered: list[Tensor | slice] = []
-    for dim, (positions, start) in enumerate(zip(box.positions, offsets, strict=True)):
-        stop = start + values.shape[dim]
-        if isinstance(positions, range):
-            first, last = max(positions.start, start), min(positions.stop, stop)
-            piece = piece.narrow(dim, first - start, last - first)
-            target = target.narrow(dim, first - positions.start, last - first)
-            scattered.append(slice(None))
-        else:
-            there = torch.tensor(positions)
-            here = torch.nonzero((there >= start) & (there < stop)).flatten()
-            piece = piece.index_select(dim, there[here] - start)
-            scattered.append(here.to(target.device))
-    if all(isinstance(entry, slice) for entry in scattered):
-        target.copy_(piece)
-    elif sum(isinstance(entry, Tensor) for entry in scattered) == 1:
-        target[tuple(scattered)] = piece.to(target.device)
-    else:
-        rows, columns = scattered
-        assert isinstance(rows, Tensor), "a parameter has at most two dimensions"
-        target[rows.unsqueeze(1), columns] = piece.to(target.device)
-
-
 def finish(box: Box, shape: torch.Size, std_of: StdOf, seed: int, *, is_state: bool) -> None:
-    """Scales, initial values and noise, once all stored values are in their places."""
+    """Initial values and noise, once all stored values are in their places."""
     rule, local = box.rule, box.local
-    if rule.scale != 1.0:
-        local.mul_(rule.scale)
-    for dim, scales in enumerate(rule.scales):
-        if scales is not None:
-            share = torch.tensor(scales[box.offset[dim] : box.offset[dim] + local.shape[dim]], dtype=local.dtype)
-            local.mul_(share.to(local.device).reshape([-1 if d == dim else 1 for d in range(local.dim())]))
     if is_state or not local.numel():
         return
     std = std_of(rule.parameter)

@@ -46,6 +46,7 @@ def verify_growth(
     """
     stored = reader or SafeReader(folder)
     chunks = stored.chunks()
+    buffer = torch.empty(max(piece.num_bytes for pieces in chunks.values() for piece in pieces), dtype=torch.uint8)
     by_source: dict[str | None, list[str]] = {}
     boxes = {name: Box.of(tensor, rule_of(name)) for name, tensor in tensors.items()}
     for name, box in boxes.items():
@@ -61,7 +62,7 @@ def verify_growth(
             if source is not None and _span(box) != span:  # the layers that a layer was stacked to share it
                 dense = None  # before the next one is read
                 span = _span(box)
-                dense = _dense(stored, chunks[source], span, box.local.dtype)
+                dense = _dense(stored, chunks[source], span, box.local.dtype, buffer)
             for part in box.parts():
                 expected = None if span is None or dense is None else _expected(part, dense, span[0])
                 if problems := _compare(name, part, expected, std):
@@ -80,7 +81,7 @@ def _span(box: Box) -> Span:
     return starts, tuple(max(positions, default=-1) + 1 for positions in known)
 
 
-def _dense(stored: SafeReader, chunks: Sequence[StoredChunk], span: Span, dtype: torch.dtype) -> Tensor:
+def _dense(stored: SafeReader, chunks: Sequence[StoredChunk], span: Span, dtype: torch.dtype, buffer: Tensor) -> Tensor:
     """A box of a stored tensor, put together from its pieces."""
     starts, stops = span
     sizes = [max(0, stop - start) for start, stop in zip(starts, stops, strict=True)]
@@ -94,7 +95,7 @@ def _dense(stored: SafeReader, chunks: Sequence[StoredChunk], span: Span, dtype:
             continue
         here = tuple(slice(first - at, last - at) for (first, last), at in zip(spans, chunk.offsets, strict=True))
         there = tuple(slice(first - at, last - at) for (first, last), at in zip(spans, starts, strict=True))
-        dense[there] = stored.read_chunk(chunk)[here]
+        dense[there] = stored.read_chunk(chunk, buffer)[here]
     return dense
 
 
