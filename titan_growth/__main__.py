@@ -14,6 +14,8 @@ commands:
   check   check a recipe and prepare its data without training; WORLD_SIZE is the number of ranks
   grow    grow a checkpoint on disk, in one process and bounded memory
   lineage what a checkpoint has come from: growths, sources, meshes, losses
+  probe   try several growths of a checkpoint for a few steps each, and rank them
+  plot    validation loss of runs against FLOPs, tokens and seconds, and the speedup at equal loss
   launch  what run_train.sh calls: check, start the ranks, report how it ended
 
 python -m titan_growth train --help lists every key of a recipe.
@@ -50,6 +52,14 @@ def main(argv: list[str] | None = None) -> int:
         from titan_growth.lineage_report import main as lineage
 
         return lineage(rest)
+    if command == "probe":
+        from titan_growth.probe import main as probe
+
+        return probe(rest)
+    if command == "plot":
+        from titan_growth.plot import main as plot
+
+        return plot(rest)
     if command == "launch":
         from titan_growth.launch import main as launch
 

@@ -9,8 +9,6 @@ run starts from it with `checkpoint.initial_load_path`, and its lineage names th
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
 import time
 import warnings
@@ -21,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -34,23 +31,21 @@ from titan_growth.checkpoint.folder import (
     Manifest,
     StepFolder,
     file_entry,
-    open_step,
     write_manifest,
 )
 from titan_growth.checkpoint.lineage import GrowthEvent, Lineage
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
-from titan_growth.config.fields import parse_text, suggestion
 from titan_growth.config.growth_schema import GrowthStage
-from titan_growth.config.loader import recipe_from_toml, to_toml, with_values
+from titan_growth.config.loader import to_toml, with_values
 from titan_growth.config.plugins import load_plugins
 from titan_growth.config.schema import Recipe
-from titan_growth.growth.chain import chain_of, stage_problems
-from titan_growth.growth.operators import GrowthMap, operators
+from titan_growth.growth.operators import GrowthMap
 from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import MOMENTS, OPTIMIZER_PREFIX, Rules
 from titan_growth.growth.verify import verify_growth
+from titan_growth.growth_arguments import STAGE_WORDS, map_of, open_source, parse_words, stage_of
 from titan_growth.models.config import ModelConfig
-from titan_growth.models.registry import family_module, model_config_of
+from titan_growth.models.registry import family_module
 from titan_growth.tools.errors import CheckpointError, ConfigError, GrowthError, Problem, TitanGrowthError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.run_folder import gib
@@ -72,8 +67,6 @@ Exit status: 0 grown and verified, 1 failed, 2 wrong arguments.
 """
 
 _OWN = ("from", "to", "seed", "plugins")
-_STAGE = ("operator", "factor", "layer_map", "n_layers", "dim", "n_heads", "n_kv_heads", "hidden_dim", "noise",
-          "optimizer_state", "optimizer_step", "options")  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -96,39 +89,14 @@ def main(argv: list[str]) -> int:
 
 def _arguments(argv: list[str]) -> tuple[dict[str, str], GrowthStage]:
     """(the command's own arguments, the stage) of a command line."""
-    given: dict[str, str] = {}
-    words = iter(argv)
-    problems = []
-    for word in words:
-        name, has_value, text = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or name not in (*_OWN, *_STAGE):
-            hint = suggestion(name, (*_OWN, *_STAGE)) or "python -m titan_growth grow --help lists the arguments"
-            problems.append(Problem(word, "is no argument of this command", hint))
-            continue
-        value = text if has_value else next(words, None)
-        if value is None or value.startswith("--"):
-            problems.append(Problem(word, "needs a value"))
-            break
-        given[name] = value
-    problems += [Problem(f"--{name}", "is missing") for name in ("from", "to", "operator") if name not in given]
+    given = {name: values[-1] for name, values in parse_words(argv, (*_OWN, *STAGE_WORDS), command="grow").items()}
+    problems = [Problem(f"--{name}", "is missing") for name in ("from", "to", "operator") if name not in given]
     if not given.get("seed", "0").isdecimal():
         problems.append(Problem("--seed", f"expected a whole number, got '{given['seed']}'"))
     if problems:
         raise ConfigError(problems)
     load_plugins([name for name in given.get("plugins", "").split(",") if name])
-    fields = GrowthStage.model_fields
-    settings = {name: parse_text(given[name], fields[name].annotation) for name in _STAGE if name in given}
-    if "options" in settings:
-        with contextlib.suppress(ValueError):
-            settings["options"] = json.loads(given["options"])
-    try:
-        stage = GrowthStage.model_validate({"at": "1 step", "optimizer_state": "copy", **settings})
-    except ValidationError as error:
-        raise ConfigError(
-            [Problem("--" + ".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
-        ) from None
-    return given, stage
+    return given, stage_of({name: given[name] for name in STAGE_WORDS if name in given}, optimizer_state="copy")
 
 
 def grow_checkpoint(source: Path, target: Path, stage: GrowthStage, *, seed: int = 0) -> str:
@@ -140,8 +108,9 @@ def grow_checkpoint(source: Path, target: Path, stage: GrowthStage, *, seed: int
         GrowthError: when what was written is not what it should be. Nothing is committed then.
     """
     began = time.perf_counter()
-    folder, recipe, before = _opened(source)
-    growth = _map(before, stage)
+    opened = open_source(source)
+    folder, recipe = opened.folder, opened.recipe
+    growth = _map(opened.config, stage)
     if source.resolve() in (target.resolve(), *target.resolve().parents):
         raise ConfigError([Problem("--to", f"{target} is inside the source", "Name another folder")])
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -173,41 +142,8 @@ def grow_checkpoint(source: Path, target: Path, stage: GrowthStage, *, seed: int
     )
 
 
-def _opened(source: Path) -> tuple[StepFolder, Recipe, ModelConfig]:
-    """(the folder, the recipe it was written with, the model that it holds)."""
-    if not source.is_dir():
-        raise ConfigError([Problem("--from", f"{source}: no such folder", "Name a step-N folder")])
-    folder = open_step(source)
-    if folder is None:
-        raise CheckpointError(f"{source} refused: it has no manifest, so it was never committed")
-    if damage := folder.damage(checksums=True):
-        raise CheckpointError(f"{source} refused: {damage}")
-    try:
-        recipe, lineage = recipe_from_toml(folder.recipe_table()), folder.lineage()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{source} refused: its recipe or lineage cannot be read ({reason})") from None
-    if lineage.events:
-        last = lineage.events[-1]
-        if folder.step < last.step + int(last.stage.get("mask_steps") or 0):
-            raise CheckpointError(f"{source} refused: the mask of its last growth is still opening. Take a later step")
-    target, problems = model_config_of(recipe.model)
-    chain, more = chain_of(recipe.growth, target) if target is not None else (None, [])
-    if chain is None:
-        raise CheckpointError(f"{source} refused: its recipe makes no model ({[*problems, *more][0]})")
-    return folder, recipe, chain.configs[len(lineage.events)]
-
-
 def _map(before: ModelConfig, stage: GrowthStage) -> GrowthMap:
-    known = operators()
-    if stage.operator not in known:
-        message = f"unknown operator '{stage.operator}'; known: {', '.join(known)}"
-        raise ConfigError([Problem("--operator", message, suggestion(stage.operator, known))])
-    if problems := list(stage_problems("", stage, known[stage.operator])):
-        raise ConfigError(problems)
-    growth = known[stage.operator].grow(before, stage)
-    if isinstance(growth, str):
-        raise ConfigError([Problem("--operator", f"{stage.operator}: {growth}")])
+    growth = map_of(before, stage)
     if growth.masked or growth.learned:
         message = f"'{stage.operator}' goes on during training, so it cannot be done on disk"
         raise ConfigError([Problem("--operator", message, "Name it in [[growth.stages]] of a run")])

@@ -2,7 +2,7 @@
 
 A run on the source mesh is stopped at its growth and started again on the target mesh, where it grows. Every weight
 and both moments must be, bit for bit, what the same operator gives on one rank without any sharding, from the source's
-own checkpoint; and three more steps must have the losses of one rank. Meshes are on 1 to 8 ranks, with 5 layers (no
+own checkpoint; and three more steps must have the losses of one rank. Meshes are on 1 to 8 ranks, with 7 layers (no
 pipeline divides them), a SwiGLU width of 90 and a vocabulary of 259 (no shards are even).
 """
 
@@ -39,7 +39,7 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "stack": {"operator": "stack", "factor": 2},
     "interpose": {"operator": "interpose", "factor": 2},
     "zero_depth": {"operator": "zero_depth", "factor": 2},
-    "zero_width": {"operator": "zero_width", "dim": 48, "n_heads": 6, "n_kv_heads": 3, "hidden_dim": 90},
+    "zero_width": {"operator": "zero_width", "dim": 48, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 90},
     "split_width": {"operator": "split_width", "factor": 2, "noise": 0.01},
     "random_width": {"operator": "random_width", "factor": 2, "mask_steps": 4},
     "random_depth": {"operator": "random_depth", "factor": 2, "mask_steps": 4},
@@ -50,7 +50,7 @@ QUICK = [
     ("tp2", "fsdp2", "zero_width"),
 ]
 STEPS = 3
-BASE = {"n_layers": 5, "dim": 32, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 90}
+BASE = {"n_layers": 7, "dim": 32, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 90}
 
 
 def recipe_of(folder: Path, source: Case, target: Case, operator: str) -> Any:

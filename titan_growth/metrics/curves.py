@@ -1,0 +1,149 @@
+"""Validation curves of whole runs, and what it costs to come to a loss.
+
+Two runs are compared at equal loss: the lowest that both reach. Speedup is that of Du et al. (NeurIPS 2024, section 3),
+cost of the one over cost of the other, minus one, where the cost is FLOPs, tokens or seconds since the run began, small
+models before a growth included. Between two validations a curve is taken to be straight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.tools.run_folder import METRICS_FILE
+
+COSTS = ("flops", "tokens", "seconds")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A validation."""
+
+    step: int
+    loss: float
+    cost: dict[str, float]
+    """Until then, by the names of `COSTS`; seconds are missing in runs of older versions."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A growth on the way."""
+
+    step: int
+    from_layers: int
+    to_layers: int
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The validations of a run, in their order."""
+
+    name: str
+    points: tuple[Point, ...]
+    growths: tuple[Growth, ...]
+
+    @property
+    def best_loss(self) -> float:
+        """The lowest loss that it has come to."""
+        return min(point.loss for point in self.points)
+
+    def has(self, cost: str) -> bool:
+        """Whether every validation knows this cost."""
+        return all(cost in point.cost for point in self.points)
+
+    def cost_of(self, loss: float, cost: str) -> float | None:
+        """What it took to come to a loss for the first time; None when it never did."""
+        before: Point | None = None
+        for point in self.points:
+            if point.loss <= loss:
+                if before is None or before.loss <= point.loss:
+                    return point.cost[cost]
+                share = (before.loss - loss) / (before.loss - point.loss)
+                return before.cost[cost] + share * (point.cost[cost] - before.cost[cost])
+            before = point
+        return None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs at equal loss."""
+
+    baseline: Curve
+    other: Curve
+    loss: float
+    """The lowest that both reach."""
+    costs: dict[str, tuple[float, float]]
+    """Cost -> (of the baseline, of the other)."""
+
+    def speedup(self, cost: str) -> float:
+        """As a share: 0.5 means that the baseline costs half as much again."""
+        baseline, other = self.costs[cost]
+        return baseline / other - 1.0
+
+
+def compare(baseline: Curve, other: Curve) -> Comparison:
+    """What two runs cost until the lowest loss that both of them reach."""
+    loss = max(baseline.best_loss, other.best_loss)
+    costs = {}
+    for cost in COSTS:
+        if baseline.has(cost) and other.has(cost):
+            pair = (baseline.cost_of(loss, cost), other.cost_of(loss, cost))
+            assert pair[0] is not None, "the baseline reaches a loss that it has reached"
+            assert pair[1] is not None, "the other run reaches a loss that it has reached"
+            costs[cost] = (pair[0], pair[1])
+    return Comparison(baseline, other, loss, costs)
+
+
+def read_curve(name: str, path: Path) -> Curve:
+    """The curve of a run.
+
+    Args:
+        path: the run's folder (`job.dump_folder`), or a metrics.jsonl.
+
+    Raises:
+        ConfigError: when it cannot be read, or has not validated at least twice.
+    """
+    file = path / METRICS_FILE if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is no text"
+        raise ConfigError([Problem(str(file), f"cannot be read ({reason})", "Name a run's job.dump_folder")]) from None
+    points: list[Point] = []
+    growths: list[Growth] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            if entry.get("event") == "growth":
+                growths.append(Growth(entry["step"], entry["from_layers"], entry["to_layers"], _costs(entry)))
+            elif entry.get("validation_loss") is not None:
+                points.append(Point(entry["step"], float(entry["validation_loss"]), _costs(entry)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError([Problem(f"{file}, line {number}", "is no line of a run's metrics")]) from None
+    if len(points) < 2:
+        message = f"{file} has {len(points)} validation{'s' if len(points) != 1 else ''}, and a curve needs two"
+        raise ConfigError([Problem(name, message, "Set validation.enable = true and a smaller validation.freq")])
+    return Curve(name, tuple(points), tuple(growths))
+
+
+def _costs(entry: dict[str, Any]) -> dict[str, float]:
+    return {cost: float(entry[cost]) for cost in COSTS if cost in entry and entry[cost] is not None}
+
+
+def report(comparisons: Sequence[Comparison]) -> list[str]:
+    """What the comparisons come to, as lines of text."""
+    lines = []
+    for one in comparisons:
+        lines.append(f"{one.other.name} against {one.baseline.name}, at validation loss {one.loss:.4f}:")
+        for cost, (baseline, other) in one.costs.items():
+            show = {"flops": "{:.3e}", "tokens": "{:,.0f}", "seconds": "{:,.1f}"}[cost].format
+            label = {"flops": "FLOPs"}.get(cost, cost)
+            lines.append(f"  {label:8} {show(baseline):>14} -> {show(other):>14}   speedup {one.speedup(cost):+7.1%}")
+        ends = [f"{curve.name} {curve.points[-1].loss:.4f}" for curve in (one.baseline, one.other)]
+        lines.append(f"  last validation loss: {', '.join(ends)}")
+    return lines

@@ -1,0 +1,97 @@
+"""What a probe has found: one row for each candidate, best first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from titan_growth.checkpoint.folder import Manifest
+from titan_growth.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a candidate."""
+
+    name: str
+    num_layers: int
+    num_params: int
+    loss_before: float | None = None
+    """On one held-out batch, right before the growth; None for a model that has not grown."""
+    loss_after: float | None = None
+    """On the same batch, right after."""
+    loss: float = math.nan
+    """At the end: on the held-out set, or of the last batch."""
+    validated: bool = False
+    flops: float = math.nan
+    """Spent since the checkpoint."""
+    seconds: float = math.nan
+    """The same; start-up is not in it."""
+    failure: str = ""
+
+
+def outcome_of(
+    name: str, config: ModelConfig, lines: Sequence[dict[str, Any]], start: Manifest, failure: str
+) -> Outcome:
+    """The outcome that a run's metrics show.
+
+    Args:
+        lines: of its metrics.jsonl.
+        start: of the checkpoint that it went on from.
+        failure: why it ended early; empty when it did not.
+    """
+    sizes = (name, config.num_layers, config.num_params)
+    growth = next((line for line in lines if line.get("event") == "growth"), {})
+    losses = (growth.get("loss_before"), growth.get("loss_after"))
+    steps = [line for line in lines if "loss" in line]
+    validations = [line for line in lines if "validation_loss" in line]
+    if failure or not steps:
+        return Outcome(*sizes, *losses, failure=failure or "it left no metrics")
+    last = steps[-1]
+    validated = bool(validations) and validations[-1]["step"] == last["step"]
+    loss = validations[-1]["validation_loss"] if validated else last["loss"]
+    return Outcome(
+        *sizes,
+        *losses,
+        loss=math.nan if loss is None else loss,
+        validated=validated,
+        flops=last["flops"] - start.progress.flops,
+        seconds=last["seconds"] - start.seconds,
+    )
+
+
+def report(outcomes: Sequence[Outcome], steps: int, source: str) -> Iterator[str]:
+    """The lines of the report."""
+    ended = [one for one in outcomes if not one.failure]
+    # NaN, a run that diverged, compares false with everything; it is the worst of those that ended.
+    ended.sort(key=lambda one: math.inf if math.isnan(one.loss) else one.loss)
+    by = "validation loss" if any(one.validated for one in ended) else "loss of the last batch"
+    width = max((len(one.name) for one in outcomes), default=0)
+    yield ""
+    yield f"{steps} steps from {source}, ranked by {by}:"
+    yield ""
+    yield (
+        f"{'':4} {'candidate':{width}} {'layers':>6} {'parameters':>14} {'before':>8} {'grown':>8} "
+        f"{'at end':>8} {'FLOPs':>9} {'seconds':>8}"
+    )
+    place = 0
+    for one in ended:
+        place += one.loss_after is not None
+        rank = f"{place}." if one.loss_after is not None else ""
+        yield (
+            f"{rank:4} {one.name:{width}} {one.num_layers:6} {one.num_params:14,} {_loss(one.loss_before)} "
+            f"{_loss(one.loss_after)} {_loss(one.loss)} {one.flops:9.2e} {one.seconds:8.1f}"
+        )
+    for one in outcomes:
+        if one.failure:
+            yield f"{'-':4} {one.name:{width}} failed: {one.failure}"
+    yield ""
+    yield "before, grown: loss of one held-out batch just before and just after the growth."
+
+
+def _loss(value: float | None) -> str:
+    if value is None:
+        return f"{'':8}"
+    return f"{'diverged':>8}" if math.isnan(value) else f"{value:8.4f}"
