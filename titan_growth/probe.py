@@ -7,7 +7,8 @@ Every candidate is a real run: the checkpoint is taken into a folder of its own 
 written into its recipe as the next growth, and the launcher starts it on as many ranks as asked for. So whatever a run
 can do can be probed, on the mesh it will have: every operator and map, masks and learned growths, policies for moments
 and learning rate. All candidates see the same batches and the same learning rate schedule, which stays laid out to the
-end of the run that the checkpoint is from. The small model goes on as well, for comparison.
+end of the run that the checkpoint is from, or to the end of the probe where that is later. The small model goes on as
+well, for comparison.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,17 +27,19 @@ from typing import Any
 
 import tomli
 
-from titan_growth.checkpoint.folder import LINEAGE, MANIFEST, RECIPE, file_entry, step_path, write_manifest
+from titan_growth.checkpoint.folder import LINEAGE, MANIFEST, RECIPE, Manifest, file_entry, step_path, write_manifest
 from titan_growth.checkpoint.lineage import Lineage
 from titan_growth.config.growth_schema import SIZES, GrowthStage
-from titan_growth.config.loader import to_toml, with_values
+from titan_growth.config.loader import load_recipe, to_toml, with_values
 from titan_growth.config.plugins import load_plugins
 from titan_growth.config.schema import Recipe
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth_arguments import STAGE_WORDS, Source, checked_stage, map_of, open_source, parse_words, stage_of
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.registry import model_config_of
+from titan_growth.plan import plan_run
 from titan_growth.probe_report import Outcome, outcome_of, report
+from titan_growth.tools.device import Device
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, TitanGrowthError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.run_folder import METRICS_FILE
@@ -80,23 +84,33 @@ def main(argv: list[str]) -> int:
         return 0
     position = argv.index("--") if "--" in argv else len(argv)
     words, keys = argv[:position], argv[position + 1 :]
+    own = [word for word in keys if word.partition("=")[0] in ("--job.dump_folder", "--job.config_file")]
     try:
         given = parse_words(words, (*_OWN, *_STAGE), command="probe")
         steps, num_ranks = (_count(given, name, default) for name, default in (("steps", 50), ("num_ranks", 1)))
+        if own:
+            raise ConfigError([Problem(own[0], "is the probe's own to set", "Name a folder with --to")])
         if "from" not in given:
             raise ConfigError([Problem("--from", "is missing")])
         source = open_source(Path(given["from"][-1]))
         load_plugins([*source.recipe.plugins, *filter(None, given.get("plugins", [""])[-1].split(","))])
         candidates = _candidates(given, source)
         with _work_folder(given.get("to", [None])[-1]) as folder:
-            recipes = {one: candidate_recipe(source, one, steps) for one in candidates}
-            outcomes = [_run(source, one, recipe, folder, steps, num_ranks, keys) for one, recipe in recipes.items()]
+            # All of them are prepared and checked before any is started.
+            runs = [
+                _prepared(source, one, folder / f"{number}-{_file_name(one.name)}", steps, num_ranks, keys)
+                for number, one in enumerate(candidates)
+            ]
+            outcomes = [_run(source, run, steps, num_ranks, keys) for run in runs]
     except ConfigError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems))
         return error.exit_status
     except TitanGrowthError as error:
         print(f"error: {error}")
         return error.exit_status
+    except KeyboardInterrupt:
+        print("stopped")
+        return 130
     print("\n".join(report(outcomes, steps, str(source.folder.path))))
     return int(any(outcome.failure for outcome in outcomes))
 
@@ -175,12 +189,13 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int) -> Recipe
         model = map_of(source.config, candidate.stage).after
     first = source.chain.configs[0]
     values: dict[str, Any] = {
-        **_model_keys(model),
+        **{f"model.{key}": size for key, size in model.sizes.items()},
+        "model.head_dim": model.head_dim,
         "growth.enable": True,
         "growth.stages": [stage.model_dump(exclude_none=True) for stage in stages],
         "growth.watchdog.steps": 0,
         "training.steps": step + steps,
-        "lr_scheduler.total_steps": recipe.lr_scheduler.total_steps or recipe.training.steps,
+        "lr_scheduler.total_steps": max(recipe.lr_scheduler.total_steps or recipe.training.steps, step + steps),
         "checkpoint.enable": True,
         "checkpoint.load_only": False,
         "checkpoint.load_step": -1,
@@ -206,11 +221,6 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int) -> Recipe
     return recipe
 
 
-def _model_keys(config: ModelConfig) -> dict[str, Any]:
-    sizes = {f"model.{key}": size for key, size in config.sizes.items()}
-    return {**sizes, "model.head_dim": config.head_dim, "model.norm_eps": config.norm_eps}
-
-
 @contextlib.contextmanager
 def _work_folder(wanted: str | None) -> Any:
     """A folder for the runs: the one asked for, which stays, or one that is gone afterwards."""
@@ -225,52 +235,85 @@ def _work_folder(wanted: str | None) -> Any:
     yield folder
 
 
-def _run(
-    source: Source, candidate: Candidate, recipe: Recipe, folder: Path, steps: int, num_ranks: int, keys: Sequence[str]
-) -> Outcome:
+@dataclass(frozen=True)
+class ProbeRun:
+    """A candidate that is ready to start."""
+
+    name: str
+    folder: Path
+    model: ModelConfig
+
+    @property
+    def recipe_file(self) -> Path:
+        """What it is started with."""
+        return self.folder / "probe.toml"
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name).strip("_")
+
+
+def _prepared(
+    source: Source, candidate: Candidate, folder: Path, steps: int, num_ranks: int, keys: Sequence[str]
+) -> ProbeRun:
+    """Makes the folder of a candidate's run.
+
+    Raises:
+        ConfigError: when its recipe does not fit the number of ranks, or the keys are wrong.
+    """
+    folder.mkdir()
+    recipe = with_values(candidate_recipe(source, candidate, steps), {"job.dump_folder": str(folder.resolve())})
+    config, problems = model_config_of(recipe.model)
+    assert config is not None, problems
+    run = ProbeRun(candidate.name, folder, config)
+    run.recipe_file.write_text(to_toml(recipe), encoding="utf-8")
+    recipe = load_recipe(["--job.config_file", str(run.recipe_file), *keys])
+    manifest = source.folder.manifest
+    if candidate.stage is None:
+        manifest = replace(manifest, held_out_loss=None)
+    plan, problems, _ = plan_run(
+        recipe,
+        num_ranks=num_ranks,
+        device_type=Device.detect().type,
+        progress=manifest.progress,
+        num_growths=len(source.lineage.events),
+        grows_at_once=manifest.held_out_loss is not None,
+    )
+    if plan is None:
+        raise ConfigError([Problem(f"'{candidate.name}' {one.key}", one.message, one.hint) for one in problems])
+    copy_linked(source, manifest, step_path(folder / recipe.checkpoint.folder, manifest.progress.step), recipe)
+    return run
+
+
+def _run(source: Source, run: ProbeRun, steps: int, num_ranks: int, keys: Sequence[str]) -> Outcome:
     """Carries out one candidate, and clears its checkpoints away."""
-    number = len(list(folder.iterdir()))
-    run = folder / f"{number}-{''.join(c if c.isalnum() else '_' for c in candidate.name).strip('_')}"
-    recipe = with_values(recipe, {"job.dump_folder": str(run.resolve())})
-    run.mkdir()
-    root = run / recipe.checkpoint.folder
-    copy_linked(source, step_path(root, source.folder.step), recipe)
-    (run / "probe.toml").write_text(to_toml(recipe), encoding="utf-8")
-    command = [sys.executable, "-m", "titan_growth", "launch", "--job.config_file", str(run / "probe.toml"), *keys]
-    print(f"{candidate.name}: {steps} steps on {num_ranks} rank{'s' if num_ranks > 1 else ''} ...", flush=True)
-    with open(run / "probe.log", "w+b") as log:
+    command = [sys.executable, "-m", "titan_growth", "launch", "--job.config_file", str(run.recipe_file), *keys]
+    print(f"{run.name}: {steps} steps on {num_ranks} rank{'s' if num_ranks > 1 else ''} ...", flush=True)
+    with open(run.folder / "probe.log", "w+b") as log:
         environ = {**os.environ, "NGPU": str(num_ranks)}
         status = subprocess.run(command, env=environ, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
         log.seek(0)
-        said = log.read().decode(errors="replace").strip().splitlines()
-    for shard in root.glob("*/*.distcp"):
-        shard.unlink()
+        said = log.read().decode(errors="replace").strip().splitlines() or [f"status {status}"]
+    shutil.rmtree(run.folder / source.recipe.checkpoint.folder)
     failure = "" if status == 0 else next((line for line in reversed(said) if "error" in line.lower()), said[-1])
     try:
-        lines = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+        lines = [json.loads(line) for line in (run.folder / METRICS_FILE).read_text().splitlines()]
     except (OSError, ValueError):
         lines = []
-    return outcome_of(candidate.name, _model(recipe), lines, source.folder.manifest, failure)
+    return outcome_of(run.name, run.model, lines, source.folder.manifest, failure)
 
 
-def _model(recipe: Recipe) -> ModelConfig:
-    config, problems = model_config_of(recipe.model)
-    assert config is not None, problems
-    return config
-
-
-def copy_linked(source: Source, target: Path, recipe: Recipe) -> None:
+def copy_linked(source: Source, manifest: Manifest, target: Path, recipe: Recipe) -> None:
     """A copy of a checkpoint that is written with another recipe; the shards are links, and nothing is written there.
 
     Growths that were taken back are forgotten: they would put off the one that is tried.
     """
     target.mkdir(parents=True)
-    for name in source.folder.manifest.files:
+    for name in manifest.files:
         if name not in (RECIPE, LINEAGE, MANIFEST):
             (target / name).symlink_to((source.folder.path / name).resolve())
     write_atomic(target / RECIPE, to_toml(recipe))
     write_atomic(target / LINEAGE, Lineage(source.lineage.events, source.lineage.ancestors).to_json())
-    manifest = source.folder.manifest
     files = {**manifest.files, **{name: file_entry(target / name) for name in (RECIPE, LINEAGE)}}
-    fresh: dict[str, Any] = {"held_out_loss": None, "roll_back": None, "metrics_offset": 0, "permanent": False}
+    fresh: dict[str, Any] = {"roll_back": None, "metrics_offset": 0, "permanent": False}
     write_manifest(target, replace(manifest, files=files, **fresh))

@@ -1,0 +1,130 @@
+"""Curves of whole runs: reading them, what a loss has cost, speedup at equal loss, and the picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from titan_growth.metrics.curves import Curve, Point, compare, read_curve, report
+from titan_growth.plot import main as plot_main
+from titan_growth.tools.errors import ConfigError
+
+
+def curve(name: str, *points: tuple[float, float]) -> Curve:
+    """A curve of (FLOPs, loss) with ten tokens and a tenth of a second for each FLOP."""
+    made = [
+        Point(step, loss, {"flops": flops, "tokens": 10 * flops, "seconds": flops / 10})
+        for step, (flops, loss) in enumerate(points)
+    ]
+    return Curve(name, tuple(made), ())
+
+
+def write_run(folder: Path, losses: dict[int, float], *, grows_at: int | None = None, seconds: bool = True) -> Path:
+    """A run folder whose steps cost 1 FLOP, 2 tokens and 3 seconds."""
+    folder.mkdir()
+    lines = []
+    for step, loss in losses.items():
+        costs = {"step": step, "tokens": 2 * step, "flops": step, **({"seconds": 3.0 * step} if seconds else {})}
+        lines += [{**costs, "loss": loss + 1}, {**costs, "validation_loss": loss}]
+        if step == grows_at:
+            lines.append({"event": "growth", **costs, "from_layers": 3, "to_layers": 12})
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return folder
+
+
+def test_a_cost_lies_on_the_line_between_two_validations() -> None:
+    one = curve("one", (10, 4.0), (20, 3.0), (40, 2.0))
+    assert one.cost_of(3.5, "flops") == 15
+    assert one.cost_of(3.5, "tokens") == 150
+    assert one.cost_of(2.25, "seconds") == pytest.approx(3.5)
+    assert one.cost_of(4.5, "flops") == 10
+    assert one.cost_of(2.0, "flops") == 40
+    assert one.cost_of(1.9, "flops") is None
+
+
+def test_a_curve_that_rises_again_has_reached_its_loss_before() -> None:
+    one = curve("one", (10, 4.0), (20, 3.0), (30, 3.6), (40, 2.0))
+    assert one.best_loss == 2.0
+    assert one.cost_of(3.5, "flops") == 15
+    assert one.cost_of(2.8, "flops") == pytest.approx(35)
+
+
+def test_speedup_is_at_the_lowest_loss_that_both_reach() -> None:
+    slow, fast = curve("slow", (10, 4.0), (100, 3.0)), curve("fast", (10, 4.0), (50, 2.0))
+    found = compare(slow, fast)
+    assert found.loss == 3.0
+    assert found.costs["flops"] == (100, 30)
+    assert found.speedup("flops") == pytest.approx(100 / 30 - 1)
+    back = compare(fast, slow)
+    assert back.loss == 3.0
+    assert back.speedup("tokens") == pytest.approx(0.3 - 1)
+    assert "speedup +233.3%" in "\n".join(report([found]))
+
+
+def test_plot_draws_what_runs_have_written_and_prints_the_speedup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scratch = write_run(tmp_path / "scratch", {10: 4.0, 20: 3.5, 40: 3.0})
+    grown = write_run(tmp_path / "run", {10: 4.0, 20: 3.0, 30: 2.9}, grows_at=10)
+    for name in ("curves.png", "curves.svg"):
+        assert plot_main([str(scratch), f"grown={grown}", "--to", str(tmp_path / name), "--title", "a title"]) == 0
+        assert (tmp_path / name).stat().st_size > 5000
+    text = (tmp_path / "curves.svg").read_text()
+    assert text.count('<g id="axes_') == 3
+    printed = capsys.readouterr().out
+    assert "grown against scratch, at validation loss 3.0000:" in printed
+    for cost, speedup in (("FLOPs", "100.0%"), ("tokens", "100.0%"), ("seconds", "100.0%")):
+        assert any(cost in line and f"+{speedup}" in line for line in printed.splitlines())
+    read = read_curve("grown", grown)
+    assert [(one.step, one.from_layers, one.to_layers) for one in read.growths] == [(10, 3, 12)]
+
+
+def test_a_run_without_seconds_loses_only_that_panel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = write_run(tmp_path / "old", {10: 4.0, 20: 3.5}, seconds=False)
+    new = write_run(tmp_path / "new", {10: 4.0, 20: 3.5})
+    assert plot_main([f"old={old}", f"new={new / 'metrics.jsonl'}", f"--to={tmp_path / 'curves.svg'}"]) == 0
+    assert (tmp_path / "curves.svg").read_text().count('<g id="axes_') == 2
+    printed = capsys.readouterr().out
+    assert "old was written by a version that counted no seconds" in printed
+    assert "seconds " not in printed.split("old was")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a=none"], "none: cannot be read (No such file or directory). Name a run's job.dump_folder"),
+        (["a=run", "a=run"], "a: is given twice"),
+        (["a=run", "--to", "curves.txt"], "--to: curves.txt must end in .png, .svg, .pdf"),
+        (["a=run", "--to", "none/curves.png"], "--to: there is no folder none"),
+        (["a=run", "--to"], "--to: needs a value"),
+        (["--title", "x"], "no run is named. Name at least one, as NAME=FOLDER"),
+        (["a=run", "--size", "3"], "--size: is no argument of this command"),
+        (["a=run/torn"], "run/torn, line 1: is no line of a run's metrics"),
+        (["a=run/one"], "a: run/one has 1 validation, and a curve needs two. Set validation.enable = true"),
+    ],
+)
+def test_wrong_arguments(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "run", {10: 4.0, 20: 3.5})
+    (run / "torn").write_text('{"step": 1, "validation_loss": 3.0')
+    (run / "one").write_text('{"step": 1, "tokens": 1, "flops": 1, "validation_loss": 3.0}\n')
+    assert plot_main(words) == 2
+    assert f"error: {message}" in capsys.readouterr().out
+
+
+def test_a_curve_of_a_diverged_run_keeps_its_finite_points(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {10: 4.0, 20: 3.5})
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "tokens": 60, "flops": 30, "seconds": 90.0, "validation_loss": null}\n')
+    assert [point.step for point in read_curve("run", run).points] == [10, 20]
+    (run / "metrics.jsonl").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match="is no text"):
+        read_curve("run", run)

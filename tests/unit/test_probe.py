@@ -1,0 +1,185 @@
+"""Probing growths: the recipes of the candidates, the linked checkpoint, what is refused, and the ranking."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.runs import make_recipe, train
+from titan_growth.checkpoint.folder import open_step
+from titan_growth.checkpoint.lineage import Progress
+from titan_growth.config.growth_schema import GrowthStage
+from titan_growth.growth.chain import chain_of
+from titan_growth.growth_arguments import open_source
+from titan_growth.models.registry import model_config_of
+from titan_growth.plan import plan_run
+from titan_growth.probe import Candidate, candidate_recipe, copy_linked
+from titan_growth.probe import main as probe_main
+from titan_growth.probe_report import Outcome, outcome_of, report
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 2 layers, grown to 4 at step 3 and trained to step 6 of a schedule of 20."""
+    folder = tmp_path_factory.mktemp("probe")
+    recipe = make_recipe(
+        folder / "run",
+        model__n_layers=4,
+        training__steps=6,
+        checkpoint__enable=True,
+        validation__enable=True,
+        lr_scheduler__total_steps=20,
+        growth__stages__0__at="50%",
+        growth__stages__0__factor=2,
+    )
+    run_ranks(train, 1, 1, recipe)
+    return folder / "run" / "checkpoint" / "step-6"
+
+
+STAGES = [
+    GrowthStage(at="1 step", operator="stack", factor=2),
+    GrowthStage(at="1 step", operator="map", layer_map=[0, 1, 1, 2, 3]),
+    GrowthStage(at="1 step", operator="zero_width", dim=48, n_heads=6),
+    GrowthStage(at="1 step", operator="learn", factor=2),
+]
+
+
+@pytest.mark.parametrize("stage", [None, *STAGES])
+def test_a_candidate_goes_on_from_the_model_of_the_checkpoint(source: Path, stage: GrowthStage | None) -> None:
+    opened = open_source(source)
+    recipe = candidate_recipe(opened, Candidate("one", stage), 5)
+    target, problems = model_config_of(recipe.model)
+    assert target is not None, problems
+    chain, problems = chain_of(recipe.growth, target)
+    assert chain is not None, problems
+    assert [config.num_layers for config in chain.configs[:2]] == [2, 4]
+    assert chain.configs[1] == opened.config
+    assert len(chain.configs) == (2 if stage is None else 3)
+    assert (recipe.training.steps, recipe.lr_scheduler.total_steps) == (11, 20)
+    if stage is not None:
+        assert recipe.growth.stages[1].at == "6 steps"
+        assert recipe.growth.stages[1].operator == stage.operator
+    plan, problems, _ = plan_run(
+        recipe, num_ranks=1, device_type="cpu", progress=opened.folder.manifest.progress, num_growths=1
+    )
+    assert plan is not None, problems
+
+
+def test_the_checkpoint_of_a_candidate_links_to_the_shards_and_writes_nothing_there(
+    source: Path, tmp_path: Path
+) -> None:
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    opened = open_source(source)
+    recipe = candidate_recipe(opened, Candidate("one", STAGES[0]), 5)
+    copy_linked(opened, opened.folder.manifest, tmp_path / "step-6", recipe)
+    copy = open_step(tmp_path / "step-6")
+    assert copy is not None
+    assert copy.damage(checksums=True) is None
+    assert copy.recipe_table()["training"]["steps"] == 11
+    assert copy.lineage().events == opened.lineage.events
+    shards = [path for path in (tmp_path / "step-6").iterdir() if path.suffix == ".distcp"]
+    assert shards
+    assert all(path.is_symlink() for path in shards)
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--operator stack --factor 2", "--from: is missing"),
+        ("--from SOURCE", "--operator: is missing: which growths are to be tried. Give it several times"),
+        ("--from SOURCE --operator stak --factor 2", "'stak' --operator: unknown operator 'stak'"),
+        ("--from SOURCE --operator stack", "'stack' --operator: does not say how large the model becomes"),
+        ("--from SOURCE --operator stack --factor two", "--factor: "),
+        ("--from SOURCE --operator stack --factor 2 --steps 0", "--steps: expected a positive whole number, got '0'"),
+        ("--from SOURCE --operator stack --factor 2 --num-ranks x", "--num-ranks: expected a positive whole number"),
+        ("--from SOURCE --operator stack --operator stack --factor 2", "'stack': is given twice"),
+        ("--from SOURCE --operator random_depth --factor 2", "'random_depth': has a mask, and no mask_steps"),
+        ("--from SOURCE --operator stack --factors 2", "--factors: is no argument of this command. Did you mean"),
+        ("--from SOURCE --stage operator=stack", "--stage: is no TOML"),
+        ("--from SOURCE --stage factor=2", "--stage: names no operator"),
+        ("--from SOURCE --stage operator='stack',num_ranks=2", "--stage num_ranks: is no setting of a candidate"),
+        ("--from SOURCE/.. --operator stack --factor 2", "refused: it has no manifest, so it was never committed"),
+        ("--from none --operator stack --factor 2", "--from: none: no such folder"),
+        ("--from SOURCE --operator stack --factor 2 --to SOURCE", "is not empty"),
+        ("--from SOURCE --operator stack --factor 2 -- --job.dump_folder x", "--job.dump_folder: is the probe's own"),
+        (
+            "--from SOURCE --operator stack --factor 2 -- --parallelism.tensor_parallel_degree 3",
+            "'(not grown)' parallelism.tensor_parallel_degree: 3 does not divide the 1 rank",
+        ),
+        ("--from SOURCE --operator stack --factor 2 -- --training.step 3", "training.step: unknown key"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_started(
+    words: str, message: str, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("subprocess.run", lambda *words, **more: pytest.fail("a run was started"))
+    argv = [word.replace("SOURCE", str(source)) for word in words.split()]
+    assert probe_main(argv) in (1, 2)
+    found = capsys.readouterr().out
+    assert message in found
+    assert found.startswith("error: ")
+    assert "Traceback" not in found
+
+
+def outcome(name: str, loss: float, **more: object) -> Outcome:
+    return Outcome(name, 4, 1000, 3.0, 3.5, loss=loss, validated=True, flops=1e9, seconds=1.0, **more)  # type: ignore[arg-type]
+
+
+def test_the_best_comes_first_and_a_diverged_one_last() -> None:
+    rows = [outcome("bad", math.nan), outcome("good", 2.0), outcome("fair", 2.5)]
+    rows += [Outcome("(not grown)", 2, 500, loss=2.2, validated=True, flops=1e8, seconds=1.0)]
+    rows += [Outcome("broken", 4, 1000, failure="error: no space")]
+    lines = list(report(rows, 5, "step-6"))
+    order = [line.split()[:2] for line in lines[4:8]]
+    assert order == [["1.", "good"], ["(not", "grown)"], ["2.", "fair"], ["3.", "bad"]]
+    assert "diverged" in lines[7]
+    assert lines[8].split(maxsplit=2) == ["-", "broken", "failed: error: no space"]
+
+
+def test_an_outcome_counts_from_the_checkpoint_and_names_what_it_is_judged_by(source: Path) -> None:
+    opened = open_source(source)
+    progress = Progress(step=6, tokens=10, flops=100, samples=1)
+    start = type(opened.folder.manifest)(progress, 4, 1, "", False, False, 0, seconds=7.0)
+    growth = {"event": "growth", "step": 6, "loss_before": 3.0, "loss_after": 3.1}
+    step = {"step": 8, "flops": 160, "seconds": 9.5, "loss": 2.9}
+    judged = outcome_of("one", opened.config, [growth, step, {"step": 8, "validation_loss": 2.8}], start, "")
+    assert (judged.loss, judged.validated, judged.flops, judged.seconds) == (2.8, True, 60, 2.5)
+    assert (judged.loss_before, judged.loss_after) == (3.0, 3.1)
+    trained = outcome_of("one", opened.config, [growth, step, {"step": 7, "validation_loss": 2.8}], start, "")
+    assert (trained.loss, trained.validated) == (2.9, False)
+    assert "ranked by loss of the last batch" in "\n".join(report([trained], 2, "x"))
+    assert outcome_of("one", opened.config, [], start, "").failure == "it left no metrics"
+
+
+@pytest.mark.slow
+def test_three_operators_and_a_map_are_ranked_on_two_ranks(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--from", str(source), "--steps", "3", "--num-ranks", "2", "--factor", "2", "--to", str(tmp_path / "kept")]
+    words += ["--operator", "stack", "--operator", "interpose", "--operator", "zero_depth"]
+    words += [
+        "--stage",
+        'operator = "map", layer_map = [0, 1, 1, 2, 3]',
+        "--",
+        "--parallelism.tensor_parallel_degree",
+        "2",
+    ]
+    assert probe_main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line[:2].strip().rstrip(".").isdigit()]
+    assert {line.split()[1] for line in table} == {"stack", "interpose", "zero_depth", "map"}
+    losses = []
+    for folder in sorted((tmp_path / "kept").iterdir()):
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in metrics if "loss" in line] == [7, 8, 9]
+        losses.append(next(line["validation_loss"] for line in reversed(metrics) if "validation_loss" in line))
+        assert "tp 2" in (folder / "probe.log").read_text()
+        assert not (folder / "checkpoint").exists()
+    ranked = [float(line.split()[-3]) for line in table]
+    assert ranked == sorted(ranked)
+    assert ranked == [pytest.approx(loss, abs=1e-4) for loss in sorted(losses[1:])]
