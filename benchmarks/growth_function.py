@@ -63,8 +63,8 @@ def main() -> int:
     text = f"""# What growing does to the function
 
 `python benchmarks/growth_function.py`: relative change of the logits (Euclidean norm, float32) when a small model of 3
-layers and width 48 grows. Its weights are nothing special: norms are off 1, and no layer is like another, so layers that
-are used twice do more harm here than in a trained model.
+layers and width 48 grows. Its weights are nothing special: norms are off 1, and no layer is like another, so layers
+that are used twice do more harm here than in a trained model.
 
 {head}
 |{" --- |" * (2 + len(CONFIGS))}

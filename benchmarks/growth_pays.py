@@ -1,0 +1,118 @@
+"""Does growing pay? One recipe with and without growth, validation loss against FLOPs, tokens and seconds.
+
+    python benchmarks/growth_pays.py [--seeds 1] [--folder outputs/growth_pays]
+
+Trains `benchmarks/growth_pays.toml` twice for each seed through `run_train.sh`: grown from 3 to 12 layers, and with
+`--growth.enable false`, which trains the 12 layers from scratch on the same batches with the same learning rates. Both
+schedules end annealed at the same step. The runs are resumable: stop this command, give it again, and it goes on.
+
+Then `titan_growth plot` draws the first seed into `docs/growth_pays.png`, and the numbers of all seeds go to
+`benchmarks/results/growth_pays.md` and into the README, between its two `growth_pays` marks. Let nothing else run:
+seconds are part of the comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from titan_growth.metrics.curves import COSTS, Comparison, compare, read_curve  # noqa: E402
+from titan_growth.plot import main as plot  # noqa: E402
+
+RECIPE = ROOT / "benchmarks" / "growth_pays.toml"
+RESULT = ROOT / "benchmarks" / "results" / "growth_pays.md"
+PICTURE = ROOT / "docs" / "growth_pays.png"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- growth_pays: written by benchmarks/growth_pays.py -->", "<!-- end of growth_pays -->"
+RUNS = {"from scratch": ("--growth.enable", "false"), "grown": ()}
+
+
+def train(folder: Path, seed: int, words: tuple[str, ...]) -> None:
+    """Trains a run to its end, or on from where it stopped."""
+    command = [str(ROOT / "run_train.sh"), "--job.dump_folder", str(folder), "--debug.seed", str(seed), *words]
+    subprocess.run(command, env={**os.environ, "CONFIG_FILE": str(RECIPE), "NGPU": "1"}, check=True)
+
+
+def row(seed: int, one: Comparison) -> str:
+    """A line of the table."""
+    losses = [f"{curve.points[-1].loss:.4f}" for curve in (one.baseline, one.other)]
+    speedups = [f"{one.speedup(cost):+.0%}" for cost in COSTS]
+    costs = [f"{pair[0]:.3g} -> {pair[1]:.3g}" for pair in (one.costs[cost] for cost in COSTS)]
+    return f"| {seed} | {' | '.join(losses)} | {one.loss:.4f} | {' | '.join(costs)} | {' | '.join(speedups)} |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains what has not been trained, draws, writes the page and the README's paragraph."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "growth_pays")
+    options = parser.parse_args(argv)
+    comparisons = []
+    for seed in range(1, options.seeds + 1):
+        folders = {name: options.folder / f"{name.replace(' ', '_')}-{seed}" for name in RUNS}
+        for name, words in RUNS.items():
+            train(folders[name], seed, words)
+        comparisons.append(compare(*(read_curve(name, folders[name]) for name in RUNS)))
+        if seed == 1:
+            words = [f"{name}={folder}" for name, folder in folders.items()]
+            assert plot([*words, "--to", str(PICTURE)]) == 0
+    write(comparisons)
+    return 0
+
+
+def write(comparisons: list[Comparison]) -> None:
+    """The page, and the paragraph of the README."""
+    first = comparisons[0]
+    (growth,) = first.other.growths
+    tokens = f"{first.other.points[-1].cost['tokens'] / 1e6:.1f}M tokens"
+    minutes = sum(curve.points[-1].cost["seconds"] for one in comparisons for curve in (one.baseline, one.other)) / 60
+    seeds = f"{len(comparisons)} seed{'s' if len(comparisons) > 1 else ''}"
+    speedup = {cost: _range([one.speedup(cost) for one in comparisons]) for cost in COSTS}
+    setting = (
+        f"`python benchmarks/growth_pays.py --seeds {len(comparisons)}`, {minutes:.0f} minutes of training on "
+        f"{os.cpu_count()} cores: `benchmarks/growth_pays.toml` with and without growth, {seeds}, {tokens} of the "
+        f"default corpus, one pass. The grown run has {growth.from_layers} layers until step {growth.step} and "
+        f"{growth.to_layers} from then on (G_stack, moments reset, learning rate restarted); the other has "
+        f"{growth.to_layers} from the start. Same batches, same peak learning rate, same cosine to the same last step."
+    )
+    meaning = (
+        "Costs are those of the whole run until the lowest validation loss that both reach, the small model's share "
+        "included; speedup is the baseline's cost over the grown run's, minus one."
+    )
+    limits = (
+        "What this does not say: neither run was tuned, the learning rate is the same for both depths, and a model of "
+        "two million parameters on four million tokens is far from the scales that the paper measured."
+    )
+    columns = ["seed", "from scratch, last", "grown, last", "at equal loss", "FLOPs", "tokens", "seconds"]
+    columns += ["speedup in FLOPs", "in tokens", "in seconds"]
+    table = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    table += [row(seed, one) for seed, one in enumerate(comparisons, 1)]
+    picture = "![validation loss against FLOPs, tokens and seconds]"
+    page = ["# Does growing pay?", setting, meaning, "\n".join(table), f"{picture}(../../docs/growth_pays.png)", limits]
+    RESULT.write_text("\n\n".join(page) + "\n", encoding="utf-8")
+
+    said = (
+        f"A 12-layer model of width 128 on {tokens}, grown from {growth.from_layers} layers at step {growth.step},\n"
+        f"against the same recipe without growth ({seeds}). The speedup at equal validation loss is {speedup['flops']} in\n"
+        f"FLOPs, {speedup['tokens']} in tokens and {speedup['seconds']} in seconds. `python benchmarks/growth_pays.py` "
+        "trains both, draws\nthis and writes these numbers; "
+        "[what they do and do not say](benchmarks/results/growth_pays.md)."
+    )
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n{picture}(docs/growth_pays.png)\n\n{said}\n{END}{after}", encoding="utf-8")
+
+
+def _range(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.0%}" if len(values) == 1 else f"{low:.0%} to {high:.0%}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
