@@ -99,10 +99,10 @@ def write(comparisons: list[Comparison]) -> None:
 
     said = (
         f"A 12-layer model of width 128 on {tokens}, grown from {growth.from_layers} layers at step {growth.step},\n"
-        f"against the same recipe without growth ({seeds}). The speedup at equal validation loss is {speedup['flops']} in\n"
-        f"FLOPs, {speedup['tokens']} in tokens and {speedup['seconds']} in seconds. `python benchmarks/growth_pays.py` "
-        "trains both, draws\nthis and writes these numbers; "
-        "[what they do and do not say](benchmarks/results/growth_pays.md)."
+        f"against the same recipe without growth ({seeds}). The speedup at equal validation loss is\n"
+        f"{speedup['flops']} in FLOPs, {speedup['tokens']} in tokens and {speedup['seconds']} in seconds. `python\n"
+        "benchmarks/growth_pays.py` trains both, draws this and writes these numbers; [what they do and do not\n"
+        "say](benchmarks/results/growth_pays.md)."
     )
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
