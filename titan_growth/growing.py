@@ -38,6 +38,10 @@ from titan_growth.validator import Validator
 logger = logging.getLogger("titan_growth")
 
 
+class StoppedWhileLearningError(Exception):
+    """The run was asked to stop during a learning phase; the checkpoint before the growth is what it goes on from."""
+
+
 class GrowsMidRun(ABC):
     """The growth of a run. What is declared here is the trainer's."""
 
@@ -84,6 +88,9 @@ class GrowsMidRun(ABC):
 
         Nothing is written before the grown model has proved right, so a crash anywhere in here resumes at the small
         model and grows again to the same bits.
+
+        Raises:
+            StoppedWhileLearningError: on every rank; progress and lineage are then as they were, the model is gone.
         """
         began = time.perf_counter()
         with self.observers.meter.pause("growth"):
@@ -110,7 +117,12 @@ class GrowsMidRun(ABC):
             self._build(seed=None)
             seed = self.seed + 1_000_003 * len(self.lineage.events)
             if growth.learned:
-                event = replace(event, **self._learn(source, growth, stage, seed))
+                before = self.progress
+                try:
+                    event = replace(event, **self._learn(source, growth, stage, seed))
+                except StoppedWhileLearningError:
+                    self.progress, self.lineage = before, replace(self.lineage, events=self.lineage.events[:-1])
+                    raise
             else:
                 tensors = self._tensors(optimizer=stage.optimizer_state != "reset")
                 read = carry_out(source.path, tensors, growth, stage, family=self.recipe.model.name, seed=seed)
@@ -131,7 +143,9 @@ class GrowsMidRun(ABC):
         def train_step() -> float:
             self.engine.model.after_optimizer_step()
             batch = self.data.next_batch()
-            num_tokens, _ = self._agree(batch)
+            num_tokens, stop = self._agree(batch)
+            if stop:
+                raise StoppedWhileLearningError
             loss = self.engine.forward_backward(batch, num_tokens)
             flops = num_tokens * self.model_config.flops_per_token(self.phase.recipe.training.seq_len)
             samples = self.data.cursor - self.progress.samples

@@ -65,7 +65,8 @@ def _event(event: GrowthEvent, prefix: str) -> Iterator[str]:
     if event.loss_before is not None and event.loss_after is not None:
         losses = f"; held-out loss {event.loss_before:.4f} -> {event.loss_after:.4f}"
     took = "" if event.seconds is None else f" in {event.seconds:.1f} s"
-    yield f"    on {event.mesh} ({event.num_ranks} ranks), {event.bytes_read:,} bytes read{took}{losses}"
+    ranks = f"{event.num_ranks} rank{'s' if event.num_ranks > 1 else ''}"
+    yield f"    on {event.mesh} ({ranks}), {event.bytes_read:,} bytes read{took}{losses}"
 
 
 def _roll_back(roll_back: RollBack) -> str:

@@ -24,7 +24,7 @@ from titan_growth.config.loader import to_toml
 from titan_growth.data import BatchLoader, batch_hash, sample_digests
 from titan_growth.engine import Microbatch, num_valid_tokens, sum_over_ranks
 from titan_growth.engines import make_engine
-from titan_growth.growing import GrowsMidRun
+from titan_growth.growing import GrowsMidRun, StoppedWhileLearningError
 from titan_growth.growth.carry_out import fresh_elements
 from titan_growth.mesh import Mesh
 from titan_growth.observers import Observers
@@ -189,7 +189,10 @@ class Trainer(GrowsMidRun):
                 if dist.get_world_size() > 1:
                     # Ranks may be minutes apart in reading and verifying, and the grown model compiles anew.
                     set_timeout(self.recipe.comm.init_timeout_seconds)
-                self.grow(stage)
+                try:
+                    self.grow(stage)
+                except StoppedWhileLearningError:
+                    return
                 starting = True
             with self.observers.meter.data():
                 batch = self.data.next_batch()

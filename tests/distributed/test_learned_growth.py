@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from tests.distributed.meshes import Case, mesh
 from tests.harness import run_ranks
-from tests.runs import make_recipe, read_metrics, relative_difference, train
+from tests.runs import make_recipe, read_metrics, relative_difference, train, trainer_of, without_timings
 from tests.unit.test_growth_function import CONFIGS, logits_of, model_of, state_of
 from titan_growth.config.growth_schema import GrowthStage
 from titan_growth.growth.ligo import LearnedGrowth
@@ -80,10 +80,10 @@ def test_over_depth_it_starts_as_a_stack(tmp_path: Path) -> None:
     run_ranks(_start, 1, tmp_path)
 
 
-def grown(folder: Path, case: Case, **more: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(metrics, event) of a run that learns its growth from 2 layers of width 16 after step 4."""
+def recipe_of(folder: Path, case: Case, **more: Any) -> Any:
+    """A run that learns its growth from 2 layers of width 16 after step 4."""
     stage = {"at": "4 steps", "operator": "learn", "n_layers": 4, "dim": 32, "n_heads": 4, "n_kv_heads": 2}
-    recipe = make_recipe(
+    return make_recipe(
         folder,
         **case.layout,
         **{f"growth__stages__0__{key}": value for key, value in stage.items()},
@@ -98,6 +98,11 @@ def grown(folder: Path, case: Case, **more: Any) -> tuple[list[dict[str, Any]], 
         training__steps=7,
         **more,
     )  # fmt: skip
+
+
+def grown(folder: Path, case: Case, **more: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(metrics, event) of such a run."""
+    recipe = recipe_of(folder, case, **more)
     run_ranks(train, case.num_ranks, case.num_ranks, recipe, timeout_seconds=200)
     lineage = json.loads((folder / "checkpoint" / "step-7" / "lineage.json").read_text())
     (event,) = lineage["events"]
@@ -115,6 +120,33 @@ def test_it_learns_and_every_mesh_learns_the_same(tmp_path: Path) -> None:
         assert other["learning"]["last_loss"] == pytest.approx(event["learning"]["last_loss"], rel=1e-4)
         for line, reference in zip(found, expected, strict=True):
             assert relative_difference(line, reference, "loss") < 1e-4
+
+
+def stopped_while_learning(rank: int, num_ranks: int, recipe: Any) -> None:
+    """A run that is asked to stop at the fourth batch of its learning phase, on one rank only."""
+    with trainer_of(recipe, num_ranks) as trainer:
+        agree, calls = trainer._agree, [0]
+
+        def asked(batch: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == 8 and rank == num_ranks - 1:
+                trainer.stop.name = "SIGTERM"
+            return agree(batch)
+
+        trainer._agree = asked
+        assert not trainer.fit()
+        assert calls[0] == 8, "it has learned on"
+        assert (trainer.progress.step, len(trainer.lineage.events)) == (4, 0)
+        assert trainer.last_saved is not None
+        assert trainer.last_saved.step == 4
+
+
+def test_a_stop_while_it_learns_ends_the_run_and_loses_nothing_but_the_learning(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path / "stopped", mesh(shard=2))
+    run_ranks(stopped_while_learning, 2, 2, recipe, timeout_seconds=200)
+    found, _ = grown(tmp_path / "stopped", mesh(shard=2))
+    expected, _ = grown(tmp_path / "whole", mesh(shard=2))
+    assert without_timings(found) == without_timings(expected)
 
 
 @pytest.mark.slow
