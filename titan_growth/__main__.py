@@ -13,6 +13,7 @@ commands:
   plan    what a recipe comes to on --world-size N ranks, without data or devices
   check   check a recipe and prepare its data without training; WORLD_SIZE is the number of ranks
   grow    grow a checkpoint on disk, in one process and bounded memory
+  verify  whether checkpoints are whole: every file, every tensor
   lineage what a checkpoint has come from: growths, sources, meshes, losses
   probe   try several growths of a checkpoint for a few steps each, and rank them
   plot    validation loss of runs against FLOPs, tokens and seconds, and the speedup at equal loss
@@ -48,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         from titan_growth.offline import main as grow
 
         return grow(rest)
+    if command == "verify":
+        from titan_growth.verify_report import main as verify
+
+        return verify(rest)
     if command == "lineage":
         from titan_growth.lineage_report import main as lineage
 

@@ -58,20 +58,34 @@ def open_source(path: Path) -> Source:
         raise CheckpointError(f"{path} refused: it has no manifest, so it was never committed")
     if damage := folder.damage(checksums=True):
         raise CheckpointError(f"{path} refused: {damage}")
-    try:
-        recipe, lineage = recipe_from_toml(folder.recipe_table()), folder.lineage()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} refused: its recipe or lineage cannot be read ({reason})") from None
+    recipe, chain, lineage = _history(folder)
     if lineage.events:
         last = lineage.events[-1]
         if folder.step < last.step + int(last.stage.get("mask_steps") or 0):
             raise CheckpointError(f"{path} refused: the mask of its last growth is still opening. Take a later step")
+    return Source(folder, recipe, chain, lineage)
+
+
+def _history(folder: StepFolder) -> tuple[Recipe, Chain, Lineage]:
+    """(what a checkpoint was written with, the models of that run, the growths behind it)."""
+    try:
+        recipe, lineage = recipe_from_toml(folder.recipe_table()), folder.lineage()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder.path} refused: its recipe or lineage cannot be read ({reason})") from None
     target, problems = model_config_of(recipe.model)
     chain, more = chain_of(recipe.growth, target) if target is not None else (None, [])
     if chain is None:
-        raise CheckpointError(f"{path} refused: its recipe makes no model ({[*problems, *more][0]})")
-    return Source(folder, recipe, chain, lineage)
+        raise CheckpointError(f"{folder.path} refused: its recipe makes no model ({[*problems, *more][0]})")
+    if len(lineage.events) >= len(chain.configs):
+        raise CheckpointError(f"{folder.path} refused: it has more growths behind it than its recipe has stages")
+    return recipe, chain, lineage
+
+
+def model_then(folder: StepFolder) -> tuple[ModelConfig, str]:
+    """(the model that a checkpoint holds, its family). Raises CheckpointError when its recipe cannot tell."""
+    recipe, chain, lineage = _history(folder)
+    return chain.configs[len(lineage.events)], recipe.model.name
 
 
 def parse_words(argv: Sequence[str], known: Collection[str], *, command: str) -> dict[str, list[str]]:

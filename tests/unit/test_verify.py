@@ -1,0 +1,106 @@
+"""`titan_growth verify`: whole checkpoints pass, and whatever is done to one is named."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemWriter
+
+from tests.harness import run_ranks
+from tests.runs import make_recipe, train
+from titan_growth.checkpoint.folder import file_entry, open_step, write_manifest
+from titan_growth.checkpoint.reader import SafeReader
+from titan_growth.verify_report import main as verify_main
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint folder of a run on two ranks that has grown at step 2."""
+    folder = tmp_path_factory.mktemp("verify")
+    growth = {"growth__stages__0__at": "2 steps", "growth__stages__0__factor": 2}
+    recipe = make_recipe(folder / "run", model__n_layers=4, training__steps=3, checkpoint__enable=True, **growth)
+    run_ranks(train, 2, 2, recipe)
+    return folder / "run" / "checkpoint"
+
+
+def flip(path: Path) -> None:
+    """Turns one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(bytes(data))
+
+
+def signed(folder: Path) -> None:
+    """Makes the manifest of a folder fit its files, as a stranger can."""
+    step = open_step(folder)
+    assert step is not None
+    names = [path.name for path in folder.iterdir() if path.name != "manifest.json"]
+    write_manifest(folder, replace(step.manifest, files={name: file_entry(folder / name) for name in names}))
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Stores other tensors in a folder."""
+    reader = SafeReader(folder)
+    tensors = {name: torch.cat([reader.read_chunk(one) for one in each]) for name, each in reader.chunks().items()
+               if all(len(one.sizes) for one in each)}  # fmt: skip
+    change(tensors)
+    for path in folder.glob("*.distcp"):
+        path.unlink()
+    dcp.save(tensors, storage_writer=FileSystemWriter(folder), no_dist=True)
+    signed(folder)
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["layers.1.feed_forward.w1.weight"][3, 4] = torch.nan
+
+
+def test_every_checkpoint_of_a_run_is_whole(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_main([str(root)]) == 0
+    printed = capsys.readouterr().out
+    assert "step-2: step 2, 2 layers, written by 2 ranks (dp_shard 2)" in printed
+    assert "step-3: step 3, 4 layers, written by 2 ranks" in printed
+    assert "1 growth behind it" in printed
+    assert "tensors of the model and" in printed
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: flip(folder / "__0_0.distcp"), "__0_0.distcp does not match its checksum"),
+        (lambda folder: flip(folder / ".metadata"), ".metadata does not match its checksum"),
+        (lambda folder: (folder / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest, so it was never committed"),
+        (lambda folder: (folder / "__0_0.distcp").write_bytes(b"x"), "__0_0.distcp has 1 bytes instead of"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "it has no manifest, so it was never committed"),
+        (lambda folder: ((folder / "recipe.toml").write_text("[model"), signed(folder)), "recipe or lineage"),
+        (lambda folder: ((folder / "lineage.json").write_text("[]"), signed(folder)), "recipe or lineage"),
+        (lambda folder: ((folder / ".metadata").write_bytes(b"cos\nsystem\n(S'x'\ntR."), signed(folder)), "os.system"),
+        (lambda folder: rewritten(folder, not_finite), "layers.1.feed_forward.w1.weight is not finite"),
+        (lambda folder: rewritten(folder, lambda tensors: tensors.pop("norm.weight")), "it has no norm.weight"),
+    ],
+)
+def test_damage_is_named(
+    damage: Callable[[Path], object], message: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(root / "step-3", tmp_path / "step-3")
+    damage(tmp_path / "step-3")
+    assert verify_main([str(tmp_path / "step-3"), str(root / "step-2")]) == 1
+    printed = capsys.readouterr().out
+    error = next(line for line in printed.splitlines() if line.startswith("error: "))
+    assert message in error
+    assert "step-2: step 2" in printed, "the others are checked all the same"
+
+
+def test_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert verify_main(["--help"]) == 0
+    assert verify_main([]) == 2
+    assert verify_main(["--deep"]) == 2
+    capsys.readouterr()
+    assert verify_main([str(tmp_path / "none")]) == 1
+    assert "no such folder" in capsys.readouterr().out
