@@ -22,7 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from titan_growth.config.loader import load_recipe  # noqa: E402
 from titan_growth.metrics.curves import COSTS, Comparison, compare, read_curve  # noqa: E402
+from titan_growth.models.registry import model_config_of  # noqa: E402
 from titan_growth.plot import main as plot  # noqa: E402
 
 RECIPE = ROOT / "benchmarks" / "growth_pays.toml"
@@ -87,7 +89,7 @@ def write(comparisons: list[Comparison]) -> None:
     )
     limits = (
         "What this does not say: neither run was tuned, the learning rate is the same for both depths, and a model of "
-        "two million parameters on four million tokens is far from the scales that the paper measured."
+        f"{_num_params():,} parameters on {tokens} is far from the scales that the paper measured."
     )
     columns = ["seed", "from scratch, last", "grown, last", "at equal loss", "FLOPs", "tokens", "seconds"]
     columns += ["speedup in FLOPs", "in tokens", "in seconds"]
@@ -107,6 +109,12 @@ def write(comparisons: list[Comparison]) -> None:
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
     README.write_text(f"{before}{BEGIN}\n{picture}(docs/growth_pays.png)\n\n{said}\n{END}{after}", encoding="utf-8")
+
+
+def _num_params() -> int:
+    config, problems = model_config_of(load_recipe(["--job.config_file", str(RECIPE)]).model)
+    assert config is not None, problems
+    return config.num_params
 
 
 def _range(values: list[float]) -> str:

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return lineage(rest)
     if command == "probe":
-        from titan_growth.probe import main as probe
+        from titan_growth.probe.command import main as probe
 
         return probe(rest)
     if command == "plot":

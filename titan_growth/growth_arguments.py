@@ -16,6 +16,7 @@ from titan_growth.checkpoint.lineage import Lineage
 from titan_growth.config.fields import parse_text, suggestion
 from titan_growth.config.growth_schema import GrowthStage
 from titan_growth.config.loader import recipe_from_toml
+from titan_growth.config.plugins import PLUGINS_KEY
 from titan_growth.config.schema import Recipe
 from titan_growth.growth.chain import Chain, chain_of, stage_problems
 from titan_growth.growth.operators import GrowthMap, operators
@@ -44,11 +45,14 @@ class Source:
         return self.chain.configs[len(self.lineage.events)]
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, plugins: Sequence[str] = ()) -> Source:
     """A step folder, checked in full.
 
+    Args:
+        plugins: that have been loaded. What a stored recipe names is not imported for that alone.
+
     Raises:
-        ConfigError: when it is not there.
+        ConfigError: when it is not there, or its recipe needs plugins that have not been loaded.
         CheckpointError: when it was never committed, is damaged, or cannot be grown from at this step.
     """
     if not path.is_dir():
@@ -58,6 +62,10 @@ def open_source(path: Path) -> Source:
         raise CheckpointError(f"{path} refused: it has no manifest, so it was never committed")
     if damage := folder.damage(checksums=True):
         raise CheckpointError(f"{path} refused: {damage}")
+    named = _recipe_table(folder).get(PLUGINS_KEY) or []
+    if missing := [name for name in named if name not in plugins]:
+        message = f"{path} was written with plugins, and its recipe means nothing without them"
+        raise ConfigError([Problem("--plugins", message, f"If you trust them, give --plugins {','.join(missing)}")])
     recipe, chain, lineage = _history(folder)
     if lineage.events:
         last = lineage.events[-1]
@@ -66,10 +74,18 @@ def open_source(path: Path) -> Source:
     return Source(folder, recipe, chain, lineage)
 
 
+def _recipe_table(folder: StepFolder) -> dict[str, Any]:
+    try:
+        return folder.recipe_table()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder.path} refused: its recipe or lineage cannot be read ({reason})") from None
+
+
 def _history(folder: StepFolder) -> tuple[Recipe, Chain, Lineage]:
     """(what a checkpoint was written with, the models of that run, the growths behind it)."""
     try:
-        recipe, lineage = recipe_from_toml(folder.recipe_table()), folder.lineage()
+        recipe, lineage = recipe_from_toml(_recipe_table(folder)), folder.lineage()
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder.path} refused: its recipe or lineage cannot be read ({reason})") from None

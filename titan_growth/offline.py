@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ from titan_growth.growth.rules import MOMENTS, OPTIMIZER_PREFIX, Rules
 from titan_growth.growth.verify import verify_growth
 from titan_growth.growth_arguments import STAGE_WORDS, map_of, open_source, parse_words, stage_of
 from titan_growth.models.config import ModelConfig
-from titan_growth.models.registry import family_module
+from titan_growth.models.registry import family_module, model_config_of
+from titan_growth.phases import recipe_in_phase
 from titan_growth.tools.errors import CheckpointError, ConfigError, GrowthError, Problem, TitanGrowthError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.run_folder import gib
@@ -61,7 +62,8 @@ Grows a checkpoint without a run. The settings are those of [[growth.stages]], w
   --factor N         or --layer-map 0,1,1,2, or sizes: --n-layers, --dim, --n-heads, --n-kv-heads, --hidden-dim
   --noise X          noise on copies, as a share of the initial deviation
   --seed N           of new values; default 0
-  --plugins a,b      modules with operators of your own; --options takes JSON
+  --plugins a,b      modules to load: those of the checkpoint's recipe, and others with operators of your own
+  --options JSON     settings of such an operator
 
 Exit status: 0 grown and verified, 1 failed, 2 wrong arguments.
 """
@@ -76,7 +78,9 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         given, stage = _arguments(argv)
-        done = grow_checkpoint(Path(given["from"]), Path(given["to"]), stage, seed=int(given.get("seed", "0")))
+        done = grow_checkpoint(
+            Path(given["from"]), Path(given["to"]), stage, seed=int(given.get("seed", "0")), plugins=_plugins(given)
+        )
     except ConfigError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems))
         return error.exit_status
@@ -95,12 +99,21 @@ def _arguments(argv: list[str]) -> tuple[dict[str, str], GrowthStage]:
         problems.append(Problem("--seed", f"expected a whole number, got '{given['seed']}'"))
     if problems:
         raise ConfigError(problems)
-    load_plugins([name for name in given.get("plugins", "").split(",") if name])
+    load_plugins(_plugins(given))
     return given, stage_of({name: given[name] for name in STAGE_WORDS if name in given}, optimizer_state="copy")
 
 
-def grow_checkpoint(source: Path, target: Path, stage: GrowthStage, *, seed: int = 0) -> str:
+def _plugins(given: dict[str, str]) -> list[str]:
+    return [name for name in given.get("plugins", "").split(",") if name]
+
+
+def grow_checkpoint(
+    source: Path, target: Path, stage: GrowthStage, *, seed: int = 0, plugins: Sequence[str] = ()
+) -> str:
     """Writes the grown model of a step folder into another one; returns what has been done, in a line.
+
+    Args:
+        plugins: that have been loaded.
 
     Raises:
         ConfigError: when the stage does not fit the model, or the target is in the way.
@@ -108,7 +121,7 @@ def grow_checkpoint(source: Path, target: Path, stage: GrowthStage, *, seed: int
         GrowthError: when what was written is not what it should be. Nothing is committed then.
     """
     began = time.perf_counter()
-    opened = open_source(source)
+    opened = open_source(source, plugins)
     folder, recipe = opened.folder, opened.recipe
     growth = _map(opened.config, stage)
     if source.resolve() in (target.resolve(), *target.resolve().parents):
@@ -133,7 +146,7 @@ def grow_checkpoint(source: Path, target: Path, stage: GrowthStage, *, seed: int
             dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
         _verify(source, target, tensors, rules, std_of)
         event = _event(folder, stage, growth, time.perf_counter() - began, reader.num_bytes_read)
-        _commit(folder, recipe, target, growth, event, model_only=not with_state)
+        _commit(folder, recipe, target, growth, event, model_only=not with_state, plugins=plugins)
     except OSError as error:
         raise CheckpointError(f"{target}: {error.strerror or error}. Nothing was committed") from error
     return (
@@ -235,20 +248,23 @@ def _event(folder: StepFolder, stage: GrowthStage, growth: GrowthMap, seconds: f
 
 
 def _commit(
-    folder: StepFolder, recipe: Recipe, target: Path, growth: GrowthMap, event: GrowthEvent, *, model_only: bool
+    folder: StepFolder,
+    recipe: Recipe,
+    target: Path,
+    growth: GrowthMap,
+    event: GrowthEvent,
+    *,
+    model_only: bool,
+    plugins: Sequence[str],
 ) -> None:
     lineage = folder.lineage()
     ancestors = Lineage(ancestors=(*lineage.ancestors, *lineage.events, event))
-    grown = with_values(
-        recipe,
-        {
-            "growth.stages": [],
-            "growth.base": {},
-            **{f"model.{key}": size for key, size in growth.after.sizes.items()},
-            "model.head_dim": growth.after.head_dim,
-            "model.norm_eps": growth.after.norm_eps,
-        },
-    )
+    num_growths = len(lineage.events)
+    now = recipe_in_phase(recipe, num_growths)
+    given_lrs = [stage.lr for stage in recipe.growth.active_stages[:num_growths] if stage.lr is not None]
+    if given_lrs:
+        now = with_values(now, {"optimizer.lr": given_lrs[-1]})
+    grown = _recipe_of(now, growth.after, plugins)
     write_atomic(target / RECIPE, to_toml(grown))
     write_atomic(target / LINEAGE, ancestors.to_json())
     files = [path for path in target.iterdir() if path.suffix == ".distcp"]
@@ -260,12 +276,34 @@ def _commit(
         model_only=model_only,
         permanent=False,
         metrics_offset=0,
+        seconds=folder.manifest.seconds + (event.seconds or 0.0),
         data=folder.manifest.data,
         files={
             path.name: file_entry(path) for path in (*files, *(target / one for one in (METADATA, RECIPE, LINEAGE)))
         },
     )
     write_manifest(target, manifest)
+
+
+def _recipe_of(recipe: Recipe, config: ModelConfig, plugins: Sequence[str]) -> Recipe:
+    """The recipe of a run of the grown model: as that of the checkpoint was at that step, without its growths."""
+    grown = with_values(
+        recipe,
+        {
+            "plugins": sorted({*recipe.plugins, *plugins}),
+            "growth.stages": [],
+            "growth.base": {},
+            **{f"model.{key}": size for key, size in config.sizes.items()},
+            "model.head_dim": config.head_dim,
+            "model.multiple_of": None,
+            "model.ffn_dim_multiplier": None,
+            "model.norm_eps": config.norm_eps,
+            "model.qk_norm_eps": config.qk_norm_eps,
+        },
+    )
+    made, problems = model_config_of(grown.model)
+    assert made == config, f"the recipe written with a grown model makes another one: {made}, {problems}"
+    return grown
 
 
 def _sizes(config: ModelConfig) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from titan_growth.metrics.curves import COSTS, Curve, compare, read_curve, report
+from titan_growth.metrics.curves import COSTS, Curve, compare, read_curve, report, weights_of
 from titan_growth.tools.errors import ConfigError, Problem
 
 USAGE = """usage: python -m titan_growth plot NAME=RUN [NAME=RUN ...] [--to FILE] [--title TEXT]
@@ -43,6 +43,9 @@ def main(argv: list[str]) -> int:
         for curve in curves:
             if not curve.has("seconds"):
                 lines.append(f"{curve.name} was written by a version that counted no seconds")
+        for name, path in runs:
+            if start := weights_of(path):
+                lines.append(f"{name} started from the weights of {start}; what those cost is not in its curve")
         if target is not None:
             draw(curves, target, title)
             lines.append(f"drawn: {target}")
@@ -70,7 +73,8 @@ def _arguments(argv: list[str]) -> tuple[list[tuple[str, Path]], Path | None, st
                 options[name] = value
             continue
         name, has_name, path = word.partition("=")
-        runs.append((name, Path(path)) if has_name else (Path(word).resolve().name, Path(word)))
+        named = has_name and not Path(word).exists()  # a folder may well be called lr=3e-4
+        runs.append((name, Path(path)) if named else (Path(word).resolve().name, Path(word)))
     if not runs:
         problems.append(Problem("", "no run is named", "Name at least one, as NAME=FOLDER"))
     problems += [Problem(name, "is given twice") for name in {name for name, _ in runs} if _times(name, runs) > 1]
@@ -137,7 +141,7 @@ def _panel(panel: Any, curve: Curve, cost: str, color: str) -> None:
         if growth.step in at_step:
             panel.plot([x], [at_step[growth.step].loss], "o", color=color, markerfacecolor="white", markersize=7)
         panel.annotate(
-            f"{growth.from_layers} → {growth.to_layers} layers",
+            f"{growth.from_layers} → {growth.to_layers} layers" if growth.from_layers != growth.to_layers else "wider",
             (x, 0.98),
             xycoords=("data", "axes fraction"),
             xytext=(3, 0),

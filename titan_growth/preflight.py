@@ -136,9 +136,14 @@ def _check_initial(plan: RunPlan) -> None:
 
 def _check_space(folder: RunFolder, plan: RunPlan) -> None:
     """One checkpoint fits."""
-    if plan.recipe.checkpoint.enable and not plan.recipe.checkpoint.load_only:
-        bytes_per_value = 2 if plan.recipe.training.dtype == "bfloat16" else 4
-        folder.require_space(3 * bytes_per_value * plan.target.num_params, "a checkpoint (weights and moments)")
+    section = plan.recipe.checkpoint
+    if not section.enable or section.load_only:
+        return
+    num_bytes = (2 if plan.recipe.training.dtype == "bfloat16" else 4) * plan.target.num_params
+    if section.last_save_model_only and section.interval >= plan.recipe.training.steps:
+        folder.require_space(num_bytes, "a checkpoint (weights)")
+    else:
+        folder.require_space(3 * num_bytes, "a checkpoint (weights and moments)")
 
 
 def _device_type() -> str:

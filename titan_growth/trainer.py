@@ -336,6 +336,8 @@ class Trainer(GrowsMidRun):
                     f"{path}: its growth {number + 1} was '{event.operator}' to {event.to_layers} layers, the recipe's "
                     f"is '{stage.operator}' to {sizes['n_layers']}. Set checkpoint.initial_load_model_only = true"
                 )
+        if folder is not None and not section.initial_load_model_only:
+            self.observers.metrics.seconds_before = folder.manifest.seconds
         self._build(seed=None)
         tensors = self._tensors(optimizer=not section.initial_load_model_only)
         self.checkpointer.load(path, tensors, tied_names(self.model_config.tied))

@@ -114,7 +114,7 @@ def test_wrong_arguments(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "run", {10: 4.0, 20: 3.5})
-    (run / "torn").write_text('{"step": 1, "validation_loss": 3.0')
+    (run / "torn").write_text('{"step": 1, "validation_loss": 3.0\n')
     (run / "one").write_text('{"step": 1, "tokens": 1, "flops": 1, "validation_loss": 3.0}\n')
     assert plot_main(words) == 2
     assert f"error: {message}" in capsys.readouterr().out
@@ -128,3 +128,24 @@ def test_a_curve_of_a_diverged_run_keeps_its_finite_points(tmp_path: Path) -> No
     (run / "metrics.jsonl").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ConfigError, match="is no text"):
         read_curve("run", run)
+
+
+def test_the_line_that_a_killed_run_was_writing_is_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {10: 4.0, 20: 3.5})
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "tokens": 60, "fl')
+    assert [point.step for point in read_curve("run", run).points] == [10, 20]
+
+
+def test_a_folder_with_an_equals_sign_and_a_run_that_took_anothers_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "lr=3e-4", {10: 4.0, 20: 3.5})
+    start = '[checkpoint]\ninitial_load_path = "small/step-9"\ninitial_load_model_only = '
+    (run / "recipe.toml").write_text(f"{start}true\n")
+    assert plot_main([str(run)]) == 0
+    said = "lr=3e-4 started from the weights of small/step-9; what those cost is not in its curve"
+    assert said in capsys.readouterr().out
+    (run / "recipe.toml").write_text(f"{start}false\n")
+    assert plot_main([str(run)]) == 0
+    assert said not in capsys.readouterr().out

@@ -13,6 +13,7 @@ from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, train
 from titan_growth.checkpoint.folder import open_step
 from titan_growth.checkpoint.reader import SafeReader
+from titan_growth.growth_arguments import open_source
 from titan_growth.lineage_report import main as lineage_main
 from titan_growth.models.roles import layer_of, with_layer
 from titan_growth.offline import main as grow_main
@@ -157,3 +158,26 @@ def test_the_source_and_the_target_are_looked_at(
     text = capsys.readouterr().out
     for said in ("no such folder", "does not match its checksum", "is not empty"):
         assert said in text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model__hidden_dim": None, "model__multiple_of": 24, "model__ffn_dim_multiplier": 1.3},
+        {"model__name": "qwen3", "model__hidden_dim": 64},
+    ],
+)
+def test_what_was_grown_can_be_grown_again(settings: dict[str, object], tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "run", training__steps=2, checkpoint__enable=True, **settings)
+    run_ranks(train, 1, 1, recipe)
+    source = tmp_path / "run" / "checkpoint" / "step-2"
+    before = open_source(source)
+    wider = ["--operator", "zero_width", "--dim", str(before.config.dim + 16)]
+    assert grow(source, tmp_path / "wide" / "step-2", *wider) == 0
+    wide = open_source(tmp_path / "wide" / "step-2")
+    assert wide.config.dim == before.config.dim + 16
+    assert wide.config.norm_eps == pytest.approx(before.config.norm_eps * before.config.dim / wide.config.dim)
+    assert wide.config.qk_norm_eps == (before.config.norm_eps if before.config.qk_norm else None)
+    assert grow(tmp_path / "wide" / "step-2", tmp_path / "deep" / "step-2", "--operator", "stack", "--factor", "2") == 0
+    assert open_source(tmp_path / "deep" / "step-2").config.num_layers == 2 * before.config.num_layers
+    assert wide.folder.manifest.seconds > before.folder.manifest.seconds

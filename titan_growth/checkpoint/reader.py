@@ -134,12 +134,18 @@ class SafeReader(FileSystemReader):
         """
         metadata = self.read_metadata()
         found: dict[str, list[StoredChunk]] = {}
+        boxes: dict[str, dict[tuple[int, ...], set[tuple[int, ...]]]] = {}  # name -> offsets -> sizes
+        for name, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                boxes[name] = {}
+                for listed in entry.chunks:
+                    boxes[name].setdefault(tuple(listed.offsets), set()).add(tuple(listed.sizes))
         for index, info in metadata.storage_data.items():
             entry = metadata.state_dict_metadata.get(index.fqn)
             if not isinstance(entry, TensorStorageMetadata):
                 continue
             offsets = tuple(index.offset) if index.offset is not None else (0,) * len(entry.size)
-            sizes = {tuple(chunk.sizes) for chunk in entry.chunks if tuple(chunk.offsets) == offsets}
+            sizes = boxes[index.fqn].get(offsets, set())
             sizes = {size for size in sizes if prod(size)} or sizes  # an empty shard begins where another one does
             if len(sizes) != 1:
                 raise CheckpointError(f"{self.folder.name} refused: its metadata contradicts itself about {index.fqn}")

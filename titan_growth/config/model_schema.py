@@ -45,6 +45,8 @@ class Model(Section):
     """The SwiGLU hidden width is rounded up to a multiple of this. Default: 256."""
     norm_eps: float | None = Field(None, gt=0)
     """Epsilon of RMSNorm. Default: 1e-5."""
+    qk_norm_eps: float | None = Field(None, gt=0)
+    """Epsilon of the norms of queries and keys, in families that have them (Qwen3). Default: norm_eps."""
     rope_theta: float | None = Field(None, gt=0)
     """Base of the rotary frequencies. Default: 500000 (10000 in the gstack flavors)."""
     rope_scaling_factor: float | None = Field(None, ge=1)

@@ -76,7 +76,8 @@ def place(
         _selection([run.within(start, size) for run in runs(one)])
         for one, start, size in zip(positions, offsets, values.shape, strict=True)
     ]
-    if any(isinstance(here, Tensor) for choices in selections for here, _ in choices):
+    gathers = any(isinstance(here, Tensor) for choices in selections for here, _ in choices)
+    if selections and (gathers or local.device.type != "cpu"):  # what is gathered, or on its way to a device, is a copy
         selections[0] = list(_few_rows(selections[0]))
     for block in itertools.product(*selections):
         piece = values

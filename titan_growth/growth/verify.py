@@ -63,12 +63,17 @@ def verify_growth(
                 dense = None  # before the next one is read
                 span = _span(box)
                 dense = _dense(stored, chunks[source], span, box.local.dtype, buffer)
-            for part in box.parts():
-                expected = None if span is None or dense is None else _expected(part, dense, span[0])
-                if problems := _compare(name, part, expected, std):
-                    wrong += problems
-                    break
+            wrong += _compare_parts(name, box, dense, span[0] if span is not None else (), std)
     return len(tensors), wrong
+
+
+def _compare_parts(name: str, box: Box, dense: Tensor | None, starts: Sequence[int], std: float | None) -> list[str]:
+    """What is wrong with the first part of a shard that is wrong. Lets go of all views of `dense` when it returns."""
+    for part in box.parts():
+        expected = None if dense is None else _expected(part, dense, starts)
+        if problems := _compare(name, part, expected, std):
+            return problems
+    return []
 
 
 Span = tuple[tuple[int, ...], tuple[int, ...]]

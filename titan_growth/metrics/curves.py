@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli
+
 from titan_growth.tools.errors import ConfigError, Problem
-from titan_growth.tools.run_folder import METRICS_FILE
+from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE
 
 COSTS = ("flops", "tokens", "seconds")
 
@@ -116,7 +118,8 @@ def read_curve(name: str, path: Path) -> Curve:
         raise ConfigError([Problem(str(file), f"cannot be read ({reason})", "Name a run's job.dump_folder")]) from None
     points: list[Point] = []
     growths: list[Growth] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # The last line of a run that is going on, or was killed, may be half written.
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             entry = json.loads(line)
             if entry.get("event") == "growth":
@@ -147,3 +150,14 @@ def report(comparisons: Sequence[Comparison]) -> list[str]:
         ends = [f"{curve.name} {curve.points[-1].loss:.4f}" for curve in (one.baseline, one.other)]
         lines.append(f"  last validation loss: {', '.join(ends)}")
     return lines
+
+
+def weights_of(path: Path) -> str | None:
+    """What a run took its first weights from, when its counters began at zero all the same; None otherwise."""
+    try:
+        table = tomli.loads((path / RECIPE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    section = table.get("checkpoint", {})
+    start = section.get("initial_load_path")
+    return str(start) if start and section.get("initial_load_model_only", True) else None

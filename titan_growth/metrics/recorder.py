@@ -56,7 +56,7 @@ class Metrics:
         self._log_freq = log_freq
         self._total_steps = total_steps
         self._device_type = device_type
-        self._seconds_before = seconds_before
+        self.seconds_before = seconds_before
         self._validations: list[tuple[int, float]] = []
         self._growths: list[GrowthRecord] = []
         # Step, tokens and FLOPs that the run has come to, and the step this process took over at.
@@ -66,7 +66,7 @@ class Metrics:
     @property
     def seconds(self) -> float:
         """Wall-clock of the run until now, over all the processes that led here."""
-        return self._seconds_before + sum(self.meter.phase_seconds().values())
+        return self.seconds_before + sum(self.meter.phase_seconds().values())
 
     def should_log(self, step: int) -> bool:
         """Whether `step` (counted from 1) is logged. The same answer on every rank."""

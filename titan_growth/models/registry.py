@@ -87,6 +87,9 @@ def _config(values: dict[str, Any], explicit: dict[str, Any]) -> tuple[ModelConf
         for key in ("ffn_dim_multiplier", "multiple_of"):
             if key in explicit:
                 problems.append(Problem(f"model.{key}", "conflicts with model.hidden_dim", "Give one or the other"))
+    if "qk_norm_eps" in explicit and not values["qk_norm"]:
+        message = "has no meaning for a family whose queries and keys have no norms"
+        problems.append(Problem("model.qk_norm_eps", message, "Remove it"))
     if problems:
         return None, problems
     hidden_dim = values.get("hidden_dim")
@@ -101,5 +104,6 @@ def _config(values: dict[str, Any], explicit: dict[str, Any]) -> tuple[ModelConf
         hidden_dim=hidden_dim
         or swiglu_hidden_dim(dim, values.get("ffn_dim_multiplier"), values.get("multiple_of") or 256),
         vocab_size=values["vocab_size"],
+        qk_norm_eps=values.get("qk_norm_eps"),
         **{key: values[key] for key in _CONFIG_KEYS},
     ), []

@@ -25,6 +25,8 @@ class Outcome:
     loss: float = math.nan
     """At the end: on the held-out set, or of the last batch."""
     validated: bool = False
+    tokens: int = 0
+    """Trained on since the checkpoint, those of a learning phase included."""
     flops: float = math.nan
     """Spent since the checkpoint."""
     seconds: float = math.nan
@@ -57,6 +59,7 @@ def outcome_of(
         *losses,
         loss=math.nan if loss is None else loss,
         validated=validated,
+        tokens=last["tokens"] - start.progress.tokens,
         flops=last["flops"] - start.progress.flops,
         seconds=last["seconds"] - start.seconds,
     )
@@ -74,7 +77,7 @@ def report(outcomes: Sequence[Outcome], steps: int, source: str) -> Iterator[str
     yield ""
     yield (
         f"{'':4} {'candidate':{width}} {'layers':>6} {'parameters':>14} {'before':>8} {'grown':>8} "
-        f"{'at end':>8} {'FLOPs':>9} {'seconds':>8}"
+        f"{'at end':>8} {'tokens':>12} {'FLOPs':>9} {'seconds':>8}"
     )
     place = 0
     for one in ended:
@@ -82,13 +85,15 @@ def report(outcomes: Sequence[Outcome], steps: int, source: str) -> Iterator[str
         rank = f"{place}." if one.loss_after is not None else ""
         yield (
             f"{rank:4} {one.name:{width}} {one.num_layers:6} {one.num_params:14,} {_loss(one.loss_before)} "
-            f"{_loss(one.loss_after)} {_loss(one.loss)} {one.flops:9.2e} {one.seconds:8.1f}"
+            f"{_loss(one.loss_after)} {_loss(one.loss)} {one.tokens:12,} {one.flops:9.2e} {one.seconds:8.1f}"
         )
     for one in outcomes:
         if one.failure:
             yield f"{'-':4} {one.name:{width}} failed: {one.failure}"
     yield ""
     yield "before, grown: loss of one held-out batch just before and just after the growth."
+    if len({one.tokens for one in ended}) > 1:
+        yield "Not all were trained on the same number of tokens (a learning phase, or a batch of their own)."
 
 
 def _loss(value: float | None) -> str:
