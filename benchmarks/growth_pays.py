@@ -1,9 +1,9 @@
 """Does growing pay? One recipe with and without growth, validation loss against FLOPs, tokens and seconds.
 
-    python benchmarks/growth_pays.py [--seeds 1] [--folder outputs/growth_pays]
+    python benchmarks/growth_pays.py [--seeds 1] [--at 200 500] [--folder outputs/growth_pays]
 
-Trains `benchmarks/growth_pays.toml` twice for each seed through `run_train.sh`: grown from 3 to 12 layers, and with
-`--growth.enable false`, which trains the 12 layers from scratch on the same batches with the same learning rates. Both
+Trains `benchmarks/growth_pays.toml` through `run_train.sh`: grown from 3 to 12 layers, early and late, and with
+`--growth.enable false`, which trains the 12 layers from scratch on the same batches with the same learning rates. All
 schedules end annealed at the same step. The runs are resumable: stop this command, give it again, and it goes on.
 
 Then `titan_growth plot` draws the first seed into `docs/growth_pays.png`, and the numbers of all seeds go to
@@ -31,8 +31,8 @@ RECIPE = ROOT / "benchmarks" / "growth_pays.toml"
 RESULT = ROOT / "benchmarks" / "results" / "growth_pays.md"
 PICTURE = ROOT / "docs" / "growth_pays.png"
 README = ROOT / "README.md"
+BASELINE = "from scratch"
 BEGIN, END = "<!-- growth_pays: written by benchmarks/growth_pays.py -->", "<!-- end of growth_pays -->"
-RUNS = {"from scratch": ("--growth.enable", "false"), "grown": ()}
 
 
 def train(folder: Path, seed: int, words: tuple[str, ...]) -> None:
@@ -46,42 +46,48 @@ def row(seed: int, one: Comparison) -> str:
     losses = [f"{curve.points[-1].loss:.4f}" for curve in (one.baseline, one.other)]
     speedups = [f"{one.speedup(cost):+.0%}" for cost in COSTS]
     costs = [f"{pair[0]:.3g} -> {pair[1]:.3g}" for pair in (one.costs[cost] for cost in COSTS)]
-    return f"| {seed} | {' | '.join(losses)} | {one.loss:.4f} | {' | '.join(costs)} | {' | '.join(speedups)} |"
+    cells = [one.other.name, str(seed), *losses, f"{one.loss:.4f}", *costs, *speedups]
+    return f"| {' | '.join(cells)} |"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Trains what has not been trained, draws, writes the page and the README's paragraph."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--at", type=int, nargs="+", default=[200, 500], help="steps to grow at, a run for each")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "growth_pays")
     options = parser.parse_args(argv)
-    comparisons = []
+    runs = {BASELINE: ("--growth.enable", "false")}
+    runs |= {f"grown at step {step}": ("--growth.stages.0.at", f"{step} steps") for step in options.at}
+    rows: dict[int, list[Comparison]] = {}
     for seed in range(1, options.seeds + 1):
-        folders = {name: options.folder / f"{name.replace(' ', '_')}-{seed}" for name in RUNS}
-        for name, words in RUNS.items():
+        folders = {name: options.folder / f"{name.replace(' ', '_')}-{seed}" for name in runs}
+        for name, words in runs.items():
             train(folders[name], seed, words)
-        comparisons.append(compare(*(read_curve(name, folders[name]) for name in RUNS)))
+        curves = [read_curve(name, folder) for name, folder in folders.items()]
+        rows[seed] = [compare(curves[0], other) for other in curves[1:]]
         if seed == 1:
-            words = [f"{name}={folder}" for name, folder in folders.items()]
-            assert plot([*words, "--to", str(PICTURE)]) == 0
-    write(comparisons)
+            named = [f"{name}={folder}" for name, folder in folders.items()]
+            assert plot([*named, "--to", str(PICTURE)]) == 0
+    words = argv if argv is not None else sys.argv[1:]
+    write(rows, " ".join(["python benchmarks/growth_pays.py", *words]))
     return 0
 
 
-def write(comparisons: list[Comparison]) -> None:
+def write(rows: dict[int, list[Comparison]], command: str) -> None:
     """The page, and the paragraph of the README."""
+    comparisons = [one for each in rows.values() for one in each]
     first = comparisons[0]
-    (growth,) = first.other.growths
+    small, large = first.other.growths[0].from_layers, first.other.growths[0].to_layers
     tokens = f"{first.other.points[-1].cost['tokens'] / 1e6:.1f}M tokens"
-    minutes = sum(curve.points[-1].cost["seconds"] for one in comparisons for curve in (one.baseline, one.other)) / 60
-    seeds = f"{len(comparisons)} seed{'s' if len(comparisons) > 1 else ''}"
-    speedup = {cost: _range([one.speedup(cost) for one in comparisons]) for cost in COSTS}
+    curves = [curve for each in rows.values() for curve in (each[0].baseline, *(one.other for one in each))]
+    minutes = sum(curve.points[-1].cost["seconds"] for curve in curves) / 60
+    seeds = f"{len(rows)} seed{'s' if len(rows) > 1 else ''}"
     setting = (
-        f"`python benchmarks/growth_pays.py --seeds {len(comparisons)}`, {minutes:.0f} minutes of training on "
-        f"{os.cpu_count()} cores: `benchmarks/growth_pays.toml` with and without growth, {seeds}, {tokens} of the "
-        f"default corpus, one pass. The grown run has {growth.from_layers} layers until step {growth.step} and "
-        f"{growth.to_layers} from then on (G_stack, moments reset, learning rate restarted); the other has "
-        f"{growth.to_layers} from the start. Same batches, same peak learning rate, same cosine to the same last step."
+        f"`{command}`, {minutes:.0f} minutes of training on {os.cpu_count()} cores: `benchmarks/growth_pays.toml` with "
+        f"and without growth, {seeds}, {tokens} of the default corpus, one pass. A grown run has {small} layers at "
+        f"first and {large} from its growth on (G_stack, moments reset, learning rate restarted); the baseline has "
+        f"{large} from the start. Same batches, same peak learning rate, same cosine to the same last step."
     )
     meaning = (
         "Costs are those of the whole run until the lowest validation loss that both reach, the small model's share "
@@ -91,24 +97,31 @@ def write(comparisons: list[Comparison]) -> None:
         "What this does not say: neither run was tuned, the learning rate is the same for both depths, and a model of "
         f"{_num_params():,} parameters on {tokens} is far from the scales that the paper measured."
     )
-    columns = ["seed", "from scratch, last", "grown, last", "at equal loss", "FLOPs", "tokens", "seconds"]
+    columns = ["run", "seed", "from scratch, last", "grown, last", "at equal loss", "FLOPs", "tokens", "seconds"]
     columns += ["speedup in FLOPs", "in tokens", "in seconds"]
     table = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
-    table += [row(seed, one) for seed, one in enumerate(comparisons, 1)]
+    table += [row(seed, one) for seed, each in rows.items() for one in each]
     picture = "![validation loss against FLOPs, tokens and seconds]"
     page = ["# Does growing pay?", setting, meaning, "\n".join(table), f"{picture}(../../docs/growth_pays.png)", limits]
     RESULT.write_text("\n\n".join(page) + "\n", encoding="utf-8")
 
-    said = (
-        f"A 12-layer model of width 128 on {tokens}, grown from {growth.from_layers} layers at step {growth.step},\n"
-        f"against the same recipe without growth ({seeds}). The speedup at equal validation loss is\n"
-        f"{speedup['flops']} in FLOPs, {speedup['tokens']} in tokens and {speedup['seconds']} in seconds. `python\n"
-        "benchmarks/growth_pays.py` trains both, draws this and writes these numbers; [what they do and do not\n"
-        "say](benchmarks/results/growth_pays.md)."
+    said = []
+    for index, one in enumerate(rows[1]):
+        speedup = {cost: _range([each[index].speedup(cost) for each in rows.values()]) for cost in COSTS}
+        said.append(
+            f"- {one.other.name}: {speedup['flops']} in FLOPs, {speedup['tokens']} in tokens, {speedup['seconds']} in "
+            f"seconds; last validation loss {one.other.points[-1].loss:.4f} against {one.baseline.points[-1].loss:.4f}"
+        )
+    text = (
+        f"A {large}-layer model of width 128 on {tokens}, grown from {small} layers, against the same recipe without\n"
+        f"growth ({seeds}). Speedup at equal validation loss, the small model's cost included:\n\n"
+        + "\n".join(said)
+        + "\n\n`python benchmarks/growth_pays.py` trains them all, draws this and writes these numbers;\n"
+        "[what they do and do not say](benchmarks/results/growth_pays.md)."
     )
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{picture}(docs/growth_pays.png)\n\n{said}\n{END}{after}", encoding="utf-8")
+    README.write_text(f"{before}{BEGIN}\n{picture}(docs/growth_pays.png)\n\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def _num_params() -> int:
