@@ -135,10 +135,10 @@ class SafeReader(FileSystemReader):
         metadata = self.read_metadata()
         found: dict[str, list[StoredChunk]] = {}
         boxes: dict[str, dict[tuple[int, ...], set[tuple[int, ...]]]] = {}  # name -> offsets -> sizes
-        for name, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
+        for name, tensor in metadata.state_dict_metadata.items():
+            if isinstance(tensor, TensorStorageMetadata):
                 boxes[name] = {}
-                for listed in entry.chunks:
+                for listed in tensor.chunks:
                     boxes[name].setdefault(tuple(listed.offsets), set()).add(tuple(listed.sizes))
         for index, info in metadata.storage_data.items():
             entry = metadata.state_dict_metadata.get(index.fqn)
