@@ -177,7 +177,8 @@ class SafeReader(FileSystemReader):
             as_listed = tuple(said.shape) == chunk.sizes and said.dtype == chunk.dtype and said.is_contiguous()
             num_bytes = chunk.num_bytes
             storage_begin = said.untyped_storage()._checkpoint_offset
-            assert storage_begin is not None, "torch.load notes where a storage without values lies"
+            if storage_begin is None:
+                raise CheckpointError(f"{self.folder.name} refused: {chunk.name} is stored as a {type(said).__name__}")
             begin = storage_begin + int(said.storage_offset()) * said.element_size()
             if not as_listed or begin + num_bytes > chunk.length:
                 raise CheckpointError(f"{self.folder.name} refused: {chunk.file} does not hold {chunk.name} as it says")

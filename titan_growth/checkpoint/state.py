@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from titan_growth.optim import Optimizer
 
@@ -18,12 +20,30 @@ OPTIMIZER_PREFIX = "optimizer.state."
 
 def model_tensors(parts: Iterable[nn.Module]) -> dict[str, Tensor]:
     """Every parameter and persistent buffer of this rank's parts; the tensors in use, so they can be loaded into."""
-    return {name: tensor.detach() for part in parts for name, tensor in part.state_dict(keep_vars=True).items()}
+    return {name: plain(tensor.detach()) for part in parts for name, tensor in part.state_dict(keep_vars=True).items()}
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same memory without the wrapper that torchao puts around a weight for Float8 all-gathers.
+
+    A checkpoint holds plain tensors, which any program reads without torchao.
+    """
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not is_traceable_wrapper_subclass(local):
+        return tensor
+    names, _ = local.__tensor_flatten__()
+    assert len(names) == 1, f"a {type(local).__name__} is more than one tensor"
+    values: Tensor = getattr(local, names[0])
+    if not isinstance(tensor, DTensor):
+        return values
+    return DTensor.from_local(
+        values, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """The moments and step counters of this rank's parameters."""
-    return {f"{OPTIMIZER_PREFIX}{name}.{key}": tensor for name, key, tensor in optimizer.named_state()}
+    return {f"{OPTIMIZER_PREFIX}{name}.{key}": plain(tensor) for name, key, tensor in optimizer.named_state()}
 
 
 def rng_tensors(rank: int) -> dict[str, Tensor]:
