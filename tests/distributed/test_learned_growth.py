@@ -109,8 +109,16 @@ def grown(folder: Path, case: Case, **more: Any) -> tuple[list[dict[str, Any]], 
     return [line for line in read_metrics(folder) if "loss" in line], event
 
 
-def test_it_learns_and_every_mesh_learns_the_same(tmp_path: Path) -> None:
-    expected, event = grown(tmp_path / "alone", mesh())
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The run on one rank."""
+    return grown(tmp_path_factory.mktemp("learned") / "alone", mesh())
+
+
+def test_it_learns_and_every_mesh_learns_the_same(
+    alone: tuple[list[dict[str, Any]], dict[str, Any]], tmp_path: Path
+) -> None:
+    expected, event = alone
     assert event["learning"]["steps"] == 12
     assert event["learning"]["last_loss"] < event["learning"]["first_loss"] - 0.1, "learning did not lower the loss"
     tokens = [line["tokens"] for line in expected]
@@ -123,13 +131,13 @@ def test_it_learns_and_every_mesh_learns_the_same(tmp_path: Path) -> None:
 
 
 def stopped_while_learning(rank: int, num_ranks: int, recipe: Any) -> None:
-    """A run that is asked to stop at the fourth batch of its learning phase, on one rank only."""
+    """A run that is asked to stop at the fourth batch of its learning phase."""
     with trainer_of(recipe, num_ranks) as trainer:
         agree, calls = trainer._agree, [0]
 
         def asked(batch: Any) -> Any:
             calls[0] += 1
-            if calls[0] == 8 and rank == num_ranks - 1:
+            if calls[0] == 8:
                 trainer.stop.name = "SIGTERM"
             return agree(batch)
 
@@ -141,12 +149,12 @@ def stopped_while_learning(rank: int, num_ranks: int, recipe: Any) -> None:
         assert trainer.last_saved.step == 4
 
 
-def test_a_stop_while_it_learns_ends_the_run_and_loses_nothing_but_the_learning(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path / "stopped", mesh(shard=2))
-    run_ranks(stopped_while_learning, 2, 2, recipe, timeout_seconds=200)
-    found, _ = grown(tmp_path / "stopped", mesh(shard=2))
-    expected, _ = grown(tmp_path / "whole", mesh(shard=2))
-    assert without_timings(found) == without_timings(expected)
+def test_a_stop_while_it_learns_ends_the_run_and_loses_nothing_but_the_learning(
+    alone: tuple[list[dict[str, Any]], dict[str, Any]], tmp_path: Path
+) -> None:
+    run_ranks(stopped_while_learning, 1, 1, recipe_of(tmp_path, mesh()), timeout_seconds=200)
+    found, _ = grown(tmp_path, mesh())
+    assert without_timings(found) == without_timings(alone[0])
 
 
 @pytest.mark.slow
