@@ -221,9 +221,9 @@ def main(argv: list[str] | None = None) -> int:
                 f"({sizes['split_width']} MiB). FSDP on each number of ranks, one thread each, {os.cpu_count()} cores: "
                 "with more ranks than cores only the ratio means anything. MiB and chunks are of the rank that has "
                 "most. Memory is what came on top of the grown shards: while growing it must stay within the largest "
-                f"stored chunk (and {SLACK_MIB:.0f} MiB of the process's own), while verifying it is about one stored "
-                "tensor and a chunk of it. A plain load is that of the grown model's own checkpoint into the same "
-                "shards, in turns with the growth.",
+                f"stored chunk (and {SLACK_MIB:.0f} MiB of the process's own), while verifying it is one stored "
+                "tensor, a chunk of it and the rows under way. A plain load is that of the grown model's own "
+                "checkpoint into the same shards, in turns with the growth.",
                 "",
                 "| operator | ranks | MiB read | chunks | largest chunk | grown shards | memory on top, growing "
                 "| verifying | growth, s | load, s | ratio |",
