@@ -31,11 +31,20 @@ LAYERS: list[tuple[str, ...]] = [
     ),
     ("build", "engine", "pipeline_engine", "engines"),
     ("checkpoint", "data", "optim", "lr_scheduler", "metrics"),
-    ("growth.points", "growth.schedule", "growth.read", "growth.verify", "growth.ligo", "growth.carry_out"),
+    (
+        "growth.points",
+        "growth.schedule",
+        "growth.place",
+        "growth.read",
+        "growth.verify",
+        "growth.ligo",
+        "growth.carry_out",
+    ),
     ("phases", "plan", "resume", "run_data", "shards", "validator", "observers", "start", "watchdog"),
     ("growing",),
     ("trainer",),
-    ("train", "preflight", "plan_report", "offline", "lineage_report"),
+    ("train", "preflight", "plan_report", "lineage_report", "plot", "growth_arguments"),
+    ("offline", "probe", "verify_report"),
     ("launch", "__main__"),
 ]
 """Lowest first. A module may import from its own layer and from lower ones."""
