@@ -112,7 +112,8 @@ def _probe(argv: list[str]) -> int:
         finally:
             if outcomes:
                 print("\n".join(report(outcomes, steps, str(source.folder.path))))
-                print("\n".join(doubts(source, candidates, steps)))
+                for line in doubts(source, candidates, steps):
+                    print(line)
         failed = any(outcome.failure for outcome in outcomes)
         if wanted is None and not failed:
             shutil.rmtree(folder)
