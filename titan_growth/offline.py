@@ -47,7 +47,7 @@ from titan_growth.growth_arguments import STAGE_WORDS, map_of, open_source, pars
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.phases import recipe_in_phase
-from titan_growth.tools.errors import CheckpointError, ConfigError, GrowthError, Problem, TitanGrowthError
+from titan_growth.tools.errors import CheckpointError, ConfigError, GrowthError, Problem, TitanGrowthError, print_error
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.run_folder import gib
 
@@ -81,12 +81,8 @@ def main(argv: list[str]) -> int:
         done = grow_checkpoint(
             Path(given["from"]), Path(given["to"]), stage, seed=int(given.get("seed", "0")), plugins=_plugins(given)
         )
-    except ConfigError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems))
-        return error.exit_status
     except TitanGrowthError as error:
-        print(f"error: {error}")
-        return error.exit_status
+        return print_error(error)
     print(done)
     return 0
 

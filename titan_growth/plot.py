@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_growth.metrics.curves import COSTS, Curve, compare, read_curve, report, weights_of
-from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.tools.errors import ConfigError, Problem, print_error
 
 USAGE = """usage: python -m titan_growth plot NAME=RUN [NAME=RUN ...] [--to FILE] [--title TEXT]
 
@@ -50,8 +50,7 @@ def main(argv: list[str]) -> int:
             draw(curves, target, title)
             lines.append(f"drawn: {target}")
     except ConfigError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems))
-        return error.exit_status
+        return print_error(error)
     print("\n".join(lines))
     return 0
 

@@ -219,7 +219,7 @@ class CheckpointManager:
         Args:
             path: a step folder, ours or another program's.
             tensors: what to fill, plain or sharded.
-            names_of: serves stored tensors under other names (growth).
+            names_of: serves stored tensors under other names (a head that is tied).
 
         Raises:
             CheckpointError: when a tensor is missing or does not fit, or a file cannot be read.

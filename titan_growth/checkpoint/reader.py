@@ -2,9 +2,9 @@
 
 DCP's own reader unpickles `.metadata`, which runs whatever a stranger put there. This one admits only the few classes
 that DCP's metadata is made of. It also takes `names_of`, a function that says under which names a stored tensor should
-appear: with it a small model reads as if a larger one had been written, which is all that growth needs (design.md,
-decision 7). DCP plans the read from those names, so growing and resharding are one pass. Since one stored chunk may now
-feed many tensors, requests are grouped by chunk; DCP's reader would load it again for each.
+appear: with it an embedding is read as the head that is tied to it, too. Since one stored chunk may so feed two
+tensors, requests are grouped by chunk; DCP's reader would load it again for each. Growth plans its own read
+(growth/read.py), from `chunks` and `read_chunk`.
 """
 
 from __future__ import annotations

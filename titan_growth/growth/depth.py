@@ -24,6 +24,13 @@ from titan_growth.models.config import ModelConfig
 DEPTH = frozenset({"depth"})
 
 
+def shallower(after: ModelConfig, factor: int) -> ModelConfig | str:
+    """The model that a factor over depth has grown from, or why there is none."""
+    if after.num_layers % factor:
+        return f"the factor {factor} does not divide {after.num_layers} layers"
+    return replace(after, num_layers=after.num_layers // factor)
+
+
 class DepthOperator(ABC):
     """The frame of all of them: how deep, and which layer comes from which."""
 
@@ -34,9 +41,7 @@ class DepthOperator(ABC):
     def base(self, after: ModelConfig, stage: GrowthStage) -> ModelConfig | str:
         if stage.factor is None:
             return "needs growth.base.n_layers, because the stage gives no factor"
-        if after.num_layers % stage.factor:
-            return f"the factor {stage.factor} does not divide {after.num_layers} layers"
-        return replace(after, num_layers=after.num_layers // stage.factor)
+        return shallower(after, stage.factor)
 
     def grow(self, before: ModelConfig, stage: GrowthStage) -> GrowthMap | str:
         num_layers = before.num_layers

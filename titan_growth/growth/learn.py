@@ -7,6 +7,7 @@ from typing import Any
 
 from titan_growth.config.growth_schema import WIDTHS, GrowthStage
 from titan_growth.growth.axes import appended, axis_maps, width_problem
+from titan_growth.growth.depth import shallower
 from titan_growth.growth.operators import GrowthMap, register_operator
 from titan_growth.models.config import ModelConfig
 
@@ -26,9 +27,7 @@ class Learn:
     def base(self, after: ModelConfig, stage: GrowthStage) -> ModelConfig | str:
         if stage.factor is None:
             return "needs the sizes to start from in [growth.base], because the stage gives no factor"
-        if after.num_layers % stage.factor:
-            return f"the factor {stage.factor} does not divide {after.num_layers} layers"
-        return replace(after, num_layers=after.num_layers // stage.factor)
+        return shallower(after, stage.factor)
 
     def grow(self, before: ModelConfig, stage: GrowthStage) -> GrowthMap | str:
         if stage.layer_map is not None:

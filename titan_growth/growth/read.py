@@ -1,6 +1,6 @@
 """The growth itself: every rank makes its shards of the grown model from the stored chunks of the small one.
 
-    rule of each tensor -> which stored chunks overlap its shard -> each chunk read once -> placed -> scaled, filled
+    rule of each tensor -> which stored chunks overlap its shard -> each chunk read once -> placed, scaled -> filled
 
 Nothing is gathered and nothing is planned together: the ranks do not even talk to each other, but to agree on whether
 all have succeeded. A chunk that feeds many tensors (a layer that is stacked four times) is read once for all of them,

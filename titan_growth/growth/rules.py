@@ -5,7 +5,7 @@
                   + noise                                                                  where it is a copy
 
 Weights, first and second moments and step counters of a parameter have rules of their own, made of the same map. Rules
-are pure data; `fill` evaluates one on a box of the tensor, so that every rank makes exactly its shard.
+are pure data; `read_grown` evaluates one on a box of the tensor, so that every rank makes exactly its shard.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from titan_growth.growth_arguments import open_source, parse_words
 from titan_growth.probe.candidates import SHARED, candidates_of, doubts, key_problems
 from titan_growth.probe.report import Outcome, report
 from titan_growth.probe.runs import carried_out, prepared, work_folder
-from titan_growth.tools.errors import ConfigError, Problem, TitanGrowthError
+from titan_growth.tools.errors import ConfigError, Problem, TitanGrowthError, print_error
 
 USAGE = """usage: python -m titan_growth probe --from STEP_FOLDER --operator NAME [--operator NAME ...] [-- RECIPE KEYS]
 
@@ -57,12 +57,8 @@ def main(argv: list[str]) -> int:
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _probe(argv)
-    except ConfigError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems))
-        return error.exit_status
     except TitanGrowthError as error:
-        print(f"error: {error}")
-        return error.exit_status
+        return print_error(error)
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}")
         return 1

@@ -41,6 +41,13 @@ class ConfigError(TitanGrowthError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
+def print_error(error: TitanGrowthError) -> int:
+    """Prints every problem of an error on a line of its own; returns the status to end a command with."""
+    problems = error.problems if isinstance(error, ConfigError) else [error]
+    print("\n".join(f"error: {problem}" for problem in problems))
+    return error.exit_status
+
+
 class DataError(TitanGrowthError):
     """A corpus, a tokenizer or prepared data that cannot be used."""
 
