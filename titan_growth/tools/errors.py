@@ -54,6 +54,12 @@ class DataError(TitanGrowthError):
     exit_status = 2
 
 
+class LocationError(TitanGrowthError):
+    """A URL that cannot be used here: unknown, without its package, or incomplete."""
+
+    exit_status = 2
+
+
 class CheckpointError(TitanGrowthError):
     """A checkpoint that cannot be written, is incomplete, or does not belong to this run."""
 

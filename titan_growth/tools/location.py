@@ -1,0 +1,74 @@
+"""Paths and URLs: where a recipe says that something lies.
+
+A recipe may name a place in storage (`s3://bucket/corpus`, `gs://...`, `memory://...`, `file:///...`) wherever this is
+said of its key. `location` is the one place that tells the two apart: a path stays a `pathlib.Path`, a URL becomes a
+`UPath`, which has the same methods but is no `pathlib.Path` (so `isinstance` tells them apart, too). Nothing is looked
+up here: whether the thing exists, and whether we may read it, shows when it is used. Credentials and endpoints are not
+a recipe's business; every fsspec package reads its own environment variables and files for them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from titan_growth.tools.errors import LocationError
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(://|::)")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
+"""Scheme -> our extra that installs its package."""
+
+
+def is_remote(place: str | Path | UPath) -> bool:
+    """Whether a place is a URL (`scheme://...`, file:// included) instead of a path."""
+    if isinstance(place, str):
+        return _URL.match(place) is not None
+    return not isinstance(place, Path)
+
+
+def location(text: str) -> Path | UPath:
+    """What a recipe's text names: a Path, with ~ replaced, or for a URL a UPath.
+
+    Raises:
+        LocationError: when the URL's scheme is unknown, its package is not installed, or it names nothing.
+    """
+    match = _URL.match(text)
+    if match is None:
+        return Path(text).expanduser()
+    # Imported here: recipes without URLs must not pay for it.
+    import fsspec
+    from upath import UPath
+
+    scheme = match[1]
+    if scheme not in fsspec.available_protocols():
+        raise LocationError(f"{text}: unknown scheme {scheme!r}. Use a path, or a URL of s3, gs, file or memory")
+    try:
+        fsspec.get_filesystem_class(scheme)
+        place = UPath(text)
+        named = place.path
+    except ImportError as error:
+        raise LocationError(
+            f"{text}: {scheme}:// needs a package that is missing. {_how_to_install(scheme)}"
+        ) from error
+    except ValueError as error:
+        message = f"{text}: not a URL that can be used ({error}). Write {scheme}://BUCKET/PATH"
+        raise LocationError(message) from error
+    if not named:
+        raise LocationError(f"{text}: names no bucket. Write {scheme}://BUCKET/PATH")
+    return place
+
+
+def _how_to_install(scheme: str) -> str:
+    from fsspec.registry import known_implementations
+
+    if scheme in _EXTRAS:
+        return f"Install it: pip install 'titan_growth[{_EXTRAS[scheme]}]'"
+    known = known_implementations.get(scheme, {})
+    package = known.get("class", "").split(".")[0]
+    if package and package != "fsspec":
+        return f"Install it: pip install {package}"
+    return f"Install what fsspec asks for: {known.get('err', 'see its documentation')}"
