@@ -19,6 +19,7 @@ from titan_growth.config.schema import Recipe
 from titan_growth.data import BatchLoader, BlockDataset, CorpusSpec, PreparedCorpus, TokenizerSpec, TokenSplit, prepare
 from titan_growth.mesh import Mesh
 from titan_growth.tools.errors import DataError, Problem
+from titan_growth.tools.location import is_remote
 
 logger = logging.getLogger("titan_growth")
 
@@ -117,7 +118,12 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool) -> RunD
     held_out = corpus.validation
     if validation.enable and (validation.dataset is not None or validation.dataset_path is not None):
         other = CorpusSpec(
-            validation.dataset or training.dataset, validation.dataset_path, data.text_key, data.split, data.subset
+            validation.dataset or training.dataset,
+            validation.dataset_path,
+            data.text_key,
+            data.split,
+            data.subset,
+            key="validation.dataset_path",
         )
         held_out = prepare(other, corpus.tokenizer, validation_fraction=0.0, **settings).train
     return RunData(corpus, held_out)
@@ -155,7 +161,7 @@ def with_stand_ins(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
         warnings.append(Problem("training.dataset", message, "training.dataset_path names another one"))
     assets, data = recipe.model.hf_assets_path, recipe.data
     trains_its_own = data.tokenizer_path is None and data.tokenizer in ("auto", "sentencepiece")
-    if assets is not None and trains_its_own and not Path(assets).expanduser().exists():
+    if assets is not None and trains_its_own and not is_remote(assets) and not Path(assets).expanduser().exists():
         values["model.hf_assets_path"] = None
         message = f"{assets} does not exist, so a tokenizer is trained on the corpus"
         warnings.append(Problem("model.hf_assets_path", message, "data.tokenizer_path names another one"))

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from titan_growth.config.no_effect import FLOAT8, without_effect
 from titan_growth.config.schema import Recipe
-from titan_growth.tools.errors import Problem
+from titan_growth.tools.errors import LocationError, Problem
+from titan_growth.tools.location import is_remote, location
 
 
 def check_recipe(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
@@ -24,6 +25,7 @@ def check_recipe(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
         )
     yield from _training(recipe, warnings)
     yield from _validation(recipe)
+    yield from _urls(recipe)
     yield from _checkpoint(recipe)
     yield from _growth(recipe, warnings)
     yield from _parallelism(recipe)
@@ -85,6 +87,25 @@ def _validation(recipe: Recipe) -> Iterator[Problem]:
             "0 holds nothing out, but validation.enable is true",
             "Raise it, or name another corpus in validation.dataset_path",
         )
+
+
+def _urls(recipe: Recipe) -> Iterator[Problem]:
+    """URLs that can be known to be of no use without asking any storage."""
+    data, validation = recipe.data, recipe.validation
+    places = {
+        "training.dataset_path": recipe.training.dataset_path,
+        "validation.dataset_path": validation.dataset_path if validation.enable else None,
+        "data.tokenizer_path": data.tokenizer_path,
+        "model.hf_assets_path": recipe.model.hf_assets_path if data.tokenizer_path is None else None,
+    }
+    for key, place in places.items():
+        try:
+            location(place or "")
+        except LocationError as error:
+            yield Problem(key, error.message, error.hint)
+    if data.cache_dir is not None and is_remote(data.cache_dir):
+        message = f"{data.cache_dir} is a URL, but prepared data is memory-mapped from a disk"
+        yield Problem("data.cache_dir", message, "Name a folder; corpora and tokenizers may be URLs")
 
 
 def _checkpoint(recipe: Recipe) -> Iterator[Problem]:

@@ -31,6 +31,7 @@ from titan_growth.data.readers import (
     read_documents,
     reading,
 )
+from titan_growth.data.remote import Remote, list_remote, place_of
 from titan_growth.tools.errors import DataError
 
 logger = logging.getLogger("titan_growth")
@@ -45,9 +46,11 @@ class CorpusSpec:
 
     dataset: "stdlib", a Hugging Face dataset name, or, with dataset_path, "text", "json" or "parquet" to force a kind
         (any other name then means: by extension).
-    dataset_path: a file, a folder (recursive), a glob, or a folder written by `datasets.Dataset.save_to_disk`.
+    dataset_path: a file, a folder (recursive), a glob, or a folder written by `datasets.Dataset.save_to_disk`; or a URL
+        of one of the first three.
     text_key: the field that holds the text, in JSON lines, parquet and Hugging Face datasets.
     split, subset: of a Hugging Face dataset.
+    key: of the recipe, where dataset_path was said; messages about URLs name it.
     """
 
     dataset: str = STDLIB
@@ -55,6 +58,7 @@ class CorpusSpec:
     text_key: str = "text"
     split: str = "train"
     subset: str | None = None
+    key: str = "training.dataset_path"
 
 
 class Corpus(abc.ABC):
@@ -88,7 +92,8 @@ class Corpus(abc.ABC):
 def open_corpus(spec: CorpusSpec) -> Corpus:
     """Find the corpus that the recipe means. Raises DataError if it is missing, unreadable or empty."""
     if spec.dataset_path is not None:
-        return _open_path(spec, Path(spec.dataset_path).expanduser())
+        place = place_of(spec.key, spec.dataset_path)
+        return _open_remote(spec, place) if isinstance(place, Remote) else _open_path(spec, place)
     if spec.dataset == STDLIB:
         return StdlibCorpus()
     if spec.dataset in KINDS:
@@ -108,7 +113,15 @@ def _open_path(spec: CorpusSpec, path: Path) -> Corpus:
         from titan_growth.data.hub import load_saved
 
         return load_saved(spec, path)
-    return FileCorpus(str(path), find_files(path, spec.dataset if spec.dataset in KINDS else None), spec.text_key)
+    return FileCorpus(str(path), find_files(path, _forced_kind(spec)), spec.text_key)
+
+
+def _open_remote(spec: CorpusSpec, place: Remote) -> Corpus:
+    return FileCorpus(str(place.url), find_remote_files(place, _forced_kind(spec)), spec.text_key)
+
+
+def _forced_kind(spec: CorpusSpec) -> str | None:
+    return spec.dataset if spec.dataset in KINDS else None
 
 
 def find_files(path: Path, forced_kind: str | None) -> list[SourceFile]:
@@ -129,16 +142,45 @@ def find_files(path: Path, forced_kind: str | None) -> list[SourceFile]:
     if not candidates and not is_folder:
         what = "the glob matches no file" if glob.has_magic(str(path)) else "does not exist"
         raise DataError(f"{path}: {what}. Set dataset_path to a file, a folder or a glob that exists")
-    files, num_skipped = [], 0
+    files = []
     for candidate in candidates:
-        kind = forced_kind if forced_kind and not is_folder else kind_of(candidate)
-        if kind is None or (forced_kind and kind != forced_kind):
-            num_skipped += 1
-            continue
-        with reading(candidate):
-            status = candidate.stat()
-        name = candidate.relative_to(base).as_posix()
-        files.append(SourceFile(candidate, name, kind, status.st_size, status.st_mtime_ns))
+        kind = _kind(candidate, forced_kind, is_folder)
+        if kind is not None:
+            with reading(candidate):
+                status = candidate.stat()
+            name = candidate.relative_to(base).as_posix()
+            files.append(SourceFile(candidate, name, kind, status.st_size, status.st_mtime_ns))
+    return _usable(path, files, len(candidates) - len(files))
+
+
+def find_remote_files(place: Remote, forced_kind: str | None) -> list[SourceFile]:
+    """Like `find_files`, in storage. Raises DataError."""
+    with reading(place):
+        is_folder, entries = list_remote(place)
+    names = {entry.name for entry in entries}
+    if is_folder and ("dataset_dict.json" in names or names >= {"state.json", "dataset_info.json"}):
+        raise DataError(f"{place}: a saved dataset is read from a disk only. Copy it to one, or write it as parquet")
+    if not entries and not is_folder:
+        what = "the glob matches no file" if glob.has_magic(place.url.path) else "does not exist"
+        raise DataError(f"{place}: {what}. Name a file, a folder or a glob that exists")
+    files = []
+    for entry in entries:
+        kind = _kind(entry.place, forced_kind, is_folder)
+        if kind is not None:
+            files.append(SourceFile(entry.place, entry.name, kind, entry.size_bytes, entry.mark))
+    return _usable(place, files, len(entries) - len(files))
+
+
+def _kind(candidate: Path | Remote, forced_kind: str | None, is_folder: bool) -> str | None:
+    """The kind to read a file as, or None to skip it."""
+    if forced_kind and not is_folder:
+        return forced_kind
+    kind = kind_of(candidate)
+    return kind if forced_kind in (None, kind) else None
+
+
+def _usable(path: Path | Remote, files: list[SourceFile], num_skipped: int) -> list[SourceFile]:
+    """The files in order. Raises DataError when there is nothing to read."""
     if not files:
         raise DataError(
             f"{path}: no file of a known kind ({num_skipped} others). Known are .txt .text .md .py .json .jsonl "
@@ -189,7 +231,7 @@ class FileCorpus(Corpus):
     def fingerprint(self) -> str:
         # The text key plays no part in plain text, so naming another one must not cost a second preparation.
         key = None if all(file.kind == TEXT for file in self._files) else self._text_key
-        facts = [(file.name, file.kind, file.size_bytes, file.mtime_ns) for file in self._files]
+        facts = [(file.name, file.kind, file.size_bytes, file.mark) for file in self._files]
         return _digest("files", [key, *facts])
 
     def document_parts(self, start: int = 0) -> Iterator[Document]:

@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from titan_growth.tools.errors import DataError
+from titan_growth.data.remote import Remote
+from titan_growth.tools.errors import DataError, TitanGrowthError
 
 TEXT, JSON, PARQUET = "text", "json", "parquet"
 KINDS = (TEXT, JSON, PARQUET)
@@ -46,11 +47,12 @@ Document = Iterable[str]
 class SourceFile:
     """A file of a corpus: where it is, its name relative to the corpus, and how to read it."""
 
-    path: Path
+    path: Path | Remote
     name: str
     kind: str
     size_bytes: int
-    mtime_ns: int
+    mark: int | str
+    """What changes when the file does: the time of its last change in ns, or what its storage has (`remote`)."""
 
     @property
     def approximate_text_bytes(self) -> int:
@@ -72,7 +74,7 @@ class Skip:
         return taken
 
 
-def kind_of(path: Path) -> str | None:
+def kind_of(path: Path | Remote) -> str | None:
     """The kind that a file name's extension stands for, or None if it is not one of ours."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
@@ -82,21 +84,31 @@ def kind_of(path: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what the operating system and the decompressors raise while `path` is read into a DataError."""
+def reading(path: Path | Remote) -> Iterator[None]:
+    """Turn what the operating system, the storage and the decompressors raise while `path` is read into a DataError."""
+    remote = isinstance(path, Remote)
     try:
         yield
+    except TitanGrowthError:
+        raise
     except PermissionError as error:
-        where = error.filename or path
-        raise DataError(f"{where}: no permission to read it. Make it readable for the user who trains") from error
+        fix = "Check the credentials and what they allow" if remote else "Make it readable for the user who trains"
+        where = path if remote else error.filename or path
+        raise DataError(f"{where}: no permission to read it. {fix}") from error
     except FileNotFoundError as error:
-        raise DataError(f"{path}: does not exist. Check the path (dataset_path, tokenizer path)") from error
+        fix = "Check the URL" if remote else "Check the path (dataset_path, tokenizer path)"
+        raise DataError(f"{path}: does not exist. {fix}") from error
     except (EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: the compressed data is truncated or damaged ({error}). Copy or download it again"
         ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}). Check the file and its disk") from error
+    except Exception as error:
+        if not remote and not isinstance(error, OSError):
+            raise
+        # A storage's package, and what it builds on, each have exceptions of their own.
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        fix = "Check the file, the connection and the credentials" if remote else "Check the file and its disk"
+        raise DataError(f"{path}: cannot be read ({' '.join(reason.split())[:300]}). {fix}") from error
 
 
 def read_documents(file: SourceFile, text_key: str, skip: Skip) -> Iterator[Document]:
@@ -114,7 +126,7 @@ def read_documents(file: SourceFile, text_key: str, skip: Skip) -> Iterator[Docu
             yield (text,)
 
 
-def read_text(path: Path) -> Iterator[str]:
+def read_text(path: Path | Remote) -> Iterator[str]:
     """A plain (or .gz, .zst) text file as parts of about 1 MiB; a byte order mark is dropped. Raises DataError."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     num_bytes = 0
@@ -139,7 +151,7 @@ def read_text(path: Path) -> Iterator[str]:
                 return
 
 
-def read_json_lines(path: Path, text_key: str, skip: Skip) -> Iterator[str]:
+def read_json_lines(path: Path | Remote, text_key: str, skip: Skip) -> Iterator[str]:
     """The texts of a JSON-lines file (one object a line; blank lines do not count). Raises DataError."""
     offset = 0
     with reading(path), _open(path) as stream:
@@ -196,63 +208,71 @@ def missing_key(where: str, text_key: str, keys: list[str]) -> str:
     return f"{where}: no field {text_key!r}; it has: {shown}. Set text_key to the one that holds the text"
 
 
-def read_parquet(path: Path, text_key: str, skip: Skip) -> Iterator[str]:
+def read_parquet(path: Path | Remote, text_key: str, skip: Skip) -> Iterator[str]:
     """The texts of one column of a parquet file, row group by row group. Raises DataError."""
+    pa = import_module("pyarrow")
+    with reading(path), path.open_seekable() if isinstance(path, Remote) else open(path, "rb") as stream:
+        try:
+            yield from _parquet_texts(path, stream, text_key, skip)
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{path}: truncated or not a parquet file ({reason}). Copy or write it again") from error
+
+
+def _parquet_texts(path: Path | Remote, stream: BinaryIO, text_key: str, skip: Skip) -> Iterator[str]:
     # Imported by name since pyarrow ships no types.
-    pa, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    try:
-        with reading(path), parquet.ParquetFile(path) as table:
-            schema = table.schema_arrow
-            if text_key not in schema.names:
-                raise DataError(missing_key(str(path), text_key, schema.names))
-            column_type = schema.field(text_key).type
-            if str(column_type) not in ("string", "large_string", "string_view"):
-                raise DataError(
-                    f"{path}: the column {text_key!r} holds {column_type}, not strings. Name another one as text_key"
-                )
-            row = 0
-            for group in range(table.num_row_groups):
-                num_rows = table.metadata.row_group(group).num_rows
-                passed_over = skip.take(num_rows)
-                if passed_over < num_rows:
-                    batches = table.iter_batches(_PARQUET_BATCH_ROWS, row_groups=[group], columns=[text_key])
-                    texts = (text for batch in batches for text in batch.column(0).to_pylist())
-                    for index, text in enumerate(texts):
-                        if index < passed_over:
-                            continue
-                        if text is None:
-                            raise DataError(
-                                f"{path}: row {row + index}: the column {text_key!r} is null, not a string. "
-                                "Remove the row"
-                            )
-                        yield text
-                row += num_rows
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: truncated or not a parquet file ({' '.join(str(error).split())[:200]}). Copy or write it again"
-        ) from error
+    with import_module("pyarrow.parquet").ParquetFile(stream) as table:
+        schema = table.schema_arrow
+        if text_key not in schema.names:
+            raise DataError(missing_key(str(path), text_key, schema.names))
+        column_type = schema.field(text_key).type
+        if str(column_type) not in ("string", "large_string", "string_view"):
+            raise DataError(
+                f"{path}: the column {text_key!r} holds {column_type}, not strings. Name another one as text_key"
+            )
+        row = 0
+        for group in range(table.num_row_groups):
+            num_rows = table.metadata.row_group(group).num_rows
+            passed_over = skip.take(num_rows)
+            if passed_over < num_rows:
+                batches = table.iter_batches(_PARQUET_BATCH_ROWS, row_groups=[group], columns=[text_key])
+                texts = (text for batch in batches for text in batch.column(0).to_pylist())
+                for index, text in enumerate(texts):
+                    if index < passed_over:
+                        continue
+                    if text is None:
+                        raise DataError(
+                            f"{path}: row {row + index}: the column {text_key!r} is null, not a string. Remove the row"
+                        )
+                    yield text
+            row += num_rows
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        import gzip
+@contextlib.contextmanager
+def _open(path: Path | Remote) -> Iterator[Any]:
+    """The file's bytes, decompressed, as a binary stream."""
+    with path.open() if isinstance(path, Remote) else open(path, "rb") as stored:
+        suffix = path.suffix.lower()
+        if suffix == ".gz":
+            import gzip
 
-        return gzip.open(path, "rb")
-    if suffix == ".zst":
-        return io.BufferedReader(_ZstandardStream(path), _CHUNK_BYTES)
-    return open(path, "rb")
+            with gzip.open(stored, "rb") as stream:
+                yield stream
+        elif suffix == ".zst":
+            yield io.BufferedReader(_ZstandardStream(stored), _CHUNK_BYTES)
+        else:
+            yield stored
 
 
 class _ZstandardStream(io.RawIOBase):
     """Decompresses one frame after another; unlike the library's own reader it notices a frame that is cut off."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, source: BinaryIO | io.BufferedReader) -> None:
         import zstandard
 
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._broken: type[Exception] = zstandard.ZstdError
-        self._source = open(path, "rb")  # noqa: SIM115 (closed by close())
+        self._source = source
         self._frame = self._new_frame()
         self._inside_frame = False
         self._compressed = b""
@@ -283,8 +303,3 @@ class _ZstandardStream(io.RawIOBase):
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
-
-    def close(self) -> None:
-        if not self.closed:
-            self._source.close()
-        super().close()

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.location import is_remote
 
 logger = logging.getLogger("titan_growth")
 
@@ -29,6 +30,11 @@ def cache_root(cache_dir: Path | None = None) -> Path:
     """
     if cache_dir is not None:
         root = Path(cache_dir)
+    elif is_remote(os.environ.get(CACHE_VARIABLE, "")):
+        message = (
+            f"{CACHE_VARIABLE}: {os.environ[CACHE_VARIABLE]} is a URL, but prepared data is memory-mapped from a disk"
+        )
+        raise DataError(f"{message}. Name a folder")
     elif os.environ.get(CACHE_VARIABLE):
         root = Path(os.environ[CACHE_VARIABLE])
     elif os.environ.get("XDG_CACHE_HOME"):

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from titan_growth.data.corpora import Corpus
 from titan_growth.data.readers import reading
+from titan_growth.data.remote import Remote, fetch, place_of
 from titan_growth.data.storage import cache_root, exclusive, writing
 from titan_growth.data.tokenizer_training import TRAINER_VERSION, train_sentencepiece
 from titan_growth.tools.errors import DataError
@@ -76,7 +77,7 @@ class TokenizerSpec:
 
     kind: "auto" (by the path's extension), "sentencepiece", "huggingface" or "bytes".
     path: a .model file, a tokenizer.json, or a folder that holds one; None to look in hf_assets_path, else to train.
-    hf_assets_path: a folder of a Hugging Face model, with tokenizer.json or tokenizer.model.
+    hf_assets_path: a folder of a Hugging Face model, with tokenizer.json or tokenizer.model. Both may be URLs.
     vocab_size: of the model; the tokenizer's must not be larger. One that is trained gets exactly this size.
     """
 
@@ -258,11 +259,12 @@ def load_or_train(spec: TokenizerSpec, corpus: Corpus, cache_dir: Path | None) -
     """
     _check_kind(spec.kind)
     tokenizer: Tokenizer
+    key = "data.tokenizer_path" if spec.path else "model.hf_assets_path"
     source = spec.path or spec.hf_assets_path
     if spec.kind == "bytes":
         tokenizer = BytesTokenizer()
     elif source is not None:
-        tokenizer = load_tokenizer(source, spec.kind)
+        tokenizer = _load(key, source, spec.kind, cache_dir)
     elif spec.kind == "huggingface":
         raise DataError('tokenizer kind "huggingface": needs a tokenizer.json. Set its path or hf_assets_path')
     else:
@@ -272,6 +274,22 @@ def load_or_train(spec: TokenizerSpec, corpus: Corpus, cache_dir: Path | None) -
             f"tokenizer {tokenizer.name}: it has {tokenizer.vocab_size:,} tokens, more than the model's vocabulary of "
             f"{spec.vocab_size:,}. Raise the model's vocab_size or use a smaller tokenizer"
         )
+    return tokenizer
+
+
+def _load(key: str, source: str, kind: str, cache_dir: Path | None) -> Tokenizer:
+    """From a path, or from a copy in the cache of what a URL names."""
+    place = place_of(key, source)
+    if not isinstance(place, Remote):
+        return load_tokenizer(place, kind)
+    with reading(place):
+        copy = fetch(place, _NAMES_IN_FOLDER[kind], _COMPANIONS, cache_root(cache_dir) / "tokenizers")
+    try:
+        tokenizer = load_tokenizer(copy, kind)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+    if isinstance(tokenizer, SentencePieceTokenizer | HuggingFaceTokenizer):
+        tokenizer.name = f"{tokenizer.name.split()[0]} {place.url}"  # not of the copy
     return tokenizer
 
 

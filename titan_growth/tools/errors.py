@@ -59,6 +59,10 @@ class LocationError(TitanGrowthError):
 
     exit_status = 2
 
+    def __init__(self, message: str, hint: str = "") -> None:
+        self.message, self.hint = message, hint
+        super().__init__(f"{message}. {hint}" if hint else message)
+
 
 class CheckpointError(TitanGrowthError):
     """A checkpoint that cannot be written, is incomplete, or does not belong to this run."""

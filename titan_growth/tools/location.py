@@ -44,21 +44,22 @@ def location(text: str) -> Path | UPath:
     from upath import UPath
 
     scheme = match[1]
-    if scheme not in fsspec.available_protocols():
-        raise LocationError(f"{text}: unknown scheme {scheme!r}. Use a path, or a URL of s3, gs, file or memory")
     try:
         fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        message = f"{text}: {scheme}:// needs a package that is missing"
+        raise LocationError(message, _how_to_install(scheme)) from error
+    except ValueError as error:
+        message = f"{text}: unknown scheme {scheme!r}"
+        raise LocationError(message, "Use a path, or a URL of s3, gs, file or memory") from error
+    usual = f"Write {scheme}://BUCKET/PATH"
+    try:
         place = UPath(text)
         named = place.path
-    except ImportError as error:
-        raise LocationError(
-            f"{text}: {scheme}:// needs a package that is missing. {_how_to_install(scheme)}"
-        ) from error
     except ValueError as error:
-        message = f"{text}: not a URL that can be used ({error}). Write {scheme}://BUCKET/PATH"
-        raise LocationError(message) from error
+        raise LocationError(f"{text}: not a URL that can be used ({error})", usual) from error
     if not named:
-        raise LocationError(f"{text}: names no bucket. Write {scheme}://BUCKET/PATH")
+        raise LocationError(f"{text}: names no bucket", usual)
     return place
 
 

@@ -1,0 +1,202 @@
+"""Corpora and tokenizers that a URL names, in whatever storage fsspec knows.
+
+Text is read from storage as it is from a disk, a block at a time, and its tokens go into the local cache: training
+itself never touches storage. What identifies a file is what its storage says of it, an ETag or another mark of the
+content, else the time of the last change; listings are always asked for anew, since fsspec remembers them.
+
+Every message about a place in storage begins with the recipe's key and the URL. `Remote` does that by being printed so.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from titan_growth.data.storage import exclusive, writing
+from titan_growth.tools.errors import DataError, LocationError
+from titan_growth.tools.files import write_atomic
+from titan_growth.tools.location import location
+
+if TYPE_CHECKING:
+    from upath import UPath
+
+logger = logging.getLogger("titan_growth")
+
+_MARKS = (
+    *("ETag", "etag", "e_tag", "md5Hash", "content_md5", "Content-MD5", "Digest", "blob_id", "generation"),
+    *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modified", "created"),
+)
+"""What storages call a mark of a file's content, then what they call the time of its last change; the first counts."""
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file or folder in storage, and the key of the recipe that led there."""
+
+    key: str
+    url: UPath
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.url}"
+
+    @property
+    def suffix(self) -> str:
+        """As of a path."""
+        return self.url.suffix
+
+    @property
+    def suffixes(self) -> list[str]:
+        """As of a path."""
+        return self.url.suffixes
+
+    def open(self) -> io.BufferedReader:
+        """The file's bytes from the beginning to the end, read ahead a block at a time."""
+        return io.BufferedReader(_WholeStream(self.open_seekable()), _CHUNK_BYTES)
+
+    def open_seekable(self) -> BinaryIO:
+        """The file for reading in any order. Raises whatever the storage's package raises."""
+        return cast(BinaryIO, self.url.fs.open(self.url.path, "rb"))
+
+    def info(self) -> dict[str, Any] | None:
+        """What the storage says of it now, or None if there is none. Raises what the storage's package raises."""
+        self.url.fs.invalidate_cache()
+        try:
+            return cast("dict[str, Any]", self.url.fs.info(self.url.path))
+        except FileNotFoundError:
+            return None
+
+
+class _WholeStream(io.RawIOBase):
+    """A stream that ends where the file ends, or fails: a connection can be lost without the package noticing."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._size: int | None = getattr(source, "size", None)
+        self._num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._source.read(len(buffer))
+        if not data and self._size is not None and self._num_bytes < self._size:
+            raise OSError(f"it ended after {self._num_bytes:,} of {self._size:,} bytes")
+        buffer[: len(data)] = data
+        self._num_bytes += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._source.close()
+        super().close()
+
+
+@dataclass(frozen=True)
+class RemoteEntry:
+    """A file of a listing: its name relative to what was listed, its size, and a mark that changes when it does."""
+
+    place: Remote
+    name: str
+    size_bytes: int
+    mark: str
+
+
+def list_remote(place: Remote) -> tuple[bool, list[RemoteEntry]]:
+    """(whether it is a folder, the files there): the file itself, all below a folder, or what a glob matches.
+
+    Hidden files and folders are left out. Raises DataError for a file of unknown size, and what the storage's package
+    raises.
+    """
+    fs, info = place.url.fs, place.info()
+    path = fs._strip_protocol(place.url.path).rstrip("/")
+    if info is not None and info["type"] != "directory":
+        return False, [_entry(place, path.rsplit("/", 1)[-1], info)]
+    if info is not None:
+        base, found, hidden_too = path, fs.find(path, detail=True), False
+    else:
+        base = "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), path.split("/")[:-1]))
+        found = fs.glob(path, detail=True) if glob.has_magic(path) else {}
+        hidden_too = "/." in path[len(base) :]
+    entries = []
+    for where, facts in found.items():
+        name = where[len(base) :].lstrip("/")
+        if facts["type"] != "directory" and (hidden_too or not any(part.startswith(".") for part in name.split("/"))):
+            entries.append(_entry(Remote(place.key, _url(fs, where)), name, facts))
+    unmarked = [entry for entry in entries if not entry.mark]
+    if unmarked:
+        logger.warning("%s: the storage gives no ETag or time, so only a change of size is noticed", unmarked[0].place)
+    return info is not None, entries
+
+
+def _url(fs: Any, path: str) -> UPath:
+    from upath import UPath
+
+    return UPath(fs.unstrip_protocol(path))
+
+
+def _entry(place: Remote, name: str, info: dict[str, Any]) -> RemoteEntry:
+    if info.get("size") is None:
+        raise DataError(f"{place}: the storage does not say how large it is. Copy it to a disk or another storage")
+    mark = next((str(info[key]).strip('"') for key in _MARKS if info.get(key)), "")
+    return RemoteEntry(place, name, info["size"], mark)
+
+
+def fetch(place: Remote, names: Sequence[str], companions: Sequence[str], cache: Path) -> Path:
+    """A copy in the cache of a file and of the companions beside it, made once and again when one has changed.
+
+    Args:
+        place: the file, or a folder that has it by one of the `names`; the first that is there is taken.
+        cache: a folder for copies, made if need be.
+
+    Raises DataError if there is no such file or the cache cannot be written, and what the storage's package raises.
+    """
+    info = place.info()
+    if info is None:
+        raise DataError(f"{place}: does not exist. Check the URL")
+    is_folder = info["type"] == "directory"
+    folder = place.url if is_folder else place.url.parent
+    candidates = (_look(place, folder, name) for name in (names if is_folder else [place.url.name]))
+    main = next((entry for entry in candidates if entry is not None), None)
+    if main is None:
+        raise DataError(f"{place}: the folder holds no {' or '.join(names[:2])}. Name a folder or a file that has one")
+    entries = [entry for name in companions if (entry := _look(place, folder, name))] + [main]
+    facts = [str(folder), *((entry.name, entry.size_bytes, entry.mark) for entry in entries)]
+    copies = cache / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    if not (copies / main.name).is_file():
+        with exclusive(copies.with_suffix(".lock"), f"fetching {place.url}"):
+            contents = {entry.name: _content(entry) for entry in entries}
+            with writing(copies):
+                copies.mkdir(exist_ok=True)
+                for name, content in contents.items():  # the main one, last, says that all are there
+                    write_atomic(copies / name, content)
+        logger.info("fetched %s", main.place.url)
+    return copies / main.name
+
+
+def _look(place: Remote, folder: UPath, name: str) -> RemoteEntry | None:
+    file = Remote(place.key, folder / name)
+    info = file.info()
+    return _entry(file, name, info) if info is not None and info["type"] != "directory" else None
+
+
+def _content(entry: RemoteEntry) -> bytes:
+    with entry.place.open() as stream:
+        return stream.read()
+
+
+def place_of(key: str, text: str) -> Path | Remote:
+    """What the recipe's `key` names with `text`. Raises DataError for a URL that cannot be used."""
+    try:
+        where = location(text)
+    except LocationError as error:
+        raise DataError(f"{key}: {error}") from error
+    return where if isinstance(where, Path) else Remote(key, where)
