@@ -171,6 +171,21 @@ CORPUS = [
         r"nowhere\.txt: does not exist",
         toml='[validation]\nenable = true\ndataset_path = "nowhere.txt"',
     ),
+    Case(
+        "corpus URL: unknown scheme",
+        r"training\.dataset_path: nope://bucket/a\.txt: unknown scheme 'nope'.*\. Use a path",
+        flags="--training.dataset_path nope://bucket/a.txt",
+    ),
+    Case(
+        "corpus URL: nothing there",
+        r"training\.dataset_path: file:///nowhere/a\.txt: does not exist\. Name",
+        flags="--training.dataset_path file:///nowhere/a.txt",
+    ),
+    Case(
+        "validation corpus URL: no match",
+        r"validation\.dataset_path: file:///nowhere/\*\.txt: the glob matches no file",
+        toml='[validation]\nenable = true\ndataset_path = "file:///nowhere/*.txt"',
+    ),
     Case("format without a path", r"dataset 'json': needs files to read", raw=b'[training]\ndataset = "json"\n'),
     Case(
         "Hugging Face out of reach",
@@ -185,6 +200,11 @@ CORPUS = [
 ]
 
 TOKENIZER = [
+    Case(
+        "tokenizer URL: nothing there",
+        r"data\.tokenizer_path: file:///nowhere/a\.json: does not exist\. Check the URL",
+        toml=AUTO + 'tokenizer_path = "file:///nowhere/a.json"',
+    ),
     Case(
         "tokenizer missing", r"tokenizer .*nowhere\.json: does not exist", toml=AUTO + 'tokenizer_path = "nowhere.json"'
     ),
@@ -249,6 +269,16 @@ CACHE = [
         "cache is a file",
         r"cache .*corpus\.txt: cannot be written \(.*data\.cache_dir",
         toml='[data]\ncache_dir = "corpus.txt"',
+    ),
+    Case(
+        "cache at a URL",
+        r"data\.cache_dir: s3://bucket/cache is a URL, but .*Name a folder",
+        toml='[data]\ncache_dir = "s3://bucket/cache"',
+    ),
+    Case(
+        "cache at a URL of the environment",
+        r"TITAN_GROWTH_CACHE: memory://cache is a URL, but .*Name a folder",
+        environ={"TITAN_GROWTH_CACHE": "memory://cache"},
     ),
     Case(
         "cache under a file",

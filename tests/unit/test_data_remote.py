@@ -323,6 +323,13 @@ class Nothing(Corpus):
         raise AssertionError
 
 
+def test_a_url_without_a_bucket() -> None:
+    with pytest.raises(
+        DataError, match=r"^training\.dataset_path: bucket://: names no bucket\. Write bucket://BUCKET/PATH"
+    ):
+        read("bucket://")
+
+
 def tokenizer_of(url: str, kind: str = "auto", vocab_size: int = 1000, assets: bool = False) -> Tokenizer:
     where: dict[str, Any] = {"hf_assets_path": url} if assets else {"path": url}
     return load_or_train(TokenizerSpec(kind, **where, vocab_size=vocab_size), Nothing(), None)

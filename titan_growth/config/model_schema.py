@@ -20,7 +20,7 @@ class Model(Section):
     flavor: str = "debugmodel"
     """Named sizes, or "custom" for sizes that are all given here. A size key beside a named flavor overrides it."""
     hf_assets_path: str | None = None
-    """Folder with tokenizer.json (or tokenizer.model). torchtitan's default is its own test tokenizer; here: none."""
+    """Folder or URL with tokenizer.json (or tokenizer.model). Default: none (torchtitan: its own test tokenizer)."""
     converters: list[str] = []
     """What replaces modules of the model before it is sharded: "quantize.linear.float8"."""
     print_after_conversion: bool = False

@@ -120,7 +120,8 @@ class Training(Section):
     """Corpus: "stdlib" (the text of Python's own library), a format ("text", "json", "parquet") for dataset_path, or a
     Hugging Face dataset name. torchtitan's default is c4_test."""
     dataset_path: str | None = None
-    """File, folder or glob to read the corpus from: txt, md, py, jsonl, parquet; gz and zst too."""
+    """File, folder or glob to read the corpus from, as a path or a URL (s3://, gs://, ...): txt, md, py, jsonl,
+    parquet; gz and zst too."""
     local_batch_size: int = Field(8, ge=1)
     """Sequences per data-parallel rank in one forward pass."""
     global_batch_size: int = Field(-1, ge=-1)
@@ -183,7 +184,7 @@ class Validation(Section):
     """Another corpus to validate on, named as training.dataset is. Default: the held-out part of the training one
     (torchtitan: c4_validation)."""
     dataset_path: str | None = None
-    """File, folder or glob of that corpus."""
+    """File, folder or glob of that corpus, as a path or a URL."""
     local_batch_size: int = Field(8, ge=1)
     """Sequences per rank in one forward pass."""
     seq_len: int | None = Field(None, ge=1)
@@ -232,7 +233,7 @@ class Data(Section):
     """Kind of tokenizer; auto = by tokenizer_path or model.hf_assets_path, else a sentencepiece model is trained on the
     corpus with the model's vocab_size."""
     tokenizer_path: str | None = None
-    """A sentencepiece .model, a tokenizer.json, or a folder with one of them."""
+    """A sentencepiece .model, a tokenizer.json, or a folder with one of them; a URL is fetched once into the cache."""
     text_key: str = "text"
     """Column or JSON key that holds the text."""
     split: str = "train"
@@ -250,7 +251,7 @@ class Data(Section):
     shuffle: bool = True
     """Visit the blocks of each epoch in a random order fixed by debug.seed."""
     cache_dir: str | None = None
-    """Where prepared data is kept. Default: $TITAN_GROWTH_CACHE, else the user's cache folder."""
+    """Where prepared data is kept, a folder on a disk. Default: $TITAN_GROWTH_CACHE, else the user's cache folder."""
 
 
 class Recipe(Section):
