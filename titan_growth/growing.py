@@ -53,7 +53,6 @@ class GrowsMidRun(ABC):
     validator: Validator
     progress: Progress
     lineage: Lineage
-    last_saved: StepFolder | None
     losses: list[float]
     model_config: ModelConfig
     engine: Engine
@@ -81,7 +80,7 @@ class GrowsMidRun(ABC):
     def _tensors(self, *, optimizer: bool) -> dict[str, Tensor]: ...
 
     @abstractmethod
-    def save(self, *, permanent: bool) -> None: ...
+    def save(self, *, growing: bool) -> None: ...
 
     def grow(self, stage: GrowthStage) -> None:
         """Replaces the model by the grown one, read from the checkpoint that this step was saved in.
@@ -167,14 +166,15 @@ class GrowsMidRun(ABC):
 
     def _way_back(self) -> StepFolder:
         """The small model's checkpoint of this very step, which stays for good; normally the loop has just saved it."""
-        if self.last_saved is None or self.last_saved.step != self.progress.step:
-            self.save(permanent=True)
-        assert self.last_saved is not None
-        loss = self.last_saved.manifest.held_out_loss
-        self.last_saved = self.checkpointer.make_permanent(
-            self.last_saved, self._held_out_loss() if loss is None else loss
-        )
-        return self.last_saved
+        self.checkpointer.wait()
+        saved = self.checkpointer.last_saved
+        if saved is None or saved.step != self.progress.step:
+            self.save(growing=True)
+            self.checkpointer.wait()
+            saved = self.checkpointer.last_saved
+        assert saved is not None, "a save that has not failed leaves a checkpoint"
+        loss = saved.manifest.held_out_loss
+        return self.checkpointer.make_permanent(self._held_out_loss() if loss is None else loss)
 
     def _held_out_loss(self) -> float:
         if self.validator.blocks is not None:

@@ -227,6 +227,9 @@ def _device_problems(recipe: Recipe, device_type: str) -> list[Problem]:
     if recipe.profiling.enable_memory_snapshot and device_type != "cuda":
         message = "memory snapshots exist on CUDA only, and this run is on the CPU"
         problems.append(Problem("profiling.enable_memory_snapshot", message, "Set it to false"))
+    if recipe.checkpoint.enable and recipe.checkpoint.async_mode == "async_with_pinned_mem" and device_type != "cuda":
+        message = "page-locked memory needs CUDA, and this run is on the CPU"
+        problems.append(Problem("checkpoint.async_mode", message, 'Set it to "async"'))
     return problems
 
 

@@ -201,7 +201,7 @@ class _Session:
         )
         try:
             completed = _fit(trainer)
-            for line in observers.summary(trainer.progress, trainer.last_saved, completed=completed):
+            for line in observers.summary(trainer.progress, checkpointer.last_saved, completed=completed):
                 logger.info("%s", line)
         finally:
             observers.close()
@@ -215,7 +215,7 @@ class _Session:
                 f"saved at step {trainer.progress.step}; the growth wants {trainer.wanted_ranks} ranks",
                 trainer.wanted_ranks,
             )
-        if trainer.last_saved is not None and trainer.last_saved.step == trainer.progress.step:
+        if checkpointer.last_saved is not None and checkpointer.last_saved.step == trainer.progress.step:
             return (
                 REQUEUE,
                 f"stopped at step {trainer.progress.step} and saved; run the same command again to go on",

@@ -73,7 +73,6 @@ class Trainer(GrowsMidRun):
         self.stop = stop
         self.progress = Progress()
         self.lineage = Lineage()
-        self.last_saved: StepFolder | None = None
         self.losses: list[float] = []
         """The last training losses, when the next growth depends on their slope."""
         self.wanted_ranks: int | None = None
@@ -95,7 +94,7 @@ class Trainer(GrowsMidRun):
             self.progress = checkpoint.manifest.progress
             self.lineage = checkpoint.lineage()
             self.losses = checkpoint.manifest.recent_losses
-            self.last_saved = checkpoint
+            self.checkpointer.resumed_from(checkpoint)
             tensors = stored_rng(dist.get_rank(), self.checkpointer.stored_names(checkpoint.path))
             rng = dict(tensors)
             if self.plan.first_phase == len(self.lineage.events):
@@ -167,6 +166,7 @@ class Trainer(GrowsMidRun):
         gc.disable()  # collected below, on all ranks at once, so that no rank stalls the others at its own moment
         try:
             self._loop()
+            self.checkpointer.wait()
         finally:
             gc.enable()
         if self.progress.step < self.recipe.training.steps:
@@ -213,9 +213,16 @@ class Trainer(GrowsMidRun):
             starting = False
 
     def _agree(self, batch: list[Microbatch]) -> tuple[int, bool]:
-        """(valid tokens of the global batch, whether any rank was asked to stop)."""
+        """(valid tokens of the global batch, whether any rank was asked to stop).
+
+        Raises:
+            CheckpointError: on every rank, when a save in the background has failed on any.
+        """
         mine = num_valid_tokens(batch) if self.mesh.speaks_for_its_data else 0
-        num_tokens, stop = sum_over_ranks(torch.tensor([mine, int(self.stop.is_set)])).tolist()
+        flags = [int(self.stop.is_set), int(self.checkpointer.save_failed)]
+        num_tokens, stop, save_failed = sum_over_ranks(torch.tensor([mine, *flags])).tolist()
+        if save_failed:
+            self.checkpointer.wait()
         if num_tokens == 0:
             raise TrainingError(f"step {self.progress.step + 1}: the global batch has no token to train on")
         return num_tokens, stop > 0
@@ -267,7 +274,7 @@ class Trainer(GrowsMidRun):
             logger.info("%s", self.watchdog.judge(event, self.lineage, step, loss))
         # After the validation, so that a resume finds its line already written.
         if saving:
-            self.save(permanent=growing)
+            self.save(growing=growing)
         self.observers.end_of_step()
         if step % self.recipe.training.gc_freq == 0:
             gc.collect()
@@ -284,10 +291,20 @@ class Trainer(GrowsMidRun):
         if not section.enable or section.load_only:
             return False
         first = section.enable_first_step_checkpoint and step == 1
-        return wanted or first or step % section.interval == 0 or step == self.recipe.training.steps
+        due = step % section.interval == 0 or self._is_permanent or step == self.recipe.training.steps
+        return wanted or first or due
 
-    def save(self, *, permanent: bool) -> None:
-        """Writes and commits a checkpoint of this step."""
+    @property
+    def _is_permanent(self) -> bool:
+        interval = self.recipe.checkpoint.permanent_interval
+        return interval > 0 and self.progress.step % interval == 0
+
+    def save(self, *, growing: bool) -> None:
+        """Writes and commits a checkpoint of this step, or begins to (`checkpoint.async_mode`).
+
+        Args:
+            growing: the model grows from it.
+        """
         with self.observers.meter.pause("checkpoint"):
             section, last = self.recipe.checkpoint, self.progress.step == self.recipe.training.steps
             model_only = last and section.last_save_model_only
@@ -297,24 +314,18 @@ class Trainer(GrowsMidRun):
                 num_ranks=dist.get_world_size(),
                 mesh=str(self.mesh.shape),
                 model_only=model_only,
-                permanent=permanent,
+                permanent=growing or self._is_permanent,
                 metrics_offset=self.observers.metrics_offset,
                 seconds=self.observers.seconds,
-                held_out_loss=self._held_out_loss() if permanent else None,
+                held_out_loss=self._held_out_loss() if growing else None,
                 recent_losses=self.losses,
                 data=self.run_data.fingerprints(),
             )
             tensors = self._tensors(optimizer=not model_only)
             if not model_only:
                 tensors |= rng_tensors(dist.get_rank())
-            self.last_saved = self.checkpointer.save(
-                manifest,
-                tensors,
-                recipe_toml=to_toml(self.recipe),
-                lineage_json=self.lineage.to_json(),
-            )
-            self.checkpointer.prune(self.progress.step)
-            logger.info("saved %s", self.last_saved.path)
+            lineage_json = self.lineage.to_json()
+            self.checkpointer.save(manifest, tensors, recipe_toml=to_toml(self.recipe), lineage_json=lineage_json)
 
     def _tensors(self, *, optimizer: bool) -> dict[str, Tensor]:
         tensors = model_tensors(self.engine.model.parts)

@@ -55,7 +55,7 @@ GROWN_AT = 3
 def killed_at(rank: int, num_ranks: int, recipe: Any, point: str) -> None:
     """Trains; one rank is killed at a point. Which rank differs from point to point."""
     from titan_growth import growing
-    from titan_growth.checkpoint import manager
+    from titan_growth.checkpoint import saving
     from titan_growth.growth import carry_out, read, verify
     from titan_growth.trainer import Trainer
 
@@ -84,10 +84,8 @@ def killed_at(rank: int, num_ranks: int, recipe: Any, point: str) -> None:
 
     points: dict[str, Callable[[], None]] = {
         "before the save": lambda: before(Trainer, "save", at_step(GROWN_AT)),
-        "shards half written": lambda: before(
-            manager.FileSystemWriter, "finish", lambda *_: current(Trainer) == GROWN_AT
-        ),
-        "before the commit": lambda: before(manager, "gather_objects", lambda files: isinstance(files, dict), 0),
+        "shards half written": lambda: before(saving.ShardWriter, "finish", lambda *_: current(Trainer) == GROWN_AT),
+        "before the commit": lambda: before(saving, "gather_objects", lambda files, *_: isinstance(files, dict), 0),
         "saved, not grown": lambda: before(Trainer, "grow"),
         "before the build": lambda: before(Trainer, "_build", lambda trainer, *_: len(trainer.lineage.events) == 1),
         "before the read": lambda: before(carry_out, "read_grown"),
@@ -99,7 +97,7 @@ def killed_at(rank: int, num_ranks: int, recipe: Any, point: str) -> None:
         "grown, not trained": lambda: before(Trainer, "_agree", lambda trainer, *_: len(trainer.lineage.events) == 1),
         "in the first step": lambda: before(Trainer, "_advance", at_step(GROWN_AT)),
         "after the first step": lambda: before(Trainer, "_after_step", at_step(GROWN_AT + 1)),
-        "in the first save after": lambda: before(manager, "file_entry", lambda *_: current(Trainer) == GROWN_AT + 1),
+        "in the first save after": lambda: before(saving, "file_entry", lambda *_: current(Trainer) == GROWN_AT + 1),
         "after the first save": lambda: before(Trainer, "_agree", at_step(GROWN_AT + 1)),
     }
     remember(Trainer)

@@ -27,7 +27,7 @@ GROWING: dict[str, Any] = {
 
 def crash_after(rank: int, num_ranks: int, recipe: Any, step: int, where: str) -> None:
     """Trains, and dies without a word at a point of a step, as `kill -9` would have it."""
-    from titan_growth.checkpoint import manager
+    from titan_growth.checkpoint import saving
     from titan_growth.trainer import Trainer
 
     def die(*_: Any, **__: Any) -> None:
@@ -49,7 +49,7 @@ def crash_after(rank: int, num_ranks: int, recipe: Any, step: int, where: str) -
     if where == "after the step":
         at(Trainer, "_record", lambda trainer: trainer.progress.step == step, before=False)
     elif where == "before the commit":
-        manager.write_manifest = die  # only rank 0 commits; the others wait for it in a collective and must die too
+        saving.write_manifest = die  # only rank 0 commits; the others wait for it in a collective and must die too
         if rank:
             at(Trainer, "save", lambda trainer: trainer.progress.step == step, before=True)
     elif where == "while growing":

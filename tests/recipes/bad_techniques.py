@@ -153,7 +153,11 @@ COMPILE = [
 ]
 
 TORCHTITAN = [
-    Case("async checkpoints", r'async_mode: "async" is not supported', toml='[checkpoint]\nasync_mode = "async"'),
+    Case(
+        "page-locked memory on a CPU",
+        r"checkpoint\.async_mode: page-locked memory needs CUDA",
+        toml='[checkpoint]\nenable = true\nasync_mode = "async_with_pinned_mem"',
+    ),
     Case(
         "optimizer step in the backward pass",
         r"early_step_in_backward: true is not supported",

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch.distributed.checkpoint import FileSystemWriter
 
 from tests.harness import run_ranks
 from tests.unit.test_checkpoint_manager import manager, save
-from titan_growth.checkpoint import manager as manager_module
+from titan_growth.checkpoint import saving
+from titan_growth.checkpoint.writer import HashedFile, ShardWriter
 from titan_growth.tools.errors import CheckpointError
 
 
@@ -38,8 +38,8 @@ def _full_disk(rank: int, folder: Path) -> None:
     logging.disable(logging.CRITICAL)  # DCP logs the traceback
     checkpoints = manager(folder)
     save(checkpoints, 5)
-    failures = [(FileSystemWriter, "write_data"), (FileSystemWriter, "finish"), (manager_module, "file_entry"),
-                (manager_module, "write_atomic"), (manager_module, "write_manifest")]  # fmt: skip
+    failures = [(ShardWriter, "write_data"), (HashedFile, "write"), (ShardWriter, "finish"), (saving, "file_entry"),
+                (saving, "write_atomic"), (saving, "write_manifest")]  # fmt: skip
     for owner, name in failures:
         with replaced(owner, name, no_space), pytest.raises(CheckpointError) as caught:
             save(checkpoints, 6)
@@ -78,7 +78,7 @@ def test_a_save_that_cannot_fit_is_not_begun(tmp_path: Path) -> None:
 def _one_rank_fails(rank: int, folder: Path) -> str:
     logging.disable(logging.CRITICAL)
     if rank == 1:
-        FileSystemWriter.write_data = no_space  # type: ignore[method-assign]
+        ShardWriter.write_data = no_space  # type: ignore[method-assign]
     with pytest.raises(CheckpointError) as caught:
         save(manager(folder), 6)
     return str(caught.value)

@@ -22,7 +22,7 @@ LINEAGE = json.dumps(Lineage().to_dict())
 
 
 def manager(folder: Path, **section: Any) -> CheckpointManager:
-    return CheckpointManager(Checkpoint(enable=True, **section), folder)
+    return CheckpointManager(Checkpoint(enable=True, **{"save_retries": 0, **section}), folder)
 
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -36,7 +36,10 @@ def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
 def save(checkpoints: CheckpointManager, step: int, value: float | None = None, *, permanent: bool = False) -> Any:
     manifest = Manifest(Progress(step=step), 1, 1, "1 rank", model_only=False, permanent=permanent, metrics_offset=0)
     state = tensors(float(step) if value is None else value)
-    return checkpoints.save(manifest, state, recipe_toml="[training]\n", lineage_json=LINEAGE)
+    checkpoints.save(manifest, state, recipe_toml="[training]\n", lineage_json=LINEAGE)
+    checkpoints.wait()
+    assert checkpoints.last_saved is not None
+    return checkpoints.last_saved
 
 
 def restored(checkpoints: CheckpointManager, folder: Any) -> float:
@@ -214,19 +217,18 @@ def _retention(rank: int, folder: Path) -> None:
         save(checkpoints, step, permanent=step in (1, 9))
     for step in (11, 12):  # two dead saves: they must not push out good ones
         (checkpoints.root / f"step-{step}").mkdir()
-    checkpoints.prune(99)
     assert [found.step for found in committed_steps(checkpoints.root)[0]] == [10, 9, 2, 1]
     save(checkpoints, 13)
-    checkpoints.prune(99)
+    checkpoints.close()
     assert [found.step for found in committed_steps(checkpoints.root)[0]] == [13, 10, 9, 1]
     for step in (14, 15):
         save(checkpoints, step)
-        checkpoints.prune(99)
+        checkpoints.close()
     assert [found.step for found in committed_steps(checkpoints.root)[0]] == [15, 14, 9, 1]
     assert not (checkpoints.root / "step-2").exists()
     everything = manager(folder, keep_latest_k=0)
-    everything.prune(99)
-    assert [found.step for found in committed_steps(checkpoints.root)[0]] == [15, 14, 9, 1]
+    save(everything, 16)
+    assert [found.step for found in committed_steps(checkpoints.root)[0]] == [16, 15, 14, 9, 1]
 
 
 def test_the_newest_k_committed_and_the_permanent_are_kept(on_one_rank: Any) -> None:
@@ -234,9 +236,9 @@ def test_the_newest_k_committed_and_the_permanent_are_kept(on_one_rank: Any) -> 
 
 
 def _damaged_ones_do_not_count(rank: int, folder: Path) -> None:
-    checkpoints = manager(folder, keep_latest_k=2)
     for step in (2, 4, 6):
-        save(checkpoints, step)
+        save(manager(folder), step)
+    checkpoints = manager(folder, keep_latest_k=2)
     for step in (4, 6):
         shard = checkpoints.root / f"step-{step}" / "__0_0.distcp"
         data = bytearray(shard.read_bytes())
@@ -247,11 +249,9 @@ def _damaged_ones_do_not_count(rank: int, folder: Path) -> None:
     assert found.step == 2
     checkpoints.set_aside_after(found.step)
     save(checkpoints, 3)
-    checkpoints.prune(3)
     checkpoints.close()
     assert {path.name for path in checkpoints.root.iterdir()} == {"step-2", "step-3", "damaged-4", "damaged-6"}
     save(checkpoints, 5)
-    checkpoints.prune(5)
     checkpoints.close()
     newest = checkpoints.find()
     assert newest is not None
@@ -270,7 +270,6 @@ def _remains(rank: int, folder: Path) -> None:
         (checkpoints.root / f"step-{step}").mkdir(parents=True)
         (checkpoints.root / f"step-{step}" / "__0_0.distcp").write_bytes(b"half")
     save(checkpoints, 4)
-    checkpoints.prune(4)
     checkpoints.close()
     assert step_numbers(checkpoints.root) == [9, 4], "what is older is cleared; a later one may still be written"
 
@@ -281,12 +280,13 @@ def test_remains_of_dead_saves_are_cleared(on_one_rank: Any) -> None:
 
 def _permanent(rank: int, folder: Path) -> None:
     checkpoints = manager(folder, keep_latest_k=2)
-    kept = checkpoints.make_permanent(save(checkpoints, 1), held_out_loss=2.5)
+    save(checkpoints, 1)
+    kept = checkpoints.make_permanent(held_out_loss=2.5)
     assert kept.manifest.permanent
     assert kept.manifest.held_out_loss == 2.5
     for step in (2, 3, 4):
         save(checkpoints, step)
-    checkpoints.prune(99)
+    checkpoints.close()
     assert [found.step for found in committed_steps(checkpoints.root)[0]] == [4, 3, 1]
     assert open_step(kept.path) == kept
     assert kept.damage(checksums=True) is None

@@ -126,9 +126,14 @@ ACCEPTED = [
     {**FLOAT8, GATHER: True, PRECOMPUTE: True, RECIPE: "tensorwise"},
     {**FLOAT8, RECIPE: "rowwise", "quantize.linear.float8.emulate": True, "model.print_after_conversion": True},
 ]
+LOADING: dict[str, object] = {"checkpoint.enable": True, "checkpoint.load_only": True}
 WITHOUT_EFFECT: list[tuple[dict[str, object], str, object, str]] = [
     ({}, "checkpoint.enable_first_step_checkpoint", True, "checkpoint.enable is false"),
     ({}, "checkpoint.last_save_model_only", True, "checkpoint.enable is false"),
+    ({}, "checkpoint.async_mode", "async", "checkpoint.enable is false"),
+    ({}, "checkpoint.permanent_interval", 5, "checkpoint.enable is false"),
+    (LOADING, "checkpoint.async_mode", "async", "checkpoint.load_only is true"),
+    (LOADING, "checkpoint.save_retries", 5, "checkpoint.load_only is true"),
     ({}, "parallelism.pipeline_parallel_schedule", "GPipe", "parallelism.pipeline_parallel_degree is 1"),
     ({}, "parallelism.pipeline_parallel_schedule_csv", "x", "parallelism.pipeline_parallel_degree is 1"),
     ({}, "parallelism.pipeline_parallel_microbatch_size", 3, "parallelism.pipeline_parallel_degree is 1"),

@@ -1,6 +1,5 @@
-"""Saving and loading step folders from all ranks together.
+"""The step folders of a run: choosing one, loading it on all ranks together, and saving (`saving.py`).
 
-    save   fresh folder -> DCP shards of all ranks -> .metadata -> recipe, lineage -> manifest (= committed)
     load   newest committed -> checksums -> every wanted tensor is there, of the right size and type -> read in place
 
 A folder without a manifest is the remains of a save that died; it is never loaded, and cleared when its step is saved
@@ -10,47 +9,36 @@ rather than start from scratch.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from titan_growth.checkpoint.folder import (
-    LINEAGE,
-    METADATA,
-    RECIPE,
     Manifest,
     StepFolder,
     committed_steps,
-    file_entry,
     no_such_step,
     none_usable,
     open_step,
-    step_path,
     write_manifest,
 )
 from titan_growth.checkpoint.lineage import RollBack
 from titan_growth.checkpoint.reader import NamesOf, SafeReader
 from titan_growth.checkpoint.retention import Retention, set_aside_after
+from titan_growth.checkpoint.saving import Saver, Tensors, root_cause
 from titan_growth.config.schema import Checkpoint
-from titan_growth.tools.distributed import describe_os_error, fail_together, gather_objects, on_rank0
+from titan_growth.tools.distributed import fail_together, gather_objects, on_rank0
 from titan_growth.tools.errors import CheckpointError
-from titan_growth.tools.files import write_atomic
-from titan_growth.tools.run_folder import gib
 
 logger = logging.getLogger("titan_growth")
-
-Tensors = dict[str, Tensor]
 
 
 class CheckpointManager:
@@ -59,7 +47,7 @@ class CheckpointManager:
     def __init__(self, section: Checkpoint, dump_folder: Path) -> None:
         self.section = section
         self.root = dump_folder / section.folder
-        self.retention = Retention(self.root, section.keep_latest_k)
+        self.saver = Saver(section, self.root, Retention(self.root, section.keep_latest_k))
 
     # ---- choosing ------------------------------------------------------------------------------------------------
 
@@ -105,93 +93,42 @@ class CheckpointManager:
 
     # ---- saving --------------------------------------------------------------------------------------------------
 
-    def save(self, manifest: Manifest, tensors: Tensors, *, recipe_toml: str, lineage_json: str) -> StepFolder:
-        """Writes and commits one checkpoint; every rank passes the tensors it holds.
+    @property
+    def last_saved(self) -> StepFolder | None:
+        """The newest checkpoint that this process has committed, or resumed from."""
+        return self.saver.last_saved
 
-        Raises:
-            CheckpointError: on every rank, when it could not be written; nothing is left behind then.
-        """
-        path = step_path(self.root, manifest.progress.step)
-        num_bytes = _stored_bytes(tensors)
-        on_rank0(lambda: self._clear(path, num_bytes))
-        errors: list[str] = []
-        try:
-            writer = FileSystemWriter(path, single_file_per_rank=True, sync_files=True)
-            dcp.save(tensors, storage_writer=writer)
-        except (Exception, CheckpointException) as error:  # DCP wraps whatever happened on any rank
-            errors = [_root_cause(error)]
-        self._fail_save(path, errors)
+    def resumed_from(self, folder: StepFolder) -> None:
+        """The run goes on from a checkpoint of its own."""
+        self.saver.last_saved = folder
 
-        files: dict[str, Any] = {}
-        try:
-            mine = f"__{dist.get_rank()}_"
-            files = {file.name: file_entry(file) for file in path.iterdir() if file.name.startswith(mine)}
-        except OSError as error:
-            errors = [describe_os_error(error)]
-        self._fail_save(path, errors)
-        gathered = gather_objects(files)
+    def save(self, manifest: Manifest, tensors: Tensors, *, recipe_toml: str, lineage_json: str) -> None:
+        """Writes and commits one checkpoint, or begins to (`Saver.save`)."""
+        self.saver.save(manifest, tensors, recipe_toml=recipe_toml, lineage_json=lineage_json)
 
-        def commit() -> Manifest:
-            write_atomic(path / RECIPE, recipe_toml)
-            write_atomic(path / LINEAGE, lineage_json)
-            entries = {name: entry for part in gathered for name, entry in part.items()}
-            entries |= {name: file_entry(path / name) for name in (METADATA, RECIPE, LINEAGE)}
-            complete = replace(manifest, files=entries)
-            write_manifest(path, complete)
-            return complete
+    @property
+    def save_failed(self) -> bool:
+        """Whether a save in the background has failed for good on this rank."""
+        return self.saver.failed
 
-        try:
-            complete = on_rank0(commit)
-        except CheckpointError:
-            raise
-        except Exception as error:
-            self._fail_save(path, [str(error)])
-            raise
-        return StepFolder(path, complete)
-
-    def _clear(self, path: Path, num_bytes: int) -> None:
-        """Removes what a dead save left, and makes sure that the new one fits on the disk."""
-        try:
-            if path.exists():
-                shutil.rmtree(path)
-            path.mkdir(parents=True)
-            free = shutil.disk_usage(path).free
-        except OSError as error:
-            raise CheckpointError(
-                f"{path.name} was not saved: {describe_os_error(error)}. The checkpoints before it are whole"
-            ) from None
-        if free < num_bytes:
-            path.rmdir()
-            raise CheckpointError(
-                f"{path.name} was not saved: it needs {gib(num_bytes)}, but only {gib(free)} are free in {self.root}. "
-                "Make room and run the same command again; the run goes on from the last checkpoint"
-            )
-
-    def _fail_save(self, path: Path, errors: list[str]) -> None:
-        message = f"{path.name} was not saved: {errors[0]}. The checkpoints before it are whole" if errors else ""
-        try:
-            fail_together([message] if message else [], CheckpointError)
-        except CheckpointError:
-            if dist.get_rank() == 0:
-                shutil.rmtree(path, ignore_errors=True)
-            raise
-
-    def prune(self, saved_step: int) -> None:
-        """Removes the oldest checkpoints beyond `keep_latest_k`, in the background."""
-        if dist.get_rank() == 0:
-            self.retention.prune(saved_step)
+    def wait(self) -> None:
+        """Returns when no save is under way. Raises CheckpointError, on every rank, when the last one has failed."""
+        self.saver.wait()
 
     def close(self) -> None:
-        """Returns when nothing is being removed any more."""
-        self.retention.wait()
+        """Returns when nothing is being written or removed any more."""
+        self.saver.close()
 
-    def make_permanent(self, folder: StepFolder, held_out_loss: float) -> StepFolder:
-        """Takes a committed checkpoint out of retention, as one that the model grows from."""
+    def make_permanent(self, held_out_loss: float) -> StepFolder:
+        """Takes the checkpoint that was saved last out of retention, as one that the model grows from."""
+        folder = self.last_saved
+        assert folder is not None, "a model grows from a checkpoint"
         if folder.manifest.permanent and folder.manifest.held_out_loss == held_out_loss:
             return folder
         manifest = replace(folder.manifest, permanent=True, held_out_loss=held_out_loss)
         permanent = StepFolder(folder.path, manifest)
         on_rank0(lambda: write_manifest(permanent.path, permanent.manifest))
+        self.saver.last_saved = permanent
         return permanent
 
     def roll_back(self, source: str, roll_back: RollBack) -> StepFolder:
@@ -200,6 +137,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: when it is not there, or damaged.
         """
+        self.wait()
         folder = on_rank0(lambda: open_step(self.root / source))
         damage = "it is not there" if folder is None else self.damage(folder)
         if folder is None or damage:
@@ -230,7 +168,7 @@ class CheckpointManager:
         try:
             dcp.load(dict(tensors), storage_reader=reader, planner=DefaultLoadPlanner())
         except (Exception, CheckpointException) as error:  # DCP wraps whatever happened on any rank
-            errors = [f"{path.name} refused: {_root_cause(error)}"]
+            errors = [f"{path.name} refused: {root_cause(error)}"]
         fail_together(errors, CheckpointError)
         return reader
 
@@ -259,33 +197,5 @@ def misfits(reader: SafeReader, tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"{reader.folder.name} refused: it is of another model: {'; '.join(wrong[:2])}{more}"]
 
 
-def _stored_bytes(tensors: Tensors) -> int:
-    """Bytes of a checkpoint: every tensor once, however many ranks hold it or a piece of it.
-
-    Ranks with the same names hold the same tensors; only pipeline ranks differ. Random states are too small to count.
-    """
-    names = [name for name in tensors if not name.startswith("rng.")]
-    num_bytes = sum(tensors[name].numel() * tensors[name].element_size() for name in names)
-    digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
-    return sum(dict(gather_objects((digest, num_bytes))).values())
-
-
 def _shape(size: torch.Size) -> str:
     return " x ".join(str(length) for length in size) or "a scalar"
-
-
-def _root_cause(error: BaseException) -> str:
-    """The one line that matters of an exception that DCP has wrapped."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        first = next(iter(failures.values()))
-        error = first[0] if isinstance(first, tuple) else first
-    cause: BaseException = error
-    seen: Callable[[BaseException], BaseException | None] = lambda e: e.__cause__ or e.__context__  # noqa: E731
-    while not isinstance(cause, OSError | CheckpointError) and (deeper := seen(cause)) is not None:
-        cause = deeper
-    if isinstance(cause, OSError):
-        return describe_os_error(cause)
-    text = str(cause).strip().split("\n")[0] or type(cause).__name__
-    # torch's archive writer notices that bytes are missing but not why.
-    return f"No space left on device, or another failed write ({text})" if "unexpected pos" in text else text

@@ -28,9 +28,24 @@ class Idle(NamedTuple):
 IDLE = (
     Idle(
         "checkpoint",
-        ("initial_load_path", "load_only", "last_save_model_only", "enable_first_step_checkpoint", "load_step"),
+        (
+            "async_mode",
+            "enable_first_step_checkpoint",
+            "initial_load_path",
+            "last_save_model_only",
+            "load_only",
+            "load_step",
+            "permanent_interval",
+            "save_retries",
+        ),
         lambda recipe: not recipe.checkpoint.enable,
         "checkpoint.enable is false",
+    ),
+    Idle(
+        "checkpoint",
+        ("async_mode", "permanent_interval", "save_retries"),
+        lambda recipe: recipe.checkpoint.enable and recipe.checkpoint.load_only,
+        "checkpoint.load_only is true",
     ),
     Idle(
         "parallelism",

@@ -164,8 +164,16 @@ class Checkpoint(Section):
     """Load only the weights from initial_load_path; false: optimizer state, counters and data cursor too."""
     last_save_model_only: bool = False
     """Save only the weights at the last step. Such a checkpoint cannot be resumed. torchtitan's default is true."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """async: a save copies the tensors to host memory, and writes while training goes on; one at a time.
+    async_with_pinned_mem: into page-locked memory, without waiting for the copies (CUDA)."""
+    save_retries: int = Field(2, ge=0)
+    """A save that fails is tried again so often, after 1, 2, 4, ... seconds, before the run ends with an error. Not a
+    key of torchtitan."""
     keep_latest_k: int = Field(10, ge=0)
     """Keep this many committed checkpoints, 0 = all. Those taken at a growth are kept besides."""
+    permanent_interval: int = Field(0, ge=0)
+    """Checkpoints of every so many steps are kept for good, 0 = none. Not a key of torchtitan."""
     load_step: int = Field(-1, ge=-1)
     """Go back to this step instead of resuming from the newest, once: the same command given again goes on. Later
     checkpoints are kept as superseded-N."""

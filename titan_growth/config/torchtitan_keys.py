@@ -23,7 +23,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "checkpoint.initial_load_in_hf_quantized": (False,),
     "checkpoint.last_save_in_hf": (False,),
     "checkpoint.export_dtype": ("float32",),
-    "checkpoint.async_mode": ("disabled",),
     "checkpoint.exclude_from_loading": ([],),
     "checkpoint.create_seed_checkpoint": (False,),
     "memory_estimation.enable": (False,),

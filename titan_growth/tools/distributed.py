@@ -40,16 +40,39 @@ def init_process_group(device_type: str, timeout_seconds: int, *, fake: bool = F
         dist.init_process_group(backend, timeout=timeout)
 
 
+_SAVING = "checkpoint"
+_SAVING_TIMEOUT_SECONDS = 3600
+"""Ranks may be far apart in writing their shards, on a slow or busy file system."""
+
+
+def saving_group() -> dist.ProcessGroup | None:
+    """The group of all ranks that saves agree in, made once in a process; None for one rank, which needs none.
+
+    It carries host objects only, and is apart from the groups of the training, so that a save in the background and
+    the steps beside it do not take each other's messages. Every rank must call this at the same point.
+    """
+    if dist.get_world_size() == 1 or dist.get_backend() == "fake":
+        return None
+    for group in dist.distributed_c10d._world.pg_map:
+        if group.group_desc == _SAVING:
+            return group
+    timeout = timedelta(seconds=_SAVING_TIMEOUT_SECONDS)
+    return dist.new_group(backend="gloo", timeout=timeout, group_desc=_SAVING)
+
+
 def set_timeout(timeout_seconds: int) -> None:
-    """Changes the time limit of collectives of every process group of this process."""
+    """Changes the time limit of collectives of every process group of this process but that of the saves."""
     for group in list(dist.distributed_c10d._world.pg_map):
-        if dist.get_backend(group) == "fake":
+        if dist.get_backend(group) == "fake" or group.group_desc == _SAVING:
             continue
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
-def on_rank0(work: Callable[[], Result]) -> Result:
+def on_rank0(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Runs `work` on rank 0 and returns its (picklable) result on every rank.
+
+    Args:
+        group: of all ranks, that carries the result; default: that of the training.
 
     Raises:
         TitanGrowthError: on every rank, when rank 0 raised one. An OSError becomes one too.
@@ -61,7 +84,7 @@ def on_rank0(work: Callable[[], Result]) -> Result:
         except (TitanGrowthError, OSError) as error:
             outcome[1] = error
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"), group=group)
     if isinstance(outcome[1], OSError):
         raise TitanGrowthError(describe_os_error(outcome[1]))
     if outcome[1] is not None:
@@ -69,22 +92,22 @@ def on_rank0(work: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's (picklable) value, in rank order, on every rank."""
     if dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def fail_together(errors: Sequence[str], kind: type[TitanGrowthError]) -> None:
+def fail_together(errors: Sequence[str], kind: type[TitanGrowthError], group: dist.ProcessGroup | None = None) -> None:
     """Raises `kind` on every rank when any rank has an error; each rank passes its own (possibly none).
 
     Raises:
         TitanGrowthError: of the given kind, with the first rank's message.
     """
-    for rank, found in enumerate(gather_objects(list(errors))):
+    for rank, found in enumerate(gather_objects(list(errors), group)):
         if found:
             raise kind(found[0] if rank == dist.get_rank() == 0 else f"rank {rank}: {found[0]}")
 

@@ -1,0 +1,255 @@
+"""Saving a step folder from all ranks together, now or in the background.
+
+    fresh folder -> DCP shards of all ranks, hashed as they are written -> .metadata -> recipe, lineage -> manifest
+
+The manifest, written last, commits the checkpoint; whatever happens before that leaves nothing that a resume would
+take. A save that fails is cleared away and tried again, on all ranks or on none, since they agree after each part of it
+in a process group of their own. In the background the same happens in a thread, from copies of the tensors in host
+memory. There is never more than one save under way: the next one waits for it, and says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Thread
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+from titan_growth.checkpoint.folder import (
+    LINEAGE,
+    RECIPE,
+    Manifest,
+    StepFolder,
+    file_entry,
+    step_path,
+    write_manifest,
+)
+from titan_growth.checkpoint.retention import Retention
+from titan_growth.checkpoint.staging import HostCopies, StagedPlanner
+from titan_growth.checkpoint.writer import ShardWriter
+from titan_growth.config.schema import Checkpoint
+from titan_growth.tools.distributed import describe_os_error, fail_together, gather_objects, on_rank0, saving_group
+from titan_growth.tools.errors import CheckpointError, TitanGrowthError
+from titan_growth.tools.files import sync_folder, write_atomic
+from titan_growth.tools.run_folder import gib
+
+logger = logging.getLogger("titan_growth")
+
+Tensors = dict[str, Tensor]
+
+WORTH_SAYING_SECONDS = 1.0
+"""A save is worth a line when the training has waited so long for the one before it."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything that goes into a step folder; each rank has its own tensors."""
+
+    manifest: Manifest
+    tensors: Tensors
+    recipe_toml: str
+    lineage_json: str
+    copies: HostCopies | None = None
+    """Where the values are, when the tensors have gone on."""
+
+
+class Saver:
+    """Writes the step folders of one run. Every rank calls the same methods in the same order.
+
+    Args:
+        section: `[checkpoint]`.
+        root: the folder of the step folders.
+    """
+
+    def __init__(self, section: Checkpoint, root: Path, retention: Retention) -> None:
+        self.section = section
+        self.root = root
+        self.retention = retention
+        self.last_saved: StepFolder | None = None
+        """The newest checkpoint that this process has committed, or resumed from."""
+        self._group = saving_group() if section.enable else None
+        self._copies: HostCopies | None = None
+        self._thread: Thread | None = None
+        self._error: TitanGrowthError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save in the background has failed for good on this rank, which `wait` will raise on all."""
+        return self._error is not None
+
+    def save(self, manifest: Manifest, tensors: Tensors, *, recipe_toml: str, lineage_json: str) -> None:
+        """Writes and commits one checkpoint, or begins to; every rank passes the tensors it holds.
+
+        With `checkpoint.async_mode` it returns when the tensors have been copied; `wait` tells how it ended.
+
+        Raises:
+            CheckpointError: on every rank, when it, or the one before it, could not be written; nothing is left of it.
+        """
+        began = time.perf_counter()
+        before = self._thread
+        self.wait()
+        waited = time.perf_counter() - began
+        if before is not None and waited >= WORTH_SAYING_SECONDS:
+            logger.warning(
+                "waited %.1f s for the checkpoint before to be written: checkpoint.interval is short for it", waited
+            )
+        content = Content(manifest, tensors, recipe_toml, lineage_json)
+        if self.section.async_mode == "disabled":
+            self._save(content)
+            return
+        if self._copies is None:
+            self._copies = HostCopies(pinned=self.section.async_mode == "async_with_pinned_mem")
+        self._copies.fill(tensors)
+        self._thread = Thread(
+            target=self._save_in_background,
+            args=(replace(content, copies=self._copies),),
+            name="checkpoint-save",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when no save is under way any more.
+
+        Raises:
+            CheckpointError: on every rank, when the last one in the background has failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _save_in_background(self, content: Content) -> None:
+        assert content.copies is not None, "what is written in the background has been copied"
+        try:
+            content.copies.wait()
+            self._save(content)
+        except TitanGrowthError as error:
+            self._error = error
+        except Exception as error:  # a rank that is gone: the training finds out by itself, and says it better
+            self._error = CheckpointError(f"{_name(content)} was not saved: {str(error).splitlines()[0]}")
+
+    def _save(self, content: Content) -> None:
+        """Writes a checkpoint, however often it takes, and removes old ones."""
+        for attempt in range(self.section.save_retries + 1):
+            try:
+                folder = self._write(content)
+                break
+            except CheckpointError as error:
+                if attempt == self.section.save_retries:
+                    raise
+                pause_seconds = 2**attempt
+                logger.error("%s. Trying again in %d s", str(error).rstrip("."), pause_seconds)
+                time.sleep(pause_seconds)
+        self.last_saved = folder
+        if dist.get_rank() == 0:
+            self.retention.prune(folder.step)
+        logger.info("saved %s", folder.path)
+
+    def _write(self, content: Content) -> StepFolder:
+        path = step_path(self.root, content.manifest.progress.step)
+        num_bytes = self._stored_bytes(content.tensors)
+        on_rank0(lambda: self._clear(path, num_bytes), self._group)
+        writer = ShardWriter(path)
+        planner = DefaultSavePlanner() if content.copies is None else StagedPlanner(content.copies)
+        errors: list[str] = []
+        try:
+            dcp.save(content.tensors, storage_writer=writer, planner=planner, process_group=self._group)
+        except (Exception, CheckpointException) as error:  # DCP wraps whatever happened on any rank
+            errors = [root_cause(error)]
+        self._fail(path, errors)
+        gathered = gather_objects(writer.entries, self._group)
+
+        def commit() -> StepFolder:
+            write_atomic(path / RECIPE, content.recipe_toml)
+            write_atomic(path / LINEAGE, content.lineage_json)
+            entries = {name: entry for part in gathered for name, entry in part.items()}
+            entries |= {name: file_entry(path / name) for name in (RECIPE, LINEAGE)}
+            complete = replace(content.manifest, files=entries)
+            write_manifest(path, complete)
+            return StepFolder(path, complete)
+
+        try:
+            return on_rank0(commit, self._group)
+        except TitanGrowthError as error:
+            self._fail(path, [str(error)])
+            raise
+
+    def _stored_bytes(self, tensors: Tensors) -> int:
+        """Bytes of a checkpoint: every tensor once, however many ranks hold it or a piece of it.
+
+        Ranks with the same names hold the same tensors; only pipeline ranks differ. Random states are too small to
+        count.
+        """
+        names = [name for name in tensors if not name.startswith("rng.")]
+        num_bytes = sum(tensors[name].numel() * tensors[name].element_size() for name in names)
+        digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+        return sum(dict(gather_objects((digest, num_bytes), self._group)).values())
+
+    def _clear(self, path: Path, num_bytes: int) -> None:
+        """Removes what a dead save left, and makes sure that the new one fits on the disk."""
+        self.retention.wait()  # what is being removed makes room
+        try:
+            if path.exists():
+                shutil.rmtree(path)
+            path.mkdir(parents=True)
+            sync_folder(path.parent)
+            free = shutil.disk_usage(path).free
+        except OSError as error:
+            raise CheckpointError(
+                f"{path.name} was not saved: {describe_os_error(error)}. The checkpoints before it are whole"
+            ) from None
+        if free < num_bytes:
+            path.rmdir()
+            raise CheckpointError(
+                f"{path.name} was not saved: it needs {gib(num_bytes)}, but only {gib(free)} are free in {self.root}. "
+                "Make room and run the same command again; the run goes on from the last checkpoint"
+            )
+
+    def _fail(self, path: Path, errors: list[str]) -> None:
+        message = f"{path.name} was not saved: {errors[0]}. The checkpoints before it are whole" if errors else ""
+        try:
+            fail_together([message] if message else [], CheckpointError, self._group)
+        except CheckpointError:
+            if dist.get_rank() == 0:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    def close(self) -> None:
+        """Returns when nothing is being written or removed any more; a save that has failed is reported by a line."""
+        try:
+            self.wait()
+        except TitanGrowthError as error:
+            logger.error("%s", error)
+        self.retention.wait()
+
+
+def _name(content: Content) -> str:
+    return f"step-{content.manifest.progress.step}"
+
+
+def root_cause(error: BaseException) -> str:
+    """The one line that matters of an exception that DCP has wrapped."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        first = next(iter(failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    cause: BaseException = error
+    seen: Callable[[BaseException], BaseException | None] = lambda e: e.__cause__ or e.__context__  # noqa: E731
+    while not isinstance(cause, OSError | CheckpointError) and (deeper := seen(cause)) is not None:
+        cause = deeper
+    if isinstance(cause, OSError):
+        return describe_os_error(cause)
+    return str(cause).strip().split("\n")[0] or type(cause).__name__

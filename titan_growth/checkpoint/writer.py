@@ -1,0 +1,216 @@
+"""Writing DCP folders: one file per rank, hashed while it is written, on any file system.
+
+    plan of this rank -> each tensor to the host, one at a time -> archive -> file, SHA-256 and disk at the same time
+
+What is written is what DCP's own writer writes, and DCP reads it. The difference is in what it costs: a checkpoint is
+committed with a checksum of every file, and reading a file back for that, after it has been written, would take as long
+as writing it. Here the checksum is computed beside the write, and the disk is kept busy meanwhile instead of being
+asked for everything at the end. torch's archives have a CRC-32 of every tensor besides; it takes three times as long as
+the SHA-256 that makes it needless, so it is left out (`torch.load` does not look at it; `unzip` would complain).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from concurrent.futures import Future as LocalFuture
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import StorageWriter
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+from torch.utils.serialization import config
+
+from titan_growth.checkpoint.folder import METADATA
+
+_serialization: Any = config
+
+_WORTH_A_THREAD = 1 << 20
+"""Bytes from which on hashing in another thread beats hashing in this one."""
+
+_SYNC_EVERY = 1 << 26
+"""Bytes after which the disk is told to go on with what it has been given."""
+
+
+class ShardWriter(StorageWriter):
+    """A DCP storage writer for one step folder, which exists.
+
+    Args:
+        folder: the step folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[str, dict[str, Any]] = {}
+        """Of every file that this rank has written: its entry in the manifest."""
+
+    # ---- what DCP asks for ---------------------------------------------------------------------------------------
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept from one save to the next: a writer serves one."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up: the folder has been made."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Gives every rank the name of its file."""
+        return [replace(plan, storage_data=f"__{rank}_0.distcp") for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes this rank's tensors, one after another.
+
+        Raises:
+            OSError: when the file cannot be written.
+        """
+        results = []
+        if plan.items:
+            name: str = plan.storage_data
+            with _serialization.patch("save.compute_crc32", False), HashedFile(self.folder / name) as file:
+                for item in plan.items:
+                    assert item.type != WriteItemType.BYTE_IO, f"{item.index.fqn} is no tensor"
+                    values = planner.resolve_data(item)
+                    assert isinstance(values, Tensor)
+                    begin = file.position
+                    with file.own_errors():
+                        torch.save(_alone(values), cast(IO[bytes], file))
+                    length = file.position - begin
+                    results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
+            self.entries[name] = file.entry
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Writes `.metadata`, on rank 0."""
+        metadata.version = CURRENT_DCP_VERSION
+        metadata.storage_data = {result.index: result.storage_data for rank in results for result in rank}
+        metadata.storage_meta = self.storage_meta()
+        with HashedFile(self.folder / METADATA) as file:
+            file.write(pickle.dumps(metadata))
+        self.entries[METADATA] = file.entry
+
+    def storage_meta(self) -> StorageMeta:
+        """Nothing: a checkpoint does not remember where it was written."""
+        return StorageMeta()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether DCP may choose this writer by a path: never, it is always given."""
+        return False
+
+
+class HashedFile(io.RawIOBase):
+    """A new file that knows its SHA-256 when it is closed, and is on the disk then.
+
+    Raises:
+        OSError: from any method, when the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        # Large pieces go past the buffer; small ones, of which an archive has many, are gathered in it.
+        self._file: Any = path.open("wb", buffering=_WORTH_A_THREAD)
+        self._digest = hashlib.sha256()
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="checkpoint-write")
+        self._syncing: LocalFuture[None] | None = None
+        self._descriptor = _descriptor(self._file)
+        self._unsynced = 0
+        self._error: OSError | None = None
+        self.position = 0
+        """Bytes written so far."""
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.position
+
+    def write(self, data: Any) -> int:
+        """Writes bytes, all of them."""
+        view = memoryview(data).cast("B")
+        try:
+            if view.nbytes < _WORTH_A_THREAD:
+                self._digest.update(view)
+                self._file.write(view)
+            else:
+                hashing = self._threads.submit(self._digest.update, view)
+                try:
+                    self._file.write(view)
+                finally:
+                    hashing.result()  # the memory is the caller's, and only for as long as this call takes
+        except OSError as error:
+            self._error = error
+            raise
+        self.position += view.nbytes
+        self._unsynced += view.nbytes
+        if self._unsynced >= _SYNC_EVERY and (self._syncing is None or self._syncing.done()):
+            self._unsynced = 0
+            if self._descriptor is not None:
+                self._syncing = self._threads.submit(os.fdatasync, self._descriptor)
+        return view.nbytes
+
+    @contextlib.contextmanager
+    def own_errors(self) -> Iterator[None]:
+        """For writing through code that loses the reason why a write failed, as torch's archive writer does."""
+        try:
+            yield
+        except Exception:
+            if self._error is not None:
+                raise self._error from None
+            raise
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The file's entry in the manifest."""
+        return {"bytes": self.position, "sha256": self._digest.hexdigest()}
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if self._syncing is not None and error is None:
+                self._syncing.result()
+            if error is None:
+                self._file.flush()
+                if self._descriptor is not None:
+                    os.fsync(self._descriptor)
+        finally:
+            self._threads.shutdown()
+            self._file.close()
+            self.close()
+
+
+def _descriptor(file: Any) -> int | None:
+    """Of a file of this machine; a remote one has none, and is safe when it has been closed."""
+    try:
+        return int(file.fileno())
+    except (AttributeError, OSError):
+        return None
+
+
+def _alone(values: Tensor) -> Tensor:
+    """On the host, and without the rest of what it is a view of, which would be written too."""
+    values = values.detach().cpu()
+    return values if values.untyped_storage().nbytes() == values.numel() * values.element_size() else values.clone()
