@@ -7,8 +7,9 @@ corpus is prepared here too, so that its errors come as one message and the rank
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-from titan_growth.checkpoint.folder import StepFolder, committed_steps, no_such_step, none_usable
+from titan_growth.checkpoint.folder import StepFolder, committed_steps, no_such_step, none_usable, root_of
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.schema import Recipe
 from titan_growth.plan import RunPlan, plan_run
@@ -16,6 +17,7 @@ from titan_growth.resume import newest_checkpoint
 from titan_growth.start import decide, dry_run_of, finished, finished_message, going_back, settle
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, RunFolderError, TitanGrowthError
 from titan_growth.tools.exit_report import NOTHING_TO_DO
+from titan_growth.tools.location import is_remote
 from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
@@ -91,7 +93,7 @@ def _resumed_from(recipe: Recipe, folder: RunFolder, more: list[Problem]) -> Ste
     """The checkpoint that the run goes on from, or None for a new run; the ranks check its files besides."""
     checkpoint = newest_checkpoint(recipe, folder.path)
     if checkpoint is None and recipe.checkpoint.enable:
-        root, step = folder.path / recipe.checkpoint.folder, recipe.checkpoint.load_step
+        root, step = root_of(recipe.checkpoint.folder, folder.path), recipe.checkpoint.load_step
         _, refused = committed_steps(root)
         if step != -1:
             raise ConfigError([Problem("checkpoint.load_step", no_such_step(root, step, refused)), *more])
@@ -107,9 +109,27 @@ def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
         # On one machine only: those that share the folder would find each other's lock.
         folder.lock()
         folder.unlock()
-    root = folder.path / recipe.checkpoint.folder
-    if recipe.checkpoint.enable and root.exists() and not root.is_dir():
+    if not recipe.checkpoint.enable:
+        return
+    root = root_of(recipe.checkpoint.folder, folder.path)
+    if root.exists() and not root.is_dir():
         raise RunFolderError(f"checkpoint.folder: {root} is a file. Remove it, or name another folder")
+    if is_remote(root) and not recipe.checkpoint.load_only:
+        _try_writing(root)
+
+
+def _try_writing(root: Path) -> None:
+    """Leaves and removes a small file where checkpoints go. Stores have errors of many kinds."""
+    probe = root / f".probe-{os.uname().nodename}-{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RunFolderError(
+            f"checkpoint.folder {root}: cannot be written to ({reason}). Give this machine the right to, or change it"
+        ) from None
 
 
 def _check_initial(plan: RunPlan) -> None:

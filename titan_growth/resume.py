@@ -13,7 +13,7 @@ from typing import Any
 
 import tomli
 
-from titan_growth.checkpoint.folder import StepFolder, committed_steps
+from titan_growth.checkpoint.folder import StepFolder, committed_steps, root_of
 from titan_growth.config.loader import recipe_from_toml
 from titan_growth.config.schema import Recipe
 from titan_growth.growth.chain import chain_of
@@ -60,7 +60,7 @@ def newest_checkpoint(recipe: Recipe, dump_folder: Path) -> StepFolder | None:
     """The checkpoint that a start would resume from, by size checks alone (checksums are left to the run itself)."""
     if not recipe.checkpoint.enable:
         return None
-    candidates, _ = committed_steps(dump_folder / recipe.checkpoint.folder)
+    candidates, _ = committed_steps(root_of(recipe.checkpoint.folder, dump_folder))
     if recipe.checkpoint.load_step != -1:
         candidates = [folder for folder in candidates if folder.step == recipe.checkpoint.load_step]
     return candidates[0] if candidates else None

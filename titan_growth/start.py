@@ -9,7 +9,7 @@ import logging
 import secrets
 from dataclasses import dataclass
 
-from titan_growth.checkpoint.folder import StepFolder
+from titan_growth.checkpoint.folder import StepFolder, root_of
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema import Recipe
 from titan_growth.plan import RunPlan, plan_run
@@ -95,7 +95,7 @@ def going_back(recipe: Recipe, folder: RunFolder) -> Recipe:
     if wanted == -1:
         return recipe
     try:
-        done = int((folder.path / recipe.checkpoint.folder / GONE_BACK_FILE).read_text())
+        done = int((root_of(recipe.checkpoint.folder, folder.path) / GONE_BACK_FILE).read_text())
     except (OSError, ValueError):
         done = -1
     return with_values(recipe, {"checkpoint.load_step": -1}) if done == wanted else recipe
@@ -103,7 +103,7 @@ def going_back(recipe: Recipe, folder: RunFolder) -> Recipe:
 
 def note_going_back(recipe: Recipe, folder: RunFolder) -> None:
     """Remembers which `load_step` has been gone back to, or forgets it when the recipe names none."""
-    root = folder.path / recipe.checkpoint.folder
+    root = root_of(recipe.checkpoint.folder, folder.path)
     if recipe.checkpoint.load_step != -1:
         write_atomic(root / GONE_BACK_FILE, f"{recipe.checkpoint.load_step}\n")
     else:

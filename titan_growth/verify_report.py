@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -17,7 +18,8 @@ from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.growth.rules import OPTIMIZER_PREFIX
 from titan_growth.growth_arguments import model_then
 from titan_growth.models.registry import family_module
-from titan_growth.tools.errors import CheckpointError, TitanGrowthError
+from titan_growth.tools.errors import CheckpointError, TitanGrowthError, print_error
+from titan_growth.tools.location import location
 from titan_growth.tools.run_folder import gib
 
 USAGE = """usage: python -m titan_growth verify FOLDER [FOLDER ...]
@@ -36,14 +38,18 @@ def main(argv: list[str]) -> int:
         return 0 if asked else 2
     status = 0
     for word in argv:
-        path = Path(word)
-        steps = step_numbers(path) if path.is_dir() else []
-        for folder in [step_path(path, step) for step in sorted(steps)] or [path]:
+        try:
+            path = cast(Path, location(word))
+            folders = [step_path(path, step) for step in sorted(step_numbers(path))] or [path]
+        except TitanGrowthError as error:
+            status = print_error(error)
+            continue
+        for folder in folders:
             try:
                 print("\n".join(verified(folder)), flush=True)
             except TitanGrowthError as error:
                 print(f"error: {error}", flush=True)
-                status = 1
+                status = status or 1
     return status
 
 

@@ -13,13 +13,14 @@ import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tomli
 
 from titan_growth.checkpoint.lineage import Lineage, Progress, RollBack
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.files import write_atomic
+from titan_growth.tools.location import is_remote, location
 
 FORMAT = 1
 MANIFEST, METADATA, RECIPE, LINEAGE = "manifest.json", ".metadata", "recipe.toml", "lineage.json"
@@ -136,6 +137,16 @@ def open_step(path: Path) -> StepFolder | None:
         raise CheckpointError(f"{path.name} refused: {MANIFEST} is not valid ({reason})") from None
 
 
+def root_of(folder: str, dump_folder: Path) -> Path:
+    """Where a run's step folders are: `checkpoint.folder`, inside the run's folder or a URL.
+
+    Raises:
+        LocationError: when it is a URL that cannot be used.
+    """
+    # A UPath is no Path, but has all of its methods that are used on checkpoints.
+    return cast(Path, location(folder)) if is_remote(folder) else dump_folder / folder
+
+
 def step_path(root: Path, step: int) -> Path:
     """The folder of a step."""
     return root / f"step-{step}"
@@ -143,6 +154,8 @@ def step_path(root: Path, step: int) -> Path:
 
 def step_numbers(root: Path) -> list[int]:
     """Steps that have a folder, committed or not, newest first."""
+    if is_remote(root):
+        root.fs.invalidate_cache()  # type: ignore[attr-defined]
     if not root.is_dir():
         return []
     matches = (_STEP_FOLDER.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
@@ -193,7 +206,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         digest = hashlib.sha256()
         while piece := file.read(1 << 22):
             digest.update(piece)

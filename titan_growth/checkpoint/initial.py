@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from titan_growth.checkpoint.folder import StepFolder, open_step
 from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
 from titan_growth.checkpoint.reader import NamesOf
 from titan_growth.config.schema import Checkpoint
 from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.location import location
 
 
 def tied_names(tied: Mapping[str, str]) -> NamesOf | None:
@@ -37,7 +39,7 @@ def initial_state(section: Checkpoint, *, checksums: bool) -> tuple[Path, Progre
         CheckpointError: when the folder cannot be used in that way.
     """
     assert section.initial_load_path is not None
-    path = Path(section.initial_load_path).expanduser()
+    path = cast(Path, location(section.initial_load_path))
     key = f"checkpoint.initial_load_path {path}"
     if not path.is_dir():
         raise CheckpointError(f"{key}: no such folder. Name a step-N folder")

@@ -28,6 +28,7 @@ from titan_growth.checkpoint.folder import (
     no_such_step,
     none_usable,
     open_step,
+    root_of,
     write_manifest,
 )
 from titan_growth.checkpoint.lineage import RollBack
@@ -46,7 +47,7 @@ class CheckpointManager:
 
     def __init__(self, section: Checkpoint, dump_folder: Path) -> None:
         self.section = section
-        self.root = dump_folder / section.folder
+        self.root = root_of(section.folder, dump_folder)
         self.saver = Saver(section, self.root, Retention(self.root, section.keep_latest_k))
 
     # ---- choosing ------------------------------------------------------------------------------------------------

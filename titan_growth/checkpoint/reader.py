@@ -75,8 +75,8 @@ class SafeReader(FileSystemReader):
     """A DCP storage reader for one step folder."""
 
     def __init__(self, path: Path, names_of: NamesOf | None = None) -> None:
-        super().__init__(path)
-        self.folder = Path(path)
+        super().__init__(str(path))  # for the parts of it that are not used here
+        self.folder = path
         self.names_of = names_of
         self.num_bytes_read = 0
         """Stored bytes read so far by this rank."""
@@ -89,7 +89,7 @@ class SafeReader(FileSystemReader):
             CheckpointError: when it is missing, damaged, or holds anything but metadata.
         """
         try:
-            with open(self.folder / ".metadata", "rb") as file:
+            with (self.folder / ".metadata").open("rb") as file:
                 metadata = _MetadataUnpickler(file).load()
         except FileNotFoundError:
             raise CheckpointError(f"{self.folder.name} refused: it has no .metadata") from None
@@ -170,7 +170,7 @@ class SafeReader(FileSystemReader):
             CheckpointError: when they cannot be read, or are not what the metadata says.
         """
         where = f"{self.folder.name}/{chunk.file}"
-        with open(self.folder / chunk.file, "rb") as file:
+        with (self.folder / chunk.file).open("rb") as file:
             # What the archive says it holds, without the values; these are then read into their place. torch.load would
             # hold them up to three times on the way.
             said = _load_tensor(_create_file_view(file, chunk.begin, chunk.length), where, "meta")
@@ -192,7 +192,7 @@ class SafeReader(FileSystemReader):
         return buffer.view(chunk.dtype).view(chunk.sizes)
 
     def _read(self, relative_path: str, offset: int, length: int) -> torch.Tensor:
-        with open(self.folder / relative_path, "rb") as file:
+        with (self.folder / relative_path).open("rb") as file:
             # A view of the file, not its bytes: values go from the disk into the tensor without a copy between.
             values = _load_tensor(_create_file_view(file, offset, length), f"{self.folder.name}/{relative_path}")
         self.num_bytes_read += length

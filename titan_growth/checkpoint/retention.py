@@ -8,11 +8,12 @@ for it: a slow file system may take longer to delete a checkpoint than a collect
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from pathlib import Path
 from threading import Thread
 
 from titan_growth.checkpoint.folder import MANIFEST, committed_steps, step_numbers, step_path
+from titan_growth.tools.files import move_folder, remove_folder
 
 
 def set_aside_after(root: Path, step: int, label: str) -> list[str]:
@@ -25,7 +26,7 @@ def set_aside_after(root: Path, step: int, label: str) -> list[str]:
             while target.exists():
                 number += 1
                 target = root / f"{label}-{later}-{number}"
-            path.rename(target)
+            move_folder(path, target)
             moved.append(target.name)
     return moved
 
@@ -68,4 +69,5 @@ class Retention:
 
 def _remove(paths: list[Path]) -> None:
     for path in paths:
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_folder(path)

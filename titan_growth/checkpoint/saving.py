@@ -10,9 +10,9 @@ memory. There is never more than one save under way: the next one waits for it, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,7 +40,7 @@ from titan_growth.checkpoint.writer import ShardWriter
 from titan_growth.config.schema import Checkpoint
 from titan_growth.tools.distributed import describe_os_error, fail_together, gather_objects, on_rank0, saving_group
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
-from titan_growth.tools.files import sync_folder, write_atomic
+from titan_growth.tools.files import free_bytes, remove_folder, sync_folder, write_atomic
 from titan_growth.tools.run_folder import gib
 
 logger = logging.getLogger("titan_growth")
@@ -203,15 +203,15 @@ class Saver:
         self.retention.wait()  # what is being removed makes room
         try:
             if path.exists():
-                shutil.rmtree(path)
+                remove_folder(path)
             path.mkdir(parents=True)
             sync_folder(path.parent)
-            free = shutil.disk_usage(path).free
+            free = free_bytes(path)
         except OSError as error:
             raise CheckpointError(
                 f"{path.name} was not saved: {describe_os_error(error)}. The checkpoints before it are whole"
             ) from None
-        if free < num_bytes:
+        if free is not None and free < num_bytes:
             path.rmdir()
             raise CheckpointError(
                 f"{path.name} was not saved: it needs {gib(num_bytes)}, but only {gib(free)} are free in {self.root}. "
@@ -224,7 +224,8 @@ class Saver:
             fail_together([message] if message else [], CheckpointError, self._group)
         except CheckpointError:
             if dist.get_rank() == 0:
-                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_folder(path)
             raise
 
     def close(self) -> None:

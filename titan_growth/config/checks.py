@@ -91,11 +91,13 @@ def _validation(recipe: Recipe) -> Iterator[Problem]:
 
 def _urls(recipe: Recipe) -> Iterator[Problem]:
     """URLs that can be known to be of no use without asking any storage."""
-    data, validation = recipe.data, recipe.validation
+    data, validation, checkpoint = recipe.data, recipe.validation, recipe.checkpoint
     places = {
         "training.dataset_path": recipe.training.dataset_path,
         "validation.dataset_path": validation.dataset_path if validation.enable else None,
         "data.tokenizer_path": data.tokenizer_path,
+        "checkpoint.folder": checkpoint.folder if checkpoint.enable else None,
+        "checkpoint.initial_load_path": checkpoint.initial_load_path if checkpoint.enable else None,
         "model.hf_assets_path": recipe.model.hf_assets_path if data.tokenizer_path is None else None,
     }
     for key, place in places.items():
@@ -116,8 +118,10 @@ def _checkpoint(recipe: Recipe) -> Iterator[Problem]:
             "must be 0 (all) or at least 2, got 1",
             "One copy alone can be lost while saving",
         )
-    if not checkpoint.folder or checkpoint.folder.startswith("/") or ".." in checkpoint.folder.split("/"):
-        yield Problem("checkpoint.folder", f"must name a folder inside job.dump_folder, got '{checkpoint.folder}'")
+    leaves = checkpoint.folder.startswith("/") or ".." in checkpoint.folder.split("/")
+    if not is_remote(checkpoint.folder) and (leaves or not checkpoint.folder):
+        message = f"must name a folder inside job.dump_folder, or be a URL, got '{checkpoint.folder}'"
+        yield Problem("checkpoint.folder", message)
 
 
 def _parallelism(recipe: Recipe) -> Iterator[Problem]:

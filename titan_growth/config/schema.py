@@ -155,7 +155,7 @@ class Checkpoint(Section):
     enable: bool = False
     """Save checkpoints, and resume from the newest one in the folder."""
     folder: str = "checkpoint"
-    """Folder of the step-N folders, inside dump_folder."""
+    """Folder of the step-N folders, inside dump_folder; or a URL (s3://bucket/run, gs://, file://)."""
     interval: int = Field(500, ge=1)
     """Save every this many steps, and at the last step."""
     initial_load_path: str | None = None

@@ -98,6 +98,9 @@ class BatchLoader:
                 prefetch_factor=prefetch_factor if num_workers > 0 else None,
                 pin_memory=pin_memory and torch.cuda.is_available(),
                 worker_init_fn=_die_with_parent,
+                # It draws a seed for its workers, which need none. From the process's own generator, that would change
+                # the run's random state by how often it has been resumed.
+                generator=torch.Generator(),
                 snapshot_every_n_steps=_NEVER,
             )
         self._iterator: Iterator[dict[str, Tensor]] | None = None

@@ -1,0 +1,112 @@
+"""Checkpoints by URL: saved, killed, resumed and read as those by path."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from upath import UPath
+
+from tests.harness import run_ranks
+from tests.runs import make_recipe, read_metrics, train, trainer_of, without_timings
+from titan_growth.checkpoint.folder import committed_steps, open_step
+from titan_growth.tools.files import move_folder, remove_folder, write_atomic
+from titan_growth.verify_report import main as verify
+
+RUN: dict[str, Any] = {
+    "training__steps": 8,
+    "checkpoint__enable": True,
+    "checkpoint__interval": 2,
+    "checkpoint__keep_latest_k": 2,
+    "debug__log_batch_hash": True,
+    "growth__stages": '[{at = "4 steps", operator = "stack", factor = 2}]',
+}
+
+
+def entries(root: Any) -> dict[str, Any]:
+    """Step -> sizes and checksums of the shards."""
+    good, refused = committed_steps(root)
+    assert not refused
+    return {
+        one.path.name: {name: entry for name, entry in one.manifest.files.items() if name.endswith(".distcp")}
+        for one in good
+    }
+
+
+def crash(rank: int, num_ranks: int, recipe: Any, step: int) -> None:
+    """Trains, and dies after a step."""
+    with trainer_of(recipe, num_ranks) as trainer:
+        record = trainer._record
+
+        def die(*args: Any) -> None:
+            record(*args)
+            if trainer.progress.step == step:
+                os._exit(0)
+
+        trainer._record = die  # type: ignore[method-assign]
+        trainer.fit()
+
+
+@pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "async"])
+def test_killed_and_resumed_by_file_url_is_the_run_by_path(mode: str, tmp_path: Path) -> None:
+    settings = {**RUN, "checkpoint__async_mode": mode}
+    run_ranks(train, 2, 2, make_recipe(tmp_path / "path", **settings))
+    url = f"file://{tmp_path}/store/checkpoints"
+    recipe = make_recipe(tmp_path / "url", **settings, checkpoint__folder=url)
+    for step in (3, 5, 7):
+        with pytest.raises(AssertionError):
+            run_ranks(crash, 2, 2, recipe, step)
+    run_ranks(train, 2, 2, recipe)
+    assert without_timings(read_metrics(tmp_path / "url")) == without_timings(read_metrics(tmp_path / "path"))
+    assert not (tmp_path / "url" / "checkpoint").exists()
+    by_path, by_url = entries(tmp_path / "path" / "checkpoint"), entries(UPath(url))
+    assert by_path == by_url
+    assert by_path.keys() == {"step-4", "step-6", "step-8"}
+
+
+def _in_memory(rank: int, folder: Path) -> None:
+    """memory:// lives in a process, so all of it happens in one."""
+    url = "memory://bucket/run"
+    train(0, 1, make_recipe(folder / "run", **{**RUN, "training__steps": 6}, checkpoint__folder=url))
+    assert set(entries(UPath(url))) == {"step-2", "step-4", "step-6"}
+    train(0, 1, make_recipe(folder / "run", **RUN, checkpoint__folder=url))
+    assert set(entries(UPath(url))) == {"step-4", "step-6", "step-8"}
+    assert verify([url]) == 0
+    newest = UPath(url) / "step-8"
+    shard = next(path for path in newest.iterdir() if path.suffix == ".distcp")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    assert verify([url]) == 1
+    weights = make_recipe(
+        folder / "other", training__steps=1, checkpoint__enable=True, checkpoint__initial_load_path=f"{url}/step-6"
+    )
+    train(0, 1, weights)
+    longer = make_recipe(folder / "run", **{**RUN, "training__steps": 9}, checkpoint__folder=url)
+    train(0, 1, longer)
+    assert (UPath(url) / "damaged-8").is_dir()
+    assert open_step(UPath(url) / "step-9") is not None
+
+
+def test_in_memory(tmp_path: Path) -> None:
+    """Saves, goes on, verifies, notices damage and starts another run, all by URL."""
+    run_ranks(_in_memory, 1, tmp_path)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("kind", ["path", "file", "memory"])
+def test_folders_are_moved_and_removed_alike(kind: str, tmp_path: Path) -> None:
+    place = {"path": tmp_path / "x", "file": UPath(f"file://{tmp_path}/x"), "memory": UPath("memory://moved/x")}[kind]
+    place.mkdir(parents=True)
+    for name in ("a", "b"):
+        write_atomic(place / name, name * 3)
+    target = place.with_name("y")
+    move_folder(place, target)
+    assert not place.exists()
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "aaa", "b": "bbb"}
+    write_atomic(target / "a", b"new")
+    assert (target / "a").read_text() == "new"
+    remove_folder(target)
+    assert not target.exists()
