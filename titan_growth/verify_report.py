@@ -82,9 +82,9 @@ def _tensors(folder: StepFolder) -> str:
     chunks = reader.chunks()
     for name, pieces in chunks.items():
         for piece in pieces:
-            values = reader.read_chunk(piece)
-            if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-                raise CheckpointError(f"{folder.path} refused: {name} is not finite")
+            for values in reader.values_in_parts(piece):
+                if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                    raise CheckpointError(f"{folder.path.name} refused: {name} is not finite")
     config, family = model_then(folder)
     with torch.device("meta"):
         wanted = family_module(family).Decoder(config, 8).state_dict()

@@ -130,7 +130,7 @@ def _damaged_load(rank: int, folder: Path) -> None:
     path = save(checkpoints, 5).path
     shard = path / "__0_0.distcp"
     shard.write_bytes(b"\0" * shard.stat().st_size)
-    with pytest.raises(CheckpointError, match=r"^step-5 refused: step-5/__0_0\.distcp cannot be read \(\w+\)$"):
+    with pytest.raises(CheckpointError, match=r"^step-5 refused: __0_0\.distcp, where \S+ should be, is no archive"):
         checkpoints.load(path, tensors(0.0))
     shard.unlink()
     with pytest.raises(CheckpointError, match=r"^step-5 refused: No such file or directory: .*__0_0\.distcp$"):

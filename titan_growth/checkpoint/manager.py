@@ -169,7 +169,8 @@ class CheckpointManager:
         try:
             dcp.load(dict(tensors), storage_reader=reader, planner=DefaultLoadPlanner())
         except (Exception, CheckpointException) as error:  # DCP wraps whatever happened on any rank
-            errors = [f"{path.name} refused: {root_cause(error)}"]
+            cause = root_cause(error)
+            errors = [cause if cause.startswith(f"{path.name} refused: ") else f"{path.name} refused: {cause}"]
         fail_together(errors, CheckpointError)
         return reader
 

@@ -1,30 +1,32 @@
 """Reading DCP folders: nothing stored in them is run, and each stored chunk is read once.
 
-DCP's own reader unpickles `.metadata`, which runs whatever a stranger put there. This one admits only the few classes
-that DCP's metadata is made of. It also takes `names_of`, a function that says under which names a stored tensor should
-appear: with it an embedding is read as the head that is tied to it, too. Since one stored chunk may so feed two
-tensors, requests are grouped by chunk; DCP's reader would load it again for each. Growth plans its own read
-(growth/read.py), from `chunks` and `read_chunk`.
+DCP's own reader unpickles `.metadata`, which runs whatever a stranger put there, and loads tensors through archives
+that may ask for any amount of memory. This one reads both as data (metadata.py, archive.py) and the values straight
+into their place. It also takes `names_of`, a function that says under which names a stored tensor should appear: with
+it an embedding is read as the head that is tied to it, too. Since one stored chunk may so feed two tensors, requests
+are grouped by chunk; DCP's reader would load it again for each. Growth plans its own read (growth/read.py), from
+`chunks` and `read_chunk`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 
+from titan_growth.checkpoint.archive import StoredValues, find_values
+from titan_growth.checkpoint.files import open_plain, read_plain, size_of_file
+from titan_growth.checkpoint.inert import RefusedError
+from titan_growth.checkpoint.metadata import MAX_METADATA_BYTES, parse_metadata
 from titan_growth.tools.errors import CheckpointError
 
 
@@ -49,30 +51,9 @@ class StoredChunk:
 NamesOf = Callable[[str], list[str]]
 """Stored name -> the names it is served under."""
 
-_METADATA = "torch.distributed.checkpoint.metadata"
-_ALLOWED = {
-    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata")),
-    *((_METADATA, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
-    (_METADATA, "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-}
-_PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
-_DTYPES = {name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED or (module == "torch" and name in _DTYPES):
-            return super().find_class(module, name)
-        if module in ("pathlib", "pathlib._local") and name in _PATHS:
-            return pathlib.PurePosixPath
-        raise pickle.UnpicklingError(f"its metadata asks for {module}.{name}")
-
 
 class SafeReader(FileSystemReader):
-    """A DCP storage reader for one step folder."""
+    """A DCP storage reader for one step folder. Its metadata is read once, when it is first needed."""
 
     def __init__(self, path: Path, names_of: NamesOf | None = None) -> None:
         super().__init__(str(path))  # for the parts of it that are not used here
@@ -81,83 +62,78 @@ class SafeReader(FileSystemReader):
         self.num_bytes_read = 0
         """Stored bytes read so far by this rank."""
         self.num_chunks_read = 0
+        self._stored: Metadata | None = None
+        self._served: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The folder's metadata, under the names that `names_of` gives.
 
         Raises:
-            CheckpointError: when it is missing, damaged, or holds anything but metadata.
+            CheckpointError: when it is missing, damaged, or holds anything but metadata that is true to itself.
         """
-        try:
-            with (self.folder / ".metadata").open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.folder.name} refused: it has no .metadata") from None
-        except Exception as error:  # a damaged pickle raises nearly anything
-            raise CheckpointError(f"{self.folder.name} refused: {error}") from None
-        if not _is_metadata(metadata):
-            raise CheckpointError(f"{self.folder.name} refused: .metadata holds no DCP metadata")
-        for info in metadata.storage_data.values():
-            if "/" in info.relative_path or "\\" in info.relative_path or info.relative_path.startswith("."):
-                raise CheckpointError(f"{self.folder.name} refused: it names the file {info.relative_path!r}")
-        storage_meta = getattr(metadata, "storage_meta", None) or StorageMeta()
-        storage_meta.load_id = self.load_id
-        metadata.storage_meta = storage_meta
-        return metadata if self.names_of is None else renamed(metadata, self.names_of)
+        if self._served is None:
+            stored = self._read_stored()
+            self._served = stored if self.names_of is None else renamed(stored, self.names_of)
+        self._served.storage_meta = StorageMeta(load_id=self.load_id)
+        return self._served
+
+    def _read_stored(self) -> Metadata:
+        if self._stored is None:
+            try:
+                data = read_plain(self.folder / ".metadata", MAX_METADATA_BYTES)
+            except FileNotFoundError:
+                raise self._refused("it has no .metadata") from None
+            except OSError as error:
+                raise self._refused(f".metadata cannot be read ({error.strerror or error})") from None
+            except RefusedError as error:
+                raise self._refused(str(error)) from None
+            try:
+                self._stored = parse_metadata(data, self._size_of)
+            except RefusedError as error:
+                raise self._refused(f"its metadata {error}") from None
+        return self._stored
+
+    def _size_of(self, name: str) -> int | None:
+        return size_of_file(self.folder / name)
+
+    def _refused(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self.folder.name} refused: {reason}")
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Serves all requests of this rank, reading each stored chunk once."""
-        per_chunk: dict[tuple[str, int, int], list[ReadItem]] = {}
+        served = self.read_metadata()
+        per_chunk: dict[tuple[str, int, int], tuple[StoredChunk, list[ReadItem]]] = {}
+        sizes = _sizes_of_pieces(served, {item.storage_index.fqn for item in plan.items})
         for item in plan.items:
             if item.type != LoadItemType.TENSOR:
                 raise CheckpointError(f"{item.storage_index.fqn} is not stored as a tensor")
-            info = self.storage_data[item.storage_index]
-            per_chunk.setdefault((info.relative_path, info.offset, info.length), []).append(item)
-        for (relative_path, offset, length), items in sorted(per_chunk.items(), key=lambda entry: entry[0]):
-            chunk = self._read(relative_path, offset, length)
+            chunk = _stored_chunk(served, item.storage_index, sizes)
+            per_chunk.setdefault((chunk.file, chunk.begin, chunk.length), (chunk, []))[1].append(item)
+        for _, (chunk, items) in sorted(per_chunk.items(), key=lambda entry: entry[0]):
+            values = self.read_chunk(chunk)
             for item in items:
-                values = chunk
+                part = values
                 for dim, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                    values = values.narrow(dim, start, size)
+                    part = part.narrow(dim, start, size)
                 target = planner.resolve_tensor(item).detach()
-                target.copy_(values)
+                target.copy_(part)
                 planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     def chunks(self) -> dict[str, list[StoredChunk]]:
-        """Name -> the pieces that a tensor is stored in.
+        """Name -> the pieces that a tensor is stored in; they make it up.
 
         Raises:
-            CheckpointError: when the pieces of a tensor do not make it up.
+            CheckpointError: when the metadata cannot be used.
         """
-        metadata = self.read_metadata()
+        metadata = self._read_stored()
+        sizes = _sizes_of_pieces(metadata, metadata.state_dict_metadata)
         found: dict[str, list[StoredChunk]] = {}
-        boxes: dict[str, dict[tuple[int, ...], set[tuple[int, ...]]]] = {}  # name -> offsets -> sizes
-        for name, tensor in metadata.state_dict_metadata.items():
-            if isinstance(tensor, TensorStorageMetadata):
-                boxes[name] = {}
-                for listed in tensor.chunks:
-                    boxes[name].setdefault(tuple(listed.offsets), set()).add(tuple(listed.sizes))
-        for index, info in metadata.storage_data.items():
-            entry = metadata.state_dict_metadata.get(index.fqn)
-            if not isinstance(entry, TensorStorageMetadata):
-                continue
-            offsets = tuple(index.offset) if index.offset is not None else (0,) * len(entry.size)
-            sizes = boxes[index.fqn].get(offsets, set())
-            sizes = {size for size in sizes if prod(size)} or sizes  # an empty shard begins where another one does
-            if len(sizes) != 1:
-                raise CheckpointError(f"{self.folder.name} refused: its metadata contradicts itself about {index.fqn}")
-            where = (info.relative_path, info.offset, info.length)
-            found.setdefault(index.fqn, []).append(
-                StoredChunk(index.fqn, offsets, sizes.pop(), entry.properties.dtype, *where)
-            )
-        for name, pieces in found.items():
-            entry = metadata.state_dict_metadata[name]
-            assert isinstance(entry, TensorStorageMetadata)
-            if sum(prod(piece.sizes) for piece in pieces) != entry.size.numel():
-                raise CheckpointError(f"{self.folder.name} refused: the pieces of {name} do not make it up")
+        for index in metadata.storage_data:
+            if index.fqn in sizes:
+                found.setdefault(index.fqn, []).append(_stored_chunk(metadata, index, sizes))
         return found
 
     def read_chunk(self, chunk: StoredChunk, buffer: torch.Tensor | None = None) -> torch.Tensor:
@@ -169,35 +145,73 @@ class SafeReader(FileSystemReader):
         Raises:
             CheckpointError: when they cannot be read, or are not what the metadata says.
         """
-        where = f"{self.folder.name}/{chunk.file}"
-        with (self.folder / chunk.file).open("rb") as file:
-            # What the archive says it holds, without the values; these are then read into their place. torch.load would
-            # hold them up to three times on the way.
-            said = _load_tensor(_create_file_view(file, chunk.begin, chunk.length), where, "meta")
-            as_listed = tuple(said.shape) == chunk.sizes and said.dtype == chunk.dtype and said.is_contiguous()
-            num_bytes = chunk.num_bytes
-            storage_begin = said.untyped_storage()._checkpoint_offset
-            if storage_begin is None:
-                raise CheckpointError(f"{self.folder.name} refused: {chunk.name} is stored as a {type(said).__name__}")
-            begin = storage_begin + int(said.storage_offset()) * said.element_size()
-            if not as_listed or begin + num_bytes > chunk.length:
-                raise CheckpointError(f"{self.folder.name} refused: {chunk.file} does not hold {chunk.name} as it says")
-            buffer = torch.empty(num_bytes, dtype=torch.uint8) if buffer is None else buffer[:num_bytes]
-            target: Any = buffer.numpy()
-            file.seek(chunk.begin + begin)
-            if num_bytes and file.readinto(target) != num_bytes:
-                raise CheckpointError(f"{where} cannot be read (it ends too early)")
+        with self._open(chunk) as file:
+            values = self._find(file, chunk)
+            buffer = torch.empty(chunk.num_bytes, dtype=torch.uint8) if buffer is None else buffer[: chunk.num_bytes]
+            file.seek(chunk.begin + values.begin)
+            self._fill(buffer, file, chunk)
         self.num_bytes_read += chunk.length
         self.num_chunks_read += 1
-        return buffer.view(chunk.dtype).view(chunk.sizes)
+        flat = buffer.view(chunk.dtype)
+        if values.is_contiguous:
+            return flat.view(chunk.sizes)
+        # Rare: the values were written in another order than the tensor's, which costs a copy.
+        return flat.as_strided(values.size, values.stride).clone(memory_format=torch.contiguous_format)
 
-    def _read(self, relative_path: str, offset: int, length: int) -> torch.Tensor:
-        with (self.folder / relative_path).open("rb") as file:
-            # A view of the file, not its bytes: values go from the disk into the tensor without a copy between.
-            values = _load_tensor(_create_file_view(file, offset, length), f"{self.folder.name}/{relative_path}")
-        self.num_bytes_read += length
-        self.num_chunks_read += 1
-        return values
+    def values_in_parts(self, chunk: StoredChunk, max_bytes: int = 1 << 26) -> Iterator[torch.Tensor]:
+        """All values of a stored piece, flat and in any order, in parts of at most so many bytes.
+
+        Raises:
+            CheckpointError: as `read_chunk`.
+        """
+        with self._open(chunk) as file:
+            values = self._find(file, chunk)
+            file.seek(chunk.begin + values.begin)
+            buffer = torch.empty(min(max_bytes, chunk.num_bytes), dtype=torch.uint8)
+            for begin in range(0, chunk.num_bytes, max_bytes):
+                part = buffer[: min(max_bytes, chunk.num_bytes - begin)]
+                self._fill(part, file, chunk)
+                yield part.view(chunk.dtype)
+
+    def _fill(self, buffer: torch.Tensor, file: IO[bytes], chunk: StoredChunk) -> None:
+        try:
+            complete = _read_into(file, buffer.numpy())
+        except OSError as error:
+            raise self._refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+        if not complete:
+            raise self._refused(f"{chunk.file} ends too early")
+
+    def check_chunks(self, chunks: Iterable[StoredChunk]) -> None:
+        """Looks whether the files hold the pieces as the metadata says, without reading their values.
+
+        Raises:
+            CheckpointError: when one does not.
+        """
+        for chunk in chunks:
+            with self._open(chunk) as file:
+                self._find(file, chunk)
+
+    def _open(self, chunk: StoredChunk) -> IO[bytes]:
+        try:
+            return open_plain(self.folder / chunk.file)
+        except FileNotFoundError:
+            raise self._refused(f"{chunk.file} is missing") from None
+        except OSError as error:
+            raise self._refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+        except RefusedError as error:
+            raise self._refused(str(error)) from None
+
+    def _find(self, file: IO[bytes], chunk: StoredChunk) -> StoredValues:
+        """Where the values of a piece are; they are what the metadata says."""
+        try:
+            found = find_values(file, chunk.begin, chunk.length)
+        except OSError as error:
+            raise self._refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+        except RefusedError as error:
+            raise self._refused(f"{chunk.file}, where {chunk.name} should be, {error}") from None
+        if found.size != tuple(chunk.sizes) or found.dtype != chunk.dtype:
+            raise self._refused(f"{chunk.file} does not hold {chunk.name} as it says")
+        return found
 
     def tensor_entries(self) -> dict[str, TensorStorageMetadata]:
         """Name -> size and dtype of every stored tensor, under the names of `names_of`."""
@@ -205,28 +219,37 @@ class SafeReader(FileSystemReader):
         return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
-def _is_metadata(metadata: Any) -> bool:
-    if not isinstance(metadata, Metadata):
-        return False
-    entries, storage = metadata.state_dict_metadata, metadata.storage_data
-    if not isinstance(entries, dict) or not isinstance(storage, dict):
-        return False
-    return all(
-        isinstance(index, MetadataIndex) and isinstance(getattr(info, "relative_path", None), str)
-        for index, info in storage.items()
-    )
+_Sizes = dict[str, dict[tuple[int, ...], tuple[int, ...]]]
+"""Name of a tensor -> where each of its pieces begins -> its sizes."""
 
 
-def _load_tensor(file: Any, where: str, device: str = "cpu") -> torch.Tensor:
-    try:
-        value = torch.load(file, map_location=device, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged archive raises nearly anything
-        raise CheckpointError(f"{where} cannot be read ({type(error).__name__})") from None
-    if not isinstance(value, torch.Tensor):
-        raise CheckpointError(f"{where} holds a {type(value).__name__} where a tensor should be")
-    return value
+def _sizes_of_pieces(metadata: Metadata, names: Iterable[str]) -> _Sizes:
+    found: _Sizes = {}
+    for name in names:
+        entry = metadata.state_dict_metadata.get(name)
+        if isinstance(entry, TensorStorageMetadata):
+            found[name] = {tuple(piece.offsets): tuple(piece.sizes) for piece in entry.chunks}
+    return found
+
+
+def _stored_chunk(metadata: Metadata, index: MetadataIndex, sizes: _Sizes) -> StoredChunk:
+    entry, info = metadata.state_dict_metadata[index.fqn], metadata.storage_data[index]
+    assert isinstance(entry, TensorStorageMetadata)
+    assert index.offset is not None
+    offsets = tuple(index.offset)
+    where = (info.relative_path, info.offset, info.length)
+    return StoredChunk(index.fqn, offsets, sizes[index.fqn][offsets], entry.properties.dtype, *where)
+
+
+def _read_into(file: IO[bytes], target: Any) -> bool:
+    """Fills an array of bytes from a file; returns whether that had enough."""
+    done, view = 0, memoryview(target)
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            return False
+        done += count
+    return True
 
 
 def renamed(metadata: Metadata, names_of: NamesOf) -> Metadata:
