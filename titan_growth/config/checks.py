@@ -95,6 +95,12 @@ def _checkpoint(recipe: Recipe) -> Iterator[Problem]:
             "must be 0 (all) or at least 2, got 1",
             "One copy alone can be lost while saving",
         )
+    if checkpoint.enable and checkpoint.initial_load_in_hf and checkpoint.initial_load_path is None:
+        yield Problem(
+            "checkpoint.initial_load_in_hf",
+            "true needs checkpoint.initial_load_path; torchtitan would take model.hf_assets_path",
+            "Name the Hugging Face folder there",
+        )
     if not checkpoint.folder or checkpoint.folder.startswith("/") or ".." in checkpoint.folder.split("/"):
         yield Problem("checkpoint.folder", f"must name a folder inside job.dump_folder, got '{checkpoint.folder}'")
 

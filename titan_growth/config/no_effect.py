@@ -28,7 +28,14 @@ class Idle(NamedTuple):
 IDLE = (
     Idle(
         "checkpoint",
-        ("initial_load_path", "load_only", "last_save_model_only", "enable_first_step_checkpoint", "load_step"),
+        (
+            "initial_load_path",
+            "initial_load_in_hf",
+            "load_only",
+            "last_save_model_only",
+            "enable_first_step_checkpoint",
+            "load_step",
+        ),
         lambda recipe: not recipe.checkpoint.enable,
         "checkpoint.enable is false",
     ),
