@@ -13,6 +13,8 @@ commands:
   plan    what a recipe comes to on --world-size N ranks, without data or devices
   check   check a recipe and prepare its data without training; WORLD_SIZE is the number of ranks
   grow    grow a checkpoint on disk, in one process and bounded memory
+  import  make a step folder of a Hugging Face folder
+  export  make a Hugging Face folder of a step folder
   verify  whether checkpoints are whole: every file, every tensor
   lineage what a checkpoint has come from: growths, sources, meshes, losses
   probe   try several growths of a checkpoint for a few steps each, and rank them
@@ -49,6 +51,14 @@ def main(argv: list[str] | None = None) -> int:
         from titan_growth.offline import main as grow
 
         return grow(rest)
+    if command == "import":
+        from titan_growth.interchange.importing import main as import_
+
+        return import_(rest)
+    if command == "export":
+        from titan_growth.interchange.exporting import main as export
+
+        return export(rest)
     if command == "verify":
         from titan_growth.verify_report import main as verify
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from titan_growth.checkpoint.folder import StepFolder, open_step
 from titan_growth.checkpoint.lineage import Lineage
+from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.config.fields import parse_text, suggestion
 from titan_growth.config.growth_schema import GrowthStage
 from titan_growth.config.loader import recipe_from_toml
@@ -43,6 +44,10 @@ class Source:
     def config(self) -> ModelConfig:
         """The model that it holds."""
         return self.chain.configs[len(self.lineage.events)]
+
+    def reader(self) -> SafeReader:
+        """Of its tensors."""
+        return SafeReader(self.folder.path)
 
 
 def open_source(path: Path, plugins: Sequence[str] = ()) -> Source:

@@ -9,7 +9,6 @@ run starts from it with `checkpoint.initial_load_path`, and its lineage names th
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
@@ -43,11 +43,13 @@ from titan_growth.growth.operators import GrowthMap
 from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import MOMENTS, OPTIMIZER_PREFIX, Rules
 from titan_growth.growth.verify import verify_growth
-from titan_growth.growth_arguments import STAGE_WORDS, map_of, open_source, parse_words, stage_of
+from titan_growth.growth_arguments import STAGE_WORDS, map_of, parse_words, stage_of
+from titan_growth.interchange.source import open_any
+from titan_growth.interchange.target import failure, require_new, require_space
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.phases import recipe_in_phase
-from titan_growth.tools.errors import CheckpointError, ConfigError, GrowthError, Problem, TitanGrowthError, print_error
+from titan_growth.tools.errors import ConfigError, GrowthError, Problem, TitanGrowthError, print_error
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import location
 from titan_growth.tools.run_folder import gib
@@ -57,7 +59,7 @@ USAGE = """usage: python -m titan_growth grow --from STEP_FOLDER --to STEP_FOLDE
 Grows a checkpoint without a run. The settings are those of [[growth.stages]], written --optimizer-state or
 --optimizer_state; moments are copied unless --optimizer-state says otherwise ("reset" leaves them out).
 
-  --from FOLDER      a committed step folder
+  --from FOLDER      a committed step folder, or a Hugging Face folder
   --to FOLDER        the step folder to write; must not exist, or be empty
   --operator NAME    stack, interpose, middle, map, zero_depth, split_width, zero_width
   --factor N         or --layer-map 0,1,1,2, or sizes: --n-layers, --dim, --n-heads, --n-kv-heads, --hidden-dim
@@ -117,34 +119,31 @@ def grow_checkpoint(
         GrowthError: when what was written is not what it should be. Nothing is committed then.
     """
     began = time.perf_counter()
-    opened = open_source(source, plugins)
+    opened = open_any(source, plugins)
     folder, recipe = opened.folder, opened.recipe
     growth = _map(opened.config, stage)
-    if source.resolve() in (target.resolve(), *target.resolve().parents):
-        raise ConfigError([Problem("--to", f"{target} is inside the source", "Name another folder")])
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError([Problem("--to", f"{target} is not empty", "Name a folder that does not exist")])
+    require_new(target, source)
     module = family_module(recipe.model.name)
     rules = Rules(growth, stage, module.ROLES, growth.after.tied)
     std_of: Callable[[str], float | None] = lambda name: module.init_rule(growth.after, name)  # noqa: E731
     with_state = rules.reads_state() and not folder.manifest.model_only
+    stored = opened.reader()
     tensors = _meta_tensors(module, growth.after, getattr(torch, recipe.training.dtype), with_state)
+    tensors = _as_stored(tensors, rules, stored)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(target).free) < num_bytes:
-            raise CheckpointError(f"{target}: the grown model needs {gib(num_bytes)}, but only {gib(free)} are free")
-        reader = _OneSourceReader(source)
+        require_space(target, num_bytes, "the grown model")
+        reader = _OneSourceReader(stored)
         planner = _GrowingPlanner(reader, rules, std_of, seed)
         writer = FileSystemWriter(target, single_file_per_rank=True, thread_count=1, sync_files=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
-        _verify(source, target, tensors, rules, std_of)
+        _verify(opened.reader(), target, tensors, rules, std_of)
         event = _event(folder, stage, growth, time.perf_counter() - began, reader.num_bytes_read)
         _commit(folder, recipe, target, growth, event, model_only=not with_state, plugins=plugins)
-    except OSError as error:
-        raise CheckpointError(f"{target}: {error.strerror or error}. Nothing was committed") from error
+    except (OSError, CheckpointException) as error:
+        raise failure(target, error) from error
     return (
         f"{target}: {_sizes(growth.before)} -> {_sizes(growth.after)}, {growth.after.num_params:,} parameters"
         f"{'' if with_state else ', without moments'}, {gib(num_bytes)} written and verified"
@@ -172,13 +171,20 @@ def _meta_tensors(module: Any, config: ModelConfig, dtype: torch.dtype, with_sta
     return tensors
 
 
+def _as_stored(tensors: dict[str, Tensor], rules: Rules, stored: SafeReader) -> dict[str, Tensor]:
+    """The same tensors, of the types that their sources have: another program's folder may have more than one."""
+    types = {name: entry.properties.dtype for name, entry in stored.tensor_entries().items()}
+    return {name: tensor.to(types.get(rules.of(name).source or "", tensor.dtype)) for name, tensor in tensors.items()}
+
+
 class _OneSourceReader(SafeReader):
     """Keeps the chunks of one stored tensor, for the layers that are all made of it."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, stored: SafeReader) -> None:
+        super().__init__(stored.folder)
+        self.stored = stored
         self._kept: dict[StoredChunk, Tensor] = {}
-        self._chunks = super().chunks()
+        self._chunks = stored.chunks()
 
     def chunks(self) -> dict[str, list[StoredChunk]]:
         return self._chunks
@@ -187,7 +193,8 @@ class _OneSourceReader(SafeReader):
         if any(kept.name != chunk.name for kept in self._kept):
             self._kept.clear()
         if chunk not in self._kept:
-            self._kept[chunk] = super().read_chunk(chunk)  # in memory of its own, since it stays
+            self._kept[chunk] = self.stored.read_chunk(chunk)  # in memory of its own, since it stays
+            self.num_bytes_read = self.stored.num_bytes_read
         return self._kept[chunk]
 
 
@@ -212,13 +219,15 @@ class _GrowingPlanner(DefaultSavePlanner):
         return made[name]
 
 
-def _verify(source: Path, target: Path, tensors: dict[str, Tensor], rules: Rules, std_of: Any) -> None:
+def _verify(source: SafeReader, target: Path, tensors: dict[str, Tensor], rules: Rules, std_of: Any) -> None:
     """Reads back what was written, one tensor at a time, and compares it with what the source makes of it."""
-    stored, written = _OneSourceReader(source), _OneSourceReader(target)
+    stored, written = _OneSourceReader(source), SafeReader(target)
     chunks = written.chunks()
     for name in sorted(tensors, key=lambda one: rules.of(one).source or ""):
         (chunk,) = chunks[name]
-        _, wrong = verify_growth(source, {name: written.read_chunk(chunk)}, rules.of, std_of=std_of, reader=stored)
+        _, wrong = verify_growth(
+            source.folder, {name: written.read_chunk(chunk)}, rules.of, std_of=std_of, reader=stored
+        )
         if wrong:
             raise GrowthError(f"the grown model is wrong: {wrong[0]}")
 

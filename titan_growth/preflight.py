@@ -136,9 +136,8 @@ def _check_initial(plan: RunPlan) -> None:
     """`checkpoint.initial_load_path` holds nothing that should not be read, and the run's first model."""
     import torch
 
-    from titan_growth.checkpoint.initial import initial_state, tied_names
+    from titan_growth.checkpoint.initial import initial_reader, initial_state
     from titan_growth.checkpoint.manager import misfits
-    from titan_growth.checkpoint.reader import SafeReader
     from titan_growth.models.registry import family_module
 
     path, _, lineage = initial_state(plan.recipe.checkpoint, checksums=False)  # the ranks share that work
@@ -148,7 +147,9 @@ def _check_initial(plan: RunPlan) -> None:
     with torch.device("meta"):
         model = family_module(plan.recipe.model.name).Decoder(config, plan.recipe.training.seq_len)
     wrong = misfits(
-        SafeReader(path, tied_names(config.tied)), model.to(getattr(torch, plan.recipe.training.dtype)).state_dict()
+        initial_reader(path, plan.recipe.model.name, config),
+        model.to(getattr(torch, plan.recipe.training.dtype)).state_dict(),
+        casts=plan.recipe.checkpoint.initial_load_model_only,
     )
     if wrong:
         raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}. Name a step-N folder of this model")

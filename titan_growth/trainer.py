@@ -15,7 +15,7 @@ from torch import Tensor
 
 from titan_growth.build import build
 from titan_growth.checkpoint.folder import Manifest, StepFolder, open_step
-from titan_growth.checkpoint.initial import initial_state, tied_names
+from titan_growth.checkpoint.initial import initial_notes, initial_reader, initial_state
 from titan_growth.checkpoint.lineage import Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.state import model_tensors, optimizer_tensors, rng_tensors, set_rng, stored_rng
@@ -351,5 +351,8 @@ class Trainer(GrowsMidRun):
             self.observers.metrics.seconds_before = folder.manifest.seconds
         self._build(seed=None)
         tensors = self._tensors(optimizer=not section.initial_load_model_only)
-        self.checkpointer.load(path, tensors, tied_names(self.model_config.tied))
+        reader = initial_reader(path, self.recipe.model.name, self.model_config)
+        self.checkpointer.load(path, tensors, reader=reader, casts=section.initial_load_model_only)
+        for line in initial_notes(reader, tensors):
+            logger.warning("%s", line)
         logger.info("started from %s of %s", "the weights" if section.initial_load_model_only else "all state", path)

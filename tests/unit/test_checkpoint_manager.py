@@ -133,7 +133,7 @@ def _damaged_load(rank: int, folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^step-5 refused: __0_0\.distcp, where \S+ should be, is no archive"):
         checkpoints.load(path, tensors(0.0))
     shard.unlink()
-        with pytest.raises(CheckpointError, match=r"^step-5 refused: __0_0\.distcp is missing$"):
+    with pytest.raises(CheckpointError, match=r"^step-5 refused: __0_0\.distcp is missing$"):
         checkpoints.load(path, tensors(0.0))
 
 

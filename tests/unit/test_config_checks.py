@@ -179,6 +179,7 @@ WITHOUT_EFFECT: list[tuple[dict[str, object], str, object, str]] = [
 WARNED = [
     ({"checkpoint.load_only": True}, "checkpoint.load_only"),
     ({"checkpoint.initial_load_path": "x"}, "checkpoint.initial_load_path"),
+    ({"checkpoint.initial_load_in_hf": True}, "checkpoint.initial_load_in_hf"),
     ({"checkpoint.load_step": 3}, "checkpoint.load_step"),
     ({"lr_scheduler.total_steps": 9, "training.steps": 10}, "lr_scheduler.total_steps"),
     ({"growth.base.lr": 1e-3}, "growth.base"),

@@ -30,7 +30,18 @@ LAYERS: list[tuple[str, ...]] = [
         "growth.__init__",
     ),
     ("build", "engine", "pipeline_engine", "engines"),
-    ("checkpoint", "data", "optim", "lr_scheduler", "metrics"),
+    (
+        "checkpoint",
+        "data",
+        "optim",
+        "lr_scheduler",
+        "metrics",
+        "interchange.__init__",
+        "interchange.safetensors_file",
+        "interchange.config_json",
+        "interchange.folder",
+        "interchange.reader",
+    ),
     (
         "growth.points",
         "growth.schedule",
@@ -44,7 +55,17 @@ LAYERS: list[tuple[str, ...]] = [
     ("growing",),
     ("trainer",),
     ("train", "preflight", "plan_report", "lineage_report", "plot", "growth_arguments"),
-    ("offline", "probe", "verify_report"),
+    (
+        "offline",
+        "probe",
+        "verify_report",
+        "interchange.target",
+        "interchange.source",
+        "interchange.tokenizer_files",
+        "interchange.tokenizer_json",
+        "interchange.importing",
+        "interchange.exporting",
+    ),
     ("launch", "__main__"),
 ]
 """Lowest first. A module may import from its own layer and from lower ones."""

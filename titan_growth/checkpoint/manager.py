@@ -152,19 +152,29 @@ class CheckpointManager:
 
     # ---- loading -------------------------------------------------------------------------------------------------
 
-    def load(self, path: Path, tensors: Tensors, names_of: NamesOf | None = None) -> SafeReader:
+    def load(
+        self,
+        path: Path,
+        tensors: Tensors,
+        names_of: NamesOf | None = None,
+        *,
+        reader: SafeReader | None = None,
+        casts: bool = False,
+    ) -> SafeReader:
         """Reads every given tensor in place, each rank only the stored chunks that its shards overlap.
 
         Args:
             path: a step folder, ours or another program's.
             tensors: what to fill, plain or sharded.
             names_of: serves stored tensors under other names (a head that is tied).
+            reader: of the folder, when the caller has one; `names_of` is then its affair.
+            casts: take numbers of another type of float, too.
 
         Raises:
             CheckpointError: when a tensor is missing or does not fit, or a file cannot be read.
         """
-        reader = SafeReader(path, names_of)
-        fail_together(misfits(reader, tensors), CheckpointError)
+        reader = reader or SafeReader(path, names_of)
+        fail_together(misfits(reader, tensors, casts=casts), CheckpointError)
         errors: list[str] = []
         try:
             dcp.load(dict(tensors), storage_reader=reader, planner=DefaultLoadPlanner())
@@ -179,7 +189,7 @@ class CheckpointManager:
         return set(SafeReader(path).tensor_entries())
 
 
-def misfits(reader: SafeReader, tensors: Mapping[str, Tensor]) -> list[str]:
+def misfits(reader: SafeReader, tensors: Mapping[str, Tensor], *, casts: bool = False) -> list[str]:
     """One message when the stored tensors are not the wanted ones, naming the first few."""
     try:
         stored = reader.tensor_entries()
@@ -191,8 +201,10 @@ def misfits(reader: SafeReader, tensors: Mapping[str, Tensor]) -> list[str]:
             wrong.append(f"has no {name}")
         elif stored[name].size != tensor.shape:
             wrong.append(f"{name} is {_shape(stored[name].size)} there and {_shape(tensor.shape)} here")
-        elif stored[name].properties.dtype != tensor.dtype:
-            wrong.append(f"{name} is {stored[name].properties.dtype} there and {tensor.dtype} here")
+        elif (dtype := stored[name].properties.dtype) != tensor.dtype and not (
+            casts and dtype.is_floating_point and tensor.dtype.is_floating_point
+        ):
+            wrong.append(f"{name} is {dtype} there and {tensor.dtype} here")
     if not wrong:
         return []
     more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""

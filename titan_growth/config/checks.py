@@ -118,6 +118,12 @@ def _checkpoint(recipe: Recipe) -> Iterator[Problem]:
             "must be 0 (all) or at least 2, got 1",
             "One copy alone can be lost while saving",
         )
+    if checkpoint.enable and checkpoint.initial_load_in_hf and checkpoint.initial_load_path is None:
+        yield Problem(
+            "checkpoint.initial_load_in_hf",
+            "true needs checkpoint.initial_load_path; torchtitan would take model.hf_assets_path",
+            "Name the Hugging Face folder there",
+        )
     leaves = checkpoint.folder.startswith("/") or ".." in checkpoint.folder.split("/")
     if not is_remote(checkpoint.folder) and (leaves or not checkpoint.folder):
         message = f"must name a folder inside job.dump_folder, or be a URL, got '{checkpoint.folder}'"

@@ -31,6 +31,7 @@ IDLE = (
         (
             "async_mode",
             "enable_first_step_checkpoint",
+            "initial_load_in_hf",
             "initial_load_path",
             "last_save_model_only",
             "load_only",

@@ -159,7 +159,10 @@ class Checkpoint(Section):
     interval: int = Field(500, ge=1)
     """Save every this many steps, and at the last step."""
     initial_load_path: str | None = None
-    """Step folder to start a new run from; ignored, with a warning, once the run has a checkpoint of its own."""
+    """Step folder or Hugging Face folder to start a new run from; ignored, with a warning, once the run has a
+    checkpoint of its own."""
+    initial_load_in_hf: bool = False
+    """Insist that initial_load_path is a Hugging Face folder. It need not be set: a folder is told by its files."""
     initial_load_model_only: bool = True
     """Load only the weights from initial_load_path; false: optimizer state, counters and data cursor too."""
     last_save_model_only: bool = False

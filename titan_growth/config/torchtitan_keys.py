@@ -19,7 +19,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "parallelism.expert_parallel_degree": (1,),
     "parallelism.expert_tensor_parallel_degree": (1,),
     "checkpoint.enable_ft_dataloader_checkpoints": (True,),
-    "checkpoint.initial_load_in_hf": (False,),
     "checkpoint.initial_load_in_hf_quantized": (False,),
     "checkpoint.last_save_in_hf": (False,),
     "checkpoint.export_dtype": ("float32",),

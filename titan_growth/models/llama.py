@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from titan_growth.models import decoder
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.decoder import SequenceContext, Split, fsdp_units
+from titan_growth.models.hugging_face import HuggingFaceLayout
 from titan_growth.models.roles import Role
 
-__all__ = ["DEFAULTS", "FLAVORS", "ROLES", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
+__all__ = ["DEFAULTS", "FLAVORS", "HUGGING_FACE", "ROLES", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
 
 _GSTACK = {"rope_theta": 10000.0, "rope_scaling_factor": 1.0, "vocab_size": 32000, "max_seq_len": 2048}
 
@@ -204,6 +205,31 @@ ROLES: dict[str, Role] = {
     "feed_forward.w2.weight": Role(("dim", "hidden_dim"), reads=1),
 }
 """What the dimensions of each parameter mean, for width growth."""
+
+HUGGING_FACE = HuggingFaceLayout(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    names={
+        "tok_embeddings.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+        "attention_norm.weight": "input_layernorm.weight",
+        "attention.wq.weight": "self_attn.q_proj.weight",
+        "attention.wk.weight": "self_attn.k_proj.weight",
+        "attention.wv.weight": "self_attn.v_proj.weight",
+        "attention.wo.weight": "self_attn.o_proj.weight",
+        "ffn_norm.weight": "post_attention_layernorm.weight",
+        "feed_forward.w1.weight": "mlp.gate_proj.weight",
+        "feed_forward.w3.weight": "mlp.up_proj.weight",
+        "feed_forward.w2.weight": "mlp.down_proj.weight",
+    },
+    neighbours=frozenset({"attention.wq.weight", "attention.wk.weight"}),
+    defaults={"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": 10000.0},
+    required={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
+    ignored=("rotary_emb.inv_freq",),
+    heads_divide_width=True,
+)
+"""The model as `transformers` has it."""
 
 
 def init_rule(config: ModelConfig, name: str) -> float | None:

@@ -16,6 +16,7 @@ Shape suffixes: B batch, S sequence, D model width, N query heads, K key/value h
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from titan_growth.models.decoder import SequenceContext, Split, fsdp_units
 from titan_growth.models.llama import init_rule, rope_cache
 from titan_growth.models.roles import Role
 
-__all__ = ["DEFAULTS", "FLAVORS", "ROLES", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
+__all__ = ["DEFAULTS", "FLAVORS", "HUGGING_FACE", "ROLES", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
 
 _RELEASE = {"n_kv_heads": 8, "head_dim": 128, "vocab_size": 151936}
 _TIED = {"tie_word_embeddings": True}
@@ -122,3 +123,24 @@ ROLES: dict[str, Role] = {
     "attention.k_norm.weight": Role(("head_dim",)),
 }
 """What the dimensions of each parameter mean, for width growth."""
+
+HUGGING_FACE = replace(
+    llama.HUGGING_FACE,
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    names={
+        **llama.HUGGING_FACE.names,
+        "attention.q_norm.weight": "self_attn.q_norm.weight",
+        "attention.k_norm.weight": "self_attn.k_norm.weight",
+    },
+    neighbours=frozenset(),
+    defaults={
+        **llama.HUGGING_FACE.defaults,
+        "max_position_embeddings": 32768,
+        "head_dim": 128,
+        "num_key_value_heads": 32,
+    },
+    required={"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
+    heads_divide_width=False,
+)
+"""The model as `transformers` has it. Channels turn in the same pairs here as there, so no order differs."""

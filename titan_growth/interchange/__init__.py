@@ -1,0 +1,1 @@
+"""Hugging Face folders: read as checkpoints (`reader.py`), made from and into step folders."""

@@ -1,0 +1,202 @@
+"""`config.json` of a Hugging Face folder, and the `[model]` table that means the same: both ways.
+
+Every decoder of the Llama kind uses the same keys for its sizes. What else a family asks of a config.json, and what a
+missing key means, is in its table (`models/hugging_face.py`). A key that neither of them knows does not change the
+model, or so `transformers` too takes it.
+
+The rotary settings have moved: `rope_theta` beside `rope_scaling` up to transformers 4, both inside `rope_parameters`
+from 5 on. All of them are read, in the order that transformers 5 gives them, and all are written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from titan_growth.config.model_schema import Model
+from titan_growth.models.config import ModelConfig
+from titan_growth.models.hugging_face import HuggingFaceLayout
+from titan_growth.models.registry import FAMILIES, family_module, model_config_of
+from titan_growth.tools.errors import CheckpointError
+
+_SIZES = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "vocab_size": "vocab_size",
+}
+"""Keys that every config.json has."""
+
+_OTHERS = {
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "norm_eps",
+    "max_position_embeddings": "max_seq_len",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+
+_LLAMA3 = {
+    "factor": "rope_scaling_factor",
+    "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor",
+    "original_max_position_embeddings": "rope_original_max_seq_len",
+}
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3}
+
+
+@functools.cache
+def layouts() -> dict[str, tuple[str, HuggingFaceLayout]]:
+    """`model_type` -> (family, its layout)."""
+    found = {}
+    for family in FAMILIES:
+        layout = getattr(family_module(family), "HUGGING_FACE", None)
+        if layout is not None:
+            found[layout.model_type] = (family, layout)
+    return found
+
+
+def layout_of(family: str) -> HuggingFaceLayout:
+    """The layout of a family. Raises CheckpointError when it has none."""
+    layout: HuggingFaceLayout | None = getattr(family_module(family), "HUGGING_FACE", None)
+    if layout is None:
+        raise CheckpointError(f"the family '{family}' has no Hugging Face layout (HUGGING_FACE in its module)")
+    return layout
+
+
+def model_table(table: Mapping[str, Any], folder: str) -> tuple[Model, ModelConfig]:
+    """The `[model]` table of a config.json, every size spelled out, and the model that it makes.
+
+    Args:
+        folder: its name, for messages.
+
+    Raises:
+        CheckpointError: when it is of no family that is known, asks for what the family's math does not do, or makes
+            no sense.
+    """
+
+    def refused(why: str) -> CheckpointError:
+        return CheckpointError(f"{folder} refused: {why}")
+
+    model_type = table.get("model_type")
+    if not isinstance(model_type, str) or model_type not in layouts():
+        raise refused(f"its config.json has the model_type {model_type!r:.60}; known: {', '.join(layouts())}")
+    family, layout = layouts()[model_type]
+    if table.get("quantization_config") is not None:
+        raise refused("it is quantised (quantization_config in its config.json). Take the unquantised model")
+    architectures = table.get("architectures")
+    if architectures and architectures != [layout.architecture]:
+        raise refused(f"its architecture is {architectures!s:.100}; only {layout.architecture} has a place here")
+    for key, allowed in layout.required.items():
+        if (value := table.get(key, allowed[0])) not in allowed:
+            raise refused(f"its config.json says {key} = {value!r:.60}; only {allowed[0]!r} is supported")
+    types = table.get("layer_types")
+    if types is not None and (not isinstance(types, list) or any(one != "full_attention" for one in types)):
+        raise refused("not all of its layers have full attention (layer_types in its config.json)")
+    if missing := [key for key in _SIZES if table.get(key) is None]:
+        raise refused(f"its config.json has no {missing[0]}")
+    values = {ours: table[theirs] for theirs, ours in _SIZES.items()}
+    for theirs, ours in _OTHERS.items():
+        value = table.get(theirs, layout.defaults.get(theirs))
+        if value is not None:
+            values[ours] = value
+    values |= _rope(table, layout, refused)
+    try:
+        section = Model.model_validate({"name": family, "flavor": "custom", **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise refused(f"its config.json makes no sense ({first['loc'][0]}: {first['msg']})") from None
+    config, problems = model_config_of(section)
+    if config is None:
+        raise refused(f"its config.json makes no model ({problems[0]})")
+    return section.model_copy(update=_spelled_out(config)), config
+
+
+def _rope(table: Mapping[str, Any], layout: HuggingFaceLayout, refused: Any) -> dict[str, Any]:
+    """The rotary keys of the `[model]` table."""
+    rope = table.get("rope_scaling") or table.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise refused("its rotary settings are not those of one model (rope_parameters in its config.json)")
+    theta = rope.get("rope_theta", table.get("rope_theta"))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise refused(f"its rotary embeddings are scaled by {kind!r:.60}; known: default, llama3")
+    if rope.get("partial_rotary_factor", table.get("partial_rotary_factor", 1.0)) not in (None, 1):
+        raise refused("only a part of each head is rotated (partial_rotary_factor in its config.json)")
+    if unknown := sorted(map(str, rope.keys() - _ROPE_KEYS)):
+        raise refused(f"its rotary settings have {unknown[0]!r:.60}, which is not known")
+    values: dict[str, Any] = {
+        "rope_theta": layout.defaults["rope_theta"] if theta is None else theta,
+        "rope_scaling_factor": 1.0,
+    }
+    if kind == "llama3":
+        context = table.get("max_position_embeddings", layout.defaults["max_position_embeddings"])
+        rope = {"original_max_position_embeddings": context, **rope}
+        if missing := [key for key in _LLAMA3 if rope.get(key) is None]:
+            raise refused(f"its rotary settings have no {missing[0]}")
+        values |= {ours: rope[theirs] for theirs, ours in _LLAMA3.items()}
+    return values
+
+
+def _spelled_out(config: ModelConfig) -> dict[str, Any]:
+    """What a `[model]` table may leave open."""
+    return {
+        "n_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "max_seq_len": config.max_seq_len,
+    }
+
+
+def config_json(config: ModelConfig, family: str, dtype: str) -> dict[str, Any]:
+    """The config.json of a model.
+
+    Args:
+        dtype: of its weights, without `torch.`.
+
+    Raises:
+        CheckpointError: when `transformers` has no model that computes the same.
+    """
+    layout = layout_of(family)
+    what = f"transformers' {layout.architecture}"
+    if config.qk_norm_eps not in (None, config.norm_eps):
+        message = "norms of queries and keys with an epsilon of their own (model.qk_norm_eps), as after a width growth"
+        raise CheckpointError(f"{what} has no {message}. It cannot be exported")
+    if layout.heads_divide_width and config.dim % config.num_heads:
+        message = f"a width of {config.dim} with {config.num_heads} heads, which do not divide it"
+        raise CheckpointError(f"{what} refuses {message}. It cannot be exported")
+    scaling: dict[str, Any] | None = None
+    if config.rope_scaling_factor != 1:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": config.rope_scaling_factor,
+            "low_freq_factor": config.rope_low_freq_factor,
+            "high_freq_factor": config.rope_high_freq_factor,
+            "original_max_position_embeddings": config.rope_original_max_seq_len,
+        }
+    return {
+        "architectures": [layout.architecture],
+        "model_type": layout.model_type,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_seq_len,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        **{key: values[0] for key, values in layout.required.items()},
+    }

@@ -1,0 +1,185 @@
+"""safetensors files, piece by piece: where each tensor's bytes are, and how to write a file without holding it.
+
+    8 bytes    length of the header, little endian
+    header     JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__": strings
+    data       the tensors' bytes, one after another, without gaps
+
+The library reads whole tensors through a memory map, and writes whole files from memory. Here a rank reads the byte
+ranges of its shards into their places, and a file is written tensor by tensor. A header is believed only when it fits
+its file: every byte belongs to exactly one tensor, and each tensor has as many as its shape needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from titan_growth.tools.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""As the library has it."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_SIZE = 2**62
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file."""
+
+    name: str
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    """Of its values, in bytes from the beginning of the file."""
+    num_bytes: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by name.
+
+    Raises:
+        CheckpointError: when the header is damaged, or does not fit the file.
+        OSError: when the file cannot be read.
+    """
+    num_bytes = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, num_bytes - 8):
+            raise _refused(path, f"a header of {length:,} bytes in a file of {num_bytes:,}")
+        table = parse_json(file.read(length), f"{path.parent.name} refused: the header of {path.name}")
+    table.pop("__metadata__", None)
+    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in table.items()}
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda one: (one.begin, one.num_bytes)):
+        if tensor.begin != end:
+            what = "overlaps another tensor" if tensor.begin < end else "leaves a gap before it"
+            raise _refused(path, f"{tensor.name!r:.100} {what}")
+        end += tensor.num_bytes
+    if end != num_bytes:
+        raise _refused(path, f"its tensors end at byte {end:,} and the file at {num_bytes:,}")
+    return tensors
+
+
+def _tensor(path: Path, name: str, entry: Any, data_begin: int) -> StoredTensor:
+    def bad(why: str) -> CheckpointError:
+        return _refused(path, f"{name!r:.100} {why}")
+
+    if not isinstance(entry, dict):
+        raise bad("has no entry")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise bad(f"is of type {dtype!r:.40}, which is not known")
+    if not (_are_sizes(shape) and _are_sizes(offsets)):
+        raise bad("has a shape or offsets that are none")
+    assert shape is not None
+    assert offsets is not None
+    if len(offsets) != 2 or len(shape) > 8 or offsets[1] - offsets[0] != prod(shape) * _DTYPES[dtype].itemsize:
+        raise bad(f"has {shape!s:.100} values at {offsets!s:.100}, which does not fit")
+    return StoredTensor(name, path.name, _DTYPES[dtype], tuple(shape), data_begin + offsets[0], offsets[1] - offsets[0])
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < _MAX_SIZE for size in value)
+
+
+def _refused(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path.parent.name} refused: {path.name} is not a valid safetensors file ({why})")
+
+
+def parse_json(data: bytes, what: str) -> dict[str, Any]:
+    """A JSON object that names no key twice. Raises CheckpointError that says `what` is not one."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            raise ValueError("it names a key twice")
+        return table
+
+    try:
+        table = json.loads(data.decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} is not valid JSON ({' '.join(str(error).split())[:100]})") from None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{what} is not a JSON object")
+    return table
+
+
+def fill(file: BinaryIO, offset: int, target: memoryview) -> None:
+    """Reads bytes from a place in a file into memory. Raises OSError when there are not so many."""
+    file.seek(offset)
+    done = 0
+    while done < len(target):
+        count = file.readinto(target[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise OSError(5, "the file ends too early", getattr(file, "name", None))
+        done += count
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, where they are."""
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def write_file(
+    path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], make: Callable[[str], Tensor]
+) -> None:
+    """Writes a file, one tensor after another.
+
+    Args:
+        shapes: name -> (type, shape) of every tensor.
+        make: called for each name in the order of the file; what it returns is written and let go.
+
+    Raises:
+        OSError: when it cannot be written. What there is of it is not a valid file.
+    """
+    # Widest types first: every tensor then begins at a multiple of its type's size, as the format asks for.
+    order = sorted(shapes, key=lambda name: -shapes[name][0].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        dtype, shape = shapes[name]
+        num_bytes = prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + num_bytes]}
+        end += num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            tensor = make(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == shapes[name], f"{name} is not as it was announced"
+            file.write(memory_of(tensor.contiguous()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def total_bytes(shapes: Iterable[tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Of the values of tensors."""
+    return sum(prod(shape) * dtype.itemsize for dtype, shape in shapes)

@@ -1,0 +1,184 @@
+"""The files of a Hugging Face folder that are not weights: tokenizer, chat template, generation settings.
+
+They are copied as they are, under known names only; code is never copied. A tokenizer of ours that Hugging Face has no
+file for (a sentencepiece model, plain bytes) is written as a `tokenizer.json` that encodes the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from titan_growth.checkpoint.folder import StepFolder
+from titan_growth.config.schema import Recipe
+from titan_growth.data.storage import cache_root
+from titan_growth.data.tokenizers import (
+    BytesTokenizer,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from titan_growth.interchange.folder import CONFIG
+from titan_growth.interchange.safetensors_file import parse_json
+from titan_growth.interchange.tokenizer_json import of_bytes, of_sentencepiece
+from titan_growth.tools.errors import CheckpointError, DataError
+
+TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+GENERATION = "generation_config.json"
+ASSETS = (
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION,
+)
+"""What is copied where it is there."""
+
+_MAX_BYTES = 512 * 2**20
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def assets_in(folder: Path) -> list[str]:
+    """The names of ASSETS that a folder has."""
+    return [name for name in ASSETS if (folder / name).is_file()]
+
+
+def checked_assets(source: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Name -> the file to be copied.
+
+    Raises:
+        CheckpointError: for one that leads out of the folder (but into the blobs of a Hugging Face cache), is huge, or
+            is called JSON and is none.
+    """
+    root = source.resolve()
+    found = {}
+    for name in names:
+        path = (source / name).resolve()
+        if path.parent != root and path.parent != root.parent.parent / "blobs":
+            raise CheckpointError(f"{source.name} refused: its {name} is a link that leads out of it")
+        if path.stat().st_size > _MAX_BYTES:
+            raise CheckpointError(f"{source.name} refused: its {name} has {path.stat().st_size:,} bytes")
+        if name.endswith(".json"):
+            parse_json(path.read_bytes(), f"{source.name} refused: its {name}")
+        found[name] = path
+    return found
+
+
+def copy_assets(assets: Mapping[str, Path], target: Path) -> None:
+    """Copies files under their names. Raises OSError."""
+    for name, path in assets.items():
+        shutil.copyfile(path, target / name)
+
+
+@dataclass
+class ExportedTokenizer:
+    """What to write into a Hugging Face folder, and what to say about it."""
+
+    said: str
+    copied: dict[str, Path] = field(default_factory=dict)
+    """Name -> file to copy."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Files to write."""
+    tokens: dict[str, Any] = field(default_factory=lambda: {"bos_token_id": None, "eos_token_id": None})
+    """Keys of config.json. One that is missing would not mean none, but the first tokens of Llama 2's vocabulary."""
+
+    def write(self, target: Path) -> None:
+        """Writes and copies the files. Raises OSError."""
+        copy_assets(self.copied, target)
+        for name, data in self.files.items():
+            (target / name).write_bytes(data)
+
+
+def tokenizer_of(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
+    """The tokenizer that a checkpoint was trained with.
+
+    It is looked for in the step folder (an imported one has it), where the recipe says, and, for one that was trained
+    on the corpus, in the cache, by the fingerprint that the checkpoint remembers.
+    """
+    try:
+        if CONFIG in folder.manifest.files:
+            has_one = bool({TOKENIZER_JSON, TOKENIZER_MODEL} & folder.manifest.files.keys())
+            said = f"the tokenizer of {folder.path.name}" if has_one else "without tokenizer: it was imported without"
+            return _copied(folder.path, said)
+        return _looked_for(folder, recipe)
+    except (DataError, CheckpointError) as error:
+        return ExportedTokenizer(f"without tokenizer: {error}")
+
+
+def _looked_for(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
+    wanted = folder.manifest.data.get("tokenizer")
+    tokenizer, path = _find(recipe, wanted)
+    if tokenizer is None:
+        return ExportedTokenizer("without tokenizer: the recipe names none, and the one it trained is not in the cache")
+    if wanted is not None and tokenizer.fingerprint()[: len(wanted)] != wanted:
+        return ExportedTokenizer(f"without tokenizer: {path} is not the one that the model was trained with")
+    if path is not None and path.is_dir() and isinstance(tokenizer, HuggingFaceTokenizer):
+        return _copied(path, f"the tokenizer of {path}")
+    return _made(tokenizer, recipe)
+
+
+def _find(recipe: Recipe, wanted: str | None) -> tuple[Tokenizer | None, Path | None]:
+    data = recipe.data
+    if data.tokenizer == "bytes":
+        return BytesTokenizer(), None
+    named = data.tokenizer_path or recipe.model.hf_assets_path
+    if named is not None and (data.tokenizer_path is not None or Path(named).expanduser().exists()):
+        path = Path(named).expanduser()
+        return load_tokenizer(path, data.tokenizer), path
+    root = cache_root(Path(data.cache_dir).expanduser() if data.cache_dir else None) / "tokenizers"
+    if wanted is not None:
+        for path in sorted(root.glob("*.model")):
+            tokenizer = SentencePieceTokenizer(path)
+            if tokenizer.fingerprint()[: len(wanted)] == wanted:
+                return tokenizer, path
+    return None, None
+
+
+def _copied(folder: Path, said: str) -> ExportedTokenizer:
+    """The tokenizer files of a Hugging Face folder, and the special tokens that its config.json names."""
+    found = ExportedTokenizer(said, checked_assets(folder, assets_in(folder)))
+    if (folder / CONFIG).is_file():
+        table = parse_json((folder / CONFIG).read_bytes(), f"{folder.name} refused: its {CONFIG}")
+        found.tokens = {key: table[key] for key in _TOKENS if key in table}
+    return found
+
+
+def _made(tokenizer: Tokenizer, recipe: Recipe) -> ExportedTokenizer:
+    """Files that `AutoTokenizer` reads, of a tokenizer that is no Hugging Face folder's."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    found = ExportedTokenizer("", tokens=dict(ids))
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        found.said = f"the {tokenizer.name}"
+        found.files = tokenizer.files()
+        if TOKENIZER_CONFIG in found.files:
+            return found
+        names = {role: tokenizer.decode([token]) for role, token in ids.items() if token is not None}
+        settings |= {role.removesuffix("_id"): name for role, name in names.items()}
+    else:
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            made = of_sentencepiece(tokenizer, adds_bos=recipe.data.bos)
+            found.files = tokenizer.files()
+        else:
+            made = of_bytes(tokenizer, adds_bos=recipe.data.bos)
+        if made is None:
+            settings["tokenizer_class"] = "LlamaTokenizer"
+            found.said = f"the {tokenizer.name} as it is: AutoTokenizer may read it differently"
+        else:
+            text, special = made
+            found.said = f"the {tokenizer.name} as {TOKENIZER_JSON}"
+            found.files[TOKENIZER_JSON] = text.encode()
+            settings |= special
+    settings["model_max_length"] = recipe.model.max_seq_len or recipe.training.seq_len
+    found.files[TOKENIZER_CONFIG] = (json.dumps(settings, indent=2) + "\n").encode()
+    return found
