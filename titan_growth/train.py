@@ -116,7 +116,7 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str, int | None]:
 
     dry_run = recipe.comm.mode == "fake_backend"
     recipe = asked = dry_run_of(recipe)
-    stop = StopSignal()
+    stop = StopSignal(recipe.job.time_limit_seconds)
     stop.install()
     _set_environment(recipe)
     device = Device.detect()
@@ -218,7 +218,7 @@ class _Session:
         if checkpointer.last_saved is not None and checkpointer.last_saved.step == trainer.progress.step:
             return (
                 REQUEUE,
-                f"stopped at step {trainer.progress.step} and saved; run the same command again to go on",
+                f"stopped at step {trainer.progress.step} and saved{stop.reason}; run the same command again to go on",
                 None,
             )
         key = "checkpoint.load_only is true" if recipe.checkpoint.load_only else "checkpoint.enable is false"
