@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from titan_growth.tools.errors import TitanGrowthError
 from titan_growth.tools.exit_report import DONE, NOTHING_TO_DO, REQUEUE, RESIZE, RankEnd, Verdict
 from titan_growth.tools.launch_settings import LaunchSettings, drop_option, dump_folder_of, read_settings
 from titan_growth.tools.launch_signals import Interrupted, SignalRelay, rank_processes, signal_ranks
+from titan_growth.tools.signals import LAUNCHED_VARIABLE
 
 DUMP_FOLDER_VARIABLE = "TITAN_GROWTH_DUMP_FOLDER"
 CHECKOUT_VARIABLE = "TITAN_GROWTH_CHECKOUT"
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None, preflight: Preflight | None = None) -> i
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         os.execv(sys.executable, [sys.executable, "-m", "titan_growth", "train", *argv])
+    os.environ[LAUNCHED_VARIABLE] = repr(time.monotonic())
     for stream in (sys.stdout, sys.stderr):
         # The ranks' lines pass through this process; into a pipe they would otherwise come in blocks of 8 KiB.
         if hasattr(stream, "reconfigure"):
@@ -205,7 +208,8 @@ def _log_folder(dump_folder: Path, launch_id: str) -> Path:
 
 
 def _new_launch_id() -> str:
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    """Readable, and unlike any other: in a container the process id is often the same, and a clock can be set back."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
 def _may_relaunch(settings: LaunchSettings, verdict: Verdict, relay: SignalRelay) -> bool:

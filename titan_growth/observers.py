@@ -1,4 +1,7 @@
-"""What watches a run on this rank: metrics with their sinks, and the profiler. None of it changes the computation."""
+"""What watches a run on this rank: metrics with their sinks, the profiler, and the marks of the heartbeat.
+
+None of it changes the computation.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +25,31 @@ from titan_growth.metrics import (
     peak_flops_per_second,
 )
 from titan_growth.tools.device import Device
+from titan_growth.tools.heartbeat import Heartbeat
 from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
 
 
 class Observers:
     """Metrics and profiler, wired to a recipe. Only rank 0 writes, unless `metrics.save_for_all_ranks` is on."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, device: Device, resumed: StepFolder | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        device: Device,
+        resumed: StepFolder | None,
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
         self.recipe = recipe
         self.folder = folder
         self.rank = dist.get_rank()
         self.jsonl: JsonlSink | None = None
-        start_step = resumed.step if resumed is not None else 0
+        self.heartbeat = heartbeat
+        start_step = self.steps_done = resumed.step if resumed is not None else 0
         dry_run = recipe.comm.mode != "default"
         dtype = getattr(torch, recipe.training.mixed_precision_param)
         peak, self.peak_source = peak_flops_per_second(device.type, device.name, dtype)
-        self.meter = Throughput(peak_flops=peak, num_devices=dist.get_world_size())
+        self.meter = Throughput(peak_flops=peak, num_devices=dist.get_world_size(), on_phase=self._mark)
         sinks: list[Sink] = []
         if self.rank == 0:
             sinks.append(ConsoleSink(recipe.metrics.disable_color_printing))
@@ -83,6 +95,7 @@ class Observers:
     def start(self) -> None:
         """The first step is about to begin."""
         self.meter.start()
+        self._mark("train")
 
     def should_log(self, step: int) -> bool:
         """Whether a step is logged; the same on every rank."""
@@ -128,6 +141,13 @@ class Observers:
     def end_of_step(self) -> None:
         """Everything that belongs to a step is done."""
         self.profiler.step()
+        self.steps_done += 1
+        self._mark("train")
+
+    def _mark(self, phase: str) -> None:
+        """Tells the others, should they ask, how far this rank has come."""
+        if self.heartbeat is not None:
+            self.heartbeat.mark(phase, self.steps_done + 1)
 
     def summary(self, progress: Progress, last_saved: StepFolder | None, *, completed: bool) -> list[str]:
         """What the run did and where to look."""

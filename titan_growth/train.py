@@ -32,6 +32,7 @@ from titan_growth.tools.exit_report import (
     caused_by_peer,
     process_status,
 )
+from titan_growth.tools.hang import end_processes
 from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
@@ -69,9 +70,9 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_status
     folder = RunFolder(recipe.job.dump_folder)
     report = ExitReport(folder.path, rank)
-    status, message, num_ranks, secondary = FAILED, "", None, False
+    status, message, num_ranks, secondary, hanging = FAILED, "", None, False, ()
     try:
-        status, message, num_ranks = run(recipe, folder)
+        status, message, num_ranks = run(recipe, folder, report)
         if message and rank == 0:
             say(message if status in (DONE, REQUEUE, RESIZE) else f"error: {message}")
     except ConfigError as error:
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         report_problems(error)
     except TitanGrowthError as error:
         status, message = error.exit_status, str(error)
+        secondary, hanging = getattr(error, "secondary", False), getattr(error, "pids", ())
         say(f"error: {message}")
     except Exception as error:
         secondary = caused_by_peer(error)
@@ -92,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             message = f"rank {rank}: {type(error).__name__}: {error}"
             say(traceback.format_exc())
     report.write(status, message, num_ranks=num_ranks, secondary=secondary)
+    end_processes(hanging)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     return process_status(status)
 
 
-def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str, int | None]:
+def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> tuple[int, str, int | None]:
     """Trains, and returns (status, message, ranks to go on with) for the exit report."""
     import torch
     import torch.distributed as dist
@@ -111,12 +114,13 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str, int | None]:
     from titan_growth.start import dry_run_of, finished, finished_message, going_back
     from titan_growth.tools.device import Device
     from titan_growth.tools.distributed import init_process_group, on_rank0, require_agreement, set_timeout
+    from titan_growth.tools.heartbeat import Heartbeat, give_up
     from titan_growth.tools.signals import StopSignal
     from titan_growth.watchdog import RollBackError
 
     dry_run = recipe.comm.mode == "fake_backend"
     recipe = asked = dry_run_of(recipe)
-    stop = StopSignal()
+    stop = StopSignal(recipe.job.time_limit_seconds)
     stop.install()
     _set_environment(recipe)
     device = Device.detect()
@@ -128,24 +132,28 @@ def run(recipe: Recipe, folder: RunFolder) -> tuple[int, str, int | None]:
 
     init_process_group(device.type, recipe.comm.init_timeout_seconds, fake=dry_run)
     try:
-        if not dry_run:
-            recipe_digest = hashlib.sha256(to_toml(recipe).encode()).hexdigest()[:16]
-            require_agreement({"recipe": recipe_digest, **run_data.fingerprints()})
-            on_rank0(folder.create)
-            on_rank0(folder.lock)
-            recipe = on_rank0(lambda: going_back(asked, folder))
-            if (done := on_rank0(lambda: finished(recipe, folder))) is not None:
-                return DONE, finished_message(done), None
-        checkpointer = CheckpointManager(recipe.checkpoint, folder.path)
-        checkpoint = checkpointer.find()
-        session = _Session(asked, recipe, folder, device, run_data, checkpointer, stop)
-        while True:
-            try:
-                return session.train(checkpoint)
-            except RollBackError as back:
-                if dist.get_world_size() > 1:
-                    set_timeout(recipe.comm.init_timeout_seconds)
-                checkpoint = checkpointer.roll_back(back.source, back.roll_back)
+        with Heartbeat.of_process_group(
+            long_seconds=recipe.comm.init_timeout_seconds, on_stall=lambda error: give_up(report, error)
+        ) as heartbeat:
+            if not dry_run:
+                recipe_digest = hashlib.sha256(to_toml(recipe).encode()).hexdigest()[:16]
+                require_agreement({"recipe": recipe_digest, **run_data.fingerprints()})
+                on_rank0(folder.create)
+                on_rank0(folder.lock)
+                recipe = on_rank0(lambda: going_back(asked, folder))
+                if (done := on_rank0(lambda: finished(recipe, folder))) is not None:
+                    return DONE, finished_message(done), None
+            checkpointer = CheckpointManager(recipe.checkpoint, folder.path)
+            checkpoint = checkpointer.find()
+            session = _Session(asked, recipe, folder, device, run_data, checkpointer, stop, heartbeat)
+            heartbeat.last_checkpoint = session.last_checkpoint
+            while True:
+                try:
+                    return session.train(checkpoint)
+                except RollBackError as back:
+                    if dist.get_world_size() > 1:
+                        set_timeout(recipe.comm.init_timeout_seconds)
+                    checkpoint = checkpointer.roll_back(back.source, back.roll_back)
     finally:
         folder.unlock()
         if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
@@ -163,6 +171,16 @@ class _Session:
     run_data: Any
     checkpointer: Any
     stop: Any
+    heartbeat: Any
+    last_saved: Any = None
+    trainer: Trainer | None = None
+
+    def last_checkpoint(self) -> str:
+        """What the run can go on from, for the message of a run that breaks off."""
+        saved = self.trainer.last_saved if self.trainer is not None else self.last_saved
+        if saved is None:
+            return "There is no checkpoint yet; the same command starts anew"
+        return f"The last checkpoint is {saved.path.name}; run the same command again"
 
     def train(self, checkpoint: Any) -> tuple[int, str, int | None]:
         """Trains from a checkpoint, or from the start; returns what `run` does."""
@@ -175,6 +193,7 @@ class _Session:
 
         asked, recipe, folder, device = self.asked, self.recipe, self.folder, self.device
         run_data, checkpointer, stop = self.run_data, self.checkpointer, self.stop
+        self.last_saved = checkpoint
         dry_run = recipe.comm.mode == "fake_backend"
         decisions = on_rank0(lambda: decide(recipe, folder, checkpoint))
         plan = settle(recipe, decisions, checkpoint, num_ranks=dist.get_world_size(), device_type=device.type)
@@ -187,10 +206,10 @@ class _Session:
                 on_rank0(lambda: note_going_back(asked, folder))
         if not dry_run:
             on_rank0(lambda: _save_recipe(plan.recipe, folder))
-        observers = Observers(plan.recipe, folder, device, checkpoint)
+        observers = Observers(plan.recipe, folder, device, checkpoint, self.heartbeat)
         for line in (plan.recipe.job.description, *plan.describe(device.type), observers.peak_source):
             logger.info("%s", line)
-        trainer = Trainer(
+        self.trainer = trainer = Trainer(
             plan,
             run_data=run_data,
             device=device,
@@ -204,6 +223,7 @@ class _Session:
             for line in observers.summary(trainer.progress, checkpointer.last_saved, completed=completed):
                 logger.info("%s", line)
         finally:
+            self.last_saved, self.trainer = trainer.last_saved, None
             observers.close()
             trainer.close()
             checkpointer.close()
@@ -218,7 +238,7 @@ class _Session:
         if checkpointer.last_saved is not None and checkpointer.last_saved.step == trainer.progress.step:
             return (
                 REQUEUE,
-                f"stopped at step {trainer.progress.step} and saved; run the same command again to go on",
+                f"stopped at step {trainer.progress.step} and saved{stop.reason}; run the same command again to go on",
                 None,
             )
         key = "checkpoint.load_only is true" if recipe.checkpoint.load_only else "checkpoint.enable is false"

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from titan_growth.tools import signals
+from titan_growth.tools.signals import LAUNCHED_VARIABLE, StopSignal, seconds_since_launch
+
 RANK = """
 import sys, time
 from pathlib import Path
@@ -59,3 +62,31 @@ def test_each_stop_signal_sets_the_flag(number: signal.Signals, tmp_path: Path) 
     rank.send_signal(number)
     assert rank.wait(timeout=20) == 0
     assert mark.read_text() == number.name
+
+
+def test_time_that_is_up_sets_the_flag_and_says_so() -> None:
+    """A signal that came first stays the reason."""
+    elapsed = 9.5
+    stop = StopSignal(10, lambda: elapsed)
+    assert not stop.is_set
+    assert stop.reason == ""
+    elapsed = 10.0
+    assert stop.is_set
+    assert stop.reason == " (job.time_limit_seconds = 10 is over)"
+    assert not StopSignal(None, lambda: 1e9).is_set
+    signalled = StopSignal(10, lambda: 0.0)
+    signalled.name = "SIGTERM"
+    signalled._elapsed = lambda: 11.0
+    assert signalled.is_set
+    assert signalled.reason == ""
+
+
+def test_the_limit_is_counted_from_the_launch_by_a_clock_that_nobody_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wall clock that jumps back by a year changes nothing."""
+    monkeypatch.setenv(LAUNCHED_VARIABLE, repr(time.monotonic() - 100))
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert 100 <= seconds_since_launch() < 110
+    assert StopSignal(100).is_set
+    assert not StopSignal(200).is_set
+    monkeypatch.delenv(LAUNCHED_VARIABLE)
+    assert 0 <= seconds_since_launch() <= time.monotonic() - signals._IMPORTED

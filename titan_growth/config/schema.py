@@ -28,6 +28,9 @@ class Job(Section):
     """Print the effective recipe as TOML at the start."""
     save_config_file: str | None = None
     """Also write the effective recipe as JSON under this name in dump_folder (it is always saved as recipe.toml)."""
+    time_limit_seconds: int | None = Field(None, ge=1)
+    """Save and end with status 75 after the step in which so much time has passed since the launch. Default: no limit.
+    Not a key of torchtitan."""
 
 
 class Profiling(Section):

@@ -51,6 +51,7 @@ class Window:
 
 class Throughput:
     """Counts tokens and seconds. `peak_flops` is one device's peak in FLOP/s, `num_devices` how many train together.
+    `on_phase` is told the name of each phase that begins, or goes on.
 
     The clock runs from construction, or from `start()` where setting up takes place in between. Not thread-safe.
 
@@ -59,12 +60,18 @@ class Throughput:
     """
 
     def __init__(
-        self, *, peak_flops: float, num_devices: int = 1, clock: Callable[[], float] = time.perf_counter
+        self,
+        *,
+        peak_flops: float,
+        num_devices: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+        on_phase: Callable[[str], object] | None = None,
     ) -> None:
         if peak_flops <= 0 or num_devices < 1:
             raise ValueError(f"peak_flops and num_devices must be positive, got {peak_flops} and {num_devices}")
         self._peak = peak_flops * num_devices
         self._clock = clock
+        self._on_phase = on_phase
         self.start()
 
     def start(self) -> None:
@@ -110,11 +117,17 @@ class Throughput:
     def _phase(self, name: str) -> Iterator[None]:
         self._settle()
         self._phases.append(name)
+        self._tell()
         try:
             yield
         finally:
             self._settle()
             self._phases.pop()
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._on_phase is not None:
+            self._on_phase(self._phases[-1])
 
     def _settle(self) -> None:
         """Book the time since the last change of phase to the phase it was spent in."""

@@ -19,6 +19,17 @@ from titan_growth.tools.errors import ConfigError, TitanGrowthError
 Result = TypeVar("Result")
 
 
+DEVICE_MARGIN_SECONDS = 60
+"""By how much NCCL's time limit is longer. Its watchdog aborts the process; ours can name the rank (heartbeat.py)."""
+
+_timeout_seconds = float("inf")
+
+
+def timeout_in_force() -> float:
+    """The present time limit of collectives, in seconds."""
+    return _timeout_seconds
+
+
 def init_process_group(device_type: str, timeout_seconds: int, *, fake: bool = False) -> None:
     """Starts the default process group from torchrun's environment, or for one rank when there is none.
 
@@ -28,6 +39,7 @@ def init_process_group(device_type: str, timeout_seconds: int, *, fake: bool = F
         os.environ.setdefault(name, value)
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=timeout_seconds)
+    _remember_timeout(timeout_seconds)
     if fake:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -37,7 +49,14 @@ def init_process_group(device_type: str, timeout_seconds: int, *, fake: bool = F
     if num_ranks == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, num_ranks = next(dist.rendezvous("env://", rank, num_ranks, timeout=timeout))
+        store.set_timeout(timeout)
+        # Torchrun keeps its store when it starts failed ranks again. Without a prefix of their own they would find the
+        # addresses of the dead there.
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+        if device_type == "cuda":
+            set_timeout(timeout_seconds)
 
 
 _SAVING = "checkpoint"
@@ -62,10 +81,19 @@ def saving_group() -> dist.ProcessGroup | None:
 
 def set_timeout(timeout_seconds: int) -> None:
     """Changes the time limit of collectives of every process group of this process but that of the saves."""
+    _remember_timeout(timeout_seconds)
     for group in list(dist.distributed_c10d._world.pg_map):
         if dist.get_backend(group) == "fake" or group.group_desc == _SAVING:
             continue
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+        if "nccl" in dist.get_backend_config(group):
+            on_device = group._get_backend(torch.device("cuda"))
+            on_device._set_default_timeout(timedelta(seconds=timeout_seconds + DEVICE_MARGIN_SECONDS))
+
+
+def _remember_timeout(timeout_seconds: int) -> None:
+    global _timeout_seconds
+    _timeout_seconds = timeout_seconds
 
 
 def on_rank0(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:

@@ -87,6 +87,13 @@ def caused_by_peer(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(sign in text for sign in signs)
 
 
+def timed_out(error: BaseException) -> bool:
+    """Whether an error is that of a collective that has waited too long for another rank."""
+    text = str(error).lower()
+    signs = ("timed out waiting", "application timeout", "collective operation timeout")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
 class ExitReport:
     """One rank's pen for the report. It never raises: a full disk must not hide the error that is being reported."""
 

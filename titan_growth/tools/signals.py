@@ -1,4 +1,9 @@
-"""Being asked to stop: the signal only sets a flag; the loop saves at the end of its step and leaves in good order."""
+"""Being asked to stop: the signal only sets a flag; the loop saves at the end of its step and leaves in good order.
+
+A time limit sets the same flag. It is counted from the launch, whose start `run_train.sh` leaves in the environment:
+what a scheduler grants is for preparation, restarts and relaunches too. The clock is the monotonic one, which all
+processes of a machine share and nobody can set; other machines' clocks are never looked at.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ import ctypes
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -20,15 +27,48 @@ def signal_on_parent_death(number: int) -> None:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class StopSignal:
-    """Remembers the first stop signal of this process."""
+LAUNCHED_VARIABLE = "TITAN_GROWTH_LAUNCHED"
+"""When the launch began, in seconds of this machine's monotonic clock."""
+TIME_LIMIT = "job.time_limit_seconds"
 
-    def __init__(self) -> None:
+_IMPORTED = time.monotonic()
+
+
+def seconds_since_launch() -> float:
+    """Wall-clock since `run_train.sh` was started on this machine, else since this process was."""
+    try:
+        return time.monotonic() - float(os.environ[LAUNCHED_VARIABLE])
+    except (KeyError, ValueError):
+        return time.monotonic() - _IMPORTED
+
+
+class StopSignal:
+    """Remembers the first stop signal of this process, or that its time is up.
+
+    Args:
+        time_limit_seconds: `job.time_limit_seconds`; None is no limit.
+        elapsed: seconds that count towards the limit.
+    """
+
+    def __init__(
+        self, time_limit_seconds: int | None = None, elapsed: Callable[[], float] = seconds_since_launch
+    ) -> None:
         self.name = ""
+        self.time_limit_seconds = time_limit_seconds
+        self._elapsed = elapsed
 
     @property
     def is_set(self) -> bool:
+        """Ranks may find their time up at different steps: the loop lets them agree on one."""
+        if not self.name and self.time_limit_seconds is not None and self._elapsed() >= self.time_limit_seconds:
+            self.name = TIME_LIMIT
         return bool(self.name)
+
+    @property
+    def reason(self) -> str:
+        """Why the run stops, to follow `stopped at step N and saved`; empty for a signal."""
+        by_time = self.is_set and self.name == TIME_LIMIT
+        return f" ({TIME_LIMIT} = {self.time_limit_seconds:,} is over)" if by_time else ""
 
     def install(self) -> None:
         """Handles SIGTERM, SIGUSR1 and SIGINT from now on. Main thread only.

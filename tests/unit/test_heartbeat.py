@@ -1,0 +1,206 @@
+"""Who is to blame for a hang, on paper and between real processes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.harness import run_ranks
+from titan_growth.tools import distributed
+from titan_growth.tools.hang import Beat, HangError, Verdict, judge
+
+
+def beats(num_ranks: int = 4, **changed: dict[str, Any]) -> dict[int, Beat]:
+    """Ranks that wait at the same place; changes are given as rank2={...}."""
+    level = Beat(0, 100, "node-a", 50, 20, 60, 17, "train", "all of engine.py", True)
+    ranks = {rank: replace(level, rank=rank, pid=100 + rank) for rank in range(num_ranks)}
+    return {rank: replace(beat, **changed.get(f"rank{rank}", {})) for rank, beat in ranks.items()}
+
+
+def later(first: dict[int, Beat], but: tuple[int, ...] = (), moved: tuple[int, ...] = ()) -> dict[int, Beat]:
+    """The same ranks four beats on, except those that do not beat."""
+    return {
+        rank: replace(beat, count=beat.count + 4 * (rank not in but), moves=beat.moves + 4 * (rank in moved))
+        for rank, beat in first.items()
+    }
+
+
+def verdict(first: dict[int, Beat], mine: int = 0, **of_later: Any) -> Verdict:
+    return judge(first, later(first, **of_later), len(first), mine, 30.4)
+
+
+def test_a_rank_without_a_new_beat_is_frozen() -> None:
+    found = verdict(beats(), but=(2,))
+    assert found.kind == "frozen"
+    assert found.message == (
+        "rank 2 (pid 102 on node-a) has not answered for 30 s, stopped at step 17 (train); "
+        "the other ranks waited in a collective"
+    )
+    many = verdict(beats(9), but=(2, 3, 4, 5, 6, 7))
+    assert "rank 5 (pid 105 on node-a) and 2 more have not answered" in many.message
+
+
+def test_a_rank_that_left_is_not_frozen() -> None:
+    """The first that gives up stops beating; the others must not blame it."""
+    ranks = beats(rank1={"left": "done"})
+    assert verdict(ranks, but=(1, 2)).culprits == (later(ranks, but=(1, 2))[2],)
+    failed = verdict(beats(rank1={"left": "failed"}), but=(1,))
+    assert failed.kind == "ended"
+    assert "rank 1 (pid 101 on node-a) ended at step 17" in failed.message
+
+
+def test_a_rank_with_fewer_marks_is_behind() -> None:
+    late = {"position": 58, "phase": "data", "place": "next_batch of data/loader.py", "waits": False}
+    found = verdict(beats(rank3=late))
+    assert found.kind == "behind"
+    assert found.message == (
+        "rank 3 (pid 103 on node-a) is behind: at step 17 (data, in next_batch of data/loader.py) "
+        "while the other ranks have waited for it for 30 s"
+    )
+    # One that is late only because it waits for the late one is not to blame.
+    assert [beat.rank for beat in verdict(beats(rank3=late, rank2={"position": 58})).culprits] == [3]
+
+
+def test_on_a_level_the_one_that_is_not_in_the_collective_is_behind() -> None:
+    assert [beat.rank for beat in verdict(beats(rank0={"waits": False}), mine=1).culprits] == [0]
+
+
+def test_nobody_is_blamed_without_a_reason() -> None:
+    found = verdict(beats())
+    assert found.kind == "none"
+    assert found.culprits == ()
+    assert "no rank is behind: all 4 answer" in found.message
+    unseen = {f"rank{rank}": {"waits": False} for rank in range(4)}  # on a device stacks do not show who waits
+    assert verdict(beats(**unseen)).kind == "none"
+
+
+def test_a_slow_step_is_no_hang_while_others_get_on() -> None:
+    busy = beats(rank0={"waits": False})
+    assert verdict(busy, moved=(2,)).kind == "moving"
+
+
+def test_a_rank_that_never_wrote_is_named() -> None:
+    ranks = beats()
+    there = {rank: beat for rank, beat in ranks.items() if rank != 3}
+    assert judge(there, later(there), 4, 0, 5.0).message == "rank 3 never answered; the other ranks waited for 5 s"
+
+
+def heartbeat(**settings: Any) -> Any:
+    from titan_growth.tools.heartbeat import Heartbeat
+
+    def unexpected(error: HangError) -> None:
+        raise AssertionError(str(error))
+
+    settings = {"long_seconds": 60, "on_stall": unexpected, "interval_seconds": 0.1, **settings}
+    made = Heartbeat.of_process_group(**settings)
+    made.last_checkpoint = lambda: "The last checkpoint is step-10; run the same command again"
+    return made
+
+
+def wait_for_a_late_rank(rank: int) -> str:
+    """Rank 1 comes too late to a collective, and the others' time limit is short."""
+    import torch
+    import torch.distributed as dist
+
+    pulse = heartbeat()
+    try:
+        with pulse:
+            pulse.mark("train", 3)
+            distributed.set_timeout(1)
+            if rank == 1:
+                time.sleep(4)
+                return "late"
+            pulse.mark("train", 4)
+            dist.all_reduce(torch.ones(1))
+    except HangError as error:
+        return f"{error}{' (secondary)' * error.secondary}"
+    finally:
+        distributed.set_timeout(60)
+    raise AssertionError("the collective went through")
+
+
+def leave_afterwards(rank: int) -> None:
+    """The harness's last barrier would fail on the broken group."""
+    import torch.distributed as dist
+
+    dist.barrier = lambda: None
+    return wait_for_a_late_rank(rank)  # type: ignore[return-value]
+
+
+def test_a_collective_that_times_out_names_the_late_rank() -> None:
+    said = run_ranks(leave_afterwards, 3)
+    assert said[1] == "late"
+    for rank in (0, 2):
+        assert said[rank].startswith("rank 1 (pid ")
+        assert "is behind: at step 3 (train" in said[rank]
+        assert said[rank].endswith("The last checkpoint is step-10; run the same command again")
+
+
+def stand_still(rank: int) -> str:
+    """No collective raises, as with NCCL: the rank's own thread notices."""
+    from titan_growth.tools import heartbeat as module
+
+    module.GRACE_SECONDS = 0.2
+    said: list[str] = []
+    pulse = heartbeat(on_stall=lambda error: said.append(str(error)))
+    distributed.set_timeout(1)
+    with pulse:
+        pulse.mark("train", 5)
+        if rank == 0:
+            pulse.mark("data", 6)
+        time.sleep(3)
+    distributed.set_timeout(60)
+    return " ".join(said)
+
+
+def test_a_main_thread_that_does_not_move_is_noticed_without_a_collective() -> None:
+    for said in run_ranks(stand_still, 2):
+        assert "rank 1 (pid " in said
+        assert "is behind: at step 5 (train" in said
+
+
+def pause(rank: int) -> int:
+    """A pause has the long limit; steps that move are never looked into."""
+    from titan_growth.tools import heartbeat as module
+
+    module.GRACE_SECONDS = 0.2
+    pulse = heartbeat()
+    distributed.set_timeout(1)
+    with pulse:
+        pulse.mark("checkpoint", 5)
+        time.sleep(2)
+        for step in range(4):
+            pulse.mark("train", step)
+            time.sleep(0.5)
+    distributed.set_timeout(60)
+    return pulse._count
+
+
+def test_pauses_may_be_long_and_slow_steps_are_no_stall() -> None:
+    assert min(run_ranks(pause, 2)) > 10
+
+
+def alone(rank: int) -> bool:
+    with heartbeat() as pulse:
+        return pulse._store is None and not pulse._thread.is_alive()
+
+
+def test_one_rank_beats_for_nobody() -> None:
+    assert run_ranks(alone, 1) == [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[gloo] Timed out waiting 5000ms for recv operation to complete", True),
+        ("Application timeout caused pair closure", True),
+        ("DataLoader timed out after 5 seconds", False),
+    ],
+)
+def test_only_the_time_limit_of_a_collective_counts(text: str, expected: bool) -> None:
+    from titan_growth.tools.exit_report import timed_out
+
+    assert timed_out(RuntimeError(text)) is expected
