@@ -129,7 +129,9 @@ def list_remote(place: Remote) -> tuple[bool, list[RemoteEntry]]:
     entries = []
     for where, facts in found.items():
         name = where[len(base) :].lstrip("/")
-        if facts["type"] != "directory" and (hidden_too or not any(part.startswith(".") for part in name.split("/"))):
+        # A name that ends with a slash is the empty object that some tools put where a folder is to be shown.
+        is_file = facts["type"] != "directory" and not where.endswith("/")
+        if is_file and (hidden_too or not any(part.startswith(".") for part in name.split("/"))):
             entries.append(_entry(Remote(place.key, _url(fs, where)), name, facts))
     unmarked = [entry for entry in entries if not entry.mark]
     if unmarked:
