@@ -188,6 +188,8 @@ def test_storage_that_marks_nothing_is_said_once(
     assert [record.message for record in caplog.records] == [
         f"training.dataset_path: {url}/a.txt: the storage gives no ETag or time, so only a change of size is noticed"
     ]
+    assert read(f"{url}/b.txt") == ["b"]
+    assert caplog.records[-1].message.startswith(f"training.dataset_path: {url}/b.txt: the storage gives no ETag")
     monkeypatch.setattr(
         BucketFileSystem, "_facts", staticmethod(lambda key, content: {**plain(key, content), "size": None})
     )
