@@ -119,7 +119,7 @@ def list_remote(place: Remote) -> tuple[bool, list[RemoteEntry]]:
     fs, info = place.url.fs, place.info()
     path = fs._strip_protocol(place.url.path).rstrip("/")
     if info is not None and info["type"] != "directory":
-        return False, [_entry(place, path.rsplit("/", 1)[-1], info)]
+        return False, _marked([_entry(place, path.rsplit("/", 1)[-1], info)])
     if info is not None:
         base, found, hidden_too = path, fs.find(path, detail=True), False
     else:
@@ -129,12 +129,19 @@ def list_remote(place: Remote) -> tuple[bool, list[RemoteEntry]]:
     entries = []
     for where, facts in found.items():
         name = where[len(base) :].lstrip("/")
-        if facts["type"] != "directory" and (hidden_too or not any(part.startswith(".") for part in name.split("/"))):
+        # A name that ends with a slash is the empty object that some tools put where a folder is to be shown.
+        is_file = facts["type"] != "directory" and not where.endswith("/")
+        if is_file and (hidden_too or not any(part.startswith(".") for part in name.split("/"))):
             entries.append(_entry(Remote(place.key, _url(fs, where)), name, facts))
+    return info is not None, _marked(entries)
+
+
+def _marked(entries: list[RemoteEntry]) -> list[RemoteEntry]:
+    """The entries, with a warning where one has no mark."""
     unmarked = [entry for entry in entries if not entry.mark]
     if unmarked:
         logger.warning("%s: the storage gives no ETag or time, so only a change of size is noticed", unmarked[0].place)
-    return info is not None, entries
+    return entries
 
 
 def _url(fs: Any, path: str) -> UPath:
@@ -173,12 +180,13 @@ def fetch(place: Remote, names: Sequence[str], companions: Sequence[str], cache:
     copies = cache / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     if not (copies / main.name).is_file():
         with exclusive(copies.with_suffix(".lock"), f"fetching {place.url}"):
-            contents = {entry.name: _content(entry) for entry in entries}
-            with writing(copies):
-                copies.mkdir(exist_ok=True)
-                for name, content in contents.items():  # the main one, last, says that all are there
-                    write_atomic(copies / name, content)
-        logger.info("fetched %s", main.place.url)
+            if not (copies / main.name).is_file():
+                contents = {entry.name: _content(entry) for entry in entries}
+                with writing(copies):
+                    copies.mkdir(exist_ok=True)
+                    for name, content in contents.items():  # the main one, last, says that all are there
+                        write_atomic(copies / name, content)
+                logger.info("fetched %s", main.place.url)
     return copies / main.name
 
 
