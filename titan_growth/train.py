@@ -172,12 +172,10 @@ class _Session:
     checkpointer: Any
     stop: Any
     heartbeat: Any
-    last_saved: Any = None
-    trainer: Trainer | None = None
 
     def last_checkpoint(self) -> str:
         """What the run can go on from, for the message of a run that breaks off."""
-        saved = self.trainer.last_saved if self.trainer is not None else self.last_saved
+        saved = self.checkpointer.last_saved
         if saved is None:
             return "There is no checkpoint yet; the same command starts anew"
         return f"The last checkpoint is {saved.path.name}; run the same command again"
@@ -193,7 +191,6 @@ class _Session:
 
         asked, recipe, folder, device = self.asked, self.recipe, self.folder, self.device
         run_data, checkpointer, stop = self.run_data, self.checkpointer, self.stop
-        self.last_saved = checkpoint
         dry_run = recipe.comm.mode == "fake_backend"
         decisions = on_rank0(lambda: decide(recipe, folder, checkpoint))
         plan = settle(recipe, decisions, checkpoint, num_ranks=dist.get_world_size(), device_type=device.type)
@@ -209,7 +206,7 @@ class _Session:
         observers = Observers(plan.recipe, folder, device, checkpoint, self.heartbeat)
         for line in (plan.recipe.job.description, *plan.describe(device.type), observers.peak_source):
             logger.info("%s", line)
-        self.trainer = trainer = Trainer(
+        trainer = Trainer(
             plan,
             run_data=run_data,
             device=device,
@@ -223,7 +220,6 @@ class _Session:
             for line in observers.summary(trainer.progress, checkpointer.last_saved, completed=completed):
                 logger.info("%s", line)
         finally:
-            self.last_saved, self.trainer = trainer.last_saved, None
             observers.close()
             trainer.close()
             checkpointer.close()

@@ -94,7 +94,6 @@ class Trainer(GrowsMidRun):
             self.progress = checkpoint.manifest.progress
             self.lineage = checkpoint.lineage()
             self.losses = checkpoint.manifest.recent_losses
-            self.checkpointer.resumed_from(checkpoint)
             tensors = stored_rng(dist.get_rank(), self.checkpointer.stored_names(checkpoint.path))
             rng = dict(tensors)
             if self.plan.first_phase == len(self.lineage.events):

@@ -69,6 +69,7 @@ class CheckpointManager:
             if damage is None:
                 for line in refused if wanted == -1 else []:
                     logger.error("%s", line)
+                self.saver.last_saved = folder
                 return folder
             refused.append(f"{folder.path.name} refused: {damage}")
         if wanted != -1:
@@ -96,12 +97,8 @@ class CheckpointManager:
 
     @property
     def last_saved(self) -> StepFolder | None:
-        """The newest checkpoint that this process has committed, or resumed from."""
+        """The newest checkpoint that this process has committed, or found to go on from."""
         return self.saver.last_saved
-
-    def resumed_from(self, folder: StepFolder) -> None:
-        """The run goes on from a checkpoint of its own."""
-        self.saver.last_saved = folder
 
     def save(self, manifest: Manifest, tensors: Tensors, *, recipe_toml: str, lineage_json: str) -> None:
         """Writes and commits one checkpoint, or begins to (`Saver.save`)."""
@@ -148,7 +145,8 @@ class CheckpointManager:
         moved = on_rank0(lambda: set_aside_after(self.root, folder.step, "rolled-back"))
         on_rank0(lambda: write_manifest(folder.path, manifest))
         logger.warning("rolled back to %s; later checkpoints are kept as %s", source, ", ".join(moved) or "none")
-        return StepFolder(folder.path, manifest)
+        self.saver.last_saved = StepFolder(folder.path, manifest)
+        return self.saver.last_saved
 
     # ---- loading -------------------------------------------------------------------------------------------------
 
