@@ -219,6 +219,11 @@ class _Session:
             completed = _fit(trainer)
             for line in observers.summary(trainer.progress, checkpointer.last_saved, completed=completed):
                 logger.info("%s", line)
+        except TitanGrowthError:
+            raise  # all ranks may still finish what they write in the background
+        except BaseException:
+            checkpointer.abandon()
+            raise
         finally:
             observers.close()
             trainer.close()

@@ -113,6 +113,10 @@ class CheckpointManager:
         """Returns when no save is under way. Raises CheckpointError, on every rank, when the last one has failed."""
         self.saver.wait()
 
+    def abandon(self) -> None:
+        """Leaves a save in the background to itself: another rank is gone, and it would wait for that one."""
+        self.saver.abandon()
+
     def close(self) -> None:
         """Returns when nothing is being written or removed any more."""
         self.saver.close()

@@ -50,10 +50,12 @@ class ShardWriter(StorageWriter):
 
     Args:
         folder: the step folder.
+        in_background: training goes on meanwhile, so one core has to do.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, in_background: bool = False) -> None:
         self.folder = folder
+        self.in_background = in_background
         self.entries: dict[str, dict[str, Any]] = {}
         """Of every file that this rank has written: its entry in the manifest."""
 
@@ -82,7 +84,7 @@ class ShardWriter(StorageWriter):
         results = []
         if plan.items:
             name: str = plan.storage_data
-            with _serialization.patch("save.compute_crc32", False), HashedFile(self.folder / name) as file:
+            with _serialization.patch("save.compute_crc32", False), self._new_file(name) as file:
                 for item in plan.items:
                     assert item.type != WriteItemType.BYTE_IO, f"{item.index.fqn} is no tensor"
                     values = planner.resolve_data(item)
@@ -97,12 +99,15 @@ class ShardWriter(StorageWriter):
         done.set_result(results)
         return done
 
+    def _new_file(self, name: str) -> HashedFile:
+        return HashedFile(self.folder / name, hash_beside=not self.in_background)
+
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Writes `.metadata`, on rank 0."""
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_data = {result.index: result.storage_data for rank in results for result in rank}
         metadata.storage_meta = self.storage_meta()
-        with HashedFile(self.folder / METADATA) as file:
+        with self._new_file(METADATA) as file:
             file.write(pickle.dumps(metadata))
         self.entries[METADATA] = file.entry
 
@@ -119,12 +124,16 @@ class ShardWriter(StorageWriter):
 class HashedFile(io.RawIOBase):
     """A new file that knows its SHA-256 when it is closed, and is on the disk then.
 
+    Args:
+        hash_beside: hash large pieces in another thread than the one that writes them.
+
     Raises:
         OSError: from any method, when the file cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hash_beside: bool = True) -> None:
         super().__init__()
+        self._hash_beside = hash_beside
         # Large pieces go past the buffer; small ones, of which an archive has many, are gathered in it.
         self._file: Any = path.open("wb", buffering=_WORTH_A_THREAD)
         self._digest = hashlib.sha256()
@@ -148,7 +157,7 @@ class HashedFile(io.RawIOBase):
         """Writes bytes, all of them."""
         view = memoryview(data).cast("B")
         try:
-            if view.nbytes < _WORTH_A_THREAD:
+            if view.nbytes < _WORTH_A_THREAD or not self._hash_beside:
                 self._digest.update(view)
                 self._file.write(view)
             else:
