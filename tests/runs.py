@@ -22,6 +22,7 @@ from titan_growth.tools.distributed import on_rank0
 from titan_growth.tools.run_folder import RunFolder
 from titan_growth.tools.signals import StopSignal
 from titan_growth.trainer import Trainer
+from titan_growth.usable import problem_of
 
 BASE = {
     "model.flavor": "custom",
@@ -95,7 +96,7 @@ def trainer_of(recipe: Recipe, num_ranks: int):
     on_rank0(folder.create)
     run_data = prepare_run_data(recipe, recipe.model.vocab_size or 2048, progress=False)
     checkpointer = CheckpointManager(recipe.checkpoint, folder.path)
-    checkpoint = checkpointer.find()
+    checkpoint = checkpointer.find(problem_of)
     decisions = on_rank0(lambda: decide(recipe, folder, checkpoint))
     plan = settle(recipe, decisions, checkpoint, num_ranks=num_ranks, device_type=device.type)
     if checkpoint is not None and not recipe.checkpoint.load_only:

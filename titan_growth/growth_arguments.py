@@ -11,19 +11,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from titan_growth.checkpoint.folder import StepFolder, open_step
+from titan_growth.checkpoint.folder import LINEAGE, RECIPE, StepFolder, open_step
 from titan_growth.checkpoint.lineage import Lineage
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.config.fields import parse_text, suggestion
 from titan_growth.config.growth_schema import GrowthStage
-from titan_growth.config.loader import recipe_from_toml
 from titan_growth.config.plugins import PLUGINS_KEY
 from titan_growth.config.schema import Recipe
-from titan_growth.growth.chain import Chain, chain_of, stage_problems
+from titan_growth.growth.chain import Chain, stage_problems
 from titan_growth.growth.operators import GrowthMap, operators
 from titan_growth.models.config import ModelConfig
-from titan_growth.models.registry import model_config_of
-from titan_growth.tools.errors import CheckpointError, ConfigError, Problem
+from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, one_line
+from titan_growth.usable import history_of, problem_of, whole_problem
 
 STAGE_WORDS = ("operator", "factor", "layer_map", "n_layers", "dim", "n_heads", "n_kv_heads", "hidden_dim", "noise",
                "optimizer_state", "optimizer_step", "options")  # fmt: skip
@@ -65,48 +64,30 @@ def open_source(path: Path, plugins: Sequence[str] = ()) -> Source:
     folder = open_step(path)
     if folder is None:
         raise CheckpointError(f"{path} refused: it has no manifest, so it was never committed")
-    if damage := folder.damage(checksums=True):
-        raise CheckpointError(f"{path} refused: {damage}")
-    named = _recipe_table(folder).get(PLUGINS_KEY) or []
-    if missing := [name for name in named if name not in plugins]:
+    if damage := folder.damage(checksums=True, names=(RECIPE, LINEAGE)):
+        raise CheckpointError(f"{path.name} refused: {damage}")
+    if missing := [name for name in _plugins_of(folder) if name not in plugins]:
         message = f"{path} was written with plugins, and its recipe means nothing without them"
         raise ConfigError([Problem("--plugins", message, f"If you trust them, give --plugins {','.join(missing)}")])
-    recipe, chain, lineage = _history(folder)
+    if damage := problem_of(folder) or whole_problem(folder):
+        raise CheckpointError(f"{path.name} refused: {damage}")
+    recipe, chain, lineage = history_of(folder)
     if lineage.events:
         last = lineage.events[-1]
-        if folder.step < last.step + int(last.stage.get("mask_steps") or 0):
-            raise CheckpointError(f"{path} refused: the mask of its last growth is still opening. Take a later step")
+        mask_steps = last.stage.get("mask_steps")
+        if folder.step < last.step + (mask_steps if isinstance(mask_steps, int) else 0):
+            raise CheckpointError(
+                f"{path.name} refused: the mask of its last growth is still opening. Take a later step"
+            )
     return Source(folder, recipe, chain, lineage)
 
 
-def _recipe_table(folder: StepFolder) -> dict[str, Any]:
-    try:
-        return folder.recipe_table()
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder.path} refused: its recipe or lineage cannot be read ({reason})") from None
-
-
-def _history(folder: StepFolder) -> tuple[Recipe, Chain, Lineage]:
-    """(what a checkpoint was written with, the models of that run, the growths behind it)."""
-    try:
-        recipe, lineage = recipe_from_toml(_recipe_table(folder)), folder.lineage()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder.path} refused: its recipe or lineage cannot be read ({reason})") from None
-    target, problems = model_config_of(recipe.model)
-    chain, more = chain_of(recipe.growth, target) if target is not None else (None, [])
-    if chain is None:
-        raise CheckpointError(f"{folder.path} refused: its recipe makes no model ({[*problems, *more][0]})")
-    if len(lineage.events) >= len(chain.configs):
-        raise CheckpointError(f"{folder.path} refused: it has more growths behind it than its recipe has stages")
-    return recipe, chain, lineage
-
-
-def model_then(folder: StepFolder) -> tuple[ModelConfig, str]:
-    """(the model that a checkpoint holds, its family). Raises CheckpointError when its recipe cannot tell."""
-    recipe, chain, lineage = _history(folder)
-    return chain.configs[len(lineage.events)], recipe.model.name
+def _plugins_of(folder: StepFolder) -> list[str]:
+    """The modules that a checkpoint's recipe names."""
+    named = folder.recipe_table().get(PLUGINS_KEY, [])
+    if not isinstance(named, list) or not all(isinstance(name, str) and len(name) < 200 for name in named):
+        raise CheckpointError(f"{folder.path.name} refused: its recipe cannot be read (plugins are no list of names)")
+    return [one_line(name) for name in named]
 
 
 def parse_words(argv: Sequence[str], known: Collection[str], *, command: str) -> dict[str, list[str]]:

@@ -40,10 +40,7 @@ def lineage_lines(path: Path) -> Iterator[str]:
     folder = open_step(path)
     if folder is None:
         raise CheckpointError(f"{path}: is no committed checkpoint. Name a step-N folder")
-    try:
-        lineage = folder.lineage()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path.name} refused: its lineage cannot be read ({error})") from None
+    lineage = folder.lineage()
     taken_back = list(lineage.roll_backs)
     for event in lineage.ancestors:
         yield from _event(event, "before this run, ")

@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from titan_growth.checkpoint.folder import StepFolder, committed_steps, no_such_step, none_usable, root_of
+from titan_growth.checkpoint.folder import StepFolder, no_such_step, none_usable, open_step, root_of
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.schema import Recipe
 from titan_growth.plan import RunPlan, plan_run
-from titan_growth.resume import newest_checkpoint
+from titan_growth.resume import newest_checkpoint, refused_checkpoints
 from titan_growth.start import decide, dry_run_of, finished, finished_message, going_back, settle
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, RunFolderError, TitanGrowthError
 from titan_growth.tools.exit_report import NOTHING_TO_DO
 from titan_growth.tools.location import is_remote
 from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
+from titan_growth.usable import listing_problem, problem_of, whole_problem
 
 
 def main(argv: list[str]) -> int:
@@ -67,10 +68,13 @@ def _check(argv: list[str]) -> int:
             raise ConfigError(more)
     else:
         _check_folder(folder, recipe)
-        if (done := finished(recipe, folder)) is not None:
-            logger.info("%s", finished_message(done))
-            return NOTHING_TO_DO
         checkpoint = _resumed_from(recipe, folder, more)
+        if checkpoint is not None and finished(recipe, checkpoint):
+            # Once it is said that there is nothing to do, nobody will look at the checkpoint again.
+            if (damage := problem_of(checkpoint) or whole_problem(checkpoint)) is None:
+                logger.info("%s", finished_message(checkpoint))
+                return NOTHING_TO_DO
+            logger.error("%s refused: %s", checkpoint.path.name, damage)
     for warning in warnings:
         logger.warning("%s", warning)
     decisions = decide(recipe, folder, checkpoint)
@@ -94,7 +98,7 @@ def _resumed_from(recipe: Recipe, folder: RunFolder, more: list[Problem]) -> Ste
     checkpoint = newest_checkpoint(recipe, folder.path)
     if checkpoint is None and recipe.checkpoint.enable:
         root, step = root_of(recipe.checkpoint.folder, folder.path), recipe.checkpoint.load_step
-        _, refused = committed_steps(root)
+        refused = refused_checkpoints(recipe, folder.path)
         if step != -1:
             raise ConfigError([Problem("checkpoint.load_step", no_such_step(root, step, refused)), *more])
         if refused:
@@ -136,7 +140,7 @@ def _check_initial(plan: RunPlan) -> None:
     """`checkpoint.initial_load_path` holds nothing that should not be read, and the run's first model."""
     import torch
 
-    from titan_growth.checkpoint.initial import initial_reader, initial_state
+    from titan_growth.checkpoint.initial import initial_reader, initial_state, is_hugging_face
     from titan_growth.checkpoint.manager import misfits
     from titan_growth.models.registry import family_module
 
@@ -146,13 +150,18 @@ def _check_initial(plan: RunPlan) -> None:
     config = plan.growth.config_after(len(lineage.events))
     with torch.device("meta"):
         model = family_module(plan.recipe.model.name).Decoder(config, plan.recipe.training.seq_len)
-    wrong = misfits(
-        initial_reader(path, plan.recipe.model.name, config),
-        model.to(getattr(torch, plan.recipe.training.dtype)).state_dict(),
-        casts=plan.recipe.checkpoint.initial_load_model_only,
-    )
+    reader = initial_reader(path, plan.recipe.model.name, config)
+    wanted = model.to(getattr(torch, plan.recipe.training.dtype)).state_dict()
+    wrong = misfits(reader, wanted, casts=plan.recipe.checkpoint.initial_load_model_only)
     if wrong:
         raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}. Name a step-N folder of this model")
+    if is_hugging_face(path):
+        return  # its files hold no archives, and have been looked into
+    folder = open_step(path)
+    if folder is not None and (problem := listing_problem(folder)):
+        raise CheckpointError(f"{path.name} refused: {problem}")
+    chunks = reader.chunks()
+    reader.check_chunks(chunk for name in wanted for chunk in chunks.get(name, ()))
 
 
 def _check_space(folder: RunFolder, plan: RunPlan) -> None:

@@ -19,8 +19,9 @@ from titan_growth.config.schema import Recipe
 from titan_growth.growth.chain import chain_of
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.registry import model_config_of
-from titan_growth.tools.errors import CheckpointError, Problem
+from titan_growth.tools.errors import Problem
 from titan_growth.tools.run_folder import RECIPE_FILE
+from titan_growth.usable import recipe_of, text_problem
 
 _FIXED = (
     "training.seq_len",
@@ -49,7 +50,7 @@ def decided_before(folder: Path, checkpoint: StepFolder | None) -> Recipe | None
         CheckpointError: when the checkpoint's recipe cannot be read.
     """
     if checkpoint is not None:
-        return _written_with(checkpoint)
+        return recipe_of(checkpoint)
     try:
         return recipe_from_toml(tomli.loads((folder / RECIPE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -57,13 +58,20 @@ def decided_before(folder: Path, checkpoint: StepFolder | None) -> Recipe | None
 
 
 def newest_checkpoint(recipe: Recipe, dump_folder: Path) -> StepFolder | None:
-    """The checkpoint that a start would resume from, by size checks alone (checksums are left to the run itself)."""
+    """The checkpoint that a start would resume from, going by sizes, recipe and lineage; the run itself checks more."""
     if not recipe.checkpoint.enable:
         return None
     candidates, _ = committed_steps(root_of(recipe.checkpoint.folder, dump_folder))
     if recipe.checkpoint.load_step != -1:
         candidates = [folder for folder in candidates if folder.step == recipe.checkpoint.load_step]
-    return candidates[0] if candidates else None
+    return next((folder for folder in candidates if text_problem(folder) is None), None)
+
+
+def refused_checkpoints(recipe: Recipe, dump_folder: Path) -> list[str]:
+    """A line for each checkpoint that `newest_checkpoint` passes over."""
+    candidates, refused = committed_steps(root_of(recipe.checkpoint.folder, dump_folder))
+    problems = ((folder, text_problem(folder)) for folder in candidates)
+    return refused + [f"{folder.path.name} refused: {problem}" for folder, problem in problems if problem]
 
 
 def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list[str]]:
@@ -71,7 +79,7 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
 
     Both recipes are effective ones, with seed and batch size resolved.
     """
-    before = _written_with(checkpoint)
+    before = recipe_of(checkpoint)
     refused: list[Problem] = []
     where = f"{checkpoint.path.name} was written with"
     old_model, _ = model_config_of(before.model)
@@ -127,24 +135,13 @@ _NEW_FOLDER = "Name another job.dump_folder to start a new run"
 
 def num_growths_of(checkpoint: StepFolder) -> int:
     """How often a checkpoint's run has grown. Raises CheckpointError when its lineage cannot be read."""
-    try:
-        return len(checkpoint.lineage().events)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path.name} refused: its lineage cannot be read ({error})") from None
+    return len(checkpoint.lineage().events)
 
 
 def _past(recipe: Recipe, num_growths: int) -> list[dict[str, Any]]:
     """What cannot be changed about growths that have happened; their learning rates and layouts still can."""
     stages = recipe.growth.active_stages[:num_growths]
     return [stage.model_dump(exclude=_STILL_FREE, exclude_defaults=True) for stage in stages]
-
-
-def _written_with(checkpoint: StepFolder) -> Recipe:
-    try:
-        return recipe_from_toml(checkpoint.recipe_table())
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{checkpoint.path.name} refused: its recipe cannot be read ({reason})") from None
 
 
 def _model_then(recipe: Recipe, num_growths: int) -> ModelConfig | None:

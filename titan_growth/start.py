@@ -13,7 +13,7 @@ from titan_growth.checkpoint.folder import StepFolder, root_of
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema import Recipe
 from titan_growth.plan import RunPlan, plan_run
-from titan_growth.resume import compare, decided_before, newest_checkpoint, num_growths_of
+from titan_growth.resume import compare, decided_before, num_growths_of
 from titan_growth.tools.errors import ConfigError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.run_folder import RunFolder
@@ -110,15 +110,14 @@ def note_going_back(recipe: Recipe, folder: RunFolder) -> None:
         (root / GONE_BACK_FILE).unlink(missing_ok=True)
 
 
-def finished(recipe: Recipe, folder: RunFolder) -> StepFolder | None:
-    """The last checkpoint of a run that has nothing left to do, or None."""
+def finished(recipe: Recipe, checkpoint: StepFolder | None) -> bool:
+    """Whether a run that would go on from this checkpoint has nothing left to do."""
     if recipe.checkpoint.load_step != -1:
-        return None  # the user goes back on purpose
-    newest = newest_checkpoint(recipe, folder.path)
-    if newest is None or newest.step < recipe.training.steps:
-        return None
+        return False  # the user goes back on purpose
+    if checkpoint is None or checkpoint.step < recipe.training.steps:
+        return False
     # A run that ended before one of its growths came is not finished, and says so again.
-    return newest if num_growths_of(newest) >= len(recipe.growth.active_stages) else None
+    return num_growths_of(checkpoint) >= len(recipe.growth.active_stages)
 
 
 def finished_message(checkpoint: StepFolder) -> str:

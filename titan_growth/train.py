@@ -116,6 +116,7 @@ def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> tuple[int, str
     from titan_growth.tools.distributed import init_process_group, on_rank0, require_agreement, set_timeout
     from titan_growth.tools.heartbeat import Heartbeat, give_up
     from titan_growth.tools.signals import StopSignal
+    from titan_growth.usable import problem_of
     from titan_growth.watchdog import RollBackError
 
     dry_run = recipe.comm.mode == "fake_backend"
@@ -141,10 +142,10 @@ def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> tuple[int, str
                 on_rank0(folder.create)
                 on_rank0(folder.lock)
                 recipe = on_rank0(lambda: going_back(asked, folder))
-                if (done := on_rank0(lambda: finished(recipe, folder))) is not None:
-                    return DONE, finished_message(done), None
             checkpointer = CheckpointManager(recipe.checkpoint, folder.path)
-            checkpoint = checkpointer.find()
+            checkpoint = checkpointer.find(problem_of)
+            if checkpoint is not None and on_rank0(lambda: finished(recipe, checkpoint)):
+                return DONE, finished_message(checkpoint), None
             session = _Session(asked, recipe, folder, device, run_data, checkpointer, stop, heartbeat)
             heartbeat.last_checkpoint = session.last_checkpoint
             while True:

@@ -51,7 +51,7 @@ LAYERS: list[tuple[str, ...]] = [
         "growth.ligo",
         "growth.carry_out",
     ),
-    ("phases", "plan", "resume", "run_data", "shards", "validator", "observers", "start", "watchdog"),
+    ("phases", "plan", "resume", "run_data", "shards", "validator", "observers", "start", "usable", "watchdog"),
     ("growing",),
     ("trainer",),
     ("train", "preflight", "plan_report", "lineage_report", "plot", "growth_arguments"),

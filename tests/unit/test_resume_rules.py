@@ -192,7 +192,6 @@ def test_settle_refuses_another_run_and_prints_changes(tmp_path: Path, caplog: p
 
 
 def test_newest_checkpoint_and_the_end(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
     all_growths = len(recipe().growth.active_stages)
     assert all_growths > 0
     for step in (9, 100, 30):
@@ -205,13 +204,16 @@ def test_newest_checkpoint_and_the_end(tmp_path: Path) -> None:
     assert asked is not None
     assert asked.step == 30
     assert newest_checkpoint(recipe(checkpoint__load_step=31), tmp_path) is None
-    done = finished(recipe(), folder)
-    assert done is not None
-    assert "this run is finished at step 100" in finished_message(done)
-    assert finished(recipe(training__steps=101), folder) is None
-    assert finished(recipe(checkpoint__load_step=30), folder) is None, "going back on purpose is not the end"
+    assert finished(recipe(), newest)
+    assert "this run is finished at step 100" in finished_message(newest)
+    assert not finished(recipe(), None)
+    assert not finished(recipe(training__steps=101), newest)
+    assert not finished(recipe(checkpoint__load_step=100), newest), "going back on purpose is not the end"
     saved(tmp_path, recipe(), step=101, growths=all_growths - 1)
-    assert finished(recipe(), folder) is None, "a growth is still to come"
+    newest = newest_checkpoint(recipe(), tmp_path)
+    assert newest is not None
+    assert newest.step == 101
+    assert not finished(recipe(), newest), "a growth is still to come"
 
 
 def test_a_dry_run_leaves_nothing_behind() -> None:

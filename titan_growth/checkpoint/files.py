@@ -8,6 +8,8 @@ from typing import IO
 
 from titan_growth.checkpoint.inert import RefusedError
 
+MAX_METADATA_BYTES = 1 << 30
+"""Of a `.metadata`: seven million pieces. Reading takes some ten times as much memory."""
 MAX_TEXT_BYTES = 64 << 20
 """Of a manifest, a recipe, a lineage. The manifest of ten thousand ranks has two."""
 
@@ -59,8 +61,8 @@ def read_plain(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     Raises:
         FileNotFoundError, RefusedError: as `open_plain`; RefusedError also when it has more bytes.
     """
-    with open_plain(path) as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
+    size = size_of_file(path)
+    if size is not None and size > max_bytes:
         raise RefusedError(f"{path.name} has more than {max_bytes:,} bytes")
-    return data
+    with open_plain(path) as file:
+        return file.read(size or 0)  # and no more: room is made for all that is asked for

@@ -13,42 +13,55 @@ import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
-import tomli
+from pydantic import Field
 
+from titan_growth.checkpoint.files import (
+    MAX_METADATA_BYTES,
+    MAX_TEXT_BYTES,
+    is_plain_name,
+    open_plain,
+    read_plain,
+    size_of_file,
+)
+from titan_growth.checkpoint.inert import RefusedError
 from titan_growth.checkpoint.lineage import Lineage, Progress, RollBack
+from titan_growth.checkpoint.typed import STRICT, Count, Number, Size, Text, from_json, table_of_json, table_of_toml
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import is_remote, location
 
 FORMAT = 1
 MANIFEST, METADATA, RECIPE, LINEAGE = "manifest.json", ".metadata", "recipe.toml", "lineage.json"
-_STEP_FOLDER = re.compile(r"step-(\d+)")
+_MAX_BYTES = {RECIPE: 1 << 20, LINEAGE: MAX_TEXT_BYTES, METADATA: MAX_METADATA_BYTES}
+_STEP_FOLDER = re.compile("step-(0|[1-9][0-9]{0,15})")
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What `manifest.json` holds."""
 
+    __pydantic_config__ = STRICT
+
     progress: Progress
-    num_layers: int
-    num_ranks: int
-    mesh: str
+    num_layers: Count
+    num_ranks: Count
+    mesh: Text
     model_only: bool
     permanent: bool
     """Kept by retention: taken at a growth."""
-    metrics_offset: int
+    metrics_offset: Size
     """Bytes of metrics.jsonl when the checkpoint was taken; a resume cuts the file back to it."""
-    seconds: float = 0.0
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Wall-clock of the run's loop when the checkpoint was taken, over all processes that led to it."""
-    held_out_loss: float | None = None
+    held_out_loss: Number | None = None
     """Of one fixed batch, when the model grows from here: the growth then needs the small model itself no more."""
     roll_back: dict[str, Any] | None = None
     """The growth from this checkpoint that the watchdog has taken back (`lineage.RollBack`)."""
-    recent_losses: list[float] = field(default_factory=list)
+    recent_losses: list[Number] = field(default_factory=list)
     """The last training losses, when a growth depends on their slope."""
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Text] = field(default_factory=dict)
     """Fingerprints of corpus and tokenizer."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> {"bytes": n, "sha256": hex} of every file of the checkpoint but the manifest."""
@@ -59,16 +72,29 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises ValueError, KeyError or TypeError when it is not a manifest."""
-        table = json.loads(text)
+        """Raises RefusedError when it is not a manifest."""
+        table = table_of_json(text)
+        if not isinstance(table, dict) or "format" not in table:
+            raise RefusedError("it has no 'format'")
         if table.pop("format") != FORMAT:
-            raise ValueError("written by another version")
-        progress = Progress(**{key: int(table.pop(key)) for key in ("step", "tokens", "flops", "samples")})
-        for name, entry in table["files"].items():
-            if "/" in name or "\\" in name or name in ("", ".", ".."):
-                raise ValueError(f"names a file outside its folder: {name!r}")
-            entry["bytes"], entry["sha256"] = int(entry["bytes"]), str(entry["sha256"])
-        return cls(progress=progress, **table)
+            raise RefusedError("written by another version")
+        counters = ("step", "tokens", "flops", "samples")
+        if missing := [key for key in (*counters, "files") if key not in table]:
+            raise RefusedError(f"it has no '{missing[0]}'")
+        progress = {key: table.pop(key) for key in counters}
+        manifest = from_json(cls, json.dumps({**table, "progress": progress}))
+        for name, entry in manifest.files.items():
+            if not is_plain_name(name):
+                raise RefusedError(f"names a file outside its folder: {name[:300]!r}")
+            if entry.keys() != {"bytes", "sha256"} or not _is_entry(entry["bytes"], entry["sha256"]):
+                raise RefusedError(f"does not say the size and the checksum of {name}")
+        if manifest.roll_back is not None:
+            from_json(RollBack, json.dumps(manifest.roll_back))
+        return manifest
+
+
+def _is_entry(num_bytes: Any, sha256: Any) -> bool:
+    return type(num_bytes) is int and 0 <= num_bytes < 1 << 63 and type(sha256) is str and len(sha256) <= 64
 
 
 @dataclass(frozen=True)
@@ -83,12 +109,26 @@ class StepFolder:
         return self.manifest.progress.step
 
     def recipe_table(self) -> dict[str, Any]:
-        """The recipe the checkpoint was written with."""
-        return tomli.loads((self.path / RECIPE).read_text(encoding="utf-8"))
+        """The recipe the checkpoint was written with.
+
+        Raises:
+            CheckpointError: when it cannot be read.
+        """
+        try:
+            return table_of_toml(read_plain(self.path / RECIPE, _MAX_BYTES[RECIPE]))
+        except (OSError, RefusedError) as error:
+            raise CheckpointError(f"{self.path.name} refused: its recipe cannot be read ({error})") from None
 
     def lineage(self) -> Lineage:
-        """The growths behind the checkpoint."""
-        lineage = Lineage.from_dict(json.loads((self.path / LINEAGE).read_text(encoding="utf-8")))
+        """The growths behind the checkpoint.
+
+        Raises:
+            CheckpointError: when it cannot be read.
+        """
+        try:
+            lineage = Lineage.from_dict(table_of_json(read_plain(self.path / LINEAGE)))
+        except (OSError, RefusedError) as error:
+            raise CheckpointError(f"{self.path.name} refused: its lineage cannot be read ({error})") from None
         if self.manifest.roll_back is None:
             return lineage
         return replace(lineage, roll_backs=(*lineage.roll_backs, RollBack(**self.manifest.roll_back)))
@@ -107,12 +147,20 @@ class StepFolder:
             if position % share[1] != share[0] or (names is not None and name not in names):
                 continue
             path = self.path / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {entry['bytes']:,}"
-            if checksums and sha256_of(path) != entry["sha256"]:
-                return f"{name} does not match its checksum"
+            try:
+                size = size_of_file(path)
+                if size is None:
+                    return f"{name} is missing"
+                if size > _MAX_BYTES.get(name, size):
+                    return f"{name} has more than {_MAX_BYTES[name]:,} bytes"
+                if size != entry["bytes"]:
+                    return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
+                if checksums and sha256_of(path) != entry["sha256"]:
+                    return f"{name} does not match its checksum"
+            except RefusedError as error:
+                return str(error)
+            except OSError as error:
+                return f"{name} cannot be read ({error.strerror or error})"
         return None
 
 
@@ -123,18 +171,17 @@ def open_step(path: Path) -> StepFolder | None:
         CheckpointError: when there is a manifest but it cannot be used.
     """
     try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
+        text = read_plain(path / MANIFEST).decode()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RefusedError) as error:
         raise CheckpointError(f"{path.name} refused: {MANIFEST} cannot be read ({error})") from None
     if not text.endswith("}\n"):
         return None  # the process died while writing it: not committed
     try:
         return StepFolder(path, Manifest.from_json(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{path.name} refused: {MANIFEST} is not valid ({reason})") from None
+    except RefusedError as error:
+        raise CheckpointError(f"{path.name} refused: {MANIFEST} is not valid ({error})") from None
 
 
 def root_of(folder: str, dump_folder: Path) -> Path:
@@ -150,6 +197,11 @@ def root_of(folder: str, dump_folder: Path) -> Path:
 def step_path(root: Path, step: int) -> Path:
     """The folder of a step."""
     return root / f"step-{step}"
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a name is that of a step folder: nothing that leads elsewhere."""
+    return _STEP_FOLDER.fullmatch(name) is not None
 
 
 def step_numbers(root: Path) -> list[int]:
@@ -176,7 +228,8 @@ def committed_steps(root: Path) -> tuple[list[StepFolder], list[str]]:
             continue
         if folder is None:
             continue
-        damage = folder.damage(checksums=False) or folder.damage(checksums=True, names=(RECIPE, LINEAGE))
+        damage = f"its manifest is that of step {folder.step}" if folder.step != step else None
+        damage = damage or folder.damage(checksums=False) or folder.damage(checksums=True, names=(RECIPE, LINEAGE))
         if damage:
             refused.append(f"{folder.path.name} refused: {damage}")
         else:
@@ -206,7 +259,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         digest = hashlib.sha256()
         while piece := file.read(1 << 22):
             digest.update(piece)

@@ -10,17 +10,22 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from titan_growth.checkpoint.inert import RefusedError
+from titan_growth.checkpoint.typed import STRICT, Count, Number, Text, from_json
+
 
 @dataclass(frozen=True)
 class Progress:
     """Counters of a run. They never restart, not at a growth either."""
 
-    step: int = 0
-    tokens: int = 0
+    __pydantic_config__ = STRICT
+
+    step: Count = 0
+    tokens: Count = 0
     """Target positions trained on, by all ranks together."""
-    flops: int = 0
+    flops: Count = 0
     """Training FLOPs at the depth of each moment."""
-    samples: int = 0
+    samples: Count = 0
     """The data cursor: sequences of the global order consumed."""
 
     def learned(self, *, tokens: int, flops: int, samples: int) -> Progress:
@@ -42,30 +47,32 @@ class Progress:
 class GrowthEvent:
     """One growth that has happened."""
 
-    step: int
-    tokens: int
-    flops: int
-    operator: str
+    __pydantic_config__ = STRICT
+
+    step: Count
+    tokens: Count
+    flops: Count
+    operator: Text
     stage: dict[str, Any]
     """The stage as the recipe has it, defaults left out."""
-    from_sizes: dict[str, int]
+    from_sizes: dict[Text, Count]
     """Sizes of the model before, by recipe key."""
-    to_sizes: dict[str, int]
-    layer_map: tuple[int | None, ...]
+    to_sizes: dict[Text, Count]
+    layer_map: tuple[Count | None, ...]
     """Source layer of each layer; None for a layer that started anew."""
-    source: str
+    source: Text
     """Checkpoint folder that the grown model was read from, relative to the run's checkpoint folder."""
-    mesh: str
+    mesh: Text
     """Of the grown model; the source's manifest has that of the small one."""
-    num_ranks: int
-    loss_before: float | None
+    num_ranks: Count
+    loss_before: Number | None
     """On a fixed held-out batch; None for a growth on disk, which has no batch."""
-    loss_after: float | None = None
-    seconds: float | None = None
+    loss_after: Number | None = None
+    seconds: Number | None = None
     """From the small model's last step to the grown one's first, save and verification included."""
-    learning: dict[str, float] | None = None
+    learning: dict[Text, Number] | None = None
     """Steps, first and last loss of the learning phase of a growth that is learned."""
-    bytes_read: int = 0
+    bytes_read: Count = 0
     """By all ranks together, verification apart."""
 
     @property
@@ -79,28 +86,36 @@ class GrowthEvent:
         return self.to_sizes["n_layers"]
 
     @classmethod
-    def from_dict(cls, table: dict[str, Any]) -> GrowthEvent:
-        """Raises TypeError or KeyError when the table is not an event."""
-        if "source_of" in table:  # as the first version wrote it, which knew depth only
-            table = dict(table)
-            stage = {key: table.pop(key) for key in ("factor", "optimizer_state", "lr_policy")}
-            sizes = {f"{side}_sizes": {"n_layers": table.pop(f"{side}_layers")} for side in ("from", "to")}
-            table |= {"stage": stage, **sizes, "layer_map": table.pop("source_of"), "num_ranks": 0}
-        return cls(**{**table, "layer_map": tuple(table["layer_map"])})
+    def from_dict(cls, table: Any) -> GrowthEvent:
+        """Raises RefusedError when the table is not an event."""
+        if isinstance(table, dict) and "source_of" in table:  # as the first version wrote it, which knew depth only
+            stage = {key: table.get(key) for key in ("factor", "optimizer_state", "lr_policy")}
+            sizes = {f"{side}_sizes": {"n_layers": table.get(f"{side}_layers")} for side in ("from", "to")}
+            others = {key: value for key, value in table.items() if key not in (*stage, *_FIRST_VERSION)}
+            table = {**others, "stage": stage, **sizes, "layer_map": table["source_of"], "num_ranks": 0}
+        event = from_json(cls, json.dumps(table))
+        if any("n_layers" not in sizes for sizes in (event.from_sizes, event.to_sizes)):
+            raise RefusedError("a growth without n_layers")
+        return event
+
+
+_FIRST_VERSION = ("source_of", "from_layers", "to_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RollBack:
     """A growth that the watchdog has taken back."""
 
-    growth: int
+    __pydantic_config__ = STRICT
+
+    growth: Count
     """Its number, from 0."""
-    step: int
+    step: Count
     """When it had happened."""
-    noticed_at: int
-    loss_before: float
-    loss_then: float
-    postponed_to: int
+    noticed_at: Count
+    loss_before: Number
+    loss_then: Number
+    postponed_to: Count
     """The step from which on the run may grow again."""
 
 
@@ -139,9 +154,15 @@ class Lineage:
         return json.dumps(self.to_dict(), indent=1) + "\n"
 
     @classmethod
-    def from_dict(cls, table: dict[str, Any]) -> Lineage:
+    def from_dict(cls, table: Any) -> Lineage:
+        """Raises RefusedError when the table is not a lineage."""
+        if not isinstance(table, dict) or "events" not in table:
+            raise RefusedError("it is no lineage")
+        events, ancestors, roll_backs = (table.get(key, []) for key in ("events", "ancestors", "roll_backs"))
+        if not (isinstance(events, list) and isinstance(ancestors, list) and isinstance(roll_backs, list)):
+            raise RefusedError("it is no lineage")
         return cls(
-            tuple(GrowthEvent.from_dict(event) for event in table["events"]),
-            tuple(GrowthEvent.from_dict(event) for event in table.get("ancestors", [])),
-            tuple(RollBack(**one) for one in table.get("roll_backs", [])),
+            tuple(GrowthEvent.from_dict(event) for event in events),
+            tuple(GrowthEvent.from_dict(event) for event in ancestors),
+            tuple(from_json(RollBack, json.dumps(one)) for one in roll_backs),
         )

@@ -9,8 +9,9 @@ rather than start from scratch.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from titan_growth.checkpoint.folder import (
     Manifest,
     StepFolder,
     committed_steps,
+    is_step_name,
     no_such_step,
     none_usable,
     open_step,
@@ -32,7 +34,7 @@ from titan_growth.checkpoint.folder import (
     write_manifest,
 )
 from titan_growth.checkpoint.lineage import RollBack
-from titan_growth.checkpoint.reader import NamesOf, SafeReader
+from titan_growth.checkpoint.reader import NamesOf, SafeReader, misplaced
 from titan_growth.checkpoint.retention import Retention, set_aside_after
 from titan_growth.checkpoint.saving import Saver, Tensors, root_cause
 from titan_growth.config.schema import Checkpoint
@@ -52,8 +54,11 @@ class CheckpointManager:
 
     # ---- choosing ------------------------------------------------------------------------------------------------
 
-    def find(self) -> StepFolder | None:
+    def find(self, problem_of: Callable[[StepFolder], str | None] = lambda folder: None) -> StepFolder | None:
         """The checkpoint to resume from: the newest good one, or that of `checkpoint.load_step`.
+
+        Args:
+            problem_of: what else is wrong with one, or None; asked on rank 0, before checksums are computed.
 
         Raises:
             CheckpointError: when the one asked for, or every one there is, cannot be used.
@@ -65,7 +70,7 @@ class CheckpointManager:
         for folder in candidates:
             if wanted not in (-1, folder.step):
                 continue
-            damage = self.damage(folder)
+            damage = on_rank0(functools.partial(problem_of, folder)) or self.damage(folder)
             if damage is None:
                 for line in refused if wanted == -1 else []:
                     logger.error("%s", line)
@@ -79,9 +84,14 @@ class CheckpointManager:
         return None
 
     def damage(self, folder: StepFolder) -> str | None:
-        """Reads all files of a checkpoint, divided over the ranks."""
-        share = (dist.get_rank(), dist.get_world_size())
-        return next((found for found in gather_objects(folder.damage(checksums=True, share=share)) if found), None)
+        """What is wrong with the files of a checkpoint, or None. The ranks divide the work.
+
+        Checksums alone show accidents; what a stranger has written has checksums that fit. So the metadata is checked,
+        too, and whether every piece that it names is there and is what it says.
+        """
+        rank, num_ranks = dist.get_rank(), dist.get_world_size()
+        mine = folder.damage(checksums=True, share=(rank, num_ranks)) or misplaced(folder.path, (rank, num_ranks))
+        return next((found for found in gather_objects(mine) if found), None)
 
     def set_aside_after(self, step: int) -> None:
         """Moves checkpoints of later steps out of the way when a run goes on from an earlier one.
@@ -139,6 +149,8 @@ class CheckpointManager:
         Raises:
             CheckpointError: when it is not there, or damaged.
         """
+        if not is_step_name(source):
+            raise CheckpointError(f"the growth cannot be taken back: {source} is no checkpoint of this run")
         self.wait()
         folder = on_rank0(lambda: open_step(self.root / source))
         damage = "it is not there" if folder is None else self.damage(folder)

@@ -33,8 +33,6 @@ from titan_growth.checkpoint.boxes import gap
 from titan_growth.checkpoint.files import is_plain_name
 from titan_growth.checkpoint.inert import Record, RefusedError, Symbol, read_pickle
 
-MAX_METADATA_BYTES = 1 << 30
-"""Seven million pieces. Reading takes some ten times as much memory."""
 MAX_NAME = 1000
 MAX_DIMS = 32
 _LIMIT = 1 << 63

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from titan_growth.checkpoint.archive import StoredValues, find_values
-from titan_growth.checkpoint.files import open_plain, read_plain, size_of_file
+from titan_growth.checkpoint.files import MAX_METADATA_BYTES, open_plain, read_plain, size_of_file
 from titan_growth.checkpoint.inert import RefusedError
-from titan_growth.checkpoint.metadata import MAX_METADATA_BYTES, parse_metadata
+from titan_growth.checkpoint.metadata import parse_metadata
 from titan_growth.tools.errors import CheckpointError
 
 
@@ -215,7 +215,12 @@ class SafeReader(FileSystemReader):
 
     def tensor_entries(self) -> dict[str, TensorStorageMetadata]:
         """Name -> size and dtype of every stored tensor, under the names of `names_of`."""
-        entries = self.read_metadata().state_dict_metadata.items()
+        return self.tensors_of(self.read_metadata())
+
+    @staticmethod
+    def tensors_of(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+        """The entries that are tensors; others hold pickles, and are never read."""
+        entries = metadata.state_dict_metadata.items()
         return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -250,6 +255,22 @@ def _read_into(file: IO[bytes], target: Any) -> bool:
             return False
         done += count
     return True
+
+
+def misplaced(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a folder's metadata, or with the pieces that it names; None when all is well.
+
+    Args:
+        share: (rank, number of ranks) that divide the pieces among them.
+    """
+    try:
+        reader = SafeReader(path)
+        pieces = [piece for found in reader.chunks().values() for piece in found]
+        pieces.sort(key=lambda piece: (piece.file, piece.begin))
+        reader.check_chunks(pieces[share[0] :: share[1]])
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path.name} refused: ")
+    return None
 
 
 def renamed(metadata: Metadata, names_of: NamesOf) -> Metadata:

@@ -101,7 +101,8 @@ def _device_type() -> str:
 def linked(source: Source, manifest: Manifest, target: Path, recipe: Recipe) -> None:
     """A copy of a checkpoint that is written with another recipe; the shards are links, and nothing is written there.
 
-    The links are hard where the file system can, so that the run the checkpoint is from may remove it meanwhile.
+    The links are hard, so that the run the checkpoint is from may remove it meanwhile; on another file system they are
+    copies.
     Growths that were taken back are forgotten: they would put off the one that is tried.
     """
     target.mkdir(parents=True)
@@ -112,7 +113,7 @@ def linked(source: Source, manifest: Manifest, target: Path, recipe: Recipe) -> 
         try:
             os.link(shard, target / name)
         except OSError:
-            (target / name).symlink_to(shard)
+            shutil.copyfile(shard, target / name)  # a symbolic link would be refused: it leaves the checkpoint
     write_atomic(target / RECIPE, to_toml(recipe))
     write_atomic(target / LINEAGE, Lineage(source.lineage.events, source.lineage.ancestors).to_json())
     files = {**manifest.files, **{name: file_entry(target / name) for name in (RECIPE, LINEAGE)}}

@@ -64,8 +64,21 @@ class LocationError(TitanGrowthError):
         super().__init__(f"{message}. {hint}" if hint else message)
 
 
+def one_line(text: str, max_length: int = 2000) -> str:
+    """Text that may be a stranger's, as one line that a terminal prints and does not obey."""
+    shown = "".join(
+        letter if letter.isprintable() else " " if letter.isspace() else letter.encode("unicode_escape").decode()
+        for letter in text[:max_length]
+    )
+    shown = " ".join(shown.split())
+    return shown if len(text) <= max_length else shown + "..."
+
+
 class CheckpointError(TitanGrowthError):
-    """A checkpoint that cannot be written, is incomplete, or does not belong to this run."""
+    """A checkpoint that cannot be written, is incomplete, or does not belong to this run. Always one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class GrowthError(TitanGrowthError):

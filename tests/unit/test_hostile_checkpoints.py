@@ -1,0 +1,394 @@
+"""Checkpoints that a stranger has made: nothing in them runs, each is refused in a line, and the run goes on without.
+
+Every case has a manifest that fits its files, since who writes the files writes the checksums, too. Each is offered in
+three ways: as the newest checkpoint of a run that resumes, to `verify`, and as `checkpoint.initial_load_path`; all in a
+child process that may not have much memory or time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import re
+import resource
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.harness import run_ranks
+from tests.runs import make_recipe, train
+from tests.unit.hostile import CASES, NOT_FOR_A_START, Bomb, signed
+from titan_growth.checkpoint.folder import open_step
+from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.config.loader import with_values
+from titan_growth.config.schema import Recipe
+from titan_growth.growth_arguments import open_source
+from titan_growth.lineage_report import main as lineage_main
+from titan_growth.preflight import main as preflight_main
+from titan_growth.tools.errors import TitanGrowthError
+from titan_growth.usable import problem_of
+from titan_growth.verify_report import main as verify_main
+
+REFUSED = re.compile(r"step-\d+ refused: [^\n]+")
+MAX_MEMORY = 256 << 20
+"""Bytes that a child may take beyond what it has from its parent."""
+MAX_SECONDS = 20
+"""For all ways of reading one, on a busy machine; alone it takes a tenth of a second."""
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
+    """A run folder with the steps 2 and 4, and its recipe."""
+    folder = tmp_path_factory.mktemp("hostile") / "run"
+    growth = {"growth__stages__0__at": "1 step", "growth__stages__0__factor": 2}
+    checkpoint = {"checkpoint__enable": True, "checkpoint__interval": 2}
+    recipe = make_recipe(folder, model__n_layers=2, model__dim=16, training__steps=4, **checkpoint, **growth)
+    run_ranks(train, 1, 1, recipe)
+    return folder, recipe
+
+
+def copied(honest: tuple[Path, Recipe], to: Path) -> tuple[Path, Recipe]:
+    """The run in another folder."""
+    shutil.copytree(honest[0], to / "run", symlinks=True)
+    return to / "run", with_values(honest[1], {"job.dump_folder": str(to / "run"), "training.steps": 5})
+
+
+class Confined:
+    """A child process with little memory, which calls functions one after another."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._child = context.Process(target=_confined, args=(theirs, os.getpid()))
+        self._child.start()
+        theirs.close()
+
+    def call(self, function: Callable[..., Any], *args: Any, max_seconds: float = MAX_SECONDS) -> Any:
+        """The (picklable) result of a function.
+
+        Raises:
+            AssertionError: when it raised, took too much memory or too long, or the child died.
+        """
+        self._pipe.send_bytes(pickle.dumps((function, args)))
+        assert self._pipe.poll(max_seconds), f"not done after {max_seconds} s"
+        succeeded, result, peak = self._pipe.recv()
+        assert succeeded, result
+        assert peak < MAX_MEMORY, f"took {peak >> 20} MiB"
+        return result
+
+    def close(self) -> None:
+        self._child.kill()
+        self._child.join()
+
+
+def _confined(pipe: Any, parent: int) -> None:
+    """The life of the child."""
+
+    def in_use(key: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) << 10
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    limit = in_use("VmSize") + MAX_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    while os.getppid() == parent:
+        if not pipe.poll(1):
+            continue
+        function, args = pickle.loads(pipe.recv_bytes())
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, at what is in use
+        before = in_use("VmRSS")
+        try:
+            pipe.send((True, function(*args), in_use("VmHWM") - before))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()[-3000:], 0))
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[list[Confined]]:
+    """The child of the moment."""
+    found: list[Confined] = []
+    yield found
+    for child in found:
+        child.close()
+
+
+@pytest.fixture
+def confined(children: list[Confined]) -> Callable[..., Any]:
+    """Calls a function in a child with little memory and time; a new child after a failure."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        if not children:
+            children.append(Confined())
+        try:
+            return children[-1].call(*args, **options)
+        except BaseException:
+            children.pop().close()
+            raise
+
+    return call
+
+
+def found_by_resume(recipe: Recipe) -> tuple[int, list[str]]:
+    """(the step that a run resumes from, the lines about those refused)."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("titan_growth")
+    logger.addHandler(handler)
+    try:
+        folder = CheckpointManager(recipe.checkpoint, Path(recipe.job.dump_folder)).find(problem_of)
+    finally:
+        logger.removeHandler(handler)
+    assert folder is not None
+    return folder.step, lines
+
+
+def verified(folder: Path) -> tuple[int, str]:
+    """Status and output of `verify`."""
+    printed = StringIO()
+    with redirect_stdout(printed):
+        return verify_main([str(folder)]), printed.getvalue()
+
+
+def started_from(folder: Path, run: Path, corpus: str) -> tuple[int, str]:
+    """Status and output of the preflight of a new run that starts from a checkpoint."""
+    words = {"model.flavor": "custom", "model.dim": 16, "model.n_layers": 2, "model.n_heads": 4, "model.n_kv_heads": 2,
+             "model.vocab_size": 258, "data.tokenizer": "bytes", "training.dataset_path": corpus,
+             "training.seq_len": 32, "training.global_batch_size": 8, "training.local_batch_size": 2,
+             "training.steps": 6, "checkpoint.enable": "true", "checkpoint.initial_load_path": folder,
+             "job.dump_folder": run}  # fmt: skip
+    printed = StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        status = preflight_main([word for key, value in words.items() for word in (f"--{key}", str(value))])
+    return status, printed.getvalue()
+
+
+def test_the_bomb_goes_off(tmp_path: Path) -> None:
+    """Otherwise the tests below would show nothing."""
+    bomb = Bomb(tmp_path / "exploded")
+    pickle.loads(pickle.dumps(bomb))
+    assert bomb.path.exists()
+
+
+def test_the_honest_run_is_found_verified_and_started_from(
+    honest: tuple[Path, Recipe], confined: Any, tmp_path: Path
+) -> None:
+    run, recipe = copied(honest, tmp_path)
+    assert confined(found_by_resume, recipe) == (4, [])
+    assert confined(verified, run / "checkpoint" / "step-4")[0] == 0
+    status, printed = started_from(run / "checkpoint" / "step-4", tmp_path / "new", recipe.training.dataset_path or "")
+    assert status == 0, printed
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_hostile_checkpoint_is_refused(
+    name: str, honest: tuple[Path, Recipe], confined: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, recipe = copied(honest, tmp_path)
+    step = run / "checkpoint" / "step-4"
+    bomb = Bomb(tmp_path / "exploded")
+    CASES[name](step, bomb)
+    signed(step)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    tries = confined(tried_everywhere, recipe, step, None if name in NOT_FOR_A_START else tmp_path / "new")
+    shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before, "something was written, or the bomb went off"
+
+    step_found, lines = tries["resume"]
+    assert step_found == 2
+    for way, (status, errors) in tries.items():
+        if way != "resume":
+            assert status != 0, way
+            lines = errors
+        assert len(lines) == 1, (way, lines)
+        assert REFUSED.fullmatch(lines[0]), (way, lines[0])
+        assert lines[0].isprintable(), (way, lines[0])
+
+
+def tried_everywhere(recipe: Recipe, step: Path, new: Path | None) -> dict[str, tuple[int, list[str]]]:
+    """Way of reading a checkpoint -> (what came of it, the lines about what was refused)."""
+    tries = {"resume": found_by_resume(recipe)}
+    status, printed = verified(step)
+    tries["verify"] = status, [line.removeprefix("error: ") for line in printed.splitlines()]
+    if new is not None:
+        status, printed = started_from(step, new, recipe.training.dataset_path or "")
+        assert "Traceback" not in printed
+        errors = [line.split("error: ", 1)[1] for line in printed.splitlines() if "error: " in line]
+        tries["initial_load_path"] = status, [line.removeprefix("checkpoint.initial_load_path: ") for line in errors]
+    try:
+        open_source(step)
+    except TitanGrowthError as error:
+        tries["grow"] = 1, [str(error)]
+    else:
+        tries["grow"] = 0, []
+    printed_too = StringIO()
+    with redirect_stdout(printed_too), redirect_stderr(printed_too):
+        if status := lineage_main([str(step)]):
+            tries["lineage"] = status, [line.removeprefix("error: ") for line in printed_too.getvalue().splitlines()]
+    return tries
+
+
+def test_a_run_resumes_from_the_older_step(honest: tuple[Path, Recipe], tmp_path: Path) -> None:
+    """Not only found: trained on from, with the hostile one set aside."""
+    run, recipe = copied(honest, tmp_path)
+    step = run / "checkpoint" / "step-4"
+    bomb = Bomb(tmp_path / "exploded")
+    CASES["a pickle as metadata"](step, bomb)
+    signed(step)
+    run_ranks(train, 1, 1, recipe)
+    assert (run / "checkpoint" / "damaged-4").is_dir()
+    assert open_step(run / "checkpoint" / "step-5") is not None
+    assert not bomb.path.exists()
+
+
+def test_none_usable_is_an_error(honest: tuple[Path, Recipe], tmp_path: Path) -> None:
+    """A run whose checkpoints are all hostile does not start from scratch."""
+    _, recipe = copied(honest, tmp_path)
+    bomb = Bomb(tmp_path / "exploded")
+    for step in (Path(recipe.job.dump_folder) / "checkpoint").iterdir():
+        CASES["a pickle as metadata"](step, bomb)
+        signed(step)
+    with pytest.raises(AssertionError, match=r"none can be used: step-4 refused: .*; step-2 refused: .*; step-1 "):
+        run_ranks(train, 1, 1, recipe)
+    assert not (Path(recipe.job.dump_folder) / "checkpoint" / "step-5").exists()
+    assert not bomb.path.exists()
+
+
+def test_a_finished_run_with_a_flipped_bit_is_not_finished(
+    honest: tuple[Path, Recipe], confined: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`nothing to do` is said only of a checkpoint that is whole."""
+    from titan_growth.tools.exit_report import NOTHING_TO_DO
+
+    run, _ = copied(honest, tmp_path)
+    (tmp_path / "run.toml").write_bytes((run / "checkpoint" / "step-4" / "recipe.toml").read_bytes())
+    words = ["--job.config_file", str(tmp_path / "run.toml"), "--job.dump_folder", str(run)]
+    assert preflight_main(words) == NOTHING_TO_DO
+    assert "nothing to do" in capsys.readouterr().out
+    shard = run / "checkpoint" / "step-4" / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    assert preflight_main(words) == 0
+    printed = capsys.readouterr().out
+    assert "step-4 refused: __0_0.distcp does not match its checksum" in printed
+    assert "nothing to do" not in printed
+
+
+def test_a_growth_is_not_taken_back_to_another_folder(tmp_path: Path) -> None:
+    """The lineage names the checkpoint to go back to, and going back writes into it."""
+    from titan_growth.checkpoint.lineage import RollBack
+    from titan_growth.config.schema import Checkpoint
+
+    manager = CheckpointManager(Checkpoint(enable=True), tmp_path)
+    back = RollBack(growth=0, step=1, noticed_at=2, loss_before=1.0, loss_then=2.0, postponed_to=3)
+    for source in ("../other", "/etc", "step-1/../../other", "damaged-4", "step-01"):
+        with pytest.raises(TitanGrowthError, match="cannot be taken back"):
+            manager.roll_back(source, back)
+
+
+# ---- by chance -------------------------------------------------------------------------------------------------------
+
+
+def mutated(data: bytes, generator: Any) -> bytes:
+    """A few bytes flipped, replaced, cut out or doubled."""
+    changed = bytearray(data)
+    for _ in range(generator.randint(1, 4)):
+        place = generator.randrange(len(changed))
+        kind = generator.randrange(5)
+        if kind == 0:
+            changed[place] ^= 1 << generator.randrange(8)
+        elif kind == 1:
+            changed[place : place + 4] = generator.randbytes(4)
+        elif kind == 2:
+            del changed[place : place + generator.randint(1, 40)]
+        elif kind == 3:
+            changed[place:place] = changed[place : place + generator.randint(1, 40)]
+        else:
+            changed[place : place + 8] = generator.choice([b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, b"99999999"])
+        if not changed:
+            break
+    return bytes(changed)
+
+
+def tried(step: Path, names: list[str], rounds: int, seed: int) -> dict[str, int]:
+    """Mutates files of a checkpoint, one at a time, and looks at it each time; how often it was refused, and not."""
+    import random
+
+    generator = random.Random(seed)
+    counts = {"good": 0, "refused": 0, "not committed": 0}
+    whole = {path.name: path.read_bytes() for path in step.iterdir()}
+    for _ in range(rounds):
+        name = generator.choice(names)
+        (step / name).write_bytes(mutated(whole[name], generator))
+        if name != "manifest.json":
+            signed(step)
+        status, printed = verified(step)
+        if status == 0:
+            counts["good"] += 1
+        elif "was never committed" in printed:
+            counts["not committed"] += 1
+        else:
+            (line,) = printed.splitlines()
+            assert REFUSED.fullmatch(line.removeprefix("error: ")), (name, line)
+            assert line.isprintable(), (name, line)
+            counts["refused"] += 1
+        (step / name).write_bytes(whole[name])
+        (step / "manifest.json").write_bytes(whole["manifest.json"])
+    return counts
+
+
+FILES = [".metadata", "__0_0.distcp", "manifest.json", "lineage.json", "recipe.toml"]
+
+
+def test_chance_finds_nothing_in_a_few_rounds(honest: tuple[Path, Recipe], confined: Any, tmp_path: Path) -> None:
+    run, _ = copied(honest, tmp_path)
+    counts = confined(tried, run / "checkpoint" / "step-4", FILES, 25, 0)
+    assert counts["refused"] > 8, counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_chance_finds_nothing(name: str, honest: tuple[Path, Recipe], confined: Any, tmp_path: Path) -> None:
+    """Hundreds of mutations of each file, with a fixed seed: a line, or a checkpoint that reads."""
+    run, _ = copied(honest, tmp_path)
+    counts = confined(tried, run / "checkpoint" / "step-4", [name], 400, 1, max_seconds=300)
+    assert counts["refused"] > 20, counts
+
+
+def test_the_manifest_of_another_step_is_refused(honest: tuple[Path, Recipe], confined: Any, tmp_path: Path) -> None:
+    run, recipe = copied(honest, tmp_path)
+    (run / "checkpoint" / "step-4").rename(run / "checkpoint" / "step-900719925474099")
+    (run / "checkpoint" / "step-007").mkdir()
+    (run / "checkpoint" / "step-1e3").mkdir()
+    (run / "checkpoint" / ("step-" + "9" * 60)).mkdir()
+    step, lines = confined(found_by_resume, recipe)
+    assert (step, lines) == (2, ["step-900719925474099 refused: its manifest is that of step 4"])
+
+
+def test_a_wrong_checksum_comes_before_what_it_would_lead_to(
+    honest: tuple[Path, Recipe], confined: Any, tmp_path: Path
+) -> None:
+    run, recipe = copied(honest, tmp_path)
+    step = open_step(run / "checkpoint" / "step-4")
+    assert step is not None
+    entry = step.manifest.files[".metadata"]
+    files = {**step.manifest.files, ".metadata": {**entry, "sha256": "0" * 64}}
+    manifest = replace(step.manifest, files=files)
+    (step.path / "manifest.json").write_text(json.dumps(json.loads(manifest.to_json()), indent=1) + "\n")
+    assert confined(found_by_resume, recipe)[1] == ["step-4 refused: .metadata does not match its checksum"]
