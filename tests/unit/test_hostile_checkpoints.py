@@ -30,9 +30,10 @@ from tests.harness import run_ranks
 from tests.runs import make_recipe, train
 from tests.unit.hostile import CASES, NOT_FOR_A_START, Bomb, signed
 from titan_growth.checkpoint.folder import open_step
+from titan_growth.checkpoint.lineage import RollBack
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.config.loader import with_values
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema import Checkpoint, Recipe
 from titan_growth.growth_arguments import open_source
 from titan_growth.lineage_report import main as lineage_main
 from titan_growth.preflight import main as preflight_main
@@ -290,16 +291,22 @@ def test_a_finished_run_with_a_flipped_bit_is_not_finished(
     assert "nothing to do" not in printed
 
 
-def test_a_growth_is_not_taken_back_to_another_folder(tmp_path: Path) -> None:
-    """The lineage names the checkpoint to go back to, and going back writes into it."""
-    from titan_growth.checkpoint.lineage import RollBack
-    from titan_growth.config.schema import Checkpoint
-
-    manager = CheckpointManager(Checkpoint(enable=True), tmp_path)
+def taken_back_to(root: Path, source: str) -> str:
+    """The message about going back to the checkpoint that a growth came from, as its lineage names it."""
+    manager = CheckpointManager(Checkpoint(enable=True), root)
     back = RollBack(growth=0, step=1, noticed_at=2, loss_before=1.0, loss_then=2.0, postponed_to=3)
-    for source in ("../other", "/etc", "step-1/../../other", "damaged-4", "step-01"):
-        with pytest.raises(TitanGrowthError, match="cannot be taken back"):
-            manager.roll_back(source, back)
+    try:
+        manager.roll_back(source, back)
+    except TitanGrowthError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("source", ["../step-2", "/etc", "step-4/../../other", "damaged-4", "step-01"])
+def test_a_growth_is_not_taken_back_to_another_folder(source: str, confined: Any, tmp_path: Path) -> None:
+    """Going back writes into the folder that the lineage names."""
+    message = confined(taken_back_to, tmp_path, source)
+    assert message == f"the growth cannot be taken back: {source} is no checkpoint of this run"
 
 
 # ---- by chance -------------------------------------------------------------------------------------------------------
