@@ -7,15 +7,12 @@ child process that may not have much memory or time.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
-import multiprocessing
-import os
 import pickle
 import re
-import resource
 import shutil
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -24,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from tests.harness import run_ranks
 from tests.runs import make_recipe, train
-from tests.unit.hostile import CASES, NOT_FOR_A_START, Bomb, signed
+from tests.unit.confined import Confined
+from tests.unit.hostile import Bomb, signed
+from tests.unit.hostile_files import CASES, NOT_FOR_A_START
 from titan_growth.checkpoint.folder import open_step
 from titan_growth.checkpoint.lineage import RollBack
 from titan_growth.checkpoint.manager import CheckpointManager
@@ -42,11 +40,6 @@ from titan_growth.usable import problem_of
 from titan_growth.verify_report import main as verify_main
 
 REFUSED = re.compile(r"step-\d+ refused: [^\n]+")
-MAX_MEMORY = 256 << 20
-"""Bytes that a child may take beyond what it has from its parent."""
-MAX_SECONDS = 20
-"""For all ways of reading one, on a busy machine; alone it takes a tenth of a second."""
-
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
 
 
@@ -65,57 +58,6 @@ def copied(honest: tuple[Path, Recipe], to: Path) -> tuple[Path, Recipe]:
     """The run in another folder."""
     shutil.copytree(honest[0], to / "run", symlinks=True)
     return to / "run", with_values(honest[1], {"job.dump_folder": str(to / "run"), "training.steps": 5})
-
-
-class Confined:
-    """A child process with little memory, which calls functions one after another."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("fork")
-        self._pipe, theirs = context.Pipe()
-        self._child = context.Process(target=_confined, args=(theirs, os.getpid()))
-        self._child.start()
-        theirs.close()
-
-    def call(self, function: Callable[..., Any], *args: Any, max_seconds: float = MAX_SECONDS) -> Any:
-        """The (picklable) result of a function.
-
-        Raises:
-            AssertionError: when it raised, took too much memory or too long, or the child died.
-        """
-        self._pipe.send_bytes(pickle.dumps((function, args)))
-        assert self._pipe.poll(max_seconds), f"not done after {max_seconds} s"
-        succeeded, result, peak = self._pipe.recv()
-        assert succeeded, result
-        assert peak < MAX_MEMORY, f"took {peak >> 20} MiB"
-        return result
-
-    def close(self) -> None:
-        self._child.kill()
-        self._child.join()
-
-
-def _confined(pipe: Any, parent: int) -> None:
-    """The life of the child."""
-
-    def in_use(key: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) << 10
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    limit = in_use("VmSize") + MAX_MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    while os.getppid() == parent:
-        if not pipe.poll(1):
-            continue
-        function, args = pickle.loads(pipe.recv_bytes())
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, at what is in use
-        before = in_use("VmRSS")
-        try:
-            pipe.send((True, function(*args), in_use("VmHWM") - before))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()[-3000:], 0))
-    os._exit(0)
 
 
 @pytest.fixture(scope="module")
@@ -376,6 +318,28 @@ def test_chance_finds_nothing(name: str, honest: tuple[Path, Recipe], confined: 
     run, _ = copied(honest, tmp_path)
     counts = confined(tried, run / "checkpoint" / "step-4", [name], 400, 1, max_seconds=300)
     assert counts["refused"] > 20, counts
+
+
+def test_plugins_that_a_checkpoint_names_are_not_imported(
+    honest: tuple[Path, Recipe], confined: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither to resume, nor to look at it. Whoever trusts them names them in a recipe of their own."""
+    run, recipe = copied(honest, tmp_path)
+    step = run / "checkpoint" / "step-4"
+    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('exploded').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    stored = (step / "recipe.toml").read_text()
+    (step / "recipe.toml").write_text('plugins = ["evil"]\n' + stored.replace("plugins = []\n", ""))
+    signed(step)
+    assert confined(found_by_resume, recipe) == (4, [])
+    assert confined(verified, step)[0] == 0
+    with pytest.raises(TitanGrowthError, match=r"--plugins: .* was written with plugins.*--plugins evil"):
+        open_source(step)
+    run_ranks(train, 1, 1, recipe)
+    assert not (tmp_path / "exploded").exists()
+    importlib.import_module("evil")
+    assert (tmp_path / "exploded").exists(), "the bomb of this test does not go off at all"
 
 
 def test_the_manifest_of_another_step_is_refused(honest: tuple[Path, Recipe], confined: Any, tmp_path: Path) -> None:
