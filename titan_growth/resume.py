@@ -53,7 +53,7 @@ def decided_before(folder: Path, checkpoint: StepFolder | None) -> Recipe | None
         return recipe_of(checkpoint)
     try:
         return recipe_from_toml(tomli.loads((folder / RECIPE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

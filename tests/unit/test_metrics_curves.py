@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from titan_growth.metrics.curves import Curve, Point, compare, read_curve, report
+from titan_growth.metrics.curves import Curve, Point, compare, read_curve, report, weights_of
 from titan_growth.plot import main as plot_main
 from titan_growth.tools.errors import ConfigError
 
@@ -149,3 +150,28 @@ def test_a_folder_with_an_equals_sign_and_a_run_that_took_anothers_weights(
     (run / "recipe.toml").write_text(f"{start}false\n")
     assert plot_main([str(run)]) == 0
     assert said not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[" * 100_000, '{"validation_loss": NaN, "step": 1}', '{"validation_loss": 1, "step": "x"}', "[1]",
+     '{"step": 1' + "0" * 5000,
+     '{"validation_loss": 1e999, "step": 2}', '{"validation_loss": 1, "step": 1, "flops": 1' + "0" * 400 + "}",
+     '{"event": "growth", "step": {}}'],
+)  # fmt: skip
+def test_lines_of_a_stranger_are_one_problem(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(ConfigError, match=r"\A[^\n]*line 1: is no line of a run's metrics\Z"):
+        read_curve("run", tmp_path)
+
+
+def test_a_pipe_is_no_curve(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(ConfigError, match=r"cannot be read \(is no file\)"):
+        read_curve("run", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["checkpoint = 3", "x = " + "[" * 10_000, "checkpoint = [1]"])
+def test_the_recipe_of_a_stranger_says_nothing_about_weights(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(text + "\n")
+    assert weights_of(tmp_path) is None

@@ -7,7 +7,9 @@ models before a growth included. Between two validations a curve is taken to be 
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import tomli
 
-from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.tools.errors import ConfigError, Problem, one_line
 from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE
 
 COSTS = ("flops", "tokens", "seconds")
@@ -112,6 +114,8 @@ def read_curve(name: str, path: Path) -> Curve:
     """
     file = path / METRICS_FILE if path.is_dir() else path
     try:
+        if file.exists() and not file.is_file():
+            raise OSError(errno.EINVAL, "is no file")
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is no text"
@@ -123,10 +127,11 @@ def read_curve(name: str, path: Path) -> Curve:
         try:
             entry = json.loads(line)
             if entry.get("event") == "growth":
-                growths.append(Growth(entry["step"], entry["from_layers"], entry["to_layers"], _costs(entry)))
+                step, before, after = (int(entry[key]) for key in ("step", "from_layers", "to_layers"))
+                growths.append(Growth(step, before, after, _costs(entry)))
             elif entry.get("validation_loss") is not None:
-                points.append(Point(entry["step"], float(entry["validation_loss"]), _costs(entry)))
-        except (ValueError, KeyError, TypeError, AttributeError):
+                points.append(Point(int(entry["step"]), _finite(entry["validation_loss"]), _costs(entry)))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ConfigError([Problem(f"{file}, line {number}", "is no line of a run's metrics")]) from None
     if len(points) < 2:
         message = f"{file} has {len(points)} validation{'s' if len(points) != 1 else ''}, and a curve needs two"
@@ -135,7 +140,14 @@ def read_curve(name: str, path: Path) -> Curve:
 
 
 def _costs(entry: dict[str, Any]) -> dict[str, float]:
-    return {cost: float(entry[cost]) for cost in COSTS if cost in entry and entry[cost] is not None}
+    return {cost: _finite(entry[cost]) for cost in COSTS if entry.get(cost) is not None}
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("is not finite")
+    return number
 
 
 def report(comparisons: Sequence[Comparison]) -> list[str]:
@@ -156,8 +168,10 @@ def weights_of(path: Path) -> str | None:
     """What a run took its first weights from, when its counters began at zero all the same; None otherwise."""
     try:
         table = tomli.loads((path / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    section = table.get("checkpoint", {})
+    section = table.get("checkpoint")
+    if not isinstance(section, dict):
+        return None
     start = section.get("initial_load_path")
-    return str(start) if start and section.get("initial_load_model_only", True) else None
+    return one_line(str(start)) if start and section.get("initial_load_model_only", True) else None
