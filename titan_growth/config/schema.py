@@ -14,6 +14,7 @@ from titan_growth.config.growth_schema import Growth
 from titan_growth.config.model_schema import Model
 from titan_growth.config.parallelism_schema import Parallelism
 from titan_growth.config.section import Section
+from titan_growth.config.stability_schema import Stability
 from titan_growth.config.technique_schema import ActivationCheckpoint, Compile, Quantize
 
 
@@ -216,7 +217,7 @@ class Comm(Section):
     init_timeout_seconds: int = Field(300, ge=1)
     """Time limit of collectives until the first step is done."""
     train_timeout_seconds: int = Field(100, ge=1)
-    """Time limit of collectives afterwards."""
+    """Time limit of collectives afterwards. A rank that stands still for longer ends the run (docs/failures.md)."""
     trace_buf_size: int = Field(20000, ge=0)
     """Entries of NCCL's flight recorder, 0 = off (CUDA)."""
     save_traces_folder: str = "comm_traces"
@@ -289,4 +290,5 @@ class Recipe(Section):
     comm: Comm = Comm()
     debug: Debug = Debug()
     data: Data = Data()
+    stability: Stability = Stability()
     growth: Growth = Growth()
