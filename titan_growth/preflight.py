@@ -152,7 +152,7 @@ def _check_initial(plan: RunPlan) -> None:
         casts=plan.recipe.checkpoint.initial_load_model_only,
     )
     if wrong:
-        raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}. Name a step-N folder of this model")
+        raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}. Name a checkpoint of this model")
 
 
 def _check_space(folder: RunFolder, plan: RunPlan) -> None:

@@ -94,12 +94,14 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
     weight_map = _json(path, INDEX, _MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path.name} refused: its {INDEX} has no weight_map")
-    stored: dict[str, StoredTensor] = {}
-    for name in sorted(set(weight_map.values())):
+    files = sorted(set(weight_map.values()))
+    for name in files:
         if "/" in name or "\\" in name or "\0" in name or name.startswith(".") or not name.endswith(".safetensors"):
             raise CheckpointError(f"{path.name} refused: its {INDEX} names the file {name!r:.100}")
         if not (path / name).is_file():
-            raise CheckpointError(f"{path.name} refused: it has no {name}, which its {INDEX} names")
+            raise CheckpointError(f"{path.name} refused: it has no {name:.100}, which its {INDEX} names")
+    stored: dict[str, StoredTensor] = {}
+    for name in files:
         for tensor, where in read_header(path / name).items():
             if weight_map.get(tensor) != name:
                 said = f"in {weight_map[tensor]:.60}" if tensor in weight_map else "nowhere"
