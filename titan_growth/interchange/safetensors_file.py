@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         OSError: when the file cannot be read.
     """
     num_bytes = path.stat().st_size
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, num_bytes - 8):
@@ -130,7 +130,7 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     return table
 
 
-def fill(file: BinaryIO, offset: int, target: memoryview) -> None:
+def fill(file: IO[bytes], offset: int, target: memoryview) -> None:
     """Reads bytes from a place in a file into memory. Raises OSError when there are not so many."""
     file.seek(offset)
     done = 0
