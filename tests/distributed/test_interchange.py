@@ -189,6 +189,20 @@ def test_out_of_a_3d_mesh(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_from_a_folder_grows(theirs: Path, tmp_path: Path) -> None:
+    """The folder is the small model of a recipe with growth; a resume needs it no more."""
+    stage = {"growth__stages__0__at": "2 steps", "growth__stages__0__factor": 2}
+    settings = {**MODEL, **SAVING, **stage, "model__n_layers": 8, "checkpoint__initial_load_path": str(theirs)}
+    run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **{**settings, "training__steps": 3}))
+    run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **{**settings, "training__steps": 4}))
+    lines = [line for line in read_metrics(tmp_path / "run") if "grad_norm" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    by_transformers = _loss_by_transformers(theirs, make_recipe(tmp_path / "x", **MODEL))
+    assert lines[0]["loss"] == pytest.approx(by_transformers, rel=1e-6)
+    assert (tmp_path / "run" / "checkpoint" / "step-4").is_dir()
+
+
+@pytest.mark.slow
 def test_a_folder_is_grown_and_trained_on_a_3d_mesh(theirs: Path, tmp_path: Path) -> None:
     grown = tmp_path / "grown" / "step-0"
     assert grow_main(["--from", str(theirs), "--to", str(grown), "--operator", "stack", "--factor", "2"]) == 0

@@ -194,6 +194,14 @@ CASES: dict[str, tuple[Change, str]] = {
     "more layers than there are": (config(num_hidden_layers=2), "it has no model.layers.1.input_layernorm.weight"),
     "nothing": (lambda path: None, ""),
     "bias in the files": (weights(model__layers__0__self_attn__q_proj__bias=torch.ones(8)), "q_proj.bias, for which"),
+    "name of many lines": (
+        index(lambda t: t.update({"a\nerror: b\x1b[2J": FILES[0]})),
+        "model-00001-of-00002.safetensors has no 'a\\nerror: b\\x1b[2J', which",
+    ),
+    "name of half a character": (index(lambda t: t.update({"a\ud800": FILES[0]})), "has no 'a\\ud800', which"),
+    "file name of half a character": (index(lambda t: t.update({E: "\ud800.safetensors"})), "file '\\ud800.safe"),
+    "header name of many lines": (header(lambda t: t.update({"a\nb": t.pop(E)})), "'a\\nb' is in model-00001"),
+    "kind of many lines": (config(model_type="a\nb"), "model_type 'a\\nb'; known"),
     "pickled weights": (pickled, "its weights are pickled (pytorch_model.bin)"),
     "no weights": (
         lambda p: [(p / name).unlink() for name in (*FILES, INDEX)] and None,
