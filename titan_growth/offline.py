@@ -19,14 +19,12 @@ from typing import Any, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from titan_growth.checkpoint.folder import (
     LINEAGE,
-    METADATA,
     RECIPE,
     Manifest,
     StepFolder,
@@ -35,6 +33,7 @@ from titan_growth.checkpoint.folder import (
 )
 from titan_growth.checkpoint.lineage import GrowthEvent, Lineage
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
+from titan_growth.checkpoint.writer import ShardWriter
 from titan_growth.config.growth_schema import GrowthStage
 from titan_growth.config.loader import to_toml, with_values
 from titan_growth.config.plugins import load_plugins
@@ -135,13 +134,14 @@ def grow_checkpoint(
         require_space(target, num_bytes, "the grown model")
         reader = _OneSourceReader(stored)
         planner = _GrowingPlanner(reader, rules, std_of, seed)
-        writer = FileSystemWriter(target, single_file_per_rank=True, thread_count=1, sync_files=True)
+        writer = ShardWriter(target)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
         _verify(opened.reader(), target, tensors, rules, std_of)
         event = _event(folder, stage, growth, time.perf_counter() - began, reader.num_bytes_read)
-        _commit(folder, recipe, target, growth, event, model_only=not with_state, plugins=plugins)
+        files = writer.entries
+        _commit(folder, recipe, target, growth, event, files=files, model_only=not with_state, plugins=plugins)
     except (OSError, CheckpointException) as error:
         raise failure(target, error) from error
     return (
@@ -259,6 +259,7 @@ def _commit(
     growth: GrowthMap,
     event: GrowthEvent,
     *,
+    files: dict[str, dict[str, Any]],
     model_only: bool,
     plugins: Sequence[str],
 ) -> None:
@@ -272,7 +273,6 @@ def _commit(
     grown = _recipe_of(now, growth.after, plugins)
     write_atomic(target / RECIPE, to_toml(grown))
     write_atomic(target / LINEAGE, ancestors.to_json())
-    files = [path for path in target.iterdir() if path.suffix == ".distcp"]
     manifest = Manifest(
         progress=folder.manifest.progress,
         num_layers=growth.after.num_layers,
@@ -283,9 +283,7 @@ def _commit(
         metrics_offset=0,
         seconds=folder.manifest.seconds + (event.seconds or 0.0),
         data=folder.manifest.data,
-        files={
-            path.name: file_entry(path) for path in (*files, *(target / one for one in (METADATA, RECIPE, LINEAGE)))
-        },
+        files={**files, **{name: file_entry(target / name) for name in (RECIPE, LINEAGE)}},
     )
     write_manifest(target, manifest)
 

@@ -154,7 +154,7 @@ def _check_initial(plan: RunPlan) -> None:
     wanted = model.to(getattr(torch, plan.recipe.training.dtype)).state_dict()
     wrong = misfits(reader, wanted, casts=plan.recipe.checkpoint.initial_load_model_only)
     if wrong:
-        raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}. Name a step-N folder of this model")
+        raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}. Name a checkpoint of this model")
     if is_hugging_face(path):
         return  # its files hold no archives, and have been looked into
     folder = open_step(path)

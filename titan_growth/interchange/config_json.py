@@ -10,7 +10,6 @@ from 5 on. All of them are read, in the order that transformers 5 gives them, an
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +47,6 @@ _LLAMA3 = {
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3}
 
 
-@functools.cache
 def layouts() -> dict[str, tuple[str, HuggingFaceLayout]]:
     """`model_type` -> (family, its layout)."""
     found = {}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from titan_growth.checkpoint.files import is_plain_name
 from titan_growth.config.model_schema import Model
 from titan_growth.interchange.config_json import layout_of, model_table
 from titan_growth.interchange.safetensors_file import StoredTensor, parse_json, read_header
@@ -94,21 +95,28 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
     weight_map = _json(path, INDEX, _MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path.name} refused: its {INDEX} has no weight_map")
-    stored: dict[str, StoredTensor] = {}
-    for name in sorted(set(weight_map.values())):
-        if "/" in name or "\\" in name or "\0" in name or name.startswith(".") or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path.name} refused: its {INDEX} names the file {name!r:.100}")
+    files = sorted(set(weight_map.values()))
+    for name in files:
+        if not is_plain_name(name) or name.startswith(".") or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{path.name} refused: its {INDEX} names the file {name!a:.100}")
         if not (path / name).is_file():
             raise CheckpointError(f"{path.name} refused: it has no {name}, which its {INDEX} names")
+    stored: dict[str, StoredTensor] = {}
+    for name in files:
         for tensor, where in read_header(path / name).items():
             if weight_map.get(tensor) != name:
-                said = f"in {weight_map[tensor]:.60}" if tensor in weight_map else "nowhere"
-                raise CheckpointError(f"{path.name} refused: {tensor:.100} is in {name}, and {said} by its {INDEX}")
+                said = f"in {weight_map[tensor]}" if tensor in weight_map else "nowhere"
+                raise CheckpointError(f"{path.name} refused: {_shown(tensor)} is in {name}, and {said} by its {INDEX}")
             stored[tensor] = where
     if missing := sorted(weight_map.keys() - stored.keys()):
         file = weight_map[missing[0]]
-        raise CheckpointError(f"{path.name} refused: {file} has no {missing[0]:.100}, which its {INDEX} says")
+        raise CheckpointError(f"{path.name} refused: {file} has no {_shown(missing[0])}, which its {INDEX} says")
     return stored
+
+
+def _shown(name: str) -> str:
+    """A stranger's name of a tensor, on one line."""
+    return (name if name.isprintable() else ascii(name))[:100]
 
 
 def _parameters(
@@ -136,5 +144,7 @@ def _parameters(
     unknown = sorted(name for name in stored.keys() - known if not name.endswith(layout.ignored))
     if unknown:
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise CheckpointError(f"{path.name} refused: it has {unknown[0]:.100}{more}, for which there is no place here")
+        raise CheckpointError(
+            f"{path.name} refused: it has {_shown(unknown[0])}{more}, for which there is no place here"
+        )
     return found

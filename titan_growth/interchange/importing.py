@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from titan_growth.checkpoint.folder import LINEAGE, RECIPE, file_entry, write_manifest
 from titan_growth.checkpoint.lineage import Lineage
 from titan_growth.checkpoint.reader import SafeReader
+from titan_growth.checkpoint.writer import ShardWriter
 from titan_growth.config.loader import to_toml, with_values
 from titan_growth.growth_arguments import parse_words
 from titan_growth.interchange.folder import CONFIG, is_hugging_face
@@ -81,8 +82,8 @@ def import_folder(source: Path, target: Path) -> str:
     num_bytes = opened.opened.opened.num_bytes
     try:
         require_space(target, num_bytes, "the model")
-        _write(opened.opened, target)
-        said = _commit(opened, target, assets)
+        entries = _write(opened.opened, target)
+        said = _commit(opened, target, assets, entries)
     except (OSError, CheckpointException, TitanGrowthError) as error:
         emptied(target)
         raise failure(target, error) from error
@@ -91,6 +92,9 @@ def import_folder(source: Path, target: Path) -> str:
         f"{target}: {config.num_layers} layers of width {config.dim}, {config.num_params:,} parameters, "
         f"{gib(num_bytes)} written and verified; {said}"
     )
+
+
+FileEntries = dict[str, dict[str, Any]]
 
 
 class _Planner(DefaultSavePlanner):
@@ -105,26 +109,31 @@ class _Planner(DefaultSavePlanner):
         return whole_tensor(self.reader, self.reader.chunks()[name], self.reader.opened.tensors[name].shape)
 
 
-def _write(reader: HuggingFaceReader, target: Path) -> None:
-    """Writes one tensor after another, and compares what has been written with what is there."""
+def _write(reader: HuggingFaceReader, target: Path) -> FileEntries:
+    """Writes one tensor after another, compares what has been written with what is there; entries of the manifest."""
     tensors = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in reader.opened.tensors.items()
     }
-    writer = FileSystemWriter(target, single_file_per_rank=True, thread_count=1, sync_files=True)
+    writer = ShardWriter(target)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.save(dict(tensors), storage_writer=writer, planner=_Planner(reader), no_dist=True)
     written = SafeReader(target)
     chunks = written.chunks()
-    for name, tensor in tensors.items():
-        there = whole_tensor(reader, reader.chunks()[name], tuple(tensor.shape))
-        here = whole_tensor(written, chunks[name], tuple(tensor.shape))
-        if not torch.equal(there.view(torch.uint8), here.view(torch.uint8)):
-            raise CheckpointError(f"{target}: {name} is not what was read. Nothing was committed")
+    for name in tensors:
+        (chunk,) = chunks[name]
+        here = written.read_chunk(chunk)
+        pieces = reader.chunks()[name]
+        buffer = torch.empty(max(piece.num_bytes for piece in pieces), dtype=torch.uint8)
+        for piece in pieces:
+            there = reader.read_chunk(piece, buffer)
+            if not torch.equal(there.view(torch.uint8), here.narrow(0, piece.offsets[0], len(there)).view(torch.uint8)):
+                raise CheckpointError(f"{target}: {name} is not what was read. Nothing was committed")
+    return writer.entries
 
 
-def _commit(source: HuggingFaceSource, target: Path, assets: dict[str, Path]) -> str:
+def _commit(source: HuggingFaceSource, target: Path, assets: dict[str, Path], entries: FileEntries) -> str:
     copy_assets(assets, target)
     recipe = source.recipe
     said = "it has no tokenizer"
@@ -134,6 +143,7 @@ def _commit(source: HuggingFaceSource, target: Path, assets: dict[str, Path]) ->
     write_atomic(target / RECIPE, to_toml(recipe))
     write_atomic(target / LINEAGE, Lineage().to_json())
     manifest = new_manifest(source.opened.opened)
-    manifest.files.update({path.name: file_entry(path) for path in sorted(target.iterdir())})
+    manifest.files.update({name: file_entry(target / name) for name in (*assets, RECIPE, LINEAGE)})
+    manifest.files.update(entries)
     write_manifest(target, manifest)
     return said

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -18,14 +18,14 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from titan_growth.checkpoint.reader import NamesOf, SafeReader, StoredChunk, renamed
+from titan_growth.checkpoint.archive import StoredValues
+from titan_growth.checkpoint.reader import NamesOf, SafeReader, StoredChunk
 from titan_growth.interchange.folder import HuggingFaceFolder, open_folder
 from titan_growth.interchange.safetensors_file import StoredTensor, fill, memory_of
 from titan_growth.models.config import ModelConfig
@@ -83,8 +83,6 @@ class HuggingFaceReader(SafeReader):
         super().__init__(path, names_of)
         self.family, self.config = family, config
         self._opened: HuggingFaceFolder | None = None
-        self._chunks: dict[str, list[StoredChunk]] | None = None
-        self._pieces: dict[StoredChunk, _Piece] = {}
 
     @property
     def opened(self) -> HuggingFaceFolder:
@@ -122,20 +120,21 @@ class HuggingFaceReader(SafeReader):
 
     # ---- DCP -----------------------------------------------------------------------------------------------------
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata that a checkpoint with these weights would have. Raises CheckpointError."""
-        entries: dict[str, Any] = {}
-        storage: dict[MetadataIndex, Any] = {}
-        for name, tensor in self.opened.tensors.items():
-            chunks = []
-            for piece in self._pieces_of(name, tensor):
-                offsets, sizes = _box(piece)
-                chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-                storage[MetadataIndex(name, torch.Size(offsets))] = piece
-            properties = TensorProperties(dtype=tensor.dtype)
-            entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
-        metadata = Metadata(entries, storage_data=storage, storage_meta=StorageMeta(load_id=self.load_id))
-        return metadata if self.names_of is None else renamed(metadata, self.names_of)
+    def _read_stored(self) -> Metadata:
+        """The metadata that a checkpoint with these weights would have."""
+        if self._stored is None:
+            entries: dict[str, Any] = {}
+            storage: dict[MetadataIndex, Any] = {}
+            for name, tensor in self.opened.tensors.items():
+                chunks = []
+                for piece in self._pieces_of(name, tensor):
+                    offsets, sizes = _box(piece)
+                    chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                    storage[MetadataIndex(name, torch.Size(offsets))] = piece
+                properties = TensorProperties(dtype=tensor.dtype)
+                entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+            self._stored = Metadata(entries, storage_data=storage)
+        return self._stored
 
     def _pieces_of(self, name: str, tensor: StoredTensor) -> Iterator[_Piece]:
         group = self.opened.layout.group_of(name, self.opened.config)
@@ -149,15 +148,16 @@ class HuggingFaceReader(SafeReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Serves all requests of this rank. What several of them ask for (tied weights) is read once."""
+        pieces: Any = self.read_metadata().storage_data
         same: dict[Any, list[ReadItem]] = {}
         for item in plan.items:
             if item.type != LoadItemType.TENSOR:
                 raise CheckpointError(f"{item.storage_index.fqn} is not stored as a tensor")
-            piece: Any = self.storage_data[item.storage_index]
+            piece = pieces[item.storage_index]
             key = (piece.relative_path, piece.offset, tuple(item.storage_offsets), tuple(item.lengths))
             same.setdefault(key, []).append(item)
         for (_, _, starts, lengths), items in sorted(same.items(), key=lambda entry: entry[0]):
-            values = self._part(self.storage_data[items[0].storage_index], starts, lengths)
+            values = self._part(pieces[items[0].storage_index], starts, lengths)
             for item in items:
                 target = planner.resolve_tensor(item).detach()
                 target.copy_(values)
@@ -166,60 +166,62 @@ class HuggingFaceReader(SafeReader):
         done.set_result(None)
         return done
 
-    def _part(self, piece: Any, starts: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
+    def _part(self, piece: _Piece, starts: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
         """A box of a piece: whole heads are read where their rows have another order, and no other columns."""
-        tensor, group = piece.tensor, piece.group or 1
+        dtype, group = piece.tensor.dtype, piece.group or 1
         first, stop = starts[0] // group * group, -(-(starts[0] + lengths[0]) // group) * group
-        num_rows, num_columns = stop - first, lengths[1] if len(lengths) > 1 else 1
-        item_bytes = tensor.dtype.itemsize
         row_bytes = piece.length // _box(piece)[1][0]
-        part_bytes = num_columns * item_bytes
-        buffer = torch.empty(num_rows * part_bytes, dtype=torch.uint8)
-        view = memory_of(buffer)
-        begin = piece.offset + first * row_bytes + (starts[1] * item_bytes if len(starts) > 1 else 0)
-        with self._file(piece.relative_path) as file:
-            if part_bytes == row_bytes:
-                fill(file, begin, view)
-            else:
-                for row in range(num_rows):
-                    fill(file, begin + row * row_bytes, view[row * part_bytes : (row + 1) * part_bytes])
-        self.num_bytes_read += len(view)
+        column, num_columns = (starts[1], lengths[1]) if len(starts) > 1 else (0, 1)
+        # A disk reads a piece of a row as fast as a row; a request to a store for each would take for ever.
+        whole_rows = not isinstance(self.folder, Path)
+        begin = 0 if whole_rows else column * dtype.itemsize
+        part_bytes = row_bytes if whole_rows else num_columns * dtype.itemsize
+        buffer = torch.empty((stop - first) * part_bytes, dtype=torch.uint8)
+        self._read_rows(piece, first * row_bytes + begin, row_bytes, part_bytes, memory_of(buffer))
+        values = in_pairs(buffer.view(dtype).view(stop - first, -1), piece.group)
+        values = values[starts[0] - first :][: lengths[0]]
+        values = values[:, column : column + num_columns] if whole_rows else values
+        return values if len(lengths) > 1 else values.flatten()
+
+    def _read_rows(self, piece: _Piece, begin: int, row_bytes: int, part_bytes: int, target: memoryview) -> None:
+        """The same part of rows that follow each other, into memory."""
+        try:
+            with self._file(piece.relative_path) as file:
+                if part_bytes == row_bytes:
+                    fill(file, piece.offset + begin, target)
+                else:
+                    for row, at in enumerate(range(0, len(target), part_bytes)):
+                        fill(file, piece.offset + begin + row * row_bytes, target[at : at + part_bytes])
+        except OSError as error:
+            raise self._refused(f"{piece.relative_path} cannot be read ({error.strerror or error})") from None
+        self.num_bytes_read += len(target)
         self.num_chunks_read += 1
-        values = buffer.view(tensor.dtype).view(num_rows, *([num_columns] if len(lengths) > 1 else []))
-        return in_pairs(values, piece.group)[starts[0] - first :][: lengths[0]]
 
-    def _file(self, name: str) -> BinaryIO:
-        return open(self.folder / name, "rb", buffering=0)
+    def _file(self, name: str) -> IO[bytes]:
+        """Links are followed: a Hugging Face cache is made of them."""
+        path = self.folder / name
+        return path.open("rb", buffering=0) if isinstance(path, Path) else path.open("rb")
 
-    # ---- growth --------------------------------------------------------------------------------------------------
-
-    def chunks(self) -> dict[str, list[StoredChunk]]:
-        """As of `SafeReader`."""
-        if self._chunks is None:
-            self._chunks = {}
-            metadata = self.read_metadata()
-            for index, piece in metadata.storage_data.items():
-                where = (piece.relative_path, piece.offset, piece.length)
-                chunk = StoredChunk(index.fqn, *_box(piece), piece.tensor.dtype, *where)
-                self._chunks.setdefault(index.fqn, []).append(chunk)
-                self._pieces[chunk] = piece
-        return self._chunks
+    # ---- growth and import ---------------------------------------------------------------------------------------
 
     def read_chunk(self, chunk: StoredChunk, buffer: Tensor | None = None) -> Tensor:
-        """As of `SafeReader`."""
-        self.chunks()
-        buffer = torch.empty(chunk.length, dtype=torch.uint8) if buffer is None else buffer[: chunk.length]
-        try:
-            with self._file(chunk.file) as file:
-                fill(file, chunk.begin, memory_of(buffer))
-        except OSError as error:
-            raise CheckpointError(f"{self.folder.name}/{chunk.file} cannot be read ({error.strerror})") from None
-        self.num_bytes_read += chunk.length
-        self.num_chunks_read += 1
-        values = buffer.view(chunk.dtype).view(chunk.sizes)
-        if group := self._pieces[chunk].group:
-            values.copy_(in_pairs(values, group))
+        """As of `SafeReader`, whose own way this is but for the order of the rows."""
+        values = super().read_chunk(chunk, buffer)
+        piece: Any = self._read_stored().storage_data[MetadataIndex(chunk.name, torch.Size(chunk.offsets))]
+        if piece.group is not None:
+            values.copy_(in_pairs(values, piece.group))
         return values
+
+    def _open(self, chunk: StoredChunk) -> IO[bytes]:
+        try:
+            return self._file(chunk.file)
+        except OSError as error:
+            raise self._refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+
+    def _find(self, file: IO[bytes], chunk: StoredChunk) -> StoredValues:
+        """The values are where the header says; around them is nothing."""
+        stride = torch.empty(chunk.sizes, device="meta").stride()
+        return StoredValues(chunk.dtype, chunk.sizes, stride, 0)
 
 
 _ONLY_SCALED = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")

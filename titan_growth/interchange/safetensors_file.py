@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         OSError: when the file cannot be read.
     """
     num_bytes = path.stat().st_size
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, num_bytes - 8):
@@ -79,7 +79,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     for tensor in sorted(tensors.values(), key=lambda one: (one.begin, one.num_bytes)):
         if tensor.begin != end:
             what = "overlaps another tensor" if tensor.begin < end else "leaves a gap before it"
-            raise _refused(path, f"{tensor.name!r:.100} {what}")
+            raise _refused(path, f"{tensor.name!a:.100} {what}")
         end += tensor.num_bytes
     if end != num_bytes:
         raise _refused(path, f"its tensors end at byte {end:,} and the file at {num_bytes:,}")
@@ -88,13 +88,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _tensor(path: Path, name: str, entry: Any, data_begin: int) -> StoredTensor:
     def bad(why: str) -> CheckpointError:
-        return _refused(path, f"{name!r:.100} {why}")
+        return _refused(path, f"{name!a:.100} {why}")
 
     if not isinstance(entry, dict):
         raise bad("has no entry")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise bad(f"is of type {dtype!r:.40}, which is not known")
+        raise bad(f"is of type {dtype!a:.40}, which is not known")
     if not (_are_sizes(shape) and _are_sizes(offsets)):
         raise bad("has a shape or offsets that are none")
     assert shape is not None
@@ -130,7 +130,7 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     return table
 
 
-def fill(file: BinaryIO, offset: int, target: memoryview) -> None:
+def fill(file: IO[bytes], offset: int, target: memoryview) -> None:
     """Reads bytes from a place in a file into memory. Raises OSError when there are not so many."""
     file.seek(offset)
     done = 0
