@@ -19,6 +19,10 @@ PLUGIN = {"plugins": ["benchmarks.fault_points"]}
 """In the recipe of every run, also of those that nothing happens to."""
 
 
+LAST_LINES = 12
+"""A run's summary is ten lines, and what comes from standard error may be before or behind it."""
+
+
 class NotPossibleHereError(Exception):
     """This machine cannot break a run in this way."""
 
@@ -82,7 +86,7 @@ def run(*words: Any) -> None:
 
 def judge_screen(ended: Ended, *, status: int, sees: str, last: bool, wrong: list[str]) -> str:
     """The lines that the user is to see; what is wrong with status and screen goes to `wrong`."""
-    lines = ended.lines[-4:] if last else ended.lines
+    lines = ended.lines[-LAST_LINES:] if last else ended.lines
     shown = [line for line in lines if re.search(sees, line)]
     if ended.status != status:
         wrong.append(f"status {ended.status} instead of {status}")
