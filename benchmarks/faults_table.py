@@ -103,11 +103,11 @@ KILLS = [
         "mid-step",
         "backward:9:0:kill_launcher",
         status=-9,
-        sees=SAVED,
+        sees="step 8/12",  # what the ranks say goes through the launcher
         allowed=0,
         quick=True,
     ),
-    injected("kill -9 of the launcher", "mid-save", "shards:6:0:kill_launcher", status=-9, sees="step 6", allowed=0),
+    injected("kill -9 of the launcher", "mid-save", "shards:6:0:kill_launcher", status=-9, sees="step 6/12", allowed=0),
 ]
 LATE = 2 * INTERVAL
 """Steps that an asynchronous save may cost: it was under way, so the one before it counts."""
