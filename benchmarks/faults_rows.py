@@ -178,6 +178,9 @@ def injected(
             if broken.status != 0:
                 resumed = go_on(shop, folder, ranks, settings or {}, more, wrong)
                 outcome.lost = reached - resumed.resumed_from
+            elif (control / "when").exists():  # it went on by itself, if need be from a checkpoint
+                during = int((control / "when").read_text().split()[1])
+                outcome.lost = during - 1 - broken.resumed_from if broken.resumed_from else 0
             if outcome.lost is not None and outcome.lost > allowed:
                 wrong.append(f"{outcome.lost} steps lost, not at most {allowed}")
             if bitwise and resumed.status == 0:
