@@ -58,6 +58,7 @@ def play(row: Row, shop: Workshop, base: Path) -> dict[str, Any]:
 def shortened(text: str, base: Path) -> str:
     """The screen's lines without this machine's folders and process numbers."""
     text = re.sub(rf"{re.escape(str(base))}(/disk)?", "...", text)
+    text = re.sub(r"pid \d+ on [^\s)]+", "pid N on HOST", text)
     text = re.sub(r"in use by process \d+ on \S+\.", "in use by process N on HOST.", text)
     return text if len(text) <= LONGEST_CELL else f"{text[: LONGEST_CELL // 2]} ... {text[-LONGEST_CELL // 2 :]}"
 

@@ -19,6 +19,10 @@ PLUGIN = {"plugins": ["benchmarks.fault_points"]}
 """In the recipe of every run, also of those that nothing happens to."""
 
 
+LAST_LINES = 12
+"""A run's summary is ten lines, and what comes from standard error may be before or behind it."""
+
+
 class NotPossibleHereError(Exception):
     """This machine cannot break a run in this way."""
 
@@ -82,7 +86,7 @@ def run(*words: Any) -> None:
 
 def judge_screen(ended: Ended, *, status: int, sees: str, last: bool, wrong: list[str]) -> str:
     """The lines that the user is to see; what is wrong with status and screen goes to `wrong`."""
-    lines = ended.lines[-4:] if last else ended.lines
+    lines = ended.lines[-LAST_LINES:] if last else ended.lines
     shown = [line for line in lines if re.search(sees, line)]
     if ended.status != status:
         wrong.append(f"status {ended.status} instead of {status}")
@@ -174,6 +178,9 @@ def injected(
             if broken.status != 0:
                 resumed = go_on(shop, folder, ranks, settings or {}, more, wrong)
                 outcome.lost = reached - resumed.resumed_from
+            elif (control / "when").exists():  # it went on by itself, if need be from a checkpoint
+                during = int((control / "when").read_text().split()[1])
+                outcome.lost = during - 1 - broken.resumed_from if broken.resumed_from else 0
             if outcome.lost is not None and outcome.lost > allowed:
                 wrong.append(f"{outcome.lost} steps lost, not at most {allowed}")
             if bitwise and resumed.status == 0:

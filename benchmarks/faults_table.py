@@ -59,6 +59,7 @@ def killed(where: str, *, ranks: int = 2, quick: bool = False, allowed: int = IN
     victim = where.split(":")[2]
     fault = "kill -9 of all ranks" if victim == "all" else "kill -9 of one rank"
     who = "" if victim == "all" else f", rank {victim}"
+    who += ", asynchronous saves" if more.get("settings") == ASYNC else ""
     more.setdefault("sees", KILLED)
     return injected(fault, words(where) + who, f"{where}:kill", ranks=ranks, quick=quick, allowed=allowed, **more)
 
@@ -97,8 +98,16 @@ KILLS = [
         sees="resumed from",
         environ=lambda base: {"MAX_RESTARTS": "1"},
     ),
-    injected("kill -9 of the launcher", "mid-step", "backward:9:0:kill_launcher", status=-9, sees="step", allowed=0),
-    injected("kill -9 of the launcher", "mid-save", "shards:6:0:kill_launcher", status=-9, sees="step", allowed=0),
+    injected(
+        "kill -9 of the launcher",
+        "mid-step",
+        "backward:9:0:kill_launcher",
+        status=-9,
+        sees="step 8/12",  # what the ranks say goes through the launcher
+        allowed=0,
+        quick=True,
+    ),
+    injected("kill -9 of the launcher", "mid-save", "shards:6:0:kill_launcher", status=-9, sees="step 6/12", allowed=0),
 ]
 LATE = 2 * INTERVAL
 """Steps that an asynchronous save may cost: it was under way, so the one before it counts."""
@@ -146,11 +155,15 @@ TERMS = [
 ]
 
 
+FULL = r"error: .*(No space left on device|it needs .*, but only .* free)"
+"""The second when a save is tried again."""
+
+
 def make_room(folder: Path) -> None:
     (folder.parent / "filler").unlink(missing_ok=True)
 
 
-def full(where: str, *, sees: str = "No space left on device", **more: Any) -> Row:
+def full(where: str, *, sees: str = FULL, **more: Any) -> Row:
     """A row of a disk that is full from a point on."""
     left = where.split(":")[3].partition("-")[2]
     point = f"{words(where)}, {int(left):,} bytes left"
@@ -169,8 +182,8 @@ DISKS = [
     full("behind:6:1:fill-0", settings=ASYNC, allowed=LATE),
     injected(
         "disk full",
-        "for 4 seconds, mid-save",
-        "shards:6:0:fill_for-4000",
+        "for 2 seconds, mid-save",
+        "shards:6:0:fill_for-2000",
         status=0,
         sees="Trying again",
         place=partial(small_disk),
@@ -194,6 +207,7 @@ FOLDERS = [
             f"save:{step}:0:immutable",
             sees=NOT_PERMITTED,
             mend=mutable,
+            quick=step == 9,
         )
         for step in (3, 9)
     ),
