@@ -58,7 +58,7 @@ def their_model(path: Path) -> Any:
     """The model of a folder, in float32."""
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(path).float().eval()
 
 
 def their_logits(path: Path, tokens: Tensor) -> Tensor:

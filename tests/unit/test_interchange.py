@@ -73,10 +73,11 @@ def test_in_and_out_again(
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype == KINDS[kind].get("dtype", torch.float32)
         assert torch.equal(tensor, after[name]), name
-    configs = [transformers.AutoConfig.from_pretrained(path).to_dict() for path in (theirs, back)]
-    for config in configs:
-        del config["_name_or_path"]
-    assert configs[0] == configs[1]
+    was, now = (transformers.AutoConfig.from_pretrained(path).to_dict() for path in (theirs, back))
+    assert {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)} <= {
+        "_name_or_path",
+        *(["rope_parameters"] if transformers.__version__ < "5" else []),  # which version 4 keeps and does not use
+    }
     tokens = some_tokens()
     expected = their_logits(back, tokens)
     assert (our_logits(step, tokens) - expected).abs().max() < 1e-5
@@ -86,7 +87,7 @@ def test_in_and_out_again(
 def test_scaling_matters_in_these_tests(folders: dict[str, Path], tmp_path: Path) -> None:
     """Otherwise the test above would not see that it is lost."""
     shutil.copytree(folders["grouped queries, scaled rope"], tmp_path / "plain")
-    edit_config(tmp_path / "plain", rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    edit_config(tmp_path / "plain", rope_scaling=None, rope_theta=1e4, rope_parameters=None)
     tokens = some_tokens()
     with_it = their_logits(folders["grouped queries, scaled rope"], tokens)
     without = their_logits(tmp_path / "plain", tokens)
