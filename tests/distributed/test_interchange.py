@@ -110,16 +110,20 @@ def _weights_on_one_rank(_rank: int, recipe: Recipe) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in trainer._tensors(optimizer=False).items()}
 
 
-@pytest.mark.parametrize(("there", "here"), [(torch.bfloat16, "float32"), (torch.float16, "bfloat16")])
-def test_weights_are_cast(there: torch.dtype, here: str, tmp_path: Path) -> None:
-    """And a tied head takes the embedding."""
+@pytest.mark.parametrize(
+    ("there", "here", "imported"), [(torch.bfloat16, "float32", False), (torch.float16, "bfloat16", True)]
+)
+def test_weights_are_cast(there: torch.dtype, here: str, imported: bool, tmp_path: Path) -> None:
+    """From a folder and from a step folder; and a tied head takes the embedding."""
     folder = make_folder(tmp_path / "tied", rope_scaling=SCALED, tie_word_embeddings=True, dtype=there)
     settings = {
         "training__dtype": here,
         "training__mixed_precision_param": here,
         "model__tie_word_embeddings": True,
-        "checkpoint__initial_load_path": str(folder),
+        "checkpoint__initial_load_path": str(tmp_path / "step-0" if imported else folder),
     }
+    if imported:
+        import_folder(folder, tmp_path / "step-0")
     (found,) = run_ranks(_weights_on_one_rank, 1, make_recipe(tmp_path / "run", **SAVING, **MODEL, **settings))
     expected = weights_of(folder)
     dtype = getattr(torch, here)
