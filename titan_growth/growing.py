@@ -32,6 +32,7 @@ from titan_growth.observers import Observers
 from titan_growth.optim import Optimizer
 from titan_growth.phases import Phase
 from titan_growth.plan import RunPlan
+from titan_growth.stability import Stability
 from titan_growth.tools.device import Device
 from titan_growth.validator import Validator
 
@@ -54,6 +55,7 @@ class GrowsMidRun(ABC):
     progress: Progress
     lineage: Lineage
     losses: list[float]
+    stability: Stability
     model_config: ModelConfig
     engine: Engine
     optimizer: Optimizer
@@ -113,6 +115,7 @@ class GrowsMidRun(ABC):
             self._release()
             self.lineage = replace(self.lineage, events=(*self.lineage.events, event))
             self.losses = []
+            self.stability.forget()
             self._build(seed=None)
             seed = self.seed + 1_000_003 * len(self.lineage.events)
             if growth.learned:

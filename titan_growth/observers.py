@@ -106,9 +106,16 @@ class Observers:
         self.metrics.count_step(tokens=tokens, flops_per_token=flops_per_token)
 
     def record_step(
-        self, progress: Progress, loss: float, grad_norm: float, lr: float, num_layers: int, digest: str | None
+        self,
+        progress: Progress,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        num_layers: int,
+        digest: str | None,
+        skipped: str,
     ) -> None:
-        """Logs a step."""
+        """Logs a step; `skipped` says why it did not count, if it did not."""
         self.metrics.record_step(
             step=progress.step,
             tokens=progress.tokens,
@@ -118,6 +125,7 @@ class Observers:
             lr=lr,
             num_layers=num_layers,
             batch_hash=digest,
+            skipped=skipped or None,
         )
 
     def record_validation(self, progress: Progress, loss: float) -> None:

@@ -86,14 +86,13 @@ class Optimizer:
                     yield copy, key, self.inner.state[self.parameters[name]][key]
 
     def clip_and_step(self, lr: float, fresh_share: float = 1.0) -> Tensor:
-        """Clips the gradients to `max_norm`, updates the parameters, and drops the gradients.
+        """`clip`, then `step`; returns the norm."""
+        norm = self.clip()
+        self.step(lr, fresh_share)
+        return norm
 
-        Args:
-            fresh_share: of the learning rate, for the elements in `fresh`.
-
-        Returns:
-            The global gradient norm before clipping, a float32 scalar.
-        """
+    def clip(self) -> Tensor:
+        """Clips the gradients to `max_norm`; returns their global norm before that, a float32 scalar."""
         counted = []
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
@@ -104,6 +103,14 @@ class Optimizer:
                 counted.append(parameter.grad)
         norm = global_norm(counted, self.pipeline_group)
         torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.max_norm, norm, foreach=True)
+        return norm
+
+    def step(self, lr: float, fresh_share: float = 1.0) -> None:
+        """Updates the parameters, and drops the gradients.
+
+        Args:
+            fresh_share: of the learning rate, for the elements in `fresh`.
+        """
         for group in self.inner.param_groups:
             group["lr"] = lr
         before = self._fresh_values() if fresh_share != 1.0 else {}
@@ -113,8 +120,11 @@ class Optimizer:
             # step: old + share * (new - old).
             local = _local(self.parameters[name])
             local.copy_(torch.where(self.fresh[name], torch.lerp(old, local, fresh_share), local))
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets the gradients. Parameters, moments and step counters stay as they are."""
         self.inner.zero_grad(set_to_none=True)
-        return norm
 
     @torch.no_grad()
     def _fresh_values(self) -> dict[str, Tensor]:

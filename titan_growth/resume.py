@@ -14,9 +14,11 @@ from typing import Any
 import tomli
 
 from titan_growth.checkpoint.folder import StepFolder, committed_steps, root_of
+from titan_growth.checkpoint.lineage import Lineage
 from titan_growth.config.loader import recipe_from_toml
 from titan_growth.config.schema import Recipe
 from titan_growth.growth.chain import chain_of
+from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.tools.errors import Problem
@@ -125,6 +127,19 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
         and (key in _REMARKABLE or not key.startswith(_UNREMARKABLE))
     ]
     return refused, changes
+
+
+def check_same_growths(path: Path, lineage: Lineage, growth: GrowthPlan) -> None:
+    """Raises CheckpointError when the growths behind another run's checkpoint are not the first ones of the recipe."""
+    if len(lineage.events) > len(growth.stages):
+        raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
+    for number, event in enumerate(lineage.events):
+        stage, sizes = growth.stages[number], growth.config_after(number + 1).sizes
+        if (event.operator, event.to_layers) != (stage.operator, sizes["n_layers"]):
+            raise CheckpointError(
+                f"{path}: its growth {number + 1} was '{event.operator}' to {event.to_layers} layers, the recipe's "
+                f"is '{stage.operator}' to {sizes['n_layers']}. Set checkpoint.initial_load_model_only = true"
+            )
 
 
 _STILL_FREE = {"lr", "warmup_steps", "parallelism", "num_ranks", "local_batch_size"}

@@ -11,17 +11,16 @@ import hashlib
 import os
 import sys
 import traceback
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from titan_growth.config.fields import section_names
 from titan_growth.config.help import help_text
-from titan_growth.config.loader import load_recipe, to_json, to_toml
+from titan_growth.config.loader import load_recipe, to_toml
 from titan_growth.config.plugins import recipe_class
 from titan_growth.config.schema import Recipe
 from titan_growth.config.sources import load_named_plugins
 from titan_growth.preflight import report_problems
-from titan_growth.tools.errors import ConfigError, TitanGrowthError, TrainingError
+from titan_growth.tools.errors import ConfigError, TitanGrowthError
 from titan_growth.tools.exit_report import (
     BAD_RECIPE,
     DONE,
@@ -33,11 +32,11 @@ from titan_growth.tools.exit_report import (
     process_status,
 )
 from titan_growth.tools.hang import end_processes
-from titan_growth.tools.logs import logger, say, setup_logging
+from titan_growth.tools.logs import say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from titan_growth.trainer import Trainer
+    pass
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,13 +110,13 @@ def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> tuple[int, str
 
     from titan_growth.checkpoint.manager import CheckpointManager
     from titan_growth.run_data import check_run_data, prepare_run_data
+    from titan_growth.session import Session
     from titan_growth.start import dry_run_of, finished, finished_message, going_back
     from titan_growth.tools.device import Device
-    from titan_growth.tools.distributed import init_process_group, on_rank0, require_agreement, set_timeout
+    from titan_growth.tools.distributed import init_process_group, on_rank0, require_agreement
     from titan_growth.tools.heartbeat import Heartbeat, give_up
     from titan_growth.tools.signals import StopSignal
     from titan_growth.usable import problem_of
-    from titan_growth.watchdog import RollBackError
 
     dry_run = recipe.comm.mode == "fake_backend"
     recipe = asked = dry_run_of(recipe)
@@ -146,115 +145,13 @@ def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> tuple[int, str
             checkpoint = checkpointer.find(problem_of)
             if checkpoint is not None and on_rank0(lambda: finished(recipe, checkpoint)):
                 return DONE, finished_message(checkpoint), None
-            session = _Session(asked, recipe, folder, device, run_data, checkpointer, stop, heartbeat)
+            session = Session(asked, recipe, folder, device, run_data, checkpointer, stop, heartbeat)
             heartbeat.last_checkpoint = session.last_checkpoint
-            while True:
-                try:
-                    return session.train(checkpoint)
-                except RollBackError as back:
-                    if dist.get_world_size() > 1:
-                        set_timeout(recipe.comm.init_timeout_seconds)
-                    checkpoint = checkpointer.roll_back(back.source, back.roll_back)
+            return session.run(checkpoint)
     finally:
         folder.unlock()
         if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
-
-
-@dataclass
-class _Session:
-    """What stays when a run goes back to an earlier checkpoint and on from there."""
-
-    asked: Recipe
-    recipe: Recipe
-    folder: RunFolder
-    device: Any
-    run_data: Any
-    checkpointer: Any
-    stop: Any
-    heartbeat: Any
-
-    def last_checkpoint(self) -> str:
-        """What the run can go on from, for the message of a run that breaks off."""
-        saved = self.checkpointer.last_saved
-        if saved is None:
-            return "There is no checkpoint yet; the same command starts anew"
-        return f"The last checkpoint is {saved.path.name}; run the same command again"
-
-    def train(self, checkpoint: Any) -> tuple[int, str, int | None]:
-        """Trains from a checkpoint, or from the start; returns what `run` does."""
-        import torch.distributed as dist
-
-        from titan_growth.observers import Observers
-        from titan_growth.start import decide, note_going_back, settle
-        from titan_growth.tools.distributed import on_rank0
-        from titan_growth.trainer import Trainer
-
-        asked, recipe, folder, device = self.asked, self.recipe, self.folder, self.device
-        run_data, checkpointer, stop = self.run_data, self.checkpointer, self.stop
-        dry_run = recipe.comm.mode == "fake_backend"
-        decisions = on_rank0(lambda: decide(recipe, folder, checkpoint))
-        plan = settle(recipe, decisions, checkpoint, num_ranks=dist.get_world_size(), device_type=device.type)
-        before = (checkpoint.manifest.data, checkpoint.path.name) if checkpoint is not None else ({}, "")
-        if problems := run_data.changes_since(*before):
-            raise ConfigError(problems)
-        if checkpoint is not None and not recipe.checkpoint.load_only:
-            checkpointer.set_aside_after(checkpoint.step)
-            if asked.checkpoint.load_step in (-1, recipe.checkpoint.load_step):
-                on_rank0(lambda: note_going_back(asked, folder))
-        if not dry_run:
-            on_rank0(lambda: _save_recipe(plan.recipe, folder))
-        observers = Observers(plan.recipe, folder, device, checkpoint, self.heartbeat)
-        for line in (plan.recipe.job.description, *plan.describe(device.type), observers.peak_source):
-            logger.info("%s", line)
-        trainer = Trainer(
-            plan,
-            run_data=run_data,
-            device=device,
-            checkpointer=checkpointer,
-            checkpoint=checkpoint,
-            observers=observers,
-            stop=stop,
-        )
-        try:
-            completed = _fit(trainer)
-            for line in observers.summary(trainer.progress, checkpointer.last_saved, completed=completed):
-                logger.info("%s", line)
-        except TitanGrowthError:
-            raise  # all ranks may still finish what they write in the background
-        except BaseException:
-            checkpointer.abandon()
-            raise
-        finally:
-            observers.close()
-            trainer.close()
-            checkpointer.close()
-        if completed:
-            return DONE, "", None
-        if trainer.wanted_ranks is not None:
-            return (
-                RESIZE,
-                f"saved at step {trainer.progress.step}; the growth wants {trainer.wanted_ranks} ranks",
-                trainer.wanted_ranks,
-            )
-        if checkpointer.last_saved is not None and checkpointer.last_saved.step == trainer.progress.step:
-            return (
-                REQUEUE,
-                f"stopped at step {trainer.progress.step} and saved{stop.reason}; run the same command again to go on",
-                None,
-            )
-        key = "checkpoint.load_only is true" if recipe.checkpoint.load_only else "checkpoint.enable is false"
-        return FAILED, f"stopped at step {trainer.progress.step} without saving: {key}", None
-
-
-def _fit(trainer: Trainer) -> bool:
-    """From here on the run has started: whatever fails is a failure (1), and no longer a bad recipe or folder (2)."""
-    try:
-        return trainer.fit()
-    except TitanGrowthError as error:
-        if error.exit_status == FAILED:
-            raise
-        raise TrainingError(str(error)) from error
 
 
 def _vocab_size(recipe: Recipe) -> int:
@@ -264,14 +161,6 @@ def _vocab_size(recipe: Recipe) -> int:
     if config is None:
         raise ConfigError(problems)
     return config.vocab_size
-
-
-def _save_recipe(recipe: Recipe, folder: RunFolder) -> None:
-    folder.write_text("recipe.toml", to_toml(recipe))
-    if recipe.job.save_config_file is not None:
-        folder.write_text(recipe.job.save_config_file, to_json(recipe))
-    if recipe.job.print_config:
-        print(to_toml(recipe))
 
 
 def _set_environment(recipe: Recipe) -> None:

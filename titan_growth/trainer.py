@@ -31,7 +31,9 @@ from titan_growth.observers import Observers
 from titan_growth.optim import Optimizer
 from titan_growth.phases import Phase
 from titan_growth.plan import RunPlan
+from titan_growth.resume import check_same_growths
 from titan_growth.run_data import RunData
+from titan_growth.stability import Stability
 from titan_growth.tools.device import Device
 from titan_growth.tools.distributed import gather_objects, on_rank0, set_timeout
 from titan_growth.tools.errors import CheckpointError, TrainingError, require_finite
@@ -83,6 +85,8 @@ class Trainer(GrowsMidRun):
             self.recipe.lr_scheduler.warmup_steps,
             self.recipe.training.steps,
         )
+        holds_out = run_data.validation_blocks(self.recipe) is not None
+        self.stability = Stability(self.recipe.stability, checkpoint, holds_out=holds_out)
         self._start(checkpoint)
 
     # ---- start ---------------------------------------------------------------------------------------------------
@@ -200,7 +204,7 @@ class Trainer(GrowsMidRun):
             loss = self.engine.forward_backward(batch, num_tokens)
             lr = self.plan.schedule(self.progress.step + 1, self.lineage.grown_at)
             fresh = self.plan.schedule.fresh_share(self.progress.step + 1, self.lineage.grown_at)
-            grad_norm = self.optimizer.clip_and_step(lr, fresh)
+            grad_norm = self.stability.update(self.optimizer, self.progress, self.data.cursor, loss, lr, fresh)
             self.engine.model.after_optimizer_step()
             self._advance(num_tokens, loss)
             growing = self._grows_next()
@@ -239,7 +243,8 @@ class Trainer(GrowsMidRun):
 
     def _advance(self, num_tokens: int, loss: Tensor) -> None:
         flops_per_token = self.model_config.flops_per_token(self.phase.recipe.training.seq_len)
-        if window := self.plan.growth.window_after(len(self.lineage.events)):
+        window = self.plan.growth.window_after(len(self.lineage.events))
+        if window and not self.stability.skipped:
             self.losses = [*self.losses, loss.item()][-window:]
         self.progress = self.progress.advanced(
             tokens=num_tokens, flops=num_tokens * flops_per_token, samples=self.data.cursor - self.progress.samples
@@ -249,16 +254,17 @@ class Trainer(GrowsMidRun):
     def _record(self, batch: list[Microbatch], loss: Tensor, grad_norm: Tensor, lr: float, saving: bool) -> None:
         """Logs the step when it is to be logged; a loss or gradient that is not finite ends the run before a save."""
         step = self.progress.step
-        if not (self.observers.should_log(step) or saving):
+        skipped = self.stability.skipped
+        if not (self.observers.should_log(step) or saving or skipped):
             return
         values = (loss.item(), grad_norm.item())
-        if self.observers.should_log(step):
+        if self.observers.should_log(step) or skipped:
             digest = None
             if self.recipe.debug.log_batch_hash:
                 mine = sample_digests(batch) if self.mesh.speaks_for_its_data else []
                 digest = batch_hash(gather_objects(mine))
-            self.observers.record_step(self.progress, *values, lr, self.model_config.num_layers, digest)
-        require_finite(step, loss=values[0], gradient_norm=values[1])
+            self.observers.record_step(self.progress, *values, lr, self.model_config.num_layers, digest, skipped)
+        self.stability.require_finite(step, *values)
 
     def _after_step(self, growing: bool, saving: bool) -> None:
         step = self.progress.step
@@ -318,6 +324,7 @@ class Trainer(GrowsMidRun):
                 seconds=self.observers.seconds,
                 held_out_loss=self._held_out_loss() if growing else None,
                 recent_losses=self.losses,
+                stability=self.stability.state,
                 data=self.run_data.fingerprints(),
             )
             tensors = self._tensors(optimizer=not model_only)
@@ -337,15 +344,7 @@ class Trainer(GrowsMidRun):
         folder = on_rank0(lambda: open_step(path))
         if folder is not None and (damage := self.checkpointer.damage(folder)):
             raise CheckpointError(f"{path.name} refused: {damage}")
-        if len(self.lineage.events) > len(self.plan.growth.stages):
-            raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
-        for number, event in enumerate(self.lineage.events):
-            stage, sizes = self.plan.growth.stages[number], self.plan.growth.config_after(number + 1).sizes
-            if (event.operator, event.to_layers) != (stage.operator, sizes["n_layers"]):
-                raise CheckpointError(
-                    f"{path}: its growth {number + 1} was '{event.operator}' to {event.to_layers} layers, the recipe's "
-                    f"is '{stage.operator}' to {sizes['n_layers']}. Set checkpoint.initial_load_model_only = true"
-                )
+        check_same_growths(path, self.lineage, self.plan.growth)
         if folder is not None and not section.initial_load_model_only:
             self.observers.metrics.seconds_before = folder.manifest.seconds
         self._build(seed=None)

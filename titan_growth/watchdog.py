@@ -10,22 +10,15 @@ later than it did. What came after that checkpoint is set aside, not deleted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 
+from titan_growth.checkpoint.going_back import RollBackError
 from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, RollBack
 from titan_growth.config.growth_schema import GrowthStage
 from titan_growth.config.growth_schema import Watchdog as Section
-from titan_growth.tools.errors import TitanGrowthError, TrainingError
+from titan_growth.tools.errors import TrainingError
 
 LEAST_STEPS = 100
-
-
-class RollBackError(TitanGrowthError):
-    """The run is to go back to the checkpoint before its last growth. Not for the user: `train.run` obeys it."""
-
-    def __init__(self, source: str, roll_back: RollBack) -> None:
-        super().__init__(f"roll back to {source}")
-        self.source = source
-        self.roll_back = roll_back
 
 
 class Watchdog:
@@ -104,4 +97,8 @@ class Watchdog:
             raise TrainingError(
                 f"{said}. A roll-back would leave no steps to grow in; the small model is {event.source}"
             )
-        raise RollBackError(event.source, roll_back)
+        raise RollBackError(
+            "the growth",
+            lambda manifest: replace(manifest, held_out_loss=None, roll_back=asdict(roll_back)),
+            event.source,
+        )

@@ -61,6 +61,8 @@ class Manifest:
     """The growth from this checkpoint that the watchdog has taken back (`lineage.RollBack`)."""
     recent_losses: list[Number] = field(default_factory=list)
     """The last training losses, when a growth depends on their slope."""
+    stability: dict[str, Any] = field(default_factory=dict)
+    """What `titan_growth.stability` goes by (`lineage.StabilityState`)."""
     data: dict[str, Text] = field(default_factory=dict)
     """Fingerprints of corpus and tokenizer."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)

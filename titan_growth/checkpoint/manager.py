@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from titan_growth.checkpoint.folder import (
     root_of,
     write_manifest,
 )
-from titan_growth.checkpoint.lineage import RollBack
+from titan_growth.checkpoint.going_back import RollBackError
 from titan_growth.checkpoint.reader import NamesOf, SafeReader, misplaced
 from titan_growth.checkpoint.retention import Retention, set_aside_after
 from titan_growth.checkpoint.saving import Saver, Tensors, root_cause
@@ -143,26 +143,40 @@ class CheckpointManager:
         self.saver.last_saved = permanent
         return permanent
 
-    def roll_back(self, source: str, roll_back: RollBack) -> StepFolder:
-        """Goes back to the checkpoint before a growth; later ones are set aside.
+    def roll_back(self, back: RollBackError) -> StepFolder:
+        """Goes back to an earlier checkpoint; later ones are set aside.
 
         Raises:
             CheckpointError: when it is not there, or damaged.
         """
-        if not is_step_name(source):
-            raise CheckpointError(f"the growth cannot be taken back: {source} is no checkpoint of this run")
         self.wait()
-        folder = on_rank0(lambda: open_step(self.root / source))
-        damage = "it is not there" if folder is None else self.damage(folder)
-        if folder is None or damage:
-            raise CheckpointError(f"the growth cannot be taken back: {source} refused: {damage}")
-        manifest = replace(folder.manifest, held_out_loss=None, roll_back=asdict(roll_back))
-        # In this order: killed between the two, the run grows and rolls back once more.
+        folder = self._way_back(back)
+        manifest = back.change(folder.manifest)
+        # In this order: killed between the two, the run comes to the same point and rolls back once more.
         moved = on_rank0(lambda: set_aside_after(self.root, folder.step, "rolled-back"))
         on_rank0(lambda: write_manifest(folder.path, manifest))
-        logger.warning("rolled back to %s; later checkpoints are kept as %s", source, ", ".join(moved) or "none")
+        kept = ", ".join(moved) or "none"
+        logger.warning("rolled back to %s; later checkpoints are kept as %s", folder.path.name, kept)
         self.saver.last_saved = StepFolder(folder.path, manifest)
         return self.saver.last_saved
+
+    def _way_back(self, back: RollBackError) -> StepFolder:
+        refused: list[str] = []
+        source = back.source
+        if source is None:
+            candidates, refused = on_rank0(lambda: committed_steps(self.root))
+        elif not is_step_name(source):
+            raise CheckpointError(f"{back.what} cannot be taken back: {source} is no checkpoint of this run")
+        else:
+            named = on_rank0(lambda: open_step(self.root / source))
+            candidates = [named] if named is not None else []
+        for folder in candidates:
+            damage = self.damage(folder)
+            if damage is None:
+                return folder
+            refused.append(f"{folder.path.name} refused: {damage}")
+        none = f"{source} refused: it is not there" if source else "there is no checkpoint to go back to"
+        raise CheckpointError(f"{back.what} cannot be taken back: {'; '.join(refused) or none}")
 
     # ---- loading -------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ def check_recipe(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
     yield from _urls(recipe)
     yield from _checkpoint(recipe)
     yield from _growth(recipe, warnings)
+    yield from _stability(recipe)
     yield from _parallelism(recipe)
     yield from _compile(recipe, warnings)
     yield from _float8(recipe)
@@ -180,6 +181,19 @@ def _float8(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(f"{FLOAT8}.{name}", message)
     elif float8.precompute_float8_dynamic_scale_for_fsdp and not float8.enable_fsdp_float8_all_gather:
         yield Problem(f"{FLOAT8}.{precomputes}", f"needs {FLOAT8}.{gathers} = true, whose scales it computes")
+
+
+def _stability(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.comm.mode != "default":
+        return  # a dry run saves nothing, and takes one step
+    for key in recipe.stability.rolls_back:
+        if not recipe.checkpoint.enable or recipe.checkpoint.load_only:
+            reason = "checkpoint.load_only is true" if recipe.checkpoint.enable else "checkpoint.enable is false"
+            yield Problem(
+                f"stability.{key}",
+                f"'roll_back' goes on from the last checkpoint, but {reason}",
+                "Save checkpoints, or choose 'skip'",
+            )
 
 
 def _growth(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:

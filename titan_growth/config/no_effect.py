@@ -113,6 +113,18 @@ IDLE = (
         lambda recipe: recipe.activation_checkpoint.mode != "memory_budget",
         'activation_checkpoint.mode is not "memory_budget"',
     ),
+    Idle(
+        "stability",
+        ("spike_sigmas", "spike_window"),
+        lambda recipe: recipe.stability.spike == "ignore",
+        'stability.spike is "ignore"',
+    ),
+    Idle(
+        "stability",
+        ("max_events",),
+        lambda recipe: not recipe.stability.acts,
+        "stability.nonfinite and stability.spike neither skip nor roll back",
+    ),
     Idle("compile", ("components", "backend"), lambda recipe: not recipe.compile.enable, "compile.enable is false"),
     Idle("model", ("print_after_conversion",), lambda recipe: not recipe.model.converters, "model.converters is empty"),
     Idle(

@@ -14,6 +14,7 @@ from titan_growth.config.growth_schema import Growth
 from titan_growth.config.model_schema import Model
 from titan_growth.config.parallelism_schema import Parallelism
 from titan_growth.config.section import Section
+from titan_growth.config.stability_schema import Stability
 from titan_growth.config.technique_schema import ActivationCheckpoint, Compile, Quantize
 
 
@@ -289,4 +290,5 @@ class Recipe(Section):
     comm: Comm = Comm()
     debug: Debug = Debug()
     data: Data = Data()
+    stability: Stability = Stability()
     growth: Growth = Growth()

@@ -87,8 +87,9 @@ class Metrics:
         lr: float,
         num_layers: int,
         batch_hash: str | None = None,
+        skipped: str | None = None,
     ) -> StepRecord | None:
-        """Log a step if `should_log(step)` says so; returns what was logged, or None.
+        """Log a step if `should_log(step)` says so, or it was skipped; returns what was logged, or None.
 
         `tokens` and `flops` are totals since the run began. The loop may skip the call for steps that are not logged.
 
@@ -96,7 +97,7 @@ class Metrics:
             RunFolderError: `metrics.jsonl` cannot be written.
         """
         self._reached = (step, tokens, flops)
-        if not self.should_log(step):
+        if not self.should_log(step) and skipped is None:
             return None
         window = self.meter.take()
         record = StepRecord(
@@ -111,6 +112,7 @@ class Metrics:
             mfu=window.mfu,
             num_layers=num_layers,
             batch_hash=batch_hash,
+            skipped=skipped,
         )
         memory, peak_memory = memory_gib(self._device_type)
         timings = Timings(

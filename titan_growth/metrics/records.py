@@ -47,7 +47,7 @@ class StepRecord(Record):
     wall-clock of the loop until here: validations, checkpoints and growths are in it, start-up is not, and neither is
     what a kill or a roll-back has undone. `loss` is the step's mean over all ranks. `tokens_per_second` is of all ranks
     together and `mfu` is a fraction of the hardware's peak (0.40 is 40 %); `MEASURED` are not reproducible.
-    `batch_hash`, where set, identifies the step's data.
+    `batch_hash`, where set, identifies the step's data, and `skipped` says why the step did not move the weights.
     """
 
     step: int
@@ -61,6 +61,7 @@ class StepRecord(Record):
     mfu: float
     num_layers: int
     batch_hash: str | None = None
+    skipped: str | None = None
 
     def to_dict(self) -> dict[str, object]:
         line: dict[str, object] = {
@@ -77,6 +78,8 @@ class StepRecord(Record):
         }
         if self.batch_hash is not None:
             line["batch_hash"] = self.batch_hash
+        if self.skipped is not None:
+            line["skipped"] = self.skipped
         return line
 
 

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 
 from titan_growth.tools.errors import TitanGrowthError
 
+LONG_PHASES = ("validation", "checkpoint", "growth")
+"""Phases in which ranks may be far apart without anything being wrong."""
 NAMED = 4
 """Ranks that a message lists; of more it gives the number."""
 
@@ -111,7 +113,8 @@ def judge(first: Mapping[int, Beat], second: Mapping[int, Beat], num_ranks: int,
     if ended:
         return Verdict("ended", tuple(ended), f"{_names(ended)} ended {ended[0].at}; its own message tells why")
     moving = [beat for beat in there if beat.rank in first and first[beat.rank].moves != beat.moves]
-    if not second[mine].waits and any(beat.rank != mine for beat in moving):
+    patient = not second[mine].waits or second[mine].phase in LONG_PHASES
+    if patient and any(beat.rank != mine for beat in moving):
         return Verdict("moving", (), "the others get on")
     lowest = min(beat.position for beat in second.values())
     hindmost = [beat for beat in there if beat.position == lowest]

@@ -30,12 +30,15 @@ import torch.distributed as dist
 
 from titan_growth.tools.distributed import timeout_in_force
 from titan_growth.tools.exit_report import FAILED, ExitReport, caused_by_peer, process_status, timed_out
-from titan_growth.tools.hang import Beat, HangError, end_processes, judge
+from titan_growth.tools.hang import LONG_PHASES, Beat, HangError, end_processes, judge
 from titan_growth.tools.logs import say
 
-LONG_PHASES = ("validation", "checkpoint", "growth")
 GRACE_SECONDS = 5.0
 """How much longer than the time limit a main thread may stand still: a collective that raises should do so first."""
+SAVING_SECONDS = 3600.0
+"""How long a save may stand still while all ranks answer: a slow disk is no hang."""
+AGAIN_SECONDS = 30.0
+"""Until the next look, after one that found no reason to give up."""
 RANKS_PER_SECOND = 256
 """Beats that a store is asked to take; more ranks beat more slowly."""
 
@@ -64,6 +67,7 @@ class Heartbeat:
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self.interval_seconds = interval_seconds or max(1.0, self.num_ranks / RANKS_PER_SECOND)
         self.phase, self.step = "start", 0
+        self._place = ""
         self._long_seconds = long_seconds
         self.last_checkpoint: Callable[[], str] = lambda: "Run the same command again"
         """Says what the run can go on from, to end a message with."""
@@ -72,7 +76,7 @@ class Heartbeat:
         self._main = threading.main_thread().ident
         self._position = self._count = self._moves = 0
         self._seen: tuple[int, ...] = ()
-        self._stalled_seconds = 0.0
+        self._stalled_seconds = self._patient_until = 0.0
         self._asking: Beat | None = None
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -135,15 +139,18 @@ class Heartbeat:
     def _live(self) -> None:
         while not self._closed.wait(self.interval_seconds):
             self._beat()
-            if self._stalled_seconds > self._limit() + GRACE_SECONDS and self._asking is None:
+            due = max(self._limit() + GRACE_SECONDS, self._patient_until)
+            if self._stalled_seconds > due and self._asking is None:
                 self._speak_for_main_thread()
 
     def _speak_for_main_thread(self) -> None:
         verdict = self._look()
         if self._asking is not None or self._closed.is_set() or self._stalled_seconds == 0:
             return  # the main thread has come back, with an error or without
-        if verdict is not None and verdict.kind == "moving":
-            self._stalled_seconds = 0.0
+        saving = self.phase == "checkpoint" or " of checkpoint" in self._place
+        patient = saving and self._stalled_seconds < SAVING_SECONDS
+        if verdict is not None and (verdict.kind == "moving" or (patient and verdict.kind != "frozen")):
+            self._patient_until = self._stalled_seconds + AGAIN_SECONDS
             return
         said = verdict.message if verdict is not None else f"rank {self.rank} hangs {self._now().at}"
         culprits = verdict.culprits if verdict is not None else ()
@@ -167,10 +174,11 @@ class Heartbeat:
         frame = sys._current_frames().get(self._main or 0)
         seen, place, in_collective = _stack(frame)
         del frame
+        self._place = place
         with self._lock:
             seen = (self._position, *seen)
             if seen != self._seen:
-                self._seen, self._stalled_seconds = seen, 0.0
+                self._seen, self._stalled_seconds, self._patient_until = seen, 0.0, 0.0
                 self._moves += 1
             else:
                 self._stalled_seconds += self.interval_seconds
