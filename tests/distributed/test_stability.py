@@ -102,9 +102,17 @@ def weights_of(folder: Path, step: int) -> dict[str, Any]:
 
 FAULTS = [{"loss": float("nan")}, {"gradient": float("nan")}, {"loss": 1e4}]
 NAMES = ["NaN in the data path", "NaN in a gradient", "a spike"]
+NAMED = list(zip(FAULTS, NAMES, strict=True))
+SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, id=name, marks=[SLOW] * (name != NAMES[1]))
+        for fault, name in zip(FAULTS, NAMES, strict=True)
+    ],
+)
 def test_a_skipped_step_leaves_no_trace_but_its_line(fault: dict[str, Any], tmp_path: Path) -> None:
     """Weights, moments and counters after the bad step are those before it; the run goes on with the next batch."""
     import torch
@@ -134,8 +142,15 @@ def test_a_skipped_step_leaves_no_trace_but_its_line(fault: dict[str, Any], tmp_
     assert (event["step"], event["action"], event["to_samples"]) == (5, "skip", 40)
 
 
-@pytest.mark.parametrize("more", [{}, GROWING], ids=["plain", "growing"])
-@pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
+@pytest.mark.parametrize(
+    ("fault", "more"),
+    [
+        pytest.param(fault, more, id=f"{name}-{'growing' if more else 'plain'}", marks=[SLOW] * (number != 1))
+        for number, (fault, name, more) in enumerate(
+            (fault, name, more) for fault, name in NAMED for more in ({}, GROWING)
+        )
+    ],
+)
 def test_a_roll_back_goes_on_past_the_data(fault: dict[str, Any], more: dict[str, Any], tmp_path: Path) -> None:
     """From the checkpoint of step 4, before the growth if there is one, with the batch after the bad one of step 7."""
     settings = {**SAVING, **more, "checkpoint__interval": 4, "stability__nonfinite": "roll_back"}
@@ -158,6 +173,7 @@ def test_a_roll_back_goes_on_past_the_data(fault: dict[str, Any], more: dict[str
         assert [event["step"] for event in lineage["events"]] == [4]
 
 
+@SLOW
 @pytest.mark.parametrize("num_ranks", [2, 1])
 def test_a_run_that_dies_after_a_roll_back_skips_the_same_data(num_ranks: int, tmp_path: Path) -> None:
     """Killed when the checkpoint has been rewritten; resumed on the same ranks it is bitwise the run that lived."""
@@ -211,6 +227,7 @@ def test_a_step_that_nothing_can_be_done_about_ends_the_run(nonfinite: str, said
         assert message.startswith(said)
 
 
+@SLOW
 def test_the_window_survives_a_resume(tmp_path: Path) -> None:
     """A spike right after a resume is judged by the steps before it, to the same words."""
     settings = {**SAVING, "stability__spike": "skip", "stability__spike_window": 16}
@@ -225,13 +242,12 @@ def test_the_window_survives_a_resume(tmp_path: Path) -> None:
     assert state_of(tmp_path / "parts", 8) == state_of(tmp_path / "whole", 8)
 
 
+@SLOW
 @pytest.mark.parametrize(
     "more",
     [
         GROWING,
-        pytest.param(
-            {"parallelism__pipeline_parallel_degree": 2, "training__local_batch_size": 4}, marks=pytest.mark.slow
-        ),
+        {"parallelism__pipeline_parallel_degree": 2, "training__local_batch_size": 4},
     ],
     ids=["growing", "pipeline"],
 )

@@ -44,8 +44,8 @@ def train_until(rank: int, num_ranks: int, recipe: Any, batches: int) -> tuple[i
 @pytest.mark.parametrize(
     ("batches", "step", "more"),
     [
-        (2, 2, {}),
-        (3, 3, LEARNED),  # the step before the growth
+        pytest.param(2, 2, {}, marks=pytest.mark.slow),
+        pytest.param(3, 3, LEARNED, marks=pytest.mark.slow),  # the step before the growth
         (5, 3, LEARNED),  # the second batch of the learning phase: back to the small model
     ],
 )

@@ -111,7 +111,7 @@ def wait_for_a_late_rank(rank: int) -> str:
             pulse.mark("train", 3)
             distributed.set_timeout(1)
             if rank == 1:
-                time.sleep(4)
+                time.sleep(2.5)
                 return "late"
             pulse.mark("train", 4)
             dist.all_reduce(torch.ones(1))
@@ -151,7 +151,7 @@ def stand_still(rank: int) -> str:
         pulse.mark("train", 5)
         if rank == 0:
             pulse.mark("data", 6)
-        time.sleep(3)
+        time.sleep(2.2)
     distributed.set_timeout(60)
     return " ".join(said)
 
@@ -171,8 +171,8 @@ def pause(rank: int) -> int:
     distributed.set_timeout(1)
     with pulse:
         pulse.mark("checkpoint", 5)
-        time.sleep(2)
-        for step in range(4):
+        time.sleep(1.6)
+        for step in range(3):
             pulse.mark("train", step)
             time.sleep(0.5)
     distributed.set_timeout(60)

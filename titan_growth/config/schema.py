@@ -217,7 +217,7 @@ class Comm(Section):
     init_timeout_seconds: int = Field(300, ge=1)
     """Time limit of collectives until the first step is done."""
     train_timeout_seconds: int = Field(100, ge=1)
-    """Time limit of collectives afterwards."""
+    """Time limit of collectives afterwards. A rank that stands still for longer ends the run (docs/failures.md)."""
     trace_buf_size: int = Field(20000, ge=0)
     """Entries of NCCL's flight recorder, 0 = off (CUDA)."""
     save_traces_folder: str = "comm_traces"

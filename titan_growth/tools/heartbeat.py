@@ -7,9 +7,9 @@ beats are looked at only when something has gone wrong:
     a collective failed              gloo raises after its time limit, or when a peer is gone; it cannot say who it was
     the main thread does not move    NCCL waits on the device, out of Python's sight; this rank's own thread notices
 
-The second comes a little later than the first, so that a backend which raises has its turn. Pauses that may take long
-(validation, saving, growth) have the time limit of the start. Time in which the whole process was suspended does not
-count.
+The second comes a little later than the first, so that a backend which raises has its turn. In pauses that may take
+long (validation, saving, growth) only a rank that does not answer is a reason to give up before the time limit of the
+start is over. Time in which the whole process was suspended does not count.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ import torch.distributed as dist
 
 from titan_growth.tools.distributed import timeout_in_force
 from titan_growth.tools.exit_report import FAILED, ExitReport, caused_by_peer, process_status, timed_out
-from titan_growth.tools.hang import LONG_PHASES, Beat, HangError, end_processes, judge
+from titan_growth.tools.hang import LONG_PHASES, Beat, HangError, Verdict, end_processes, judge
 from titan_growth.tools.logs import say
 
 GRACE_SECONDS = 5.0
 """How much longer than the time limit a main thread may stand still: a collective that raises should do so first."""
 SAVING_SECONDS = 3600.0
 """How long a save may stand still while all ranks answer: a slow disk is no hang."""
+LOOK_BEATS = 4
+"""Between two looks; four times as many where ranks may be busy with something large."""
 AGAIN_SECONDS = 30.0
 """Until the next look, after one that found no reason to give up."""
 RANKS_PER_SECOND = 256
@@ -50,7 +52,7 @@ class Heartbeat:
     """This rank's beats. As a context manager it turns a failed collective into a `HangError`.
 
     Args:
-        long_seconds: time limit of `LONG_PHASES` where it is more than the one in force.
+        long_seconds: for which nobody need move in `LONG_PHASES`, as long as all answer.
         on_stall: gets the HangError of a main thread that does not move; it must not return.
         store: of the process group; None beats for nobody (one rank, a dry run).
         interval_seconds: between two beats.
@@ -76,7 +78,7 @@ class Heartbeat:
         self._main = threading.main_thread().ident
         self._position = self._count = self._moves = 0
         self._seen: tuple[int, ...] = ()
-        self._stalled_seconds = self._patient_until = 0.0
+        self._stalled_seconds = self._last_stalled_seconds = self._patient_until = 0.0
         self._asking: Beat | None = None
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -120,10 +122,12 @@ class Heartbeat:
 
     def _explained(self, error: BaseException, *, lost: bool) -> HangError:
         """What to say of a collective that failed on this rank; takes a few seconds."""
+        # It has just come out of the collective, so what the thread has counted may be gone already.
+        waited = max(self._stalled_seconds, self._last_stalled_seconds, 0.0 if lost else timeout_in_force())
         asking = self._now(waits=True)
         with self._lock:
             self._asking = asking
-        verdict = self._look()
+        verdict = self._look(waited, LOOK_BEATS)
         checkpoint = self.last_checkpoint()
         if verdict is None or (lost and verdict.kind not in ("frozen", "ended")):
             reason = str(error).strip().split("\n")[0]
@@ -139,16 +143,18 @@ class Heartbeat:
     def _live(self) -> None:
         while not self._closed.wait(self.interval_seconds):
             self._beat()
-            due = max(self._limit() + GRACE_SECONDS, self._patient_until)
+            due = max(timeout_in_force() + GRACE_SECONDS, self._patient_until)
             if self._stalled_seconds > due and self._asking is None:
                 self._speak_for_main_thread()
 
     def _speak_for_main_thread(self) -> None:
-        verdict = self._look()
+        at_leisure = self.phase in LONG_PHASES
+        verdict = self._look(self._stalled_seconds, 4 * LOOK_BEATS if at_leisure else LOOK_BEATS)
         if self._asking is not None or self._closed.is_set() or self._stalled_seconds == 0:
             return  # the main thread has come back, with an error or without
         saving = self.phase == "checkpoint" or " of checkpoint" in self._place
-        patient = saving and self._stalled_seconds < SAVING_SECONDS
+        enough = SAVING_SECONDS if saving else self._long_seconds if at_leisure else 0.0
+        patient = self._stalled_seconds < enough
         if verdict is not None and (verdict.kind == "moving" or (patient and verdict.kind != "frozen")):
             self._patient_until = self._stalled_seconds + AGAIN_SECONDS
             return
@@ -157,11 +163,6 @@ class Heartbeat:
         error = HangError(f"{said}. {self.last_checkpoint()}", pids=self._killable(culprits))
         self._leave("done")
         self._on_stall(error)
-
-    def _limit(self) -> float:
-        """Seconds for which the main thread may stand still."""
-        in_force = timeout_in_force()
-        return max(in_force, self._long_seconds) if self.phase in LONG_PHASES else in_force
 
     def _beat(self, left: str = "") -> None:
         beat = self._now(left=left)
@@ -178,7 +179,8 @@ class Heartbeat:
         with self._lock:
             seen = (self._position, *seen)
             if seen != self._seen:
-                self._seen, self._stalled_seconds, self._patient_until = seen, 0.0, 0.0
+                self._seen, self._last_stalled_seconds = seen, self._stalled_seconds
+                self._stalled_seconds = self._patient_until = 0.0
                 self._moves += 1
             else:
                 self._stalled_seconds += self.interval_seconds
@@ -207,12 +209,11 @@ class Heartbeat:
 
     # ---- looking at the others -----------------------------------------------------------------------------------
 
-    def _look(self) -> Any:
-        """The verdict from two looks, or None when the store does not answer."""
-        waited = self._stalled_seconds
+    def _look(self, waited: float, num_beats: int) -> Verdict | None:
+        """The verdict from two looks so many beats apart, or None when the store does not answer."""
         try:
             first = self._read()
-            for _ in range(4):
+            for _ in range(num_beats):
                 if threading.current_thread() is self._thread:
                     self._beat()
                 time.sleep(self.interval_seconds)
