@@ -21,7 +21,7 @@ from titan_growth.growth.chain import chain_of
 from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.registry import model_config_of
-from titan_growth.tools.errors import Problem
+from titan_growth.tools.errors import CheckpointError, Problem
 from titan_growth.tools.run_folder import RECIPE_FILE
 from titan_growth.usable import recipe_of, text_problem
 

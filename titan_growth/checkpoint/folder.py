@@ -26,7 +26,7 @@ from titan_growth.checkpoint.files import (
     size_of_file,
 )
 from titan_growth.checkpoint.inert import RefusedError
-from titan_growth.checkpoint.lineage import Lineage, Progress, RollBack
+from titan_growth.checkpoint.lineage import Lineage, Progress, RollBack, StabilityState
 from titan_growth.checkpoint.typed import STRICT, Count, Number, Size, Text, from_json, table_of_json, table_of_toml
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.files import write_atomic
@@ -92,6 +92,7 @@ class Manifest:
                 raise RefusedError(f"does not say the size and the checksum of {name}")
         if manifest.roll_back is not None:
             from_json(RollBack, json.dumps(manifest.roll_back))
+        from_json(StabilityState, json.dumps(manifest.stability))
         return manifest
 
 
