@@ -162,9 +162,10 @@ def test_a_killed_rank_is_told_by_the_launcher(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("num_ranks", "killed"), [(2, 1), (4, 0)])
 def test_a_restart_heals_a_killed_rank(num_ranks: int, killed: int, tmp_path: Path) -> None:
     """MAX_RESTARTS: on from the last checkpoint without help, to the numbers of a run that nothing happened to."""
-    settings = {"training.steps": 60, "training.global_batch_size": 8, "comm.train_timeout_seconds": 60}
+    settings = {"training.steps": 60, "training.global_batch_size": 8, "growth.stages.0.at": "20 steps"}
+    settings["comm.train_timeout_seconds"] = 60
     broken = Run(tmp_path / "broken", num_ranks=num_ranks, variables={"MAX_RESTARTS": "2"}, **settings)
-    broken.wait_for_step(12)
+    broken.wait_for_step(26 if killed else 12)
     os.kill(broken.pid_of(killed), signal.SIGKILL)
     status, said = broken.finish()
     assert status == 0, said

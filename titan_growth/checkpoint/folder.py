@@ -26,7 +26,7 @@ from titan_growth.checkpoint.files import (
     size_of_file,
 )
 from titan_growth.checkpoint.inert import RefusedError
-from titan_growth.checkpoint.lineage import Lineage, Progress, RollBack
+from titan_growth.checkpoint.lineage import Lineage, Progress, RollBack, StabilityState
 from titan_growth.checkpoint.typed import STRICT, Count, Number, Size, Text, from_json, table_of_json, table_of_toml
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.files import write_atomic
@@ -62,7 +62,11 @@ class Manifest:
     recent_losses: list[Number] = field(default_factory=list)
     """The last training losses, when a growth depends on their slope."""
     stability: dict[str, Any] = field(default_factory=dict)
+<<<<<<< HEAD
     """What `titan_growth.stability` goes by: steps that were skipped or rolled back, and the last numbers."""
+=======
+    """What `titan_growth.stability` goes by (`lineage.StabilityState`)."""
+>>>>>>> 68bdb845dfde40d00665c2f71f3bf54188019062
     data: dict[str, Text] = field(default_factory=dict)
     """Fingerprints of corpus and tokenizer."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -92,6 +96,7 @@ class Manifest:
                 raise RefusedError(f"does not say the size and the checksum of {name}")
         if manifest.roll_back is not None:
             from_json(RollBack, json.dumps(manifest.roll_back))
+        from_json(StabilityState, json.dumps(manifest.stability))
         return manifest
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from titan_growth.checkpoint.inert import RefusedError
 from titan_growth.checkpoint.typed import STRICT, Count, Number, Text, from_json
@@ -117,6 +117,35 @@ class RollBack:
     loss_then: Number
     postponed_to: Count
     """The step from which on the run may grow again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadStep:
+    """A step that was skipped or rolled back (`titan_growth.stability`)."""
+
+    __pydantic_config__ = STRICT
+
+    step: Count
+    action: Literal["skip", "roll_back"]
+    reason: Text
+    to_samples: Count
+    """The data cursor after its batch."""
+    from_step: Count | None = None
+    """Of the checkpoint that the run went back to."""
+    from_samples: Count | None = None
+    """The data cursor of that checkpoint; what lies between the two was passed over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityState:
+    """What later steps are judged by."""
+
+    __pydantic_config__ = STRICT
+
+    events: list[BadStep] = field(default_factory=list)
+    """Of the whole run."""
+    window: list[tuple[Number, Number]] = field(default_factory=list)
+    """Loss and gradient norm of the last steps that counted."""
 
 
 @dataclass(frozen=True)
