@@ -6,10 +6,6 @@ Folder, data, checkpoints and heartbeat stay over a roll-back; model, optimizer 
 from __future__ import annotations
 
 import gc
-<<<<<<< HEAD
-import sys
-=======
->>>>>>> 68bdb845dfde40d00665c2f71f3bf54188019062
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -25,11 +21,7 @@ from titan_growth.start import decide, note_going_back, settle
 from titan_growth.tools.device import Device
 from titan_growth.tools.distributed import on_rank0, set_timeout
 from titan_growth.tools.errors import ConfigError, TitanGrowthError, TrainingError
-<<<<<<< HEAD
-from titan_growth.tools.exit_report import DONE, FAILED, REQUEUE, RESIZE, failed_together
-=======
 from titan_growth.tools.exit_report import DONE, FAILED, REQUEUE, RESIZE
->>>>>>> 68bdb845dfde40d00665c2f71f3bf54188019062
 from titan_growth.tools.heartbeat import Heartbeat
 from titan_growth.tools.logs import logger
 from titan_growth.tools.run_folder import RunFolder
@@ -104,13 +96,6 @@ class Session:
             completed = _fit(trainer)
             for line in observers.summary(trainer.progress, checkpointer.last_saved, completed=completed):
                 logger.info("%s", line)
-<<<<<<< HEAD
-        finally:
-            observers.close()
-            trainer.close()
-            if not failed_together(sys.exc_info()[1]):
-                checkpointer.close()  # a save in the background may wait for a rank that does not come
-=======
         except TitanGrowthError:
             raise  # all ranks may still finish what they write in the background
         except BaseException:
@@ -120,7 +105,6 @@ class Session:
             observers.close()
             trainer.close()
             checkpointer.close()
->>>>>>> 68bdb845dfde40d00665c2f71f3bf54188019062
         if completed:
             return DONE, "", None
         if trainer.wanted_ranks is not None:

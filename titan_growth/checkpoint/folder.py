@@ -62,11 +62,7 @@ class Manifest:
     recent_losses: list[Number] = field(default_factory=list)
     """The last training losses, when a growth depends on their slope."""
     stability: dict[str, Any] = field(default_factory=dict)
-<<<<<<< HEAD
-    """What `titan_growth.stability` goes by: steps that were skipped or rolled back, and the last numbers."""
-=======
     """What `titan_growth.stability` goes by (`lineage.StabilityState`)."""
->>>>>>> 68bdb845dfde40d00665c2f71f3bf54188019062
     data: dict[str, Text] = field(default_factory=dict)
     """Fingerprints of corpus and tokenizer."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -155,31 +155,18 @@ class CheckpointManager:
         # In this order: killed between the two, the run comes to the same point and rolls back once more.
         moved = on_rank0(lambda: set_aside_after(self.root, folder.step, "rolled-back"))
         on_rank0(lambda: write_manifest(folder.path, manifest))
-<<<<<<< HEAD
-        logger.warning(
-            "rolled back to %s; later checkpoints are kept as %s", folder.path.name, ", ".join(moved) or "none"
-        )
-=======
         kept = ", ".join(moved) or "none"
         logger.warning("rolled back to %s; later checkpoints are kept as %s", folder.path.name, kept)
->>>>>>> 68bdb845dfde40d00665c2f71f3bf54188019062
         self.saver.last_saved = StepFolder(folder.path, manifest)
         return self.saver.last_saved
 
     def _way_back(self, back: RollBackError) -> StepFolder:
         refused: list[str] = []
         source = back.source
-<<<<<<< HEAD
-        if source is not None and not is_step_name(source):
-            raise CheckpointError(f"{back.what} cannot be taken back: {source} is no checkpoint of this run")
-        if source is None:
-            candidates, refused = on_rank0(lambda: committed_steps(self.root))
-=======
         if source is None:
             candidates, refused = on_rank0(lambda: committed_steps(self.root))
         elif not is_step_name(source):
             raise CheckpointError(f"{back.what} cannot be taken back: {source} is no checkpoint of this run")
->>>>>>> 68bdb845dfde40d00665c2f71f3bf54188019062
         else:
             named = on_rank0(lambda: open_step(self.root / source))
             candidates = [named] if named is not None else []
