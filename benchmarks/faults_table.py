@@ -309,7 +309,7 @@ HANGS = [
 
 def not_a_number(policy: str, action: str, step: int, *, quick: bool = False, **more: Any) -> Row:
     """A row of NaN under a policy of `[stability]`; the table of a run without one is left out."""
-    settings = {} if policy == "default" else {"stability.non_finite": policy}
+    settings = {} if policy == "default" else {"stability.nonfinite": policy}
     where = "a gradient" if action == "nan_gradient" else "the activations of one token"
     point = "backward" if action == "nan_gradient" else "forward"
     return injected(

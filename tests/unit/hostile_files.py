@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.unit.hostile import CASES, NOT_FOR_A_START, Bomb, case
+from titan_growth.checkpoint.folder import sealed
 
 __all__ = ["CASES", "NOT_FOR_A_START"]
 
@@ -17,7 +18,7 @@ def with_manifest(step: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Changes the manifest so that it can no longer be read as one."""
     table = json.loads((step / "manifest.json").read_text())
     change(table)
-    (step / "manifest.json").write_text(json.dumps(table, indent=1) + "\n")
+    (step / "manifest.json").write_text(sealed(table))
 
 
 def _manifest(name: str, **values: Any) -> None:

@@ -14,6 +14,7 @@ from titan_growth.checkpoint.folder import (
     committed_steps,
     file_entry,
     open_step,
+    sealed,
     sha256_of,
     step_numbers,
     step_path,
@@ -100,7 +101,7 @@ def test_a_manifest_cannot_name_files_outside_its_folder(name: str, tmp_path: Pa
     path = commit(tmp_path, 1)
     table = json.loads((path / "manifest.json").read_text())
     table["files"][name] = {"bytes": 1, "sha256": "0"}
-    (path / "manifest.json").write_text(json.dumps(table, indent=1) + "\n")
+    (path / "manifest.json").write_text(sealed(table))
     with pytest.raises(CheckpointError, match=r"step-1 refused: manifest\.json is not valid \(names a file outside"):
         open_step(path)
 
@@ -123,14 +124,35 @@ def test_a_manifest_cannot_name_files_outside_its_folder(name: str, tmp_path: Pa
 def test_a_manifest_that_is_not_one_is_refused_in_one_line(change: dict[str, object], tmp_path: Path) -> None:
     path = commit(tmp_path, 1)
     table = json.loads((path / "manifest.json").read_text()) | change
-    (path / "manifest.json").write_text(json.dumps(table, indent=1) + "\n")
+    (path / "manifest.json").write_text(sealed(table))
     with pytest.raises(CheckpointError, match=r"^step-1 refused: manifest.json is not valid [^\n]*$"):
         open_step(path)
     for key in ("step", "files", "num_layers", "format"):
         cut = {name: value for name, value in table.items() if name != key}
-        (path / "manifest.json").write_text(json.dumps(cut, indent=1) + "\n")
+        (path / "manifest.json").write_text(sealed(cut))
         with pytest.raises(CheckpointError, match="step-1 refused"):
             open_step(path)
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
+    """A digit of the data cursor that flips into another digit leaves a manifest that makes sense."""
+    path = commit(tmp_path, 1)
+    whole = (path / "manifest.json").read_bytes()
+    opened = open_step(path)
+    for place in range(len(whole)):
+        for bit in (0, 1, 4):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << bit
+            (path / "manifest.json").write_bytes(flipped)
+            try:
+                found = open_step(path)
+            except CheckpointError:
+                continue
+            assert found is None or found == opened, f"byte {place}: {whole[place : place + 1]!r}"
+    table = json.loads(whole)
+    del table["sha256"]
+    (path / "manifest.json").write_text(json.dumps(table) + "\n")
+    assert open_step(path) == opened, "the first manifests had no checksum of their own"
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "3", '"x"', "\x00", "[1}"])

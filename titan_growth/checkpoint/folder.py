@@ -34,6 +34,8 @@ from titan_growth.tools.location import is_remote, location
 
 FORMAT = 1
 MANIFEST, METADATA, RECIPE, LINEAGE = "manifest.json", ".metadata", "recipe.toml", "lineage.json"
+_SEAL = "sha256"
+"""Key of the manifest's checksum of itself."""
 _MAX_BYTES = {RECIPE: 1 << 20, LINEAGE: MAX_TEXT_BYTES, METADATA: MAX_METADATA_BYTES}
 _STEP_FOLDER = re.compile("step-(0|[1-9][0-9]{0,15})")
 
@@ -70,7 +72,7 @@ class Manifest:
 
     def to_json(self) -> str:
         table = asdict(self)
-        return json.dumps({"format": FORMAT, **table.pop("progress"), **table}, indent=1) + "\n"
+        return sealed({"format": FORMAT, **table.pop("progress"), **table})
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -80,6 +82,9 @@ class Manifest:
             raise RefusedError("it has no 'format'")
         if table.pop("format") != FORMAT:
             raise RefusedError("written by another version")
+        seal = table.pop(_SEAL, None)  # the first manifests had none
+        if seal is not None and seal != _digest({"format": FORMAT, **table}):
+            raise RefusedError("it does not match its own checksum")
         counters = ("step", "tokens", "flops", "samples")
         if missing := [key for key in (*counters, "files") if key not in table]:
             raise RefusedError(f"it has no '{missing[0]}'")
@@ -94,6 +99,21 @@ class Manifest:
             from_json(RollBack, json.dumps(manifest.roll_back))
         from_json(StabilityState, json.dumps(manifest.stability))
         return manifest
+
+
+def sealed(table: dict[str, Any]) -> str:
+    """The text of a manifest: the table, and a checksum of it.
+
+    The other checksums are in the manifest, so its own has to be there as well: a bit that flips in the data cursor
+    would otherwise send a run on over other data.
+    """
+    table = {key: value for key, value in table.items() if key != _SEAL}
+    return json.dumps({**table, _SEAL: _digest(table)}, indent=1) + "\n"
+
+
+def _digest(table: dict[str, Any]) -> str:
+    """SHA-256 of what a table says, however it is written down."""
+    return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _is_entry(num_bytes: Any, sha256: Any) -> bool:
