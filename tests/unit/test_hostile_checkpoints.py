@@ -28,7 +28,7 @@ from tests.unit.confined import Confined
 from tests.unit.hostile import Bomb, signed
 from tests.unit.hostile_files import CASES, NOT_FOR_A_START
 from titan_growth.checkpoint.folder import open_step
-from titan_growth.checkpoint.lineage import RollBack
+from titan_growth.checkpoint.going_back import RollBackError
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema import Checkpoint, Recipe
@@ -236,9 +236,8 @@ def test_a_finished_run_with_a_flipped_bit_is_not_finished(
 def taken_back_to(root: Path, source: str) -> str:
     """The message about going back to the checkpoint that a growth came from, as its lineage names it."""
     manager = CheckpointManager(Checkpoint(enable=True), root)
-    back = RollBack(growth=0, step=1, noticed_at=2, loss_before=1.0, loss_then=2.0, postponed_to=3)
     try:
-        manager.roll_back(source, back)
+        manager.roll_back(RollBackError("the growth", lambda manifest: manifest, source))
     except TitanGrowthError as error:
         return str(error)
     return ""
