@@ -2,7 +2,8 @@
 
     python benchmarks/faults.py                    # the whole table, about an hour on two cores
     python benchmarks/faults.py --quick            # one point of each fault, about eight minutes
-    python benchmarks/faults.py --only "SIGTERM"   # rows whose name matches; writes nothing
+    python benchmarks/faults.py --only "SIGTERM"   # rows whose name matches; writes no page
+    python benchmarks/faults.py --only "SIGTERM" --into part.jsonl; python benchmarks/faults.py --played part.jsonl
     python benchmarks/faults.py --list
 
 Every run is `run_train.sh` with a small model (`broken_runs.py`) that grows and changes its mesh on the way. Faults at
@@ -36,7 +37,7 @@ from benchmarks.faults_table import ROWS  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 LONGEST_CELL = 300
-SAID_ALREADY = ("fault", "point", "ranks", "ok")
+SAID_ALREADY = ("row", "fault", "point", "ranks", "ok")
 
 
 def play(row: Row, shop: Workshop, base: Path) -> dict[str, Any]:
@@ -112,6 +113,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="rows whose name holds this regular expression; writes nothing")
     parser.add_argument("--quick", action="store_true", help="one point of each fault; writes nothing")
+    parser.add_argument("--played", type=Path, nargs="+", default=[], help="files of rows that are not played again")
+    parser.add_argument("--into", type=Path, help="a file for the rows that are played, a line each as they come")
     parser.add_argument("--list", action="store_true", help="the names of the rows")
     parser.add_argument("--folder", type=Path, help="where to work; kept, with all screens. Default: a temporary one")
     options = parser.parse_args()
@@ -120,6 +123,7 @@ def main() -> int:
     if options.list:
         print("\n".join(f"{row.name}{' (quick)' if row.quick else ''}" for row in rows))
         return 0
+    known = {entry["row"]: entry for path in options.played for entry in map(json.loads, path.read_text().splitlines())}
     entries = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).absolute()
@@ -127,11 +131,15 @@ def main() -> int:
         try:
             for number, row in enumerate(rows):
                 base = folder / f"row-{number}-{time.strftime('%H%M%S')}"
-                entries.append(play(row, shop, base))
+                if row.name in known:
+                    entries.append(known[row.name])
+                    continue
+                entries.append({"row": row.name, **play(row, shop, base)})
+                if options.into is not None:
+                    with options.into.open("a") as file:
+                        file.write(json.dumps(entries[-1]) + "\n")
                 words = {None: "--  ", True: "ok  ", False: "BAD "}[entries[-1]["ok"]]
-                said = {
-                    key: value for key, value in entries[-1].items() if key not in ("fault", "point", "ranks", "ok")
-                }
+                said = {key: value for key, value in entries[-1].items() if key not in SAID_ALREADY}
                 print(f"{words}{row.name}: {said}", flush=True)
         finally:
             unmount_below(folder)
