@@ -9,12 +9,12 @@ import logging
 import secrets
 from dataclasses import dataclass
 
-from titan_growth.checkpoint.folder import StepFolder, root_of
+from titan_growth.checkpoint.folder import StepFolder, committed_steps, root_of
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema import Recipe
 from titan_growth.plan import RunPlan, plan_run
 from titan_growth.resume import compare, decided_before, num_growths_of
-from titan_growth.tools.errors import ConfigError
+from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.run_folder import RunFolder
 
@@ -43,14 +43,33 @@ def dry_run_of(recipe: Recipe) -> Recipe:
 
 
 def decide(recipe: Recipe, folder: RunFolder, checkpoint: StepFolder | None) -> Decisions:
-    """Seed and batch size of the run: the recipe's, else those of its earlier start, else new ones."""
+    """Seed and batch size of the run: the recipe's, else those of its earlier start, else new ones.
+
+    Raises:
+        ConfigError: when the run has checkpoints, but not where the recipe now says: it would start from scratch.
+    """
     before = decided_before(folder.path, checkpoint)
+    if checkpoint is None and before is not None and recipe.checkpoint.enable:
+        _require_not_left(before, recipe, folder)
     seed = recipe.debug.seed
     if seed is None:
         seed = before.debug.seed if before is not None else None
     if seed is None:
         seed = secrets.randbelow(2**31)
     return Decisions(seed, before.training.global_batch_size if before is not None else None)
+
+
+def _require_not_left(before: Recipe, recipe: Recipe, folder: RunFolder) -> None:
+    if not before.checkpoint.enable or before.checkpoint.folder == recipe.checkpoint.folder:
+        return
+    left, _ = committed_steps(root_of(before.checkpoint.folder, folder.path))
+    if left:
+        message = (
+            f"there is no checkpoint in {root_of(recipe.checkpoint.folder, folder.path)}, but this run has some in "
+            f"{left[0].path.parent}, up to {left[0].path.name}"
+        )
+        hint = "Name that folder, or copy the newest here; another job.dump_folder starts a new run"
+        raise ConfigError([Problem("checkpoint.folder", message, hint)])
 
 
 def settle(

@@ -169,7 +169,8 @@ class Trainer(GrowsMidRun):
         gc.disable()  # collected below, on all ranks at once, so that no rank stalls the others at its own moment
         try:
             self._loop()
-            self.checkpointer.wait()
+            with self.observers.meter.pause("checkpoint"):
+                self.checkpointer.wait()
         finally:
             gc.enable()
         if self.progress.step < self.recipe.training.steps:

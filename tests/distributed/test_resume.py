@@ -12,6 +12,7 @@ from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, train, without_timings
 from titan_growth.checkpoint.folder import open_step
 from titan_growth.checkpoint.reader import SafeReader
+from titan_growth.config.loader import to_toml
 
 GROWING: dict[str, Any] = {
     "training__steps": 8,
@@ -134,3 +135,19 @@ def test_a_checkpoint_is_a_standard_dcp_folder_with_torchtitans_names(tmp_path: 
     assert "optimizer.state.tok_embeddings.weight.exp_avg_sq" in names
     assert "rng.rank_1.cpu" in names
     assert len(names) == (4 * 9 + 3) * 4 + 2, "a weight, two moments and a step counter each, and two random states"
+
+
+def test_checkpoints_that_were_left_elsewhere_are_not_forgotten(tmp_path: Path) -> None:
+    """Another `checkpoint.folder` would start the run from scratch, without a word."""
+    from titan_growth.start import decide
+    from titan_growth.tools.errors import ConfigError
+    from titan_growth.tools.run_folder import RunFolder
+
+    recipe = make_recipe(tmp_path / "run", training__steps=2, checkpoint__enable=True)
+    run_ranks(train, 1, 1, recipe)
+    (tmp_path / "run" / "recipe.toml").write_text(to_toml(recipe))
+    moved = make_recipe(tmp_path / "run", training__steps=2, checkpoint__enable=True, checkpoint__folder="other")
+    with pytest.raises(
+        ConfigError, match=r"^checkpoint\.folder: there is no checkpoint in \S+/other, but .* step-2\. "
+    ):
+        decide(moved, RunFolder(tmp_path / "run"), None)
