@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -31,7 +32,8 @@ def test_a_checkpoint_of_gathered_float8_is_plain_and_resumes_without_it(tmp_pat
     for name, pieces in reader.chunks().items():
         for piece in pieces:
             assert type(reader.read_chunk(piece)) is torch.Tensor, name
-            stored = reader._read(piece.file, piece.begin, piece.length)
+            archive = (reader.folder / piece.file).read_bytes()[piece.begin : piece.begin + piece.length]
+            stored = torch.load(io.BytesIO(archive), weights_only=True)
             assert type(stored) is torch.Tensor, f"{name} is stored as a {type(stored).__name__}"
     run_ranks(train, 2, 2, make_recipe(tmp_path, **COMMON, **case.layout, **GATHERED, training__steps=4))
     run_ranks(train, 1, 1, make_recipe(tmp_path, **COMMON, **mesh().layout, training__steps=6))
