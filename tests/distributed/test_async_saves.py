@@ -61,18 +61,24 @@ def test_the_checkpoints_are_those_of_saves_that_are_waited_for(
     whole = make_recipe(tmp_path / "sync", **settings)
     run_ranks(train, num_ranks, num_ranks, whole, timeout_seconds=250)
     recipe = make_recipe(tmp_path / "async", **settings, checkpoint__async_mode="async")
-    run_ranks(slowly, num_ranks, num_ranks, recipe, 0.05, timeout_seconds=250)
+    run_ranks(train_beside_saves, num_ranks, num_ranks, recipe, timeout_seconds=250)
     assert shards_of(tmp_path / "async") == shards_of(tmp_path / "sync")
     assert without_timings(read_metrics(tmp_path / "async")) == without_timings(read_metrics(tmp_path / "sync"))
 
 
-def slowly(rank: int, num_ranks: int, recipe: Any, seconds: float) -> list[tuple[int, int]]:
-    """Trains while each file takes so long to write; (step, saves under way) of every step."""
-    write, under_way, seen = ShardWriter.write_data, [0], []
+def train_beside_saves(rank: int, num_ranks: int, recipe: Any) -> tuple[set[int], int]:
+    """Trains while no file is done before training has gone on; (steps beside a save, most saves at once)."""
+    write, under_way, most = ShardWriter.write_data, [0], [0]
+    beside: set[int] = set()
 
     def slow(self: ShardWriter, *args: Any) -> Any:
         under_way[0] += 1
-        time.sleep(seconds)
+        most[0] = max(most[0], under_way[0])
+        step = int(self.folder.name.removeprefix("step-"))
+        # Two steps on, unless the next save, a growth or the end is waiting for this one.
+        until = time.monotonic() + 1
+        while trainer.progress.step < step + 2 and time.monotonic() < until + 20 * (trainer.progress.step > step):
+            time.sleep(0.001)
         try:
             return write(self, *args)
         finally:
@@ -84,22 +90,24 @@ def slowly(rank: int, num_ranks: int, recipe: Any, seconds: float) -> list[tuple
             advance = trainer._advance
 
             def watched(*args: Any) -> None:
+                thread = trainer.checkpointer.saver._thread
+                if thread is not None and thread.is_alive():
+                    beside.add(trainer.progress.step + 1)
                 advance(*args)
-                seen.append((trainer.progress.step, under_way[0]))
 
             trainer._advance = watched  # type: ignore[method-assign]
             assert trainer.fit()
     finally:
         ShardWriter.write_data = write  # type: ignore[method-assign]
-    return seen
+    return beside, most[0]
 
 
 def test_training_goes_on_beside_one_save_and_never_two(tmp_path: Path) -> None:
     settings = {**RUN, "training__steps": 12, "checkpoint__interval": 6}
     recipe = make_recipe(tmp_path / "run", **settings, checkpoint__async_mode="async")
-    for seen in run_ranks(slowly, 2, 2, recipe, 1.0):
-        assert len([step for step, under_way in seen if under_way]) >= 2, "no step was made during a save"
-        assert max(under_way for _, under_way in seen) == 1
+    for beside, most in run_ranks(train_beside_saves, 2, 2, recipe):
+        assert beside >= {7, 8}, "no step was made during a save"
+        assert most == 1
     assert shards_of(tmp_path / "run").keys() == {"step-6", "step-12"}
 
 
