@@ -10,6 +10,8 @@ import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 PROTOCOL = "bucket"
+LEAST_PART_BYTES = 5 << 20
+"""Of a part of an upload, as in S3."""
 
 
 class BucketFileSystem(AbstractFileSystem):
@@ -37,7 +39,7 @@ class BucketFileSystem(AbstractFileSystem):
         path = self._strip_protocol(path).strip("/")
         if path not in self.dircache:
             found: dict[str, dict[str, Any]] = {}
-            for key, content in self.objects.items():
+            for key, content in list(self.objects.items()):  # others write meanwhile
                 if key == path:
                     found[key] = self._facts(key, content)
                 elif key.startswith(f"{path}/"):
@@ -56,11 +58,39 @@ class BucketFileSystem(AbstractFileSystem):
         tag = hashlib.md5(content).hexdigest()
         return {"name": key, "size": len(content), "type": "file", "ETag": f'"{tag}"'}
 
+    def rm_file(self, path: str) -> None:
+        del self.objects[self._strip_protocol(path).strip("/")]
+        self.invalidate_cache()
+
+    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
+        source, target = (self._strip_protocol(path).strip("/") for path in (path1, path2))
+        self.objects[target] = self.objects[source]
+        self.invalidate_cache()
+
+    def rmdir(self, path: str) -> None:
+        raise FileNotFoundError(path)  # there are no folders
+
     def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
+        if mode == "wb" and block_size is not None and block_size < LEAST_PART_BYTES:
+            raise ValueError(f"Block size must be >= {LEAST_PART_BYTES} bytes")
         return _BucketFile(self, path, mode, block_size or 2**16, **options)
 
 
 class _BucketFile(AbstractBufferedFile):
+    def _initiate_upload(self) -> None:
+        self._parts: list[bytes] = []
+
+    def _upload_chunk(self, final: bool = False) -> bool:
+        """An object is there when all of it is."""
+        self._parts.append(self.buffer.getvalue())
+        if final:
+            BucketFileSystem.objects[self.path.strip("/")] = b"".join(self._parts)
+            self.fs.invalidate_cache()
+        return True
+
+    def discard(self) -> None:
+        self._parts = []
+
     def _fetch_range(self, start: int, end: int) -> bytes:
         BucketFileSystem.before_fetch(self.path, start, end)
         content = BucketFileSystem.objects[self.path][start:end]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 from titan_growth.checkpoint.folder import StepFolder, open_step
 from titan_growth.checkpoint.lineage import GrowthEvent, RollBack
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
-from titan_growth.tools.location import location
+from titan_growth.tools.location import folder_at
 
 USAGE = """usage: python -m titan_growth lineage STEP_FOLDER
 
@@ -24,7 +23,7 @@ def main(argv: list[str]) -> int:
         print(USAGE, end="", file=sys.stdout if argv and argv[0] in ("--help", "-h") else sys.stderr)
         return 0 if argv and argv[0] in ("--help", "-h") else 2
     try:
-        print("\n".join(lineage_lines(cast(Path, location(argv[0])))))
+        print("\n".join(lineage_lines(folder_at(argv[0]))))
     except TitanGrowthError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

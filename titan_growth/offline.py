@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -50,7 +50,7 @@ from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.phases import recipe_in_phase
 from titan_growth.tools.errors import ConfigError, GrowthError, Problem, TitanGrowthError, print_error
 from titan_growth.tools.files import write_atomic
-from titan_growth.tools.location import location
+from titan_growth.tools.location import folder_at
 from titan_growth.tools.run_folder import gib
 
 USAGE = """usage: python -m titan_growth grow --from STEP_FOLDER --to STEP_FOLDER --operator NAME [--factor N] [...]
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         given, stage = _arguments(argv)
-        source, target = cast(Path, location(given["from"])), Path(given["to"])
+        source, target = folder_at(given["from"]), Path(given["to"])
         done = grow_checkpoint(source, target, stage, seed=int(given.get("seed", "0")), plugins=_plugins(given))
     except TitanGrowthError as error:
         return print_error(error)

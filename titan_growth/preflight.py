@@ -167,7 +167,7 @@ def _check_initial(plan: RunPlan) -> None:
 def _check_space(folder: RunFolder, plan: RunPlan) -> None:
     """One checkpoint fits."""
     section = plan.recipe.checkpoint
-    if not section.enable or section.load_only:
+    if not section.enable or section.load_only or is_remote(root_of(section.folder, folder.path)):
         return
     num_bytes = (2 if plan.recipe.training.dtype == "bfloat16" else 4) * plan.target.num_params
     if section.last_save_model_only and section.interval >= plan.recipe.training.steps:

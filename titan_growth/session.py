@@ -19,7 +19,7 @@ from titan_growth.observers import Observers
 from titan_growth.run_data import RunData
 from titan_growth.start import decide, note_going_back, settle
 from titan_growth.tools.device import Device
-from titan_growth.tools.distributed import on_rank0, set_timeout
+from titan_growth.tools.distributed import on_rank0, set_timeout, timeout_in_force
 from titan_growth.tools.errors import ConfigError, TitanGrowthError, TrainingError
 from titan_growth.tools.exit_report import DONE, FAILED, REQUEUE, RESIZE
 from titan_growth.tools.heartbeat import Heartbeat
@@ -27,6 +27,9 @@ from titan_growth.tools.logs import logger
 from titan_growth.tools.run_folder import RunFolder
 from titan_growth.tools.signals import StopSignal
 from titan_growth.trainer import Trainer
+
+LAST_SAVE_SECONDS = 30.0
+"""For which a run that breaks off waits for a save in the background."""
 
 
 @dataclass
@@ -96,15 +99,17 @@ class Session:
             completed = _fit(trainer)
             for line in observers.summary(trainer.progress, checkpointer.last_saved, completed=completed):
                 logger.info("%s", line)
+            checkpointer.close()
         except TitanGrowthError:
-            raise  # all ranks may still finish what they write in the background
+            checkpointer.close()  # all ranks can still finish what they write in the background
+            raise
         except BaseException:
-            checkpointer.abandon()
+            # Another rank may be gone. If it only waits for its own part of a save, the save is still worth a moment.
+            checkpointer.close(min(LAST_SAVE_SECONDS, timeout_in_force()))
             raise
         finally:
             observers.close()
             trainer.close()
-            checkpointer.close()
         if completed:
             return DONE, "", None
         if trainer.wanted_ranks is not None:

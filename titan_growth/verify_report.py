@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -17,7 +16,7 @@ from titan_growth.checkpoint.folder import StepFolder, open_step, step_numbers, 
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.growth.rules import OPTIMIZER_PREFIX
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError, one_line, print_error
-from titan_growth.tools.location import location
+from titan_growth.tools.location import folder_at
 from titan_growth.tools.run_folder import gib
 from titan_growth.usable import problem_of, whole_problem
 
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> int:
     status = 0
     for word in argv:
         try:
-            path = cast(Path, location(word))
+            path = folder_at(word)
             folders = [step_path(path, step) for step in sorted(step_numbers(path))] or [path]
         except TitanGrowthError as error:
             status = print_error(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,14 @@ from typing import Any
 import pytest
 from upath import UPath
 
+from tests import storage
 from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, train, trainer_of, without_timings
-from titan_growth.checkpoint.folder import committed_steps, open_step
+from tests.unit.test_checkpoint_manager import save
+from titan_growth.checkpoint.folder import committed_steps, file_entry, open_step, root_of
+from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.checkpoint.writer import HashedFile
+from titan_growth.config.schema import Checkpoint
 from titan_growth.tools.files import move_folder, remove_folder, write_atomic
 from titan_growth.verify_report import main as verify
 
@@ -66,9 +72,9 @@ def test_killed_and_resumed_by_file_url_is_the_run_by_path(mode: str, tmp_path: 
     assert by_path.keys() == {"step-4", "step-6", "step-8"}
 
 
-def _in_memory(rank: int, folder: Path) -> None:
-    """memory:// lives in a process, so all of it happens in one."""
-    url = "memory://bucket/run"
+def _in_process(rank: int, folder: Path, url: str) -> None:
+    """These stores live in a process, so all of it happens in one."""
+    storage.register()
     train(0, 1, make_recipe(folder / "run", **{**RUN, "training__steps": 6}, checkpoint__folder=url))
     assert set(entries(UPath(url))) == {"step-2", "step-4", "step-6"}
     train(0, 1, make_recipe(folder / "run", **RUN, checkpoint__folder=url))
@@ -90,15 +96,68 @@ def _in_memory(rank: int, folder: Path) -> None:
     assert open_step(UPath(url) / "step-9") is not None
 
 
-def test_in_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("url", ["memory://bucket/run", "bucket://checkpoints/run"])
+def test_a_store(url: str, tmp_path: Path) -> None:
     """Saves, goes on, verifies, notices damage and starts another run, all by URL."""
-    run_ranks(_in_memory, 1, tmp_path)
+    run_ranks(_in_process, 1, tmp_path, url)
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
-@pytest.mark.parametrize("kind", ["path", "file", "memory"])
+def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+    """A disk has renames, fsync and a size, which a URL would do without."""
+    root = root_of(f"file://{tmp_path}/x", tmp_path)
+    assert root == tmp_path / "x"
+    assert isinstance(root, Path)
+
+
+def test_a_shard_that_fails_does_not_appear_in_a_store() -> None:
+    storage.register()
+    storage.BucketFileSystem.reset()
+    with pytest.raises(ZeroDivisionError), HashedFile(UPath("bucket://b/shard")) as file:
+        file.write(bytes((3 << 20) // (1 - len("x"))))
+    gc.collect()
+    assert storage.BucketFileSystem.objects == {}
+    with HashedFile(UPath("bucket://b/shard")) as file:
+        file.write(bytes(70 << 20))
+    assert len(storage.BucketFileSystem.objects["b/shard"]) == 70 << 20
+    assert file.entry == file_entry(UPath("bucket://b/shard"))
+
+
+def _no_answer(rank: int, folder: Path) -> None:
+    storage.register()
+    root = UPath("bucket://b/checkpoint")
+    checkpoints = CheckpointManager(Checkpoint(enable=True, folder="bucket://b/checkpoint", keep_latest_k=2), folder)
+    for step in (2, 4):
+        save(checkpoints, step, permanent=step == 2)
+    checkpoints.close()
+    honest = storage.BucketFileSystem.info
+
+    def silent(self: Any, path: str, **more: Any) -> Any:
+        if path.endswith("manifest.json"):
+            raise TimeoutError("no answer")
+        return honest(self, path, **more)
+
+    storage.BucketFileSystem.info = silent
+    checkpoints.saver.retention.prune(6)
+    checkpoints.saver.retention.wait()
+    storage.BucketFileSystem.info = honest
+    assert [found.step for found in committed_steps(root)[0]] == [4, 2]
+
+
+def test_a_store_that_does_not_answer_loses_no_checkpoint(tmp_path: Path) -> None:
+    """ "It is not there" and "I do not know" are not the same."""
+    run_ranks(_no_answer, 1, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["path", "file", "memory", "bucket"])
 def test_folders_are_moved_and_removed_alike(kind: str, tmp_path: Path) -> None:
-    place = {"path": tmp_path / "x", "file": UPath(f"file://{tmp_path}/x"), "memory": UPath("memory://moved/x")}[kind]
+    storage.register()
+    place = {
+        "path": tmp_path / "x",
+        "file": UPath(f"file://{tmp_path}/x"),
+        "memory": UPath("memory://moved/x"),
+        "bucket": UPath("bucket://moved/x"),
+    }[kind]
     place.mkdir(parents=True)
     for name in ("a", "b"):
         write_atomic(place / name, name * 3)

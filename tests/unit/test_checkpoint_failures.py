@@ -58,6 +58,40 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     run_ranks(_full_disk, 1, tmp_path)
 
 
+def _unheard_of(rank: int, folder: Path) -> None:
+    """Packages of stores raise errors that are no OSError; a save that meets one is tried again like any other."""
+    logging.disable(logging.CRITICAL)
+    checkpoints = manager(folder, save_retries=1)
+    saving.time.sleep = lambda seconds: None  # type: ignore[assignment]
+    commit, left = saving.write_manifest, [1]
+
+    def fails_once(*args: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("HTTP 503")
+        commit(*args)
+
+    with replaced(saving, "write_manifest", fails_once):
+        assert save(checkpoints, 5).step == 5
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError("HTTP 503")
+
+    message = "step-6 was not saved: HTTP 503. The checkpoints before it are whole"
+    with replaced(saving, "write_manifest", fails), pytest.raises(CheckpointError, match=message):
+        save(checkpoints, 6)
+    with replaced(checkpoints.saver.retention, "prune", fails):
+        assert save(checkpoints, 7).step == 7, "what cannot be removed does not undo a save"
+    found = checkpoints.find()
+    assert found is not None
+    assert found.step == 7
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_errors_of_any_kind_are_those_of_the_save(num_ranks: int, tmp_path: Path) -> None:
+    run_ranks(_unheard_of, num_ranks, tmp_path)
+
+
 def _small_disk(rank: int, folder: Path) -> None:
     usage = SimpleNamespace(free=50)
     with replaced(shutil, "disk_usage", lambda path: usage), pytest.raises(CheckpointError) as caught:

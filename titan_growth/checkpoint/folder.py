@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -30,7 +30,7 @@ from titan_growth.checkpoint.lineage import Lineage, Progress, RollBack, Stabili
 from titan_growth.checkpoint.typed import STRICT, Count, Number, Size, Text, from_json, table_of_json, table_of_toml
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.files import write_atomic
-from titan_growth.tools.location import is_remote, location
+from titan_growth.tools.location import folder_at, is_remote
 
 FORMAT = 1
 MANIFEST, METADATA, RECIPE, LINEAGE = "manifest.json", ".metadata", "recipe.toml", "lineage.json"
@@ -213,8 +213,7 @@ def root_of(folder: str, dump_folder: Path) -> Path:
     Raises:
         LocationError: when it is a URL that cannot be used.
     """
-    # A UPath is no Path, but has all of its methods that are used on checkpoints.
-    return cast(Path, location(folder)) if is_remote(folder) else dump_folder / folder
+    return folder_at(folder) if is_remote(folder) else dump_folder / folder
 
 
 def step_path(root: Path, step: int) -> Path:

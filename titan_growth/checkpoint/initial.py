@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from titan_growth.interchange.folder import is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.models.config import ModelConfig
 from titan_growth.tools.errors import CheckpointError
-from titan_growth.tools.location import location
+from titan_growth.tools.location import folder_at
 
 
 def tied_names(tied: Mapping[str, str]) -> NamesOf | None:
@@ -64,7 +63,7 @@ def initial_state(section: Checkpoint, *, checksums: bool) -> tuple[Path, Progre
         CheckpointError: when the folder cannot be used in that way.
     """
     assert section.initial_load_path is not None
-    path = cast(Path, location(section.initial_load_path))
+    path = folder_at(section.initial_load_path)
     key = f"checkpoint.initial_load_path {path}"
     if not path.is_dir():
         raise CheckpointError(f"{key}: no such folder. Name a step-N folder")

@@ -40,6 +40,7 @@ from titan_growth.checkpoint.saving import Saver, Tensors, root_cause
 from titan_growth.config.schema import Checkpoint
 from titan_growth.tools.distributed import fail_together, gather_objects, on_rank0
 from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.location import folder_at
 
 logger = logging.getLogger("titan_growth")
 
@@ -50,7 +51,8 @@ class CheckpointManager:
     def __init__(self, section: Checkpoint, dump_folder: Path) -> None:
         self.section = section
         self.root = root_of(section.folder, dump_folder)
-        self.saver = Saver(section, self.root, Retention(self.root, section.keep_latest_k))
+        spare = folder_at(section.initial_load_path) if section.initial_load_path is not None else None
+        self.saver = Saver(section, self.root, Retention(self.root, section.keep_latest_k, spare))
 
     # ---- choosing ------------------------------------------------------------------------------------------------
 
@@ -99,7 +101,7 @@ class CheckpointManager:
         The user has gone back on purpose (`load_step`), or they were refused as damaged.
         """
         label = "superseded" if self.section.load_step != -1 else "damaged"
-        moved = on_rank0(lambda: set_aside_after(self.root, step, label))
+        moved = on_rank0(lambda: set_aside_after(self.root, step, label), self.saver.group)
         if moved:
             logger.warning("going on from step %d: later checkpoints are kept as %s", step, ", ".join(moved))
 
@@ -123,13 +125,9 @@ class CheckpointManager:
         """Returns when no save is under way. Raises CheckpointError, on every rank, when the last one has failed."""
         self.saver.wait()
 
-    def abandon(self) -> None:
-        """Leaves a save in the background to itself: another rank is gone, and it would wait for that one."""
-        self.saver.abandon()
-
-    def close(self) -> None:
-        """Returns when nothing is being written or removed any more."""
-        self.saver.close()
+    def close(self, most_seconds: float | None = None) -> None:
+        """Returns when nothing is being written or removed any more, or the time is over (`Saver.close`)."""
+        self.saver.close(most_seconds)
 
     def make_permanent(self, held_out_loss: float) -> StepFolder:
         """Takes the checkpoint that was saved last out of retention, as one that the model grows from."""
@@ -153,7 +151,7 @@ class CheckpointManager:
         folder = self._way_back(back)
         manifest = back.change(folder.manifest)
         # In this order: killed between the two, the run comes to the same point and rolls back once more.
-        moved = on_rank0(lambda: set_aside_after(self.root, folder.step, "rolled-back"))
+        moved = on_rank0(lambda: set_aside_after(self.root, folder.step, "rolled-back"), self.saver.group)
         on_rank0(lambda: write_manifest(folder.path, manifest))
         kept = ", ".join(moved) or "none"
         logger.warning("rolled back to %s; later checkpoints are kept as %s", folder.path.name, kept)

@@ -32,10 +32,15 @@ def set_aside_after(root: Path, step: int, label: str) -> list[str]:
 
 
 class Retention:
-    """Removes old checkpoints of one folder, in the background. Used on rank 0 only."""
+    """Removes old checkpoints of one folder, in the background. Used on rank 0 only.
 
-    def __init__(self, root: Path, keep_latest_k: int) -> None:
+    Args:
+        spare: a folder that is not ours to remove: what the run was started from.
+    """
+
+    def __init__(self, root: Path, keep_latest_k: int, spare: Path | None = None) -> None:
         self.root = root
+        self.spare = spare
         self.keep_latest_k = keep_latest_k
         self._remover: Thread | None = None
 
@@ -45,17 +50,16 @@ class Retention:
         Also clears what dead saves and interrupted removals of earlier steps have left.
         """
         self.wait()
-        good = [folder for folder in committed_steps(self.root)[0] if folder.step <= saved_step]
-        passing = [folder for folder in good if not folder.manifest.permanent]
-        doomed = [folder.path for folder in passing[self.keep_latest_k :]] if self.keep_latest_k else []
+        doomed = []
+        if self.keep_latest_k:
+            good = [folder for folder in committed_steps(self.root)[0] if folder.step <= saved_step]
+            passing = [folder for folder in good if not folder.manifest.permanent]
+            doomed = [folder.path for folder in passing[self.keep_latest_k :]]
         for path in doomed:
             # The manifest goes first: a half-removed checkpoint is then not a committed one.
             (path / MANIFEST).unlink(missing_ok=True)
-        remains = [
-            step_path(self.root, step)
-            for step in step_numbers(self.root)
-            if step < saved_step and not (step_path(self.root, step) / MANIFEST).exists()
-        ]
+        earlier = [step_path(self.root, step) for step in step_numbers(self.root) if step < saved_step]
+        remains = [path for path in earlier if path != self.spare and _has_no_manifest(path)]
         if remains:
             self._remover = Thread(target=_remove, args=(remains,), name="checkpoint-retention")
             self._remover.start()
@@ -67,7 +71,18 @@ class Retention:
             self._remover = None
 
 
+def _has_no_manifest(folder: Path) -> bool:
+    """Whether it is certain that nothing was committed. `exists` says no as well when a store does not answer."""
+    try:
+        (folder / MANIFEST).open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except Exception:
+        return False
+    return False
+
+
 def _remove(paths: list[Path]) -> None:
     for path in paths:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # stores have errors of their own; the next save tries again
             remove_folder(path)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
+from typing import TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -41,13 +42,14 @@ from titan_growth.checkpoint.staging import HostCopies, StagedPlanner
 from titan_growth.checkpoint.writer import ShardWriter
 from titan_growth.config.schema import Checkpoint
 from titan_growth.tools.distributed import describe_os_error, fail_together, gather_objects, on_rank0, saving_group
-from titan_growth.tools.errors import CheckpointError, TitanGrowthError
+from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.files import free_bytes, remove_folder, sync_folder, write_atomic
 from titan_growth.tools.run_folder import gib
 
 logger = logging.getLogger("titan_growth")
 
 Tensors = dict[str, Tensor]
+Result = TypeVar("Result")
 
 _NICENESS = 10
 """Of the thread that writes beside the training: a tenth of a core's time where all are busy."""
@@ -82,10 +84,10 @@ class Saver:
         self.retention = retention
         self.last_saved: StepFolder | None = None
         """The newest checkpoint that this process has committed, or resumed from."""
-        self._group = saving_group() if section.enable else None
+        self.group = saving_group() if section.enable else None
         self._copies: HostCopies | None = None
         self._thread: Thread | None = None
-        self._error: TitanGrowthError | None = None
+        self._error: BaseException | None = None
 
     @property
     def failed(self) -> bool:
@@ -128,6 +130,7 @@ class Saver:
 
         Raises:
             CheckpointError: on every rank, when the last one in the background has failed.
+            RuntimeError: of its collective, when it has failed because another rank is gone.
         """
         if self._thread is not None:
             self._thread.join()
@@ -144,10 +147,8 @@ class Saver:
         try:
             content.copies.wait()
             self._save(content)
-        except TitanGrowthError as error:
+        except Exception as error:  # also that of a rank which is gone: whoever waits treats it as what it is
             self._error = error
-        except Exception as error:  # a rank that is gone: the training finds out by itself, and says it better
-            self._error = CheckpointError(f"{_name(content)} was not saved: {str(error).splitlines()[0]}")
 
     def _save(self, content: Content) -> None:
         """Writes a checkpoint, however often it takes, and removes old ones."""
@@ -162,23 +163,26 @@ class Saver:
                 logger.error("%s. Trying again in %d s", str(error).rstrip("."), pause_seconds)
                 time.sleep(pause_seconds)
         self.last_saved = folder
-        if dist.get_rank() == 0:
-            self.retention.prune(folder.step)
         logger.info("saved %s", folder.path)
+        if dist.get_rank() == 0:
+            try:
+                self.retention.prune(folder.step)
+            except Exception as error:  # the checkpoint is there; what is too many goes with the next
+                logger.warning("old checkpoints were not removed: %s", root_cause(error))
 
     def _write(self, content: Content) -> StepFolder:
         path = step_path(self.root, content.manifest.progress.step)
         num_bytes = self._stored_bytes(content.tensors)
-        on_rank0(lambda: self._clear(path, num_bytes), self._group)
+        on_rank0(_said_of(path, lambda: self._clear(path, num_bytes)), self.group)
         writer = ShardWriter(path, in_background=content.copies is not None)
         planner = DefaultSavePlanner() if content.copies is None else StagedPlanner(content.copies)
         errors: list[str] = []
         try:
-            dcp.save(content.tensors, storage_writer=writer, planner=planner, process_group=self._group)
+            dcp.save(content.tensors, storage_writer=writer, planner=planner, process_group=self.group)
         except (Exception, CheckpointException) as error:  # DCP wraps whatever happened on any rank
             errors = [root_cause(error)]
         self._fail(path, errors)
-        gathered = gather_objects(writer.entries, self._group)
+        gathered = gather_objects(writer.entries, self.group)
 
         def commit() -> StepFolder:
             write_atomic(path / RECIPE, content.recipe_toml)
@@ -190,9 +194,9 @@ class Saver:
             return StepFolder(path, complete)
 
         try:
-            return on_rank0(commit, self._group)
-        except TitanGrowthError as error:
-            self._fail(path, [str(error)])
+            return on_rank0(_said_of(path, commit), self.group)
+        except CheckpointError:
+            self._remove(path)
             raise
 
     def _stored_bytes(self, tensors: Tensors) -> int:
@@ -204,21 +208,16 @@ class Saver:
         names = [name for name in tensors if not name.startswith("rng.")]
         num_bytes = sum(tensors[name].numel() * tensors[name].element_size() for name in names)
         digest = hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
-        return sum(dict(gather_objects((digest, num_bytes), self._group)).values())
+        return sum(dict(gather_objects((digest, num_bytes), self.group)).values())
 
     def _clear(self, path: Path, num_bytes: int) -> None:
         """Removes what a dead save left, and makes sure that the new one fits on the disk."""
         self.retention.wait()  # what is being removed makes room
-        try:
-            if path.exists():
-                remove_folder(path)
-            path.mkdir(parents=True)
-            sync_folder(path.parent)
-            free = free_bytes(path)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path.name} was not saved: {describe_os_error(error)}. The checkpoints before it are whole"
-            ) from None
+        if path.exists():
+            remove_folder(path)
+        path.mkdir(parents=True)
+        sync_folder(path.parent)
+        free = free_bytes(path)
         if free is not None and free < num_bytes:
             path.rmdir()
             raise CheckpointError(
@@ -227,30 +226,52 @@ class Saver:
             )
 
     def _fail(self, path: Path, errors: list[str]) -> None:
-        message = f"{path.name} was not saved: {errors[0]}. The checkpoints before it are whole" if errors else ""
         try:
-            fail_together([message] if message else [], CheckpointError, self._group)
+            fail_together([_not_saved(path, error) for error in errors], CheckpointError, self.group)
         except CheckpointError:
-            if dist.get_rank() == 0:
-                with contextlib.suppress(OSError):
-                    remove_folder(path)
+            self._remove(path)
             raise
 
-    def abandon(self) -> None:
-        """Forgets a save under way. It is in no one's way: without its manifest it is no checkpoint."""
-        self._thread = None
+    def _remove(self, path: Path) -> None:
+        if dist.get_rank() == 0:
+            with contextlib.suppress(Exception):  # what is left is no checkpoint, and is cleared by the next save
+                remove_folder(path)
 
-    def close(self) -> None:
-        """Returns when nothing is being written or removed any more; a save that has failed is reported by a line."""
+    def close(self, most_seconds: float | None = None) -> None:
+        """Returns when nothing is being written or removed any more; a save that has failed is reported by a line.
+
+        Args:
+            most_seconds: to wait for a save in the background, which may itself wait for a rank that is gone. It is in
+                nobody's way: without its manifest it is no checkpoint.
+        """
+        if self._thread is not None:
+            self._thread.join(most_seconds)
+            if self._thread.is_alive():
+                logger.warning("a checkpoint was still being written, and is given up")
+                return
         try:
             self.wait()
-        except TitanGrowthError as error:
-            logger.error("%s", error)
+        except Exception as error:
+            logger.error("%s", str(error).strip().split("\n")[0])
         self.retention.wait()
 
 
-def _name(content: Content) -> str:
-    return f"step-{content.manifest.progress.step}"
+def _said_of(path: Path, work: Callable[[], Result]) -> Callable[[], Result]:
+    """The work of a save on one rank, whose failures, of whatever kind, are those of the save on all ranks."""
+
+    def said() -> Result:
+        try:
+            return work()
+        except CheckpointError:
+            raise
+        except Exception as error:  # packages of stores have errors of their own
+            raise CheckpointError(_not_saved(path, root_cause(error))) from error
+
+    return said
+
+
+def _not_saved(path: Path, reason: str) -> str:
+    return f"{path.name} was not saved: {reason.rstrip('.')}. The checkpoints before it are whole"
 
 
 def root_cause(error: BaseException) -> str:

@@ -35,11 +35,15 @@ from torch.futures import Future
 from torch.utils.serialization import config
 
 from titan_growth.checkpoint.folder import METADATA
+from titan_growth.tools.location import is_remote
 
 _serialization: Any = config
 
 _WORTH_A_THREAD = 1 << 20
 """Bytes from which on hashing in another thread beats hashing in this one."""
+
+_PART = 64 << 20
+"""Bytes of a part of a file on its way to a store."""
 
 _SYNC_EVERY = 1 << 26
 """Bytes after which the disk is told to go on with what it has been given."""
@@ -134,8 +138,10 @@ class HashedFile(io.RawIOBase):
     def __init__(self, path: Path, *, hash_beside: bool = True) -> None:
         super().__init__()
         self._hash_beside = hash_beside
-        # Large pieces go past the buffer; small ones, of which an archive has many, are gathered in it.
-        self._file: Any = path.open("wb", buffering=_WORTH_A_THREAD)
+        # Large pieces go past the buffer; small ones, of which an archive has many, are gathered in it. A store takes
+        # a file in parts of a size, of which it takes so many (S3: 10,000).
+        part: dict[str, Any] = {"block_size": _PART} if is_remote(path) else {"buffering": _WORTH_A_THREAD}
+        self._file: Any = path.open("wb", **part)
         self._digest = hashlib.sha256()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="checkpoint-write")
         self._syncing: LocalFuture[None] | None = None
@@ -205,10 +211,22 @@ class HashedFile(io.RawIOBase):
                 self._file.flush()
                 if self._descriptor is not None:
                     os.fsync(self._descriptor)
+                self._file.close()
         finally:
             self._threads.shutdown()
-            self._file.close()
+            self._give_up_file()
             self.close()
+
+    def _give_up_file(self) -> None:
+        """Closes a file that is not whole. A store's must not appear there, as it would when it is closed."""
+        if not self._file.closed and hasattr(self._file, "discard"):
+            with contextlib.suppress(Exception):
+                self._file.discard()
+            with contextlib.suppress(AttributeError):  # otherwise it would be closed, and sent, when it is collected
+                self._file.closed = True
+        else:
+            with contextlib.suppress(OSError):  # of a disk that is full, which has been said
+                self._file.close()
 
 
 def _descriptor(file: Any) -> int | None:

@@ -31,6 +31,7 @@ from titan_growth.models.hugging_face import parameter_shapes
 from titan_growth.models.registry import family_module
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, TitanGrowthError, print_error
 from titan_growth.tools.files import write_atomic
+from titan_growth.tools.location import folder_at
 from titan_growth.tools.run_folder import gib
 
 USAGE = """usage: python -m titan_growth export --from STEP_FOLDER --to HF_FOLDER [--dtype TYPE]
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(problems)
         plugins = [name for name in given.get("plugins", [""])[-1].split(",") if name]
         load_plugins(plugins)
-        print(export_folder(Path(given["from"][-1]), Path(given["to"][-1]), dtype=dtype, plugins=plugins))
+        print(export_folder(folder_at(given["from"][-1]), Path(given["to"][-1]), dtype=dtype, plugins=plugins))
     except TitanGrowthError as error:
         return print_error(error)
     return 0

@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from titan_growth.tools.location import is_remote
+
+_COPIES_AT_ONCE = 8
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -68,7 +72,8 @@ def remove_folder(folder: Path) -> None:
             remove_folder(path)
         else:
             path.unlink()
-    with contextlib.suppress(FileNotFoundError, NotImplementedError):  # without files, some stores have no folder
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, NotImplementedError):
+        # Without files, a store has no folder any more; packages disagree about what to say then.
         folder.rmdir()
 
 
@@ -82,6 +87,10 @@ def move_folder(folder: Path, target: Path) -> None:
         folder.rename(target)
         return
     target.mkdir(parents=True, exist_ok=True)
-    for path in list(folder.iterdir()):
-        path.fs.copy(path.path, (target / path.name).path)  # type: ignore[attr-defined]
+
+    def copy(path: Any) -> None:
+        path.fs.copy(path.path, (target / path.name).path)
+
+    with ThreadPoolExecutor(_COPIES_AT_ONCE) as threads:
+        list(threads.map(copy, list(folder.iterdir())))
     remove_folder(folder)

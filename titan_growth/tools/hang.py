@@ -16,6 +16,9 @@ from dataclasses import asdict, dataclass
 
 from titan_growth.tools.errors import TitanGrowthError
 
+LEAVING = "close of checkpoint/saving.py"
+"""Where a rank is that has failed by itself, and lets a save in the background end before it says so."""
+
 LONG_PHASES = ("validation", "checkpoint", "growth")
 """Phases in which ranks may be far apart without anything being wrong."""
 NAMED = 4
@@ -109,8 +112,8 @@ def judge(first: Mapping[int, Beat], second: Mapping[int, Beat], num_ranks: int,
         ranks = ", ".join(map(str, missing[:NAMED]))
         message = f"rank{'s' if len(missing) > 1 else ''} {ranks} never answered; the other ranks waited {for_so_long}"
         return Verdict("frozen", (), message)
-    ended = [beat for beat in second.values() if beat.left == "failed"]
-    if ended:
+    ended = [beat for beat in second.values() if beat.left == "failed" or beat.place == LEAVING]
+    if ended and second[mine].place != LEAVING:
         return Verdict("ended", tuple(ended), f"{_names(ended)} ended {ended[0].at}; its own message tells why")
     moving = [beat for beat in there if beat.rank in first and first[beat.rank].moves != beat.moves]
     patient = not second[mine].waits or second[mine].phase in LONG_PHASES

@@ -136,6 +136,8 @@ class Heartbeat:
             # Whoever saw that process end knows better how it did; on another machine this is all there is to know.
             named = " and ".join(beat.name for beat in verdict.culprits[:2]) or "another rank"
             return HangError(f"rank {self.rank} lost {named}. {checkpoint}", secondary=True)
+        if verdict.kind == "ended":
+            return HangError(f"{verdict.message}. {checkpoint}", secondary=True)
         return HangError(f"{verdict.message}. {checkpoint}", pids=self._killable(verdict.culprits))
 
     # ---- the thread ----------------------------------------------------------------------------------------------
@@ -153,13 +155,16 @@ class Heartbeat:
         if self._asking is not None or self._closed.is_set() or self._stalled_seconds == 0:
             return  # the main thread has come back, with an error or without
         saving = self.phase == "checkpoint" or " of checkpoint" in self._place
+        ended = verdict is not None and verdict.kind == "ended"
+        if ended and verdict is not None:
+            saving = saving or not any(beat.left for beat in verdict.culprits)  # it is still there, and saves
         enough = SAVING_SECONDS if saving else self._long_seconds if at_leisure else 0.0
         patient = self._stalled_seconds < enough
         if verdict is not None and (verdict.kind == "moving" or (patient and verdict.kind != "frozen")):
             self._patient_until = self._stalled_seconds + AGAIN_SECONDS
             return
         said = verdict.message if verdict is not None else f"rank {self.rank} hangs {self._now().at}"
-        culprits = verdict.culprits if verdict is not None else ()
+        culprits = verdict.culprits if verdict is not None and not ended else ()
         error = HangError(f"{said}. {self.last_checkpoint()}", pids=self._killable(culprits))
         self._leave("done")
         self._on_stall(error)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from titan_growth.tools.errors import LocationError
 
@@ -61,6 +61,21 @@ def location(text: str) -> Path | UPath:
     if not named:
         raise LocationError(f"{text}: names no bucket", usual)
     return place
+
+
+def folder_at(text: str) -> Path:
+    """The folder that a text names, to write to or to read a checkpoint from.
+
+    `file://` is a path here: a disk has renames and fsync, which a URL would do without. What is typed as a Path may
+    be a UPath, which has the same methods.
+
+    Raises:
+        LocationError: as `location`.
+    """
+    place = location(text)
+    if isinstance(place, Path):
+        return place
+    return Path(place.path) if place.protocol in ("file", "local") else cast(Path, place)
 
 
 def _how_to_install(scheme: str) -> str:
