@@ -251,8 +251,10 @@ class Saver:
                 return
         try:
             self.wait()
-        except Exception as error:
-            logger.error("%s", str(error).strip().split("\n")[0])
+        except TitanGrowthError as error:
+            logger.error("%s", error)
+        except Exception:
+            logger.warning("a checkpoint was not finished: another rank is gone")
         self.retention.wait()
 
 
