@@ -209,7 +209,7 @@ FOLDERS = [
             mend=mutable,
             quick=step == 9,
         )
-        for step in (3, 9)
+        for step in (6, 9)
     ),
 ]
 
