@@ -44,14 +44,14 @@ def shards_of(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("num_ranks", "settings"),
     [
-        (1, GROWING),
         (2, GROWING),
+        pytest.param(1, GROWING, marks=pytest.mark.slow),
         pytest.param(
             8,
             {**RUN, "parallelism__pipeline_parallel_degree": 2, "parallelism__tensor_parallel_degree": 2},
             marks=pytest.mark.slow,
         ),
-        (2, {**RUN, "parallelism__data_parallel_replicate_degree": 2}),
+        pytest.param(2, {**RUN, "parallelism__data_parallel_replicate_degree": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_the_checkpoints_are_those_of_saves_that_are_waited_for(
@@ -136,7 +136,7 @@ def failing(rank: int, num_ranks: int, recipe: Any, victim: int, step: int, time
         return "", trainer.progress.step, lines
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "async"])
 def test_a_failed_write_is_reported_and_tried_again(mode: str, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "run", **RUN, checkpoint__async_mode=mode)
     for message, step, lines in run_ranks(failing, 2, 2, recipe, 1, 4, 2):
@@ -148,7 +148,7 @@ def test_a_failed_write_is_reported_and_tried_again(mode: str, tmp_path: Path) -
     assert shards_of(tmp_path / "run").keys() == {"step-2", "step-4", "step-6", "step-8"}
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "async"])
 def test_a_save_that_fails_for_good_ends_the_run_on_all_ranks_at_one_step(mode: str, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "run", **RUN, checkpoint__async_mode=mode)
     ends = run_ranks(failing, 2, 2, recipe, 1, 4, 3)

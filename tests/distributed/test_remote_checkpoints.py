@@ -96,7 +96,9 @@ def _in_process(rank: int, folder: Path, url: str) -> None:
     assert open_step(UPath(url) / "step-9") is not None
 
 
-@pytest.mark.parametrize("url", ["memory://bucket/run", "bucket://checkpoints/run"])
+@pytest.mark.parametrize(
+    "url", [pytest.param("memory://bucket/run", marks=pytest.mark.slow), "bucket://checkpoints/run"]
+)
 def test_a_store(url: str, tmp_path: Path) -> None:
     """Saves, goes on, verifies, notices damage and starts another run, all by URL."""
     run_ranks(_in_process, 1, tmp_path, url)

@@ -120,7 +120,8 @@ def judge(first: Mapping[int, Beat], second: Mapping[int, Beat], num_ranks: int,
     if patient and any(beat.rank != mine for beat in moving):
         return Verdict("moving", (), "the others get on")
     lowest = min(beat.position for beat in second.values())
-    hindmost = [beat for beat in there if beat.position == lowest]
+    # Also one that has given up before this rank did: it is still the one that the others waited for.
+    hindmost = [beat for beat in second.values() if beat.position == lowest]
     busy = [beat for beat in hindmost if not beat.waits]
     all_level = all(beat.position == lowest for beat in second.values())
     if hindmost and (not all_level or (busy and len(busy) < len(second))):
