@@ -44,8 +44,8 @@ def shards_of(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("num_ranks", "settings"),
     [
-        (2, GROWING),
-        pytest.param(1, GROWING, marks=pytest.mark.slow),
+        (1, GROWING),
+        pytest.param(2, GROWING, marks=pytest.mark.slow),
         pytest.param(
             8,
             {**RUN, "parallelism__pipeline_parallel_degree": 2, "parallelism__tensor_parallel_degree": 2},

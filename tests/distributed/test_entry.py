@@ -57,6 +57,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert without_timings(read_metrics(tmp_path / "run")) == without_timings(read_metrics(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_going_back_happens_once(tmp_path: Path) -> None:
     """load_step rewinds the first time; given again, the same command goes on, or has nothing to do."""
     run(tmp_path / "run", **SAVING)

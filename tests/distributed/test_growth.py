@@ -53,7 +53,7 @@ def just_grown(rank: int, num_ranks: int, recipe: Any) -> dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("moments", ["reset", "copy"])
+@pytest.mark.parametrize("moments", [pytest.param("reset", marks=pytest.mark.slow), "copy"])
 def test_every_layer_is_bitwise_its_source(num_ranks: int, moments: str, tmp_path: Path) -> None:
     """12 layers from 3; with `copy` the moments too, with `reset` they are zero."""
     recipe = make_recipe(tmp_path / "run", **growing(moments=moments))

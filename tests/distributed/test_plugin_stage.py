@@ -236,6 +236,7 @@ def test_every_mesh_computes_the_same(name: str, example: str, tmp_path: Path) -
     assert_parity(read_metrics(tmp_path / "other"), read_metrics(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_a_resume_leaves_the_lines_of_an_unbroken_run(
     example: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -59,7 +59,7 @@ def assert_copies_are_equal(step_folder: Path) -> None:
         assert one.any(), key
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_meshes_agree_with_one_rank(tied: bool, tmp_path: Path) -> None:
     settings = {"training__steps": 3, "model__tie_word_embeddings": tied}
     expected = run(tmp_path / "one", 1, **settings)
@@ -67,7 +67,7 @@ def test_meshes_agree_with_one_rank(tied: bool, tmp_path: Path) -> None:
         assert_agree(run(tmp_path / name, 2, **settings, **mesh), expected, [1, 2, 3])
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_growth_on_every_mesh(tied: bool, tmp_path: Path) -> None:
     """2 layers grown to 4 with their moments; the grown model is verified by the run itself."""
     settings = {**GROWING, "model__tie_word_embeddings": tied}

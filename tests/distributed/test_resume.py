@@ -75,7 +75,7 @@ CRASHES = [
 
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_interrupted_run_is_bitwise_an_unbroken_one(num_ranks: int, precision: str, tmp_path: Path) -> None:
     """Killed at eight points one after another, in one and the same folder."""
     settings = {**GROWING, "training__mixed_precision_param": precision}

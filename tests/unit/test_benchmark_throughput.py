@@ -45,6 +45,7 @@ def recipe(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @needs_cpu
 def test_benchmark_figures_follow_from_the_samples(tmp_path: Path, recipe: str) -> None:
     own = [

@@ -179,6 +179,7 @@ def pause(rank: int) -> int:
     return pulse._count
 
 
+@pytest.mark.slow
 def test_pauses_may_be_long_and_slow_steps_are_no_stall() -> None:
     assert min(run_ranks(pause, 2)) > 10
 
