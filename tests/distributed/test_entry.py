@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.runs import BASE, argv_of, read_metrics, without_timings, write_corpus
 
 
