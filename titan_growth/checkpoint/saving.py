@@ -276,16 +276,20 @@ def _not_saved(path: Path, reason: str) -> str:
     return f"{path.name} was not saved: {reason.rstrip('.')}. The checkpoints before it are whole"
 
 
-def root_cause(error: BaseException) -> str:
-    """The one line that matters of an exception that DCP has wrapped."""
+def cause_of(error: BaseException, *telling: type[BaseException]) -> BaseException:
+    """What is behind an exception that DCP has wrapped: the first of a kind that tells why, else the deepest."""
     failures = getattr(error, "failures", None)
     if failures:
         first = next(iter(failures.values()))
         error = first[0] if isinstance(first, tuple) else first
-    cause: BaseException = error
-    seen: Callable[[BaseException], BaseException | None] = lambda e: e.__cause__ or e.__context__  # noqa: E731
-    while not isinstance(cause, OSError | CheckpointError) and (deeper := seen(cause)) is not None:
-        cause = deeper
+    while not isinstance(error, telling) and (deeper := error.__cause__ or error.__context__) is not None:
+        error = deeper
+    return error
+
+
+def root_cause(error: BaseException) -> str:
+    """The one line that matters of an exception that DCP has wrapped."""
+    cause = cause_of(error, OSError, CheckpointError)
     if isinstance(cause, OSError):
         return describe_os_error(cause)
     return str(cause).strip().split("\n")[0] or type(cause).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from titan_growth.checkpoint.saving import cause_of
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, TitanGrowthError
 from titan_growth.tools.run_folder import gib
 
@@ -30,12 +31,7 @@ def require_space(target: Path, num_bytes: int, what: str) -> None:
 
 def failure(target: Path, error: BaseException) -> TitanGrowthError:
     """The one error that matters of one that DCP may have wrapped, as a message about the target."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        first = next(iter(failures.values()))
-        error = first[0] if isinstance(first, tuple) else first
-    while not isinstance(error, OSError | TitanGrowthError) and (cause := error.__cause__ or error.__context__):
-        error = cause
+    error = cause_of(error, OSError, TitanGrowthError)
     if isinstance(error, TitanGrowthError):
         return error
     # torch's archive writer notices that bytes are missing but not why.
