@@ -52,7 +52,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 
 TENSORS_BEFORE = 5
@@ -304,7 +304,7 @@ def watch_tensors() -> None:
     """Points in the middle of writing a shard, of reading a grown model, and at its end."""
     import torch
 
-    from titan_growth import growing
+    from titan_growth import grower as growing
     from titan_growth.growth import read
 
     def after_some(owner: Any, name: str, then: Callable[..., None]) -> None:

@@ -34,18 +34,18 @@ import torch.distributed as dist  # noqa: E402
 
 from tests.harness import run_ranks  # noqa: E402
 from tests.runs import make_recipe  # noqa: E402
-from titan_growth.build import build  # noqa: E402
 from titan_growth.checkpoint.folder import Manifest  # noqa: E402
-from titan_growth.checkpoint.lineage import Lineage, Progress  # noqa: E402
+from titan_growth.checkpoint.history import Lineage, Progress  # noqa: E402
 from titan_growth.checkpoint.manager import CheckpointManager  # noqa: E402
-from titan_growth.checkpoint.state import model_tensors, optimizer_tensors  # noqa: E402
+from titan_growth.engine.build import build  # noqa: E402
+from titan_growth.engine.optimizer import Optimizer  # noqa: E402
+from titan_growth.engine.state import model_tensors, optimizer_tensors  # noqa: E402
 from titan_growth.growth.read import read_grown  # noqa: E402
 from titan_growth.growth.rules import Rules  # noqa: E402
 from titan_growth.growth.verify import verify_growth  # noqa: E402
-from titan_growth.mesh import Mesh  # noqa: E402
+from titan_growth.layout.mesh import Mesh  # noqa: E402
 from titan_growth.models.registry import family_module  # noqa: E402
-from titan_growth.optim import Optimizer  # noqa: E402
-from titan_growth.plan import plan_run  # noqa: E402
+from titan_growth.run.plan import plan_run  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "growth_read.md"
 SAVED_ON = 2

@@ -35,9 +35,9 @@ import torch.distributed as dist  # noqa: E402
 from tests.harness import run_ranks  # noqa: E402
 from tests.runs import make_recipe, trainer_of  # noqa: E402
 from titan_growth.checkpoint.folder import Manifest  # noqa: E402
-from titan_growth.checkpoint.lineage import Lineage, Progress  # noqa: E402
+from titan_growth.checkpoint.history import Lineage, Progress  # noqa: E402
 from titan_growth.checkpoint.manager import CheckpointManager  # noqa: E402
-from titan_growth.config.schema import Checkpoint  # noqa: E402
+from titan_growth.config.schema.recipe import Checkpoint  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "saving.md"
 LEAST_RATE = 0.7

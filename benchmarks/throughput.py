@@ -48,8 +48,8 @@ from benchmarks.throughput_cases import (  # noqa: E402
 )
 from benchmarks.throughput_ranks import CaseFailedError, ForkedCase, InProcessCase  # noqa: E402
 from benchmarks.throughput_report import Outcome  # noqa: E402
+from titan_growth.tools.collectives import init_process_group  # noqa: E402
 from titan_growth.tools.device import Device  # noqa: E402
-from titan_growth.tools.distributed import init_process_group  # noqa: E402
 
 DEFAULT_OUT = ROOT / "benchmarks" / "results" / "throughput"
 FORKED_RANKS = (1, 2, 8)

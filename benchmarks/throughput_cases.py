@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from titan_growth.config.loader import inspect_recipe
-from titan_growth.config.schema import Recipe
-from titan_growth.mesh import resolve_mesh
-from titan_growth.pipeline_layout import SCHEDULES
-from titan_growth.plan import RunPlan, plan_run
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.layout.mesh import resolve_mesh
+from titan_growth.layout.pipeline_layout import SCHEDULES
+from titan_growth.run.plan import RunPlan, plan_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.throughput_running import RankSample, RunningCase
-from titan_growth.plan import RunPlan
+from titan_growth.liveness.exit_report import caused_by_peer
+from titan_growth.liveness.stop_signal import signal_on_parent_death
+from titan_growth.run.plan import RunPlan
+from titan_growth.tools.collectives import gather_objects
 from titan_growth.tools.device import Device
-from titan_growth.tools.distributed import gather_objects
-from titan_growth.tools.exit_report import caused_by_peer
-from titan_growth.tools.signals import signal_on_parent_death
 
 
 class CaseFailedError(Exception):

@@ -16,7 +16,7 @@ import torch
 from benchmarks.throughput_cases import PlannedCase
 from benchmarks.throughput_running import PHASES, RankSample
 from titan_growth.metrics.formatting import format_rate
-from titan_growth.plan import RunPlan, stage_lines
+from titan_growth.run.plan import RunPlan, stage_lines
 from titan_growth.stages.autocast import uses_float8
 
 LOSSES_AGREE = 0.02

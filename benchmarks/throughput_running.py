@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from titan_growth.build import build
 from titan_growth.data.prepared import TokenSplit
-from titan_growth.engine import num_valid_tokens, sum_over_ranks
-from titan_growth.engines import make_engine
-from titan_growth.mesh import Mesh
+from titan_growth.engine.build import build
+from titan_growth.engine.engine import num_valid_tokens, sum_over_ranks
+from titan_growth.engine.make_engine import make_engine
+from titan_growth.engine.optimizer import Optimizer
+from titan_growth.layout.mesh import Mesh
 from titan_growth.metrics import memory_gib, peak_flops_per_second
-from titan_growth.optim import Optimizer
-from titan_growth.plan import RunPlan
-from titan_growth.run_data import RunData
+from titan_growth.run.data import RunData
+from titan_growth.run.plan import RunPlan
 from titan_growth.tools.device import Device
 
 PHASES = ("data", "forward_backward", "optimizer")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from titan_growth.checkpoint.reader import SafeReader
-from titan_growth.growth_arguments import open_source
-from titan_growth.interchange.source import whole_tensor
+from titan_growth.commands.args import open_source
+from titan_growth.commands.source import whole_tensor
 from titan_growth.models.registry import family_module
 
 SIZES = {

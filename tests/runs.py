@@ -12,17 +12,17 @@ from unittest import mock
 
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.config.loader import inspect_recipe
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.liveness.stop_signal import StopSignal
 from titan_growth.metrics import MEASURED
-from titan_growth.observers import Observers
-from titan_growth.run_data import prepare_run_data
-from titan_growth.start import decide, settle
+from titan_growth.metrics.observers import Observers
+from titan_growth.run.data import prepare_run_data
+from titan_growth.run.start import decide, settle
+from titan_growth.run.vet import problem_of
+from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.device import Device
-from titan_growth.tools.distributed import on_rank0
 from titan_growth.tools.run_folder import RunFolder
-from titan_growth.tools.signals import StopSignal
 from titan_growth.trainer import Trainer
-from titan_growth.usable import problem_of
 
 BASE = {
     "model.flavor": "custom",
@@ -101,7 +101,9 @@ def trainer_of(recipe: Recipe, num_ranks: int):
     plan = settle(recipe, decisions, checkpoint, num_ranks=num_ranks, device_type=device.type)
     if checkpoint is not None and not recipe.checkpoint.load_only:
         checkpointer.set_aside_after(checkpoint.step)
-    with mock.patch("titan_growth.observers.peak_flops_per_second", return_value=(1e12, "not measured, to save time")):
+    with mock.patch(
+        "titan_growth.metrics.observers.peak_flops_per_second", return_value=(1e12, "not measured, to save time")
+    ):
         observers = Observers(plan.recipe, folder, device, checkpoint)
     trainer = Trainer(
         plan,

@@ -40,43 +40,43 @@ def main(argv: list[str] | None = None) -> int:
 
         return train(rest)
     if command == "plan":
-        from titan_growth.plan_report import main as plan
+        from titan_growth.commands.plan import main as plan
 
         return plan(rest)
     if command == "check":
-        from titan_growth.preflight import main as check
+        from titan_growth.commands.check import main as check
 
         return check(rest)
     if command == "grow":
-        from titan_growth.offline import main as grow
+        from titan_growth.commands.grow import main as grow
 
         return grow(rest)
     if command == "import":
-        from titan_growth.interchange.importing import main as import_
+        from titan_growth.commands.import_ import main as import_
 
         return import_(rest)
     if command == "export":
-        from titan_growth.interchange.exporting import main as export
+        from titan_growth.commands.export import main as export
 
         return export(rest)
     if command == "verify":
-        from titan_growth.verify_report import main as verify
+        from titan_growth.commands.verify import main as verify
 
         return verify(rest)
     if command == "lineage":
-        from titan_growth.lineage_report import main as lineage
+        from titan_growth.commands.lineage import main as lineage
 
         return lineage(rest)
     if command == "probe":
-        from titan_growth.probe.command import main as probe
+        from titan_growth.commands.probe.command import main as probe
 
         return probe(rest)
     if command == "plot":
-        from titan_growth.plot import main as plot
+        from titan_growth.commands.plot import main as plot
 
         return plot(rest)
     if command == "launch":
-        from titan_growth.launch import main as launch
+        from titan_growth.launch.launcher import main as launch
 
         return launch(rest)
     print(f"error: unknown command {command!r}\n\n{USAGE}", file=sys.stderr)

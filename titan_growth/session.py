@@ -11,21 +11,21 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from titan_growth.checkpoint.folder import StepFolder
-from titan_growth.checkpoint.going_back import RollBackError
 from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.checkpoint.rewind import RollBackError
 from titan_growth.config.loader import to_json, to_toml
-from titan_growth.config.schema import Recipe
-from titan_growth.observers import Observers
-from titan_growth.run_data import RunData
-from titan_growth.start import decide, note_going_back, settle
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.liveness.exit_report import DONE, FAILED, REQUEUE, RESIZE
+from titan_growth.liveness.heartbeat import Heartbeat
+from titan_growth.liveness.stop_signal import StopSignal
+from titan_growth.metrics.observers import Observers
+from titan_growth.run.data import RunData
+from titan_growth.run.start import decide, note_going_back, settle
+from titan_growth.tools.collectives import on_rank0, set_timeout, timeout_in_force
 from titan_growth.tools.device import Device
-from titan_growth.tools.distributed import on_rank0, set_timeout, timeout_in_force
 from titan_growth.tools.errors import ConfigError, TitanGrowthError, TrainingError
-from titan_growth.tools.exit_report import DONE, FAILED, REQUEUE, RESIZE
-from titan_growth.tools.heartbeat import Heartbeat
 from titan_growth.tools.logs import logger
 from titan_growth.tools.run_folder import RunFolder
-from titan_growth.tools.signals import StopSignal
 from titan_growth.trainer import Trainer
 
 LAST_SAVE_SECONDS = 30.0

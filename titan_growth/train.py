@@ -13,15 +13,14 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
+from titan_growth.commands.check import report_problems
 from titan_growth.config.fields import section_names
 from titan_growth.config.help import help_text
 from titan_growth.config.loader import load_recipe, to_toml
 from titan_growth.config.plugins import recipe_class
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.sources import load_named_plugins
-from titan_growth.preflight import report_problems
-from titan_growth.tools.errors import ConfigError, TitanGrowthError
-from titan_growth.tools.exit_report import (
+from titan_growth.liveness.exit_report import (
     BAD_RECIPE,
     DONE,
     FAILED,
@@ -31,7 +30,8 @@ from titan_growth.tools.exit_report import (
     caused_by_peer,
     process_status,
 )
-from titan_growth.tools.hang import end_processes
+from titan_growth.liveness.hang import end_processes
+from titan_growth.tools.errors import ConfigError, TitanGrowthError
 from titan_growth.tools.logs import say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
@@ -109,14 +109,14 @@ def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> tuple[int, str
     import torch.distributed as dist
 
     from titan_growth.checkpoint.manager import CheckpointManager
-    from titan_growth.run_data import check_run_data, prepare_run_data
+    from titan_growth.liveness.heartbeat import Heartbeat, give_up
+    from titan_growth.liveness.stop_signal import StopSignal
+    from titan_growth.run.data import check_run_data, prepare_run_data
+    from titan_growth.run.start import dry_run_of, finished, finished_message, going_back
+    from titan_growth.run.vet import problem_of
     from titan_growth.session import Session
-    from titan_growth.start import dry_run_of, finished, finished_message, going_back
+    from titan_growth.tools.collectives import init_process_group, on_rank0, require_agreement
     from titan_growth.tools.device import Device
-    from titan_growth.tools.distributed import init_process_group, on_rank0, require_agreement
-    from titan_growth.tools.heartbeat import Heartbeat, give_up
-    from titan_growth.tools.signals import StopSignal
-    from titan_growth.usable import problem_of
 
     dry_run = recipe.comm.mode == "fake_backend"
     recipe = asked = dry_run_of(recipe)

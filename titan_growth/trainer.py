@@ -13,33 +13,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_growth.build import build
 from titan_growth.checkpoint.folder import Manifest, StepFolder, open_step
-from titan_growth.checkpoint.initial import initial_notes, initial_reader, initial_state
-from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
-from titan_growth.checkpoint.state import model_tensors, optimizer_tensors, rng_tensors, set_rng, stored_rng
-from titan_growth.config.growth_schema import GrowthStage
 from titan_growth.config.loader import to_toml
+from titan_growth.config.schema.growth import GrowthStage
 from titan_growth.data import BatchLoader, batch_hash, sample_digests
-from titan_growth.engine import Microbatch, num_valid_tokens, sum_over_ranks
-from titan_growth.engines import make_engine
-from titan_growth.growing import GrowsMidRun, StoppedWhileLearningError
-from titan_growth.growth.carry_out import fresh_elements
-from titan_growth.mesh import Mesh
-from titan_growth.observers import Observers
-from titan_growth.optim import Optimizer
-from titan_growth.phases import Phase
-from titan_growth.plan import RunPlan
-from titan_growth.resume import check_same_growths
-from titan_growth.run_data import RunData
-from titan_growth.stability import Stability
+from titan_growth.engine.build import build
+from titan_growth.engine.engine import Microbatch, num_valid_tokens, sum_over_ranks
+from titan_growth.engine.make_engine import make_engine
+from titan_growth.engine.optimizer import Optimizer
+from titan_growth.engine.state import model_tensors, optimizer_tensors, rng_tensors, set_rng, stored_rng
+from titan_growth.grower import GrowsMidRun, StoppedWhileLearningError
+from titan_growth.growth.apply import fresh_elements
+from titan_growth.layout.mesh import Mesh
+from titan_growth.liveness.stop_signal import StopSignal
+from titan_growth.metrics.observers import Observers
+from titan_growth.run.data import RunData
+from titan_growth.run.initial import initial_notes, initial_reader, initial_state
+from titan_growth.run.phases import Phase
+from titan_growth.run.plan import RunPlan
+from titan_growth.run.resume import check_same_growths
+from titan_growth.run.stability import Stability
+from titan_growth.run.validator import Validator
+from titan_growth.run.watchdog import Watchdog
+from titan_growth.tools.collectives import gather_objects, on_rank0, set_timeout
 from titan_growth.tools.device import Device
-from titan_growth.tools.distributed import gather_objects, on_rank0, set_timeout
 from titan_growth.tools.errors import CheckpointError, TrainingError, require_finite
-from titan_growth.tools.signals import StopSignal
-from titan_growth.validator import Validator
-from titan_growth.watchdog import Watchdog
 
 logger = logging.getLogger("titan_growth")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titan_growth.pipeline_layout import SCHEDULES
+from titan_growth.layout.pipeline_layout import SCHEDULES
 
 GLOBAL_BATCH = 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.harness import run_ranks
-from titan_growth.tools.distributed import fail_together, on_rank0, require_agreement
+from titan_growth.tools.collectives import fail_together, on_rank0, require_agreement
 from titan_growth.tools.errors import CheckpointError, ConfigError, RunFolderError, TitanGrowthError
 
 

@@ -116,7 +116,7 @@ def test_two_growths_by_tokens_chain_to_the_target(tmp_path: Path) -> None:
 
 def corrupted(rank: int, num_ranks: int, recipe: Any) -> None:
     """Trains with a read that makes one layer from the wrong source."""
-    from titan_growth.growth import carry_out as module
+    from titan_growth.growth import apply as module
 
     honest = module.read_grown
 

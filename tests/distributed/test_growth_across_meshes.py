@@ -18,7 +18,7 @@ import torch
 from tests.distributed.meshes import Case, mesh
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, relative_difference, trainer_of
-from titan_growth.config.growth_schema import GrowthStage
+from titan_growth.config.schema.growth import GrowthStage
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import OPTIMIZER_PREFIX, Rules

@@ -54,9 +54,10 @@ GROWN_AT = 3
 
 def killed_at(rank: int, num_ranks: int, recipe: Any, point: str) -> None:
     """Trains; one rank is killed at a point. Which rank differs from point to point."""
-    from titan_growth import growing
+    from titan_growth import grower as growing
     from titan_growth.checkpoint import saving
-    from titan_growth.growth import carry_out, read, verify
+    from titan_growth.growth import apply as carry_out
+    from titan_growth.growth import read, verify
     from titan_growth.trainer import Trainer
 
     # DCP finishes a checkpoint on rank 0 alone.

@@ -13,8 +13,8 @@ import pytest
 
 from tests.harness import run_ranks
 from tests.runs import BASE, argv_of, make_recipe, read_metrics, train, write_corpus
+from titan_growth.commands.lineage import lineage_lines
 from titan_growth.growth.schedule import slope
-from titan_growth.lineage_report import lineage_lines
 from titan_growth.metrics import MEASURED
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from tests.harness import WarmRanks
 from tests.runs import argv_of, make_recipe, read_metrics, train
 from titan_growth.checkpoint.folder import open_step
 from titan_growth.config.loader import inspect_recipe
-from titan_growth.plan import plan_run
+from titan_growth.run.plan import plan_run
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "integration_matrix.md"
 

@@ -22,14 +22,14 @@ from tests.hugging_face import (
     weights_of,
 )
 from tests.runs import BASE, argv_of, make_recipe, read_metrics, train, trainer_of, write_corpus
-from titan_growth.checkpoint.initial import initial_reader
-from titan_growth.config.schema import Recipe
-from titan_growth.interchange.exporting import export_folder
-from titan_growth.interchange.importing import import_folder
+from titan_growth.commands.check import main as check_main
+from titan_growth.commands.export import export_folder
+from titan_growth.commands.grow import main as grow_main
+from titan_growth.commands.import_ import import_folder
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.models.registry import model_config_of
-from titan_growth.offline import main as grow_main
-from titan_growth.preflight import main as check_main
+from titan_growth.run.initial import initial_reader
 
 MODEL = {
     "model__n_layers": SIZES["num_hidden_layers"],

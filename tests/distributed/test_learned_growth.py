@@ -15,9 +15,9 @@ from tests.distributed.meshes import Case, mesh
 from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, relative_difference, train, trainer_of, without_timings
 from tests.unit.test_growth_function import CONFIGS, logits_of, model_of, state_of
-from titan_growth.config.growth_schema import GrowthStage
+from titan_growth.config.schema.growth import GrowthStage
 from titan_growth.growth.ligo import LearnedGrowth
-from titan_growth.growth.operators import GrowthMap, operators
+from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.models.registry import family_module
 
 WIDER = {"dim": 72, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 100}

@@ -32,12 +32,12 @@ from tests.runs import (
     without_timings,
     write_corpus,
 )
-from titan_growth import plan_report
+from titan_growth.commands import plan as plan_report
 from titan_growth.config import plugins
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.plugins import load_plugins
-from titan_growth.config.schema import Recipe
-from titan_growth.plan import plan_run, stage_lines
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.run.plan import plan_run, stage_lines
 from titan_growth.stages import base
 from titan_growth.stages.base import registered_stages, resolve_order
 from titan_growth.tools.errors import ConfigError
@@ -383,7 +383,7 @@ def test_what_is_wrong_is_one_message(
     old: str, new: str, message: str, example: str, write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """From the launcher's preflight as from `plan`, with status 2 and before anything has started."""
-    from titan_growth.preflight import main as check
+    from titan_growth.commands.check import main as check
 
     (text,) = blocks("python")
     assert old in text

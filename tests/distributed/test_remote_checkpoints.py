@@ -17,9 +17,9 @@ from tests.unit.test_checkpoint_manager import save
 from titan_growth.checkpoint.folder import committed_steps, file_entry, open_step, root_of
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.writer import HashedFile
-from titan_growth.config.schema import Checkpoint
+from titan_growth.commands.verify import main as verify
+from titan_growth.config.schema.recipe import Checkpoint
 from titan_growth.tools.files import move_folder, remove_folder, write_atomic
-from titan_growth.verify_report import main as verify
 
 RUN: dict[str, Any] = {
     "training__steps": 8,

@@ -139,7 +139,7 @@ def test_a_checkpoint_is_a_standard_dcp_folder_with_torchtitans_names(tmp_path: 
 
 def test_checkpoints_that_were_left_elsewhere_are_not_forgotten(tmp_path: Path) -> None:
     """Another `checkpoint.folder` would start the run from scratch, without a word."""
-    from titan_growth.start import decide
+    from titan_growth.run.start import decide
     from titan_growth.tools.errors import ConfigError
     from titan_growth.tools.run_folder import RunFolder
 

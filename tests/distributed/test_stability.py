@@ -31,17 +31,17 @@ def session(rank: int, recipe: Any, faults: list[dict[str, Any]], die_at: str = 
     A fault hits the global batch with a given cursor behind it, however often it comes. It happens on one rank:
     "loss": NaN or a factor on its loss; "gradient": NaN in one of its gradients.
     """
-    from titan_growth import observers
     from titan_growth.checkpoint.manager import CheckpointManager
-    from titan_growth.engine import Engine
-    from titan_growth.optim import Optimizer
-    from titan_growth.run_data import prepare_run_data
+    from titan_growth.engine.engine import Engine
+    from titan_growth.engine.optimizer import Optimizer
+    from titan_growth.liveness.stop_signal import StopSignal
+    from titan_growth.metrics import observers
+    from titan_growth.run.data import prepare_run_data
+    from titan_growth.run.start import going_back
     from titan_growth.session import Session
-    from titan_growth.start import going_back
+    from titan_growth.tools.collectives import on_rank0
     from titan_growth.tools.device import Device
-    from titan_growth.tools.distributed import on_rank0
     from titan_growth.tools.run_folder import RunFolder
-    from titan_growth.tools.signals import StopSignal
     from titan_growth.trainer import Trainer
 
     now: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ import pytest
 
 from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, train, trainer_of, without_timings
-from titan_growth.tools.signals import StopSignal
+from titan_growth.liveness.stop_signal import StopSignal
 
 SETTINGS: dict[str, Any] = {
     "training__steps": 6,

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, train, trainer_of
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.models.registry import family_module, model_config_of
 
 SAVING = {"checkpoint__enable": True, "checkpoint__interval": 2, "training__steps": 2}

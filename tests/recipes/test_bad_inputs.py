@@ -16,7 +16,8 @@ import pytest
 
 from tests.recipes import bad_inputs, judge
 from tests.recipes.bad_inputs import Case, NotPossibleHereError, environment, scene, treasure, verdict
-from titan_growth import launch, preflight
+from titan_growth.commands import check as preflight
+from titan_growth.launch import launcher as launch
 
 CASES = bad_inputs.all_cases()
 REAL = ("unknown key", "corpus missing")

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from titan_growth.__main__ import main
+from titan_growth.commands.plan import report_lines
 from titan_growth.config.loader import inspect_recipe
-from titan_growth.plan import plan_run
-from titan_growth.plan_report import report_lines
+from titan_growth.run.plan import plan_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))

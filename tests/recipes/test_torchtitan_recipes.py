@@ -21,12 +21,12 @@ import pytest
 import tomli_w
 
 from tests.runs import WORDS, make_recipe, read_metrics
-from titan_growth import run_data as run_data_module
 from titan_growth.__main__ import main
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.data.corpora import CorpusSpec
 from titan_growth.data.hub import load_from_hub
-from titan_growth.run_data import C4_TEST_PATH, prepare_run_data, with_stand_ins
+from titan_growth.run import data as run_data_module
+from titan_growth.run.data import C4_TEST_PATH, prepare_run_data, with_stand_ins
 from titan_growth.tools.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]

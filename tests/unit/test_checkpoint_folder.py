@@ -20,7 +20,7 @@ from titan_growth.checkpoint.folder import (
     step_path,
     write_manifest,
 )
-from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress
+from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
 from titan_growth.tools.errors import CheckpointError
 
 MANIFEST = Manifest(

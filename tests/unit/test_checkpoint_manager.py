@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.harness import run_ranks
 from titan_growth.checkpoint.folder import Manifest, committed_steps, open_step, step_numbers
-from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
-from titan_growth.config.schema import Checkpoint
+from titan_growth.config.schema.recipe import Checkpoint
 from titan_growth.tools.errors import CheckpointError
 
 LINEAGE = json.dumps(Lineage().to_dict())

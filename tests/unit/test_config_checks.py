@@ -13,7 +13,7 @@ from titan_growth.config.duration import Duration
 from titan_growth.config.fields import leaves
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.no_effect import IDLE
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 
 GROWING = {"checkpoint.enable": True, "training.steps": 100, "growth.stages.0.factor": 2}
 TWICE = {**GROWING, "growth.stages.0.at": "10 steps", "growth.stages.1.factor": 2}

@@ -11,7 +11,7 @@ from titan_growth.config.fields import annotation_at, leaves
 from titan_growth.config.help import help_text
 from titan_growth.config.loader import inspect_recipe, load_recipe
 from titan_growth.config.messages import MOVED
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.tools.errors import ConfigError
 
 WRONG = [

@@ -20,7 +20,7 @@ from titan_growth.config.fields import leaves
 from titan_growth.config.help import help_text
 from titan_growth.config.loader import inspect_recipe, load_recipe, recipe_from_toml, to_json, to_toml, with_values
 from titan_growth.config.plugins import load_plugins, recipe_class, register_table, table_of
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.section import Section
 from titan_growth.tools.errors import ConfigError, TitanGrowthError
 

@@ -10,7 +10,7 @@ import pytest
 import tomli
 
 from titan_growth.config.loader import inspect_recipe, load_recipe, recipe_from_toml, to_json, to_toml, with_values
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.tools.errors import ConfigError
 
 STAGES = """
@@ -218,7 +218,7 @@ def test_config_is_read_without_torch() -> None:
     modules = [
         "titan_growth.config.loader",
         "titan_growth.config.help",
-        "titan_growth.preflight",
+        "titan_growth.commands.check",
         "titan_growth.metrics",
     ]
     code = (

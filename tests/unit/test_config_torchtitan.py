@@ -11,7 +11,7 @@ import tomli
 
 from titan_growth.config.fields import leaves
 from titan_growth.config.loader import inspect_recipe, recipe_from_toml, to_toml
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.torchtitan_keys import IGNORED, NEUTRAL, ignored_because
 
 TORCHTITAN: dict[str, object] = json.loads(

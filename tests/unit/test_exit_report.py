@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from titan_growth.tools.exit_report import ExitReport, RankEnd, caused_by_peer, judge, process_status, read
+from titan_growth.liveness.exit_report import ExitReport, RankEnd, caused_by_peer, judge, process_status, read
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from titan_growth.config.loader import inspect_recipe
-from titan_growth.config.schema import Recipe
-from titan_growth.mesh import MeshShape
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.layout.mesh import MeshShape
 from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.stages.base import StageContext
 from titan_growth.stages.float8 import Float8, linear_sizes

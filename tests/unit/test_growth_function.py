@@ -10,12 +10,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from titan_growth.config.growth_schema import GrowthStage
-from titan_growth.growth.operators import GrowthMap, operators
+from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import Rules
 from titan_growth.growth.verify import verify_growth
-from titan_growth.mesh import MeshShape
+from titan_growth.layout.mesh import MeshShape
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.registry import family_module

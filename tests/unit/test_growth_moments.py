@@ -11,9 +11,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from tests.unit.test_growth_function import CONFIGS, logits_of, model_of, state_of
-from titan_growth.config.growth_schema import GrowthStage
-from titan_growth.growth.carry_out import fresh_elements
-from titan_growth.growth.operators import GrowthMap, operators
+from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.growth.apply import fresh_elements
+from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import OPTIMIZER_PREFIX, Rules
 from titan_growth.growth.verify import verify_growth

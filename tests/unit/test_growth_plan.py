@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from titan_growth.checkpoint.lineage import GrowthEvent, Lineage, Progress, RollBack
-from titan_growth.config.growth_schema import Growth, GrowthStage
-from titan_growth.growth import operators as operators_module
+from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress, RollBack
+from titan_growth.config.schema.growth import Growth, GrowthStage
 from titan_growth.growth import schedule
 from titan_growth.growth.chain import chain_of
-from titan_growth.growth.operators import GrowthMap, operators, register_operator
+from titan_growth.growth.operators import base as operators_module
+from titan_growth.growth.operators.base import GrowthMap, operators, register_operator
 from titan_growth.growth.points import advise, law_tokens
 from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.models.config import ModelConfig

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
-from titan_growth.tools import distributed
-from titan_growth.tools.hang import Beat, HangError, Verdict, judge
+from titan_growth.liveness.hang import Beat, HangError, Verdict, judge
+from titan_growth.tools import collectives as distributed
 
 
 def beats(num_ranks: int = 4, **changed: dict[str, Any]) -> dict[int, Beat]:
@@ -89,7 +89,7 @@ def test_a_rank_that_never_wrote_is_named() -> None:
 
 
 def heartbeat(**settings: Any) -> Any:
-    from titan_growth.tools.heartbeat import Heartbeat
+    from titan_growth.liveness.heartbeat import Heartbeat
 
     def unexpected(error: HangError) -> None:
         raise AssertionError(str(error))
@@ -141,7 +141,7 @@ def test_a_collective_that_times_out_names_the_late_rank() -> None:
 
 def stand_still(rank: int) -> str:
     """No collective raises, as with NCCL: the rank's own thread notices."""
-    from titan_growth.tools import heartbeat as module
+    from titan_growth.liveness import heartbeat as module
 
     module.GRACE_SECONDS = 0.2
     said: list[str] = []
@@ -164,7 +164,7 @@ def test_a_main_thread_that_does_not_move_is_noticed_without_a_collective() -> N
 
 def pause(rank: int) -> int:
     """A pause has the long limit; steps that move are never looked into."""
-    from titan_growth.tools import heartbeat as module
+    from titan_growth.liveness import heartbeat as module
 
     module.GRACE_SECONDS = 0.2
     pulse = heartbeat()
@@ -202,6 +202,6 @@ def test_one_rank_beats_for_nobody() -> None:
     ],
 )
 def test_only_the_time_limit_of_a_collective_counts(text: str, expected: bool) -> None:
-    from titan_growth.tools.exit_report import timed_out
+    from titan_growth.liveness.exit_report import timed_out
 
     assert timed_out(RuntimeError(text)) is expected

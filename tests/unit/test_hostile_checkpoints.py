@@ -28,16 +28,16 @@ from tests.unit.confined import Confined
 from tests.unit.hostile import Bomb, signed
 from tests.unit.hostile_files import CASES, NOT_FOR_A_START
 from titan_growth.checkpoint.folder import open_step
-from titan_growth.checkpoint.going_back import RollBackError
 from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.checkpoint.rewind import RollBackError
+from titan_growth.commands.args import open_source
+from titan_growth.commands.check import main as preflight_main
+from titan_growth.commands.lineage import main as lineage_main
+from titan_growth.commands.verify import main as verify_main
 from titan_growth.config.loader import with_values
-from titan_growth.config.schema import Checkpoint, Recipe
-from titan_growth.growth_arguments import open_source
-from titan_growth.lineage_report import main as lineage_main
-from titan_growth.preflight import main as preflight_main
+from titan_growth.config.schema.recipe import Checkpoint, Recipe
+from titan_growth.run.vet import problem_of
 from titan_growth.tools.errors import TitanGrowthError
-from titan_growth.usable import problem_of
-from titan_growth.verify_report import main as verify_main
 
 REFUSED = re.compile(r"step-\d+ refused: [^\n]+")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
@@ -216,7 +216,7 @@ def test_a_finished_run_with_a_flipped_bit_is_not_finished(
     honest: tuple[Path, Recipe], confined: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`nothing to do` is said only of a checkpoint that is whole."""
-    from titan_growth.tools.exit_report import NOTHING_TO_DO
+    from titan_growth.liveness.exit_report import NOTHING_TO_DO
 
     run, _ = copied(honest, tmp_path)
     (tmp_path / "run.toml").write_bytes((run / "checkpoint" / "step-4" / "recipe.toml").read_bytes())

@@ -1,4 +1,4 @@
-"""Imports point one way (design.md, section 3), those inside functions included."""
+"""Imports point one way, from folder to folder (docs/composition.md), those inside functions included."""
 
 from __future__ import annotations
 
@@ -11,88 +11,37 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "titan_growth"
 
 LAYERS: list[tuple[str, ...]] = [
-    ("tools", "version", "__init__"),
-    ("config",),
-    (
-        "mesh",
-        "models",
-        "pipeline_csv",
-        "pipeline_layout",
-        "pipeline_parts",
-        "stages",
-        "growth.operators",
-        "growth.axes",
-        "growth.depth",
-        "growth.width",
-        "growth.learn",
-        "growth.rules",
-        "growth.chain",
-        "growth.__init__",
-    ),
-    ("build", "engine", "pipeline_engine", "engines"),
-    (
-        "checkpoint",
-        "data",
-        "optim",
-        "lr_scheduler",
-        "metrics",
-        "interchange.__init__",
-        "interchange.safetensors_file",
-        "interchange.config_json",
-        "interchange.folder",
-        "interchange.reader",
-    ),
-    (
-        "growth.points",
-        "growth.schedule",
-        "growth.place",
-        "growth.read",
-        "growth.verify",
-        "growth.ligo",
-        "growth.carry_out",
-    ),
-    (
-        "phases",
-        "plan",
-        "resume",
-        "run_data",
-        "shards",
-        "validator",
-        "observers",
-        "start",
-        "usable",
-        "watchdog",
-        "stability",
-    ),
-    ("growing",),
+    ("version", "__init__"),
+    ("tools",),
+    ("config", "liveness"),
+    ("models", "data"),
+    ("checkpoint",),
+    ("growth", "interchange"),
+    ("layout",),
+    ("stages",),
+    ("engine", "metrics"),
+    ("run",),
+    ("grower",),
     ("trainer",),
     ("session",),
-    ("train", "preflight", "plan_report", "lineage_report", "plot", "growth_arguments"),
-    (
-        "offline",
-        "probe",
-        "verify_report",
-        "interchange.target",
-        "interchange.source",
-        "interchange.tokenizer_files",
-        "interchange.tokenizer_json",
-        "interchange.importing",
-        "interchange.exporting",
-    ),
-    ("launch", "__main__"),
+    ("commands",),
+    ("train",),
+    ("launch",),
+    ("__main__",),
 ]
-"""Lowest first. A module may import from its own layer and from lower ones."""
+"""Lowest first. A module may import from its own folder, and from folders below it."""
 
 SEPARATE = [
-    ("checkpoint", "metrics"),
+    ("config", "liveness"),
+    ("models", "data"),
     ("checkpoint", "data"),
+    ("growth", "interchange"),
     ("data", "metrics"),
-    ("data", "optim"),
-    ("lr_scheduler", "optim"),
-    ("metrics", "optim"),
+    ("engine", "metrics"),
+    ("engine", "data"),
+    ("engine", "checkpoint"),
 ]
-"""Parts of one layer that know nothing of each other (checkpoint.state does know the optimizer)."""
-
+"""Folders that know nothing of each other, though one may stand below the other."""
 
 def layer_of(module: str) -> int:
     found = [
@@ -175,13 +124,13 @@ def test_there_are_no_cycles() -> None:
 
 
 def test_the_reader_of_imports_sees_all_forms() -> None:
-    known = {"__init__", "tools.errors", "tools.__init__", "data.__init__", "optim"}
+    known = {"__init__", "tools.errors", "tools.__init__", "data.__init__", "engine.optimizer"}
     source = """
-import titan_growth.optim
+import titan_growth.engine.optimizer
 from titan_growth import data
 def later():
     from titan_growth.tools.errors import Problem
     from titan_growth.tools import errors
     import titan_growth.tools
 """
-    assert imports_of(source, "x", known) == {"optim", "data.__init__", "tools.errors", "tools.__init__"}
+    assert imports_of(source, "x", known) == {"engine.optimizer", "data.__init__", "tools.errors", "tools.__init__"}

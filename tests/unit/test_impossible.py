@@ -12,7 +12,7 @@ import pytest
 
 from tests.runs import BASE, argv_of
 from titan_growth.config.loader import inspect_recipe
-from titan_growth.plan import plan_run
+from titan_growth.run.plan import plan_run
 from titan_growth.stages import compile as compile_stage
 from titan_growth.tools.errors import Problem
 

@@ -23,17 +23,17 @@ from tests.hugging_face import (
 )
 from tests.runs import make_recipe, train
 from titan_growth.checkpoint.folder import open_step
+from titan_growth.commands.export import export_folder
+from titan_growth.commands.export import main as export_main
+from titan_growth.commands.grow import main as grow_main
+from titan_growth.commands.import_ import main as import_main
+from titan_growth.commands.lineage import main as lineage_main
+from titan_growth.commands.verify import main as verify_main
 from titan_growth.interchange import reader as reader_module
-from titan_growth.interchange.exporting import export_folder
-from titan_growth.interchange.exporting import main as export_main
-from titan_growth.interchange.importing import main as import_main
 from titan_growth.interchange.reader import HuggingFaceReader, in_halves, in_pairs
-from titan_growth.lineage_report import main as lineage_main
 from titan_growth.models.hugging_face import parameter_shapes
 from titan_growth.models.registry import FAMILIES, family_module, model_config_of
-from titan_growth.offline import main as grow_main
 from titan_growth.tools.errors import CheckpointError
-from titan_growth.verify_report import main as verify_main
 
 KINDS: dict[str, dict[str, Any]] = {
     "grouped queries, scaled rope": {"rope_scaling": SCALED},
@@ -127,7 +127,7 @@ def test_the_tables_list_every_parameter(family: str) -> None:
     module = family_module(family)
     assert module.HUGGING_FACE.names.keys() == module.ROLES.keys()
     assert module.HUGGING_FACE.neighbours <= module.ROLES.keys()
-    from titan_growth.config.model_schema import Model
+    from titan_growth.config.schema.model import Model
 
     config, _ = model_config_of(Model(name=family, flavor="debugmodel"))
     assert config is not None
@@ -290,7 +290,7 @@ def test_a_failed_write_leaves_nothing(
         assert import_main(["--from", str(theirs), "--to", str(step)]) == 1
     assert "only 0.0 MiB are free" in capsys.readouterr().out
     assert import_main(["--from", str(theirs), "--to", str(step)]) == 0
-    from titan_growth.interchange import exporting
+    from titan_growth.commands import export as exporting
 
     real, calls = exporting.write_file, []
 

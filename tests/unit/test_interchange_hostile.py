@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.hugging_face import edit_config
-from titan_growth.interchange.importing import main as import_main
+from titan_growth.commands.import_ import main as import_main
 from titan_growth.interchange.safetensors_file import read_header, write_file
 from titan_growth.tools.errors import CheckpointError
 

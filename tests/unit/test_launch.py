@@ -21,14 +21,14 @@ OTHERS = ("MASTER_PORT", "MAX_RESTARTS", "OMP_NUM_THREADS", "SLURM_JOB_ID", "LOG
 HEAD = """
 import os, signal, sys, time
 from pathlib import Path
-from titan_growth.tools.exit_report import ExitReport, process_status
+from titan_growth.liveness.exit_report import ExitReport, process_status
 rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 report = ExitReport(Path("outputs"), rank)
 """
 # The preflight is the caller's to give, so the launch below differs from the real one in nothing else.
 LAUNCH = """
 import os, sys, time
-from titan_growth import launch
+from titan_growth.launch import launcher as launch
 def preflight(argv):
     print("preflight for", os.environ["WORLD_SIZE"], "with", *argv, flush=True)
     if {status} < 0:

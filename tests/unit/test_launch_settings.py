@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from titan_growth.launch.settings import LaunchSettings, drop_option, dump_folder_of, option_value, read_settings
 from titan_growth.tools.errors import ConfigError
-from titan_growth.tools.launch_settings import LaunchSettings, drop_option, dump_folder_of, option_value, read_settings
 
 
 @pytest.fixture

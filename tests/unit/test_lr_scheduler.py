@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from titan_growth.config.growth_schema import Growth
-from titan_growth.config.schema import LRScheduler
-from titan_growth.lr_scheduler import LRSchedule
+from titan_growth.config.schema.growth import Growth
+from titan_growth.config.schema.recipe import LRScheduler
+from titan_growth.run.lr_schedule import LRSchedule
 
 PEAK = 8e-4
 

@@ -12,9 +12,9 @@ from tests.harness import run_ranks
 from titan_growth.config import plugins
 from titan_growth.config.loader import load_recipe
 from titan_growth.config.plugins import recipe_class, register_table
-from titan_growth.config.schema import Parallelism
+from titan_growth.config.schema.recipe import Parallelism
 from titan_growth.config.section import Section
-from titan_growth.mesh import AXES, Mesh, MeshShape, resolve_batch, resolve_mesh
+from titan_growth.layout.mesh import AXES, Mesh, MeshShape, resolve_batch, resolve_mesh
 from titan_growth.stages import base
 from titan_growth.stages.base import StageDefaults, register_stage, registered_stages, resolve_order, stages_of
 from titan_growth.tools.errors import ConfigError

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from titan_growth.commands.plot import main as plot_main
 from titan_growth.metrics.curves import Curve, Point, compare, read_curve, report, weights_of
-from titan_growth.plot import main as plot_main
 from titan_growth.tools.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from titan_growth.config.loader import load_recipe
-from titan_growth.config.schema import Model
+from titan_growth.config.schema.recipe import Model
 from titan_growth.models.config import ModelConfig, swiglu_hidden_dim
 from titan_growth.models.llama import FLAVORS, Decoder, fsdp_units
 from titan_growth.models.registry import model_config_of

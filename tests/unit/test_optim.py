@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.harness import run_ranks
-from titan_growth.config.schema import Optimizer as Section
-from titan_growth.optim import STATE_KEYS, Optimizer
+from titan_growth.config.schema.recipe import Optimizer as Section
+from titan_growth.engine.optimizer import STATE_KEYS, Optimizer
 
 IMPLEMENTATIONS = ["for-loop", "foreach", "fused"]
 

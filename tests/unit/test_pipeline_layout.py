@@ -20,9 +20,8 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
-from titan_growth.config.schema import Parallelism
-from titan_growth.pipeline_csv import KEY, Action, read_schedule_csv
-from titan_growth.pipeline_layout import (
+from titan_growth.config.schema.recipe import Parallelism
+from titan_growth.layout.pipeline_layout import (
     SCHEDULES,
     Part,
     PipelineLayout,
@@ -31,6 +30,7 @@ from titan_growth.pipeline_layout import (
     schedule_conditions,
     stage_table,
 )
+from titan_growth.layout.schedule_csv import KEY, Action, read_schedule_csv
 from titan_growth.tools.errors import Problem
 
 SHORT = {
@@ -339,7 +339,8 @@ def test_descriptions() -> None:
 
 def test_planning_needs_no_torch() -> None:
     code = (
-        "import sys; from titan_growth.config.schema import Parallelism; from titan_growth.pipeline_layout import *; "
+        "import sys; from titan_growth.config.schema.recipe import Parallelism; "
+        "from titan_growth.layout.pipeline_layout import *; "
         "print(plan_pipeline(Parallelism(pipeline_parallel_degree=16), 126, 64)[0].num_microbatches); "
         "assert 'torch' not in sys.modules"
     )

@@ -15,20 +15,20 @@ from torch.distributed.tensor import DTensor
 
 from tests.harness import run_ranks
 from tests.runs import BASE, argv_of
-from titan_growth import plan as plan_module
 from titan_growth.__main__ import main
-from titan_growth.build import build
-from titan_growth.checkpoint.state import model_tensors, optimizer_tensors
+from titan_growth.commands.plan import report_lines, timeline
 from titan_growth.config.loader import inspect_recipe
-from titan_growth.config.schema import Model
-from titan_growth.mesh import Mesh, MeshShape
+from titan_growth.config.schema.recipe import Model
+from titan_growth.engine.build import build
+from titan_growth.engine.optimizer import Optimizer
+from titan_growth.engine.state import model_tensors, optimizer_tensors
+from titan_growth.layout.mesh import Mesh, MeshShape
+from titan_growth.layout.pipeline_layout import plan_pipeline
+from titan_growth.layout.pipeline_parts import Part
+from titan_growth.layout.shards import LAYER, ModelShards, chunk_size
 from titan_growth.models.registry import FAMILIES, family_module, model_config_of
-from titan_growth.optim import Optimizer
-from titan_growth.pipeline_layout import plan_pipeline
-from titan_growth.pipeline_parts import Part
-from titan_growth.plan import RunPlan, plan_run
-from titan_growth.plan_report import report_lines, timeline
-from titan_growth.shards import LAYER, ModelShards, chunk_size
+from titan_growth.run import plan as plan_module
+from titan_growth.run.plan import RunPlan, plan_run
 
 ROOT = Path(__file__).resolve().parents[2]
 

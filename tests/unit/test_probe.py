@@ -13,17 +13,17 @@ import pytest
 from tests.harness import run_ranks
 from tests.runs import make_recipe, train
 from titan_growth.checkpoint.folder import file_entry, open_step, write_manifest
-from titan_growth.checkpoint.lineage import Progress
-from titan_growth.config.growth_schema import GrowthStage
+from titan_growth.checkpoint.history import Progress
+from titan_growth.commands.args import Source, open_source
+from titan_growth.commands.probe.candidates import Candidate, candidate_recipe, candidates_of, doubts
+from titan_growth.commands.probe.command import main as probe_main
+from titan_growth.commands.probe.report import Outcome, outcome_of, report
+from titan_growth.commands.probe.runs import linked
+from titan_growth.config.schema.growth import GrowthStage
 from titan_growth.growth.chain import chain_of
-from titan_growth.growth_arguments import Source, open_source
-from titan_growth.lr_scheduler import LRSchedule
 from titan_growth.models.registry import model_config_of
-from titan_growth.plan import plan_run
-from titan_growth.probe.candidates import Candidate, candidate_recipe, candidates_of, doubts
-from titan_growth.probe.command import main as probe_main
-from titan_growth.probe.report import Outcome, outcome_of, report
-from titan_growth.probe.runs import linked
+from titan_growth.run.lr_schedule import LRSchedule
+from titan_growth.run.plan import plan_run
 
 
 @pytest.fixture(scope="module")

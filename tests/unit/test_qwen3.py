@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from titan_growth.config.loader import load_recipe
-from titan_growth.config.schema import Model
+from titan_growth.config.schema.recipe import Model
 from titan_growth.models import llama
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.decoder import IGNORE_INDEX, Split

@@ -12,11 +12,11 @@ import pytest
 
 from tests.unit.test_checkpoint_folder import EVENT, MANIFEST
 from titan_growth.checkpoint.folder import StepFolder, file_entry, open_step, step_path, write_manifest
-from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.config.loader import recipe_from_toml, to_toml, with_values
-from titan_growth.config.schema import Recipe
-from titan_growth.resume import compare, decided_before, newest_checkpoint
-from titan_growth.start import Decisions, decide, dry_run_of, finished, finished_message, settle
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.run.resume import compare, decided_before, newest_checkpoint
+from titan_growth.run.start import Decisions, decide, dry_run_of, finished, finished_message, settle
 from titan_growth.tools.errors import CheckpointError, ConfigError
 from titan_growth.tools.run_folder import RunFolder
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from titan_growth.tools import signals
-from titan_growth.tools.signals import LAUNCHED_VARIABLE, StopSignal, seconds_since_launch
+from titan_growth.liveness import stop_signal as signals
+from titan_growth.liveness.stop_signal import LAUNCHED_VARIABLE, StopSignal, seconds_since_launch
 
 RANK = """
 import sys, time
 from pathlib import Path
-from titan_growth.tools.signals import StopSignal
+from titan_growth.liveness.stop_signal import StopSignal
 stop = StopSignal()
 stop.install()
 Path(sys.argv[1]).write_text("ready")

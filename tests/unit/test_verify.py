@@ -16,7 +16,7 @@ from tests.harness import run_ranks
 from tests.runs import make_recipe, train
 from titan_growth.checkpoint.folder import file_entry, open_step, write_manifest
 from titan_growth.checkpoint.reader import SafeReader
-from titan_growth.verify_report import main as verify_main
+from titan_growth.commands.verify import main as verify_main
 
 
 @pytest.fixture(scope="module")

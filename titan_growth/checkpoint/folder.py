@@ -17,7 +17,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from titan_growth.checkpoint.files import (
+from titan_growth.checkpoint.history import Lineage, Progress, RollBack, StabilityState
+from titan_growth.checkpoint.untrusted.files import (
     MAX_METADATA_BYTES,
     MAX_TEXT_BYTES,
     is_plain_name,
@@ -25,9 +26,17 @@ from titan_growth.checkpoint.files import (
     read_plain,
     size_of_file,
 )
-from titan_growth.checkpoint.inert import RefusedError
-from titan_growth.checkpoint.lineage import Lineage, Progress, RollBack, StabilityState
-from titan_growth.checkpoint.typed import STRICT, Count, Number, Size, Text, from_json, table_of_json, table_of_toml
+from titan_growth.checkpoint.untrusted.json_types import (
+    STRICT,
+    Count,
+    Number,
+    Size,
+    Text,
+    from_json,
+    table_of_json,
+    table_of_toml,
+)
+from titan_growth.checkpoint.untrusted.pickles import RefusedError
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import folder_at, is_remote
@@ -64,7 +73,7 @@ class Manifest:
     recent_losses: list[Number] = field(default_factory=list)
     """The last training losses, when a growth depends on their slope."""
     stability: dict[str, Any] = field(default_factory=dict)
-    """What `titan_growth.stability` goes by (`lineage.StabilityState`)."""
+    """What `titan_growth.run.stability` goes by (`lineage.StabilityState`)."""
     data: dict[str, Text] = field(default_factory=dict)
     """Fingerprints of corpus and tokenizer."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -33,12 +33,12 @@ from titan_growth.checkpoint.folder import (
     root_of,
     write_manifest,
 )
-from titan_growth.checkpoint.going_back import RollBackError
 from titan_growth.checkpoint.reader import NamesOf, SafeReader, misplaced
 from titan_growth.checkpoint.retention import Retention, set_aside_after
+from titan_growth.checkpoint.rewind import RollBackError
 from titan_growth.checkpoint.saving import Saver, Tensors, root_cause
-from titan_growth.config.schema import Checkpoint
-from titan_growth.tools.distributed import fail_together, gather_objects, on_rank0
+from titan_growth.config.schema.recipe import Checkpoint
+from titan_growth.tools.collectives import fail_together, gather_objects, on_rank0
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.location import folder_at
 

@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from titan_growth.checkpoint.archive import StoredValues, find_values
-from titan_growth.checkpoint.files import MAX_METADATA_BYTES, open_plain, read_plain, size_of_file
-from titan_growth.checkpoint.inert import RefusedError
-from titan_growth.checkpoint.metadata import parse_metadata
+from titan_growth.checkpoint.untrusted.archive import StoredValues, find_values
+from titan_growth.checkpoint.untrusted.files import MAX_METADATA_BYTES, open_plain, read_plain, size_of_file
+from titan_growth.checkpoint.untrusted.metadata import parse_metadata
+from titan_growth.checkpoint.untrusted.pickles import RefusedError
 from titan_growth.tools.errors import CheckpointError
 
 

@@ -40,8 +40,8 @@ from titan_growth.checkpoint.folder import (
 from titan_growth.checkpoint.retention import Retention
 from titan_growth.checkpoint.staging import HostCopies, StagedPlanner
 from titan_growth.checkpoint.writer import ShardWriter
-from titan_growth.config.schema import Checkpoint
-from titan_growth.tools.distributed import describe_os_error, fail_together, gather_objects, on_rank0, saving_group
+from titan_growth.config.schema.recipe import Checkpoint
+from titan_growth.tools.collectives import describe_os_error, fail_together, gather_objects, on_rank0, saving_group
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
 from titan_growth.tools.files import free_bytes, remove_folder, sync_folder, write_atomic
 from titan_growth.tools.run_folder import gib

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from titan_growth.config.no_effect import FLOAT8, without_effect
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.tools.errors import LocationError, Problem
 from titan_growth.tools.location import is_remote, location
 

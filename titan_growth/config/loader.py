@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from titan_growth.config.checks import check_recipe
 from titan_growth.config.messages import problem_of, unknown_key
 from titan_growth.config.plugins import PLUGINS_KEY, recipe_class
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.sources import Sources, read_sources
 from titan_growth.config.torchtitan_keys import NEUTRAL, holds_known_keys, ignored_because, older_spellings
 from titan_growth.tools.errors import ConfigError, Problem

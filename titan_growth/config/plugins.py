@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError, create_model
 
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.section import Section
 from titan_growth.tools.errors import ConfigError, Problem, TitanGrowthError
 

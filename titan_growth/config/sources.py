@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from titan_growth.config.fields import annotation_at, parse_text, strip_optional
 from titan_growth.config.plugins import PLUGINS_KEY, load_plugins, recipe_class
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.tools.errors import ConfigError, Problem
 
 CONFIG_FILE_KEY = "job.config_file"

@@ -18,8 +18,8 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_growth.data.blocks import IGNORE_INDEX, BlockDataset
+from titan_growth.liveness.stop_signal import signal_on_parent_death
 from titan_growth.tools.errors import DataError
-from titan_growth.tools.signals import signal_on_parent_death
 
 # Our cursor is the state; the transport's own snapshots are put off for good.
 _NEVER = 2**62

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from titan_growth.config.growth_schema import SIZES, WIDTHS, Growth, GrowthStage
 from titan_growth.config.messages import suggestion
-from titan_growth.growth.operators import GrowthMap, Operator, operators
+from titan_growth.config.schema.growth import SIZES, WIDTHS, Growth, GrowthStage
+from titan_growth.growth.operators.base import GrowthMap, Operator, operators
 from titan_growth.models.config import ModelConfig
 from titan_growth.tools.errors import Problem
 

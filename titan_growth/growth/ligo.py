@@ -30,10 +30,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_growth.checkpoint.reader import SafeReader
-from titan_growth.growth.operators import GrowthMap
+from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.models.initialize import draw, local_and_offset
 from titan_growth.models.roles import Role, axis_lengths, layer_of, role_of, with_layer
-from titan_growth.tools.distributed import gather_objects
+from titan_growth.tools.collectives import gather_objects
 from titan_growth.tools.gradients import reduced
 
 HEAD_AXES = ("heads", "kv_heads")

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from titan_growth.config.growth_schema import GrowthStage
+from titan_growth.config.schema.growth import GrowthStage
 from titan_growth.growth.axes import NEW, AxisMap
-from titan_growth.growth.operators import GrowthMap
+from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.models.roles import RESIDUAL, Role, layer_of, role_of, with_layer
 
 OPTIMIZER_PREFIX = "optimizer.state."

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from titan_growth.checkpoint.lineage import Lineage, Progress
+from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.config.duration import Duration
-from titan_growth.config.growth_schema import Growth, GrowthStage
+from titan_growth.config.schema.growth import Growth, GrowthStage
 from titan_growth.growth.chain import Chain
-from titan_growth.growth.operators import GrowthMap
+from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.points import advise, resolved, slope
 from titan_growth.models.config import ModelConfig
 from titan_growth.tools.errors import Problem, TrainingError

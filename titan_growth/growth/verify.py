@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
-from titan_growth.config.schema import Training
+from titan_growth.config.schema.recipe import Training
 from titan_growth.growth.axes import NEW
-from titan_growth.growth.operators import GrowthMap
+from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.read import Box, StdOf, copied_elements, new_elements
 from titan_growth.growth.rules import OPTIMIZER_PREFIX, Rule
 from titan_growth.tools.errors import GrowthError

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from titan_growth.config.model_schema import Model
+from titan_growth.config.schema.model import Model
 from titan_growth.models.config import ModelConfig
 from titan_growth.models.hugging_face import HuggingFaceLayout
 from titan_growth.models.registry import FAMILIES, family_module, model_config_of

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from titan_growth.checkpoint.files import is_plain_name
-from titan_growth.config.model_schema import Model
+from titan_growth.checkpoint.untrusted.files import is_plain_name
+from titan_growth.config.schema.model import Model
 from titan_growth.interchange.config_json import layout_of, model_table
 from titan_growth.interchange.safetensors_file import StoredTensor, parse_json, read_header
 from titan_growth.models.config import ModelConfig

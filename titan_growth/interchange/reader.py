@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from titan_growth.checkpoint.archive import StoredValues
 from titan_growth.checkpoint.reader import NamesOf, SafeReader, StoredChunk
+from titan_growth.checkpoint.untrusted.archive import StoredValues
 from titan_growth.interchange.folder import HuggingFaceFolder, open_folder
 from titan_growth.interchange.safetensors_file import StoredTensor, fill, memory_of
 from titan_growth.models.config import ModelConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_growth.checkpoint.folder import StepFolder
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.data.storage import cache_root
 from titan_growth.data.tokenizers import (
     BytesTokenizer,

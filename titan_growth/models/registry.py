@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from titan_growth.config.messages import suggestion
-from titan_growth.config.model_schema import Model
+from titan_growth.config.schema.model import Model
 from titan_growth.models.config import ModelConfig, swiglu_hidden_dim
 from titan_growth.tools.errors import Problem
 

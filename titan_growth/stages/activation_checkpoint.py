@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
-from titan_growth.config.schema import Recipe
-from titan_growth.config.technique_schema import ActivationCheckpoint as Section
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.techniques import ActivationCheckpoint as Section
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.tools.errors import Problem
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from titan_growth.config.schema import Model, Recipe, Training
+from titan_growth.config.schema.recipe import Model, Recipe, Training
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 
 

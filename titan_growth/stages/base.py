@@ -20,10 +20,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from titan_growth.config.messages import suggestion
 from titan_growth.config.plugins import PLUGINS_KEY, register_table, same_origin
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.section import Section
-from titan_growth.growth.operators import GrowthMap
-from titan_growth.mesh import Mesh, MeshShape
+from titan_growth.growth.operators.base import GrowthMap
+from titan_growth.layout.mesh import Mesh, MeshShape
 from titan_growth.models.config import ModelConfig
 from titan_growth.tools.errors import ConfigError, Problem
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.models.chunked_loss import chunked_cross_entropy_sum
 from titan_growth.models.decoder import LossHead
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage

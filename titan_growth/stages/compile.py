@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from titan_growth.config.messages import suggestion
-from titan_growth.config.schema import Recipe
-from titan_growth.config.technique_schema import ActivationCheckpoint
-from titan_growth.config.technique_schema import Compile as Section
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.techniques import ActivationCheckpoint
+from titan_growth.config.schema.techniques import Compile as Section
 from titan_growth.stages.activation_checkpoint import Checkpointed
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.tools.errors import Problem

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
-from titan_growth.config.schema import Parallelism, Recipe
+from titan_growth.config.schema.recipe import Parallelism, Recipe
 from titan_growth.models.decoder import SequenceContext, SequenceLayout, documents_of
 from titan_growth.stages.base import Microbatch, ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.stages.tensor_parallel import sequence_problems

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from titan_growth.config.messages import suggestion
-from titan_growth.config.schema import Recipe
-from titan_growth.config.technique_schema import Float8 as Float8Section
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.techniques import Float8 as Float8Section
 from titan_growth.stages.autocast import uses_float8
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.tools.errors import Problem

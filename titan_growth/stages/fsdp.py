@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from titan_growth.config.schema import Parallelism, Recipe, Training
-from titan_growth.mesh import MeshShape
+from titan_growth.config.schema.recipe import Parallelism, Recipe, Training
+from titan_growth.layout.mesh import MeshShape
 from titan_growth.stages.autocast import mixes_precision, uses_float8
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.tools.errors import Problem

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from titan_growth.config.schema import Recipe
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.axes import NEW
-from titan_growth.growth.operators import GrowthMap
+from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.models.roles import RESIDUAL, Role, layer_of, role_of
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 

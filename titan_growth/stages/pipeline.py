@@ -13,8 +13,8 @@ import copy
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from titan_growth.config.schema import Recipe
-from titan_growth.pipeline_layout import PipelineLayout, plan_pipeline
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.layout.pipeline_layout import PipelineLayout, plan_pipeline
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.tools.errors import Problem
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from titan_growth.config.schema import Parallelism, Recipe
+from titan_growth.config.schema.recipe import Parallelism, Recipe
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.tools.errors import Problem
 

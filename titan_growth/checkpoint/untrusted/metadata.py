@@ -1,0 +1,262 @@
+"""DCP's `.metadata`: read without running it, and checked in full before anything is done with it.
+
+    bytes -> records that are inert (inert.py) -> one pass over them, which checks -> DCP's own classes
+
+What has passed is true to itself: names are names, every piece lies inside its tensor and the pieces make it up, each
+of them has a place of its own in a file of this folder, and no number is larger than what it counts can be. Whether the
+files hold what is said here is seen when they are read (archive.py). What a load does not need is dropped: the
+planner's data.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, TypeGuard
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from titan_growth.checkpoint.untrusted.archive import DTYPES
+from titan_growth.checkpoint.untrusted.files import is_plain_name
+from titan_growth.checkpoint.untrusted.pickles import Record, RefusedError, Symbol, read_pickle
+from titan_growth.checkpoint.untrusted.tiling import gap
+
+MAX_NAME = 1000
+MAX_DIMS = 32
+_LIMIT = 1 << 63
+
+SizeOf = Callable[[str], int | None]
+"""File name -> its bytes; None when it is not there. Raises RefusedError when it must not be read."""
+
+
+def parse_metadata(data: bytes, size_of: SizeOf) -> Metadata:
+    """DCP's metadata of a checkpoint.
+
+    Args:
+        size_of: of the files that it names.
+
+    Raises:
+        RefusedError: when it is anything but that, or contradicts itself or the files.
+    """
+    collects = gc.isenabled()
+    gc.disable()  # a million small objects that all stay would be looked through again and again
+    try:
+        return _Conversion(size_of).metadata(read_pickle(data, _find))
+    finally:
+        if collects:
+            gc.enable()
+
+
+# ---- what names stand for --------------------------------------------------------------------------------------------
+
+
+def _size(arguments: tuple[Any, ...]) -> Any:
+    """`torch.Size(t)` is t: whether it is a tuple of sizes is looked at when it is used as one."""
+    if len(arguments) != 1 or type(arguments[0]) is not tuple:
+        raise RefusedError("makes a size of what is none")
+    return arguments[0]
+
+
+def _layout(arguments: tuple[Any, ...]) -> Any:
+    if arguments != ("torch.strided",):
+        raise RefusedError("describes a tensor that is not dense")
+    return torch.strided
+
+
+def _ignored(arguments: tuple[Any, ...]) -> None:
+    """Of no use for a load: where the checkpoint was written, and the deprecated memory format."""
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_CLASSES = ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
+            "ChunkStorageMetadata", "TensorProperties")  # fmt: skip
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+_ADMITTED: dict[tuple[str, str], Any] = {
+    **{(_METADATA, name): Symbol(name, is_class=True) for name in _CLASSES},
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Symbol("_StorageInfo", is_class=True),
+    (_METADATA, "_MEM_FORMAT_ENCODING"): Symbol("_MEM_FORMAT_ENCODING", _ignored),
+    ("torch", "Size"): Symbol("Size", _size),
+    ("torch.serialization", "_get_layout"): Symbol("_get_layout", _layout),
+    **{(module, name): Symbol(name, _ignored) for module in ("pathlib", "pathlib._local") for name in _PATHS},
+    **DTYPES,
+}
+"""Everything that a `.metadata` may name."""
+
+
+def _find(module: str, name: str) -> Any:
+    if (module, name) not in _ADMITTED:
+        raise RefusedError(f"asks for {module}.{name}")
+    return _ADMITTED[module, name]
+
+
+# ---- records to metadata ---------------------------------------------------------------------------------------------
+
+
+class _Conversion:
+    """One pass over the records. Each is used once: a program may refer to one of them a million times."""
+
+    def __init__(self, size_of: SizeOf) -> None:
+        self.size_of = size_of
+        self.entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        self.boxes: dict[str, dict[torch.Size, torch.Size]] = {}
+        """Name of a tensor -> offsets of each piece -> its sizes."""
+        self.file_sizes: dict[str, int | None] = {}
+        self.tuples: dict[tuple[int, ...], torch.Size] = {}
+
+    def metadata(self, record: Any) -> Metadata:
+        table = _table(record, "Metadata")
+        for name, entry in _dict(table, "state_dict_metadata").items():
+            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+                raise RefusedError(f"lists something under the name {_brief(name)}")
+            self.entries[name] = self.entry(name, entry)
+        storage: dict[MetadataIndex, _StorageInfo] = {}
+        for key, info in _dict(table, "storage_data").items():
+            index = self.index(key)
+            if index in storage:
+                raise RefusedError(f"lists a piece of {_brief(index.fqn)} twice")
+            storage[index] = self.info(index.fqn, info)
+        for name, boxes in self.boxes.items():
+            for offsets, sizes in boxes.items():
+                if prod(sizes) and MetadataIndex(name, offsets) not in storage:
+                    raise RefusedError(f"does not say where all of {_brief(name)} is stored")
+        _require_apart(storage)
+        version = table.get("version")
+        return Metadata(self.entries, None, storage, StorageMeta(), version if isinstance(version, str) else None)
+
+    def entry(self, name: str, record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+        if type(record) is Record and record.kind == "BytesStorageMetadata":
+            return BytesStorageMetadata()
+        table = _table(record, "TensorStorageMetadata", name)
+        size = self.sizes(table.get("size"), name)
+        # The largest type has 16 bytes. Lengths beside a zero count, too: strides are made of them.
+        if prod(length or 1 for length in size) * 16 >= _LIMIT:
+            raise RefusedError(f"says that {_brief(name)} has more values than there can be")
+        properties = _properties(table.get("properties"), name)
+        listed = table.pop("chunks", None)
+        if type(listed) is not list:
+            raise RefusedError(f"does not say which pieces {_brief(name)} has")
+        boxes: dict[torch.Size, torch.Size] = {}
+        for one in listed:
+            offsets, sizes = self.chunk(name, size, one)
+            # An empty piece may begin where another one does, which then is the one that is stored there.
+            before = boxes.setdefault(offsets, sizes)
+            if not prod(before):
+                boxes[offsets] = sizes
+            elif prod(sizes) and before is not sizes:
+                raise RefusedError(f"contradicts itself about {_brief(name)}: two pieces begin at one place")
+        if wrong := gap(size, list(boxes.items())):
+            raise RefusedError(f"contradicts itself: the pieces of {_brief(name)} do not make it up ({wrong})")
+        self.boxes[name] = boxes
+        return TensorStorageMetadata(properties, size, [ChunkStorageMetadata(*box) for box in boxes.items()])
+
+    def chunk(self, name: str, size: torch.Size, record: Any) -> tuple[torch.Size, torch.Size]:
+        """(offsets, sizes) of a piece."""
+        table = _table(record, "ChunkStorageMetadata", name)
+        offsets, sizes = self.sizes(table.get("offsets"), name), self.sizes(table.get("sizes"), name)
+        if not len(offsets) == len(sizes) == len(size):
+            raise RefusedError(f"lists a piece of {_brief(name)} with other dimensions")
+        for offset, length, whole in zip(offsets, sizes, size, strict=True):
+            if offset + length > whole:
+                raise RefusedError(f"lists a piece outside {_brief(name)}")
+        return offsets, sizes
+
+    def index(self, record: Any) -> MetadataIndex:
+        table = _table(record, "MetadataIndex")
+        name, offset, hint = (table.get(key) for key in ("fqn", "offset", "index"))
+        entry = self.entries.get(name) if isinstance(name, str) else None
+        if not isinstance(name, str) or entry is None:
+            raise RefusedError(f"says where {_brief(name)} is stored, but not what it is")
+        if isinstance(entry, BytesStorageMetadata):
+            return MetadataIndex(name)
+        if hint is not None and not _is_count(hint):
+            raise RefusedError(f"lists a piece of {_brief(name)} as number {_brief(hint)}")
+        # Without an offset: a tensor in one piece.
+        offsets = torch.Size([0] * len(entry.size)) if offset is None else self.sizes(offset, name)
+        if offsets not in self.boxes[name]:
+            raise RefusedError(f"contradicts itself about {_brief(name)}: places a piece that it does not have")
+        return MetadataIndex(name, offsets, hint)
+
+    def info(self, name: str, record: Any) -> _StorageInfo:
+        table = _table(record, "_StorageInfo", name)
+        file, begin, length = (table.get(key) for key in ("relative_path", "offset", "length"))
+        if not isinstance(file, str) or (file not in self.file_sizes and not _is_shard_name(file)):
+            raise RefusedError(f"names the file {_brief(file)}")
+        if not _is_count(begin) or not _is_count(length):
+            raise RefusedError(f"says that {_brief(name)} begins at {_brief(begin)} and has {_brief(length)} bytes")
+        if table.get("transform_descriptors"):
+            raise RefusedError(f"says that {_brief(name)} is stored compressed, or transformed otherwise")
+        if file not in self.file_sizes:
+            self.file_sizes[file] = self.size_of(file)
+        there = self.file_sizes[file]
+        if there is not None and begin + length > there:
+            raise RefusedError(f"places {_brief(name)} beyond the end of {file}")
+        return _StorageInfo(file, begin, length)
+
+    def sizes(self, value: Any, name: str) -> torch.Size:
+        """Few of them differ, so each is made once. What is in a tuple is looked at before anything is done with it."""
+        if type(value) is not tuple or len(value) > MAX_DIMS or not all(_is_count(one) for one in value):
+            raise RefusedError(f"holds no sizes where those of {_brief(name)} should be")
+        found = self.tuples.get(value)
+        if found is None:
+            found = self.tuples[value] = torch.Size(value)
+        return found
+
+
+def _is_shard_name(name: str) -> bool:
+    return is_plain_name(name) and not name.startswith(".")
+
+
+def _properties(record: Any, name: str) -> TensorProperties:
+    state = record.state if type(record) is Record and record.kind == "TensorProperties" else None
+    if type(state) is not tuple or len(state) != 5 or not isinstance(state[0], torch.dtype):
+        raise RefusedError(f"does not say which type {_brief(name)} has")
+    if state[1] is not torch.strided:
+        raise RefusedError(f"says that {_brief(name)} is not dense")
+    return TensorProperties(dtype=state[0])
+
+
+def _table(record: Any, kind: str, name: str | None = None) -> dict[Any, Any]:
+    """The attributes of a record of the given kind, which is then used up."""
+    if type(record) is not Record or record.kind != kind or type(record.state) is not dict:
+        raise RefusedError("holds no DCP metadata" if name is None else f"holds no DCP metadata about {_brief(name)}")
+    table: dict[Any, Any] = record.state
+    record.state = None
+    return table
+
+
+def _dict(table: Mapping[Any, Any], key: str) -> dict[Any, Any]:
+    value = table.get(key)
+    if type(value) is not dict:
+        raise RefusedError(f"holds no DCP metadata (no {key})")
+    return value
+
+
+def _require_apart(storage: Mapping[MetadataIndex, _StorageInfo]) -> None:
+    """No two pieces have the same bytes: a small file could otherwise be read a million times over."""
+    places = sorted((info.relative_path, info.offset, info.length, index.fqn) for index, info in storage.items())
+    for (file, begin, length, name), (next_file, next_begin, _, next_name) in itertools.pairwise(places):
+        if file == next_file and begin + length > next_begin:
+            raise RefusedError(f"places {_brief(name)} and {_brief(next_name)} in the same bytes")
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < _LIMIT
+
+
+def _brief(value: Any) -> str:
+    """A value in a message: text cut short, numbers as they are, of others only the kind."""
+    if isinstance(value, str):
+        return value if len(value) <= 120 and value.isprintable() else repr(value[:100]) + "..."
+    return str(value) if type(value) in (int, bool, type(None)) else f"a {type(value).__name__}"

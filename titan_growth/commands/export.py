@@ -1,0 +1,204 @@
+"""`python -m titan_growth export`: a step folder becomes a Hugging Face folder.
+
+    python -m titan_growth export --from outputs/checkpoint/step-5000 --to exported
+
+A checkpoint of any mesh will do: each tensor is put together from its stored pieces, written and let go, so the largest
+tensor is what has to fit into memory. config.json comes last; without it nobody takes the folder for a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_growth.checkpoint.reader import SafeReader, StoredChunk
+from titan_growth.commands.args import Source, open_source, parse_words
+from titan_growth.commands.source import whole_tensor
+from titan_growth.commands.target import emptied, failure, require_new, require_space
+from titan_growth.config.plugins import load_plugins
+from titan_growth.interchange.config_json import config_json, layout_of
+from titan_growth.interchange.folder import CONFIG, INDEX, SINGLE, is_hugging_face
+from titan_growth.interchange.reader import in_halves
+from titan_growth.interchange.safetensors_file import total_bytes, write_file
+from titan_growth.interchange.tokenizer_files import tokenizer_of
+from titan_growth.models.hugging_face import parameter_shapes
+from titan_growth.models.registry import family_module
+from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, TitanGrowthError, print_error
+from titan_growth.tools.files import write_atomic
+from titan_growth.tools.location import folder_at
+from titan_growth.tools.run_folder import gib
+
+USAGE = """usage: python -m titan_growth export --from STEP_FOLDER --to HF_FOLDER [--dtype TYPE]
+
+Makes a Hugging Face folder of a checkpoint's weights: config.json, safetensors, and the tokenizer's files. Moments and
+counters stay behind. transformers, vLLM and lm-eval read it.
+
+  --from FOLDER    a committed step folder, written on any mesh
+  --to FOLDER      the folder to write; must not exist, or be empty
+  --dtype TYPE     float32, bfloat16 or float16; default: as stored
+  --plugins a,b    modules to load: those of the checkpoint's recipe
+
+Exit status: 0 written and read back, 1 failed, 2 wrong arguments.
+"""
+
+MAX_FILE_BYTES = 2 * 2**30
+"""Of a safetensors file, unless one tensor has more."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Shape = tuple[torch.dtype, tuple[int, ...]]
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; returns its exit status."""
+    if not argv or "--help" in argv or "-h" in argv:
+        print(USAGE, end="")
+        return 0
+    try:
+        given = parse_words(argv, ("from", "to", "dtype", "plugins"), command="export")
+        problems = [Problem(f"--{name}", "is missing") for name in ("from", "to") if name not in given]
+        dtype = given.get("dtype", [None])[-1]
+        if dtype is not None and dtype not in _DTYPES:
+            problems.append(Problem("--dtype", f"expected one of {', '.join(_DTYPES)}, got '{dtype}'"))
+        if problems:
+            raise ConfigError(problems)
+        plugins = [name for name in given.get("plugins", [""])[-1].split(",") if name]
+        load_plugins(plugins)
+        print(export_folder(folder_at(given["from"][-1]), Path(given["to"][-1]), dtype=dtype, plugins=plugins))
+    except TitanGrowthError as error:
+        return print_error(error)
+    return 0
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A tensor to be written."""
+
+    parameter: str
+    chunks: list[StoredChunk]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    group: int | None
+
+    def made(self, reader: SafeReader) -> Tensor:
+        return in_halves(whole_tensor(reader, self.chunks, self.shape), self.group).to(self.dtype)
+
+
+def export_folder(
+    source: Path,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    plugins: Sequence[str] = (),
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> str:
+    """Writes a Hugging Face folder; returns what has been done, in a line.
+
+    Args:
+        dtype: of the weights; None keeps them as stored.
+        plugins: that have been loaded.
+
+    Raises:
+        ConfigError: when the source is not there, or the target in the way.
+        CheckpointError: when the source cannot be used, its model has no counterpart in `transformers`, or the target
+            cannot be written. Nothing is left behind then.
+    """
+    if source.is_dir() and is_hugging_face(source):
+        raise ConfigError([Problem("--from", f"{source} is a Hugging Face folder already", "Name a step-N folder")])
+    opened = open_source(source, plugins)
+    require_new(target, source)
+    reader = opened.reader()
+    weights = _weights(opened, reader, dtype)
+    types = {weight.dtype for weight in weights.values()}
+    # What a reader is to compute in: the type of the matrices, where norms are kept in a wider one.
+    widest_share = max(types, key=lambda one: sum(one == weight.dtype for weight in weights.values()))
+    table = config_json(opened.config, opened.recipe.model.name, str(widest_share).removeprefix("torch."))
+    shapes = {name: (weight.dtype, weight.shape) for name, weight in weights.items()}
+    num_bytes = total_bytes(shapes.values())
+    try:
+        tokenizer = tokenizer_of(opened.folder, opened.recipe)
+        require_space(target, num_bytes, "the model")
+        files = _files(shapes, max_file_bytes)
+        for name, names in files.items():
+            write_file(target / name, {one: shapes[one] for one in names}, lambda one: weights[one].made(reader))
+            _read_back(target / name, names)
+        tokenizer.write(target)
+        if list(files) != [SINGLE]:
+            write_atomic(target / INDEX, _index(files, num_bytes))
+        write_atomic(target / CONFIG, json.dumps({**table, **tokenizer.tokens}, indent=2, sort_keys=True) + "\n")
+    except (OSError, TitanGrowthError) as error:
+        emptied(target)
+        raise failure(target, error) from error
+    count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
+    return (
+        f"{target}: {opened.config.num_params:,} parameters of step {opened.folder.step:,} as "
+        f"{table['architectures'][0]}, {gib(num_bytes)} in {count}; {tokenizer.said}"
+    )
+
+
+def _weights(opened: Source, reader: SafeReader, dtype: str | None) -> dict[str, _Weight]:
+    """Name there -> what it is made of. A head that is the embedding, too, is not written twice."""
+    config, family = opened.config, opened.recipe.model.name
+    layout, chunks, entries = layout_of(family), reader.chunks(), reader.tensor_entries()
+    weights = {}
+    for parameter, shape in parameter_shapes(config, family_module(family).ROLES):
+        if parameter in config.tied:
+            continue
+        where = f"{opened.folder.path.name} refused"
+        if parameter not in chunks:
+            raise CheckpointError(f"{where}: it has no {parameter}")
+        if tuple(entries[parameter].size) != shape:
+            message = f"is {tuple(entries[parameter].size)}, and {shape} by its recipe"
+            raise CheckpointError(f"{where}: {parameter} {message}")
+        stored = entries[parameter].properties.dtype
+        weights[layout.name_of(parameter)] = _Weight(
+            parameter,
+            chunks[parameter],
+            shape,
+            stored if dtype is None else _DTYPES[dtype],
+            layout.group_of(parameter, config),
+        )
+    return weights
+
+
+def _files(shapes: dict[str, Shape], max_file_bytes: int) -> dict[str, list[str]]:
+    """File name -> the tensors in it, in the order of the model."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        num_bytes = total_bytes([shape])
+        if groups[-1] and size + num_bytes > max_file_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += num_bytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, 1)}
+
+
+def _index(files: dict[str, list[str]], num_bytes: int) -> str:
+    table: dict[str, Any] = {
+        "metadata": {"total_size": num_bytes},
+        "weight_map": {name: file for file, names in files.items() for name in names},
+    }
+    return json.dumps(table, indent=2) + "\n"
+
+
+def _read_back(path: Path, names: list[str]) -> None:
+    """The library that others read the file with finds in it what should be there."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            same = sorted(file.keys()) == sorted(names)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be read back ({error})") from None
+    if not same:
+        raise CheckpointError(f"{path}: holds other tensors than it should")

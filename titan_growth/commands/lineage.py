@@ -1,0 +1,84 @@
+"""`python -m titan_growth lineage CHECKPOINT`: what a checkpoint has come from, oldest first."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from titan_growth.checkpoint.folder import StepFolder, open_step
+from titan_growth.checkpoint.history import GrowthEvent, RollBack
+from titan_growth.tools.errors import CheckpointError, TitanGrowthError
+from titan_growth.tools.location import folder_at
+
+USAGE = """usage: python -m titan_growth lineage STEP_FOLDER
+
+Prints the growths behind a checkpoint: when, by which operator, from which checkpoint and on which mesh.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Prints the lineage of a step folder; returns 0, or 1 when there is none."""
+    if len(argv) != 1 or argv[0] in ("--help", "-h"):
+        print(USAGE, end="", file=sys.stdout if argv and argv[0] in ("--help", "-h") else sys.stderr)
+        return 0 if argv and argv[0] in ("--help", "-h") else 2
+    try:
+        print("\n".join(lineage_lines(folder_at(argv[0]))))
+    except TitanGrowthError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def lineage_lines(path: Path) -> Iterator[str]:
+    """The lines of the report.
+
+    Raises:
+        CheckpointError: when the folder is no committed checkpoint, or its lineage cannot be read.
+    """
+    folder = open_step(path)
+    if folder is None:
+        raise CheckpointError(f"{path}: is no committed checkpoint. Name a step-N folder")
+    lineage = folder.lineage()
+    taken_back = list(lineage.roll_backs)
+    for event in lineage.ancestors:
+        yield from _event(event, "before this run, ")
+    for number, event in enumerate(lineage.events):
+        for roll_back in (one for one in taken_back if one.growth == number):
+            yield _roll_back(roll_back)
+        yield from _event(event, "")
+    for roll_back in (one for one in taken_back if one.growth >= len(lineage.events)):
+        yield _roll_back(roll_back)
+    yield from _now(folder)
+
+
+def _event(event: GrowthEvent, prefix: str) -> Iterator[str]:
+    changed = [key for key in event.to_sizes if event.to_sizes[key] != event.from_sizes.get(key)]
+    sizes = ", ".join(f"{key} {event.from_sizes.get(key)} -> {event.to_sizes[key]}" for key in changed)
+    yield f"{prefix}step {event.step:,}: {event.operator}, {sizes or 'no change of size'}"
+    yield f"    {event.tokens:,} tokens, {event.flops:.4e} FLOPs until then; read from {event.source}"
+    if len(event.layer_map) <= 64:
+        yield f"    layers from {' '.join('new' if one is None else str(one) for one in event.layer_map)}"
+    losses = ""
+    if event.loss_before is not None and event.loss_after is not None:
+        losses = f"; held-out loss {event.loss_before:.4f} -> {event.loss_after:.4f}"
+    took = "" if event.seconds is None else f" in {event.seconds:.1f} s"
+    ranks = f"{event.num_ranks} rank{'s' if event.num_ranks > 1 else ''}"
+    yield f"    on {event.mesh} ({ranks}), {event.bytes_read:,} bytes read{took}{losses}"
+
+
+def _roll_back(roll_back: RollBack) -> str:
+    return (
+        f"step {roll_back.noticed_at:,}: growth of step {roll_back.step:,} taken back, held-out loss "
+        f"{roll_back.loss_then:.4f} against {roll_back.loss_before:.4f} before it; not again before step "
+        f"{roll_back.postponed_to:,}"
+    )
+
+
+def _now(folder: StepFolder) -> Iterator[str]:
+    manifest = folder.manifest
+    progress = manifest.progress
+    yield (
+        f"step {progress.step:,}: {manifest.num_layers} layers, {progress.tokens:,} tokens, "
+        f"{progress.flops:.4e} FLOPs, written on {manifest.mesh}"
+    )

@@ -1,0 +1,200 @@
+"""What is to be tried: the candidates of a command line, and the recipe of a candidate's run.
+
+A candidate must differ from the run that the checkpoint is from in nothing but its growth. So its recipe is that of the
+checkpoint as it holds at that step: the growths that have happened stay in it (the schedule of the learning rate counts
+from them), the mesh and the local batch are those of the moment, and only such keys may be changed from outside that do
+not change what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tomli
+
+from titan_growth.commands.args import STAGE_WORDS, Source, checked_stage, map_of, stage_of
+from titan_growth.config.loader import with_values
+from titan_growth.config.schema.growth import SIZES, GrowthStage
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.growth.chain import chain_of
+from titan_growth.growth.operators.base import operators
+from titan_growth.models.registry import model_config_of
+from titan_growth.run.phases import recipe_in_phase
+from titan_growth.tools.errors import CheckpointError, ConfigError, Problem
+
+SHARED = (*STAGE_WORDS, "mask_steps", "lr_policy", "lr", "warmup_steps", "global_batch_size", "local_batch_size",
+          "seq_len")  # fmt: skip
+"""Settings of a stage that may be given for all candidates."""
+
+CHANGEABLE = ("parallelism.", "compile.", "activation_checkpoint.", "training.local_batch_size", "comm.")
+"""Keys of a recipe, or beginnings of them, that change where and how a candidate is computed, and not what."""
+
+_HOW_LARGE = frozenset({"factor", "layer_map", *SIZES})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A growth to try; None for the small model as it is."""
+
+    name: str
+    stage: GrowthStage | None
+
+
+def candidates_of(given: dict[str, list[str]], source: Source) -> list[Candidate]:
+    """The small model, then every growth, in the order they were given.
+
+    Args:
+        given: `--operator` and `--stage`, and shared settings.
+
+    Raises:
+        ConfigError: when there is none, two are the same, or one does not fit the model.
+    """
+    shared = {name: given[name][-1] for name in SHARED if name in given and name != "operator"}
+    common = stage_of({**shared, "operator": "stack"}).model_dump(exclude_unset=True, exclude={"at", "operator"})
+    settings: list[dict[str, Any]] = [{"operator": name} for name in given.get("operator", [])]
+    settings += [_inline(text) for text in given.get("stage", [])]
+    if not settings:
+        raise ConfigError([Problem("--operator", "is missing: which growths are to be tried", "Give it several times")])
+    candidates = [Candidate("(not grown)", None)]
+    for own in settings:
+        name = " ".join(str(value) if key == "operator" else f"{key}={value}" for key, value in own.items())
+        if any(one.name == name for one in candidates):
+            raise ConfigError([Problem(f"'{name}'", "is given twice")])
+        try:
+            candidates.append(Candidate(name, _stage(own, common, source)))
+        except ConfigError as error:
+            found = [Problem(f"'{name}' {one.key}".strip(), one.message, one.hint) for one in error.problems]
+            raise ConfigError(found) from None
+    return candidates
+
+
+def _stage(own: dict[str, Any], common: dict[str, Any], source: Source) -> GrowthStage:
+    """A candidate's stage: its own settings, and those of the shared ones that mean something to it."""
+    operator = operators().get(str(own["operator"]))
+    known: frozenset[str] = getattr(operator, "options", frozenset())
+    taken = {key: value for key, value in common.items() if not (_HOW_LARGE & own.keys() and key in _HOW_LARGE)}
+    if "options" in taken:
+        taken["options"] = {key: value for key, value in taken["options"].items() if key in known}
+    stage = checked_stage({**taken, **own})
+    growth = map_of(source.config, stage)
+    if growth.masked and stage.mask_steps is None:
+        message = f"'{stage.operator}' has a mask, and no mask_steps to open it over"
+        raise ConfigError([Problem("", message, "Give --mask-steps, or mask_steps in its --stage")])
+    if not growth.masked and "mask_steps" not in own:
+        stage = stage.model_copy(update={"mask_steps": None})
+    return stage
+
+
+def _inline(text: str) -> dict[str, Any]:
+    text = text.strip()
+    try:
+        table = tomli.loads(f"stage = {text if text.startswith('{') else f'{{{text}}}'}")["stage"]
+    except tomli.TOMLDecodeError as error:
+        hint = """For example --stage 'operator = "map", layer_map = [0, 0, 1, 2]'"""
+        raise ConfigError([Problem("--stage", f"is no TOML: {error}", hint)]) from None
+    known = GrowthStage.model_fields.keys() - {"at", "num_ranks"}
+    for name in table:
+        if name not in known:
+            raise ConfigError([Problem(f"--stage {name}", "is no setting of a candidate", ", ".join(sorted(known)))])
+    if "operator" not in table:
+        raise ConfigError([Problem("--stage", "names no operator", 'For example operator = "stack"')])
+    return {"operator": table.pop("operator"), **table}
+
+
+def key_problems(words: Sequence[str]) -> Iterator[Problem]:
+    """What is wrong with the recipe keys of a command line: those that would make it another run."""
+    for word in words:
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and not name.startswith(CHANGEABLE):
+            hint = f"Only {', '.join(one + '*' if one.endswith('.') else one for one in CHANGEABLE)} can be given"
+            yield Problem(word.partition("=")[0], "would make it another run than the checkpoint's", hint)
+
+
+def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: Sequence[str] = ()) -> Recipe:
+    """The recipe of a candidate's run: that of the checkpoint, with the growth as its next one, and `steps` to go.
+
+    Raises:
+        ConfigError: when the growths that the checkpoint has behind it and this one make no chain.
+        CheckpointError: when the checkpoint has no moments to go on with.
+    """
+    recipe, step, num_growths = source.recipe, source.folder.step, len(source.lineage.events)
+    if source.folder.manifest.model_only:
+        raise CheckpointError(f"{source.folder.path} refused: it holds only weights, and a probe goes on training")
+    now = recipe_in_phase(recipe, num_growths)
+    moved: dict[str, Any] = {"parallelism": None, "num_ranks": None, "local_batch_size": None}
+    stages = [stage.model_copy(update=moved) for stage in recipe.growth.active_stages[:num_growths]]
+    model = source.config
+    if candidate.stage is not None:
+        stages.append(candidate.stage.model_copy(update={"at": f"{step} steps"}))
+        model = map_of(source.config, candidate.stage).after
+    values: dict[str, Any] = {
+        "plugins": sorted({*recipe.plugins, *plugins}),
+        **{f"model.{key}": size for key, size in model.sizes.items()},
+        "model.head_dim": model.head_dim,
+        "model.multiple_of": None,
+        "model.ffn_dim_multiplier": None,
+        "parallelism": now.parallelism.model_dump(),
+        "training.local_batch_size": now.training.local_batch_size,
+        "training.steps": step + steps,
+        "lr_scheduler.total_steps": max(recipe.lr_scheduler.total_steps or recipe.training.steps, step + steps),
+        **_learning_rate(recipe, grows=bool(stages)),
+        "growth.enable": bool(stages),
+        "growth.stages": [stage.model_dump(exclude_none=True) for stage in stages],
+        "growth.watchdog": {"steps": 0} if stages else {},
+        "checkpoint.enable": True,
+        "checkpoint.load_only": False,
+        "checkpoint.load_step": -1,
+        "checkpoint.initial_load_path": None,
+        "checkpoint.last_save_model_only": True,
+        "checkpoint.interval": step + steps,
+        "checkpoint.enable_first_step_checkpoint": False,
+        "metrics.log_freq": max(1, min(recipe.metrics.log_freq, steps)),
+        "metrics.enable_tensorboard": False,
+        "metrics.enable_wandb": False,
+        "profiling.enable_profiling": False,
+        "profiling.enable_memory_snapshot": False,
+    }
+    if stages:
+        first = source.chain.configs[0]
+        values |= {f"growth.base.{key}": getattr(first, field) for key, field in SIZES.items()}
+    made = with_values(recipe, values)
+    target, problems = model_config_of(made.model)
+    chain, more = chain_of(made.growth, target) if target is not None else (None, [])
+    if chain is None or chain.configs[num_growths] != source.config:
+        found = [*problems, *more] or [Problem(f"'{candidate.name}'", "does not start from the checkpoint's model")]
+        raise ConfigError(found)
+    return made
+
+
+def _learning_rate(recipe: Recipe, *, grows: bool) -> dict[str, Any]:
+    """Keys that keep the learning rate of the checkpoint's run, whether or not its recipe and the candidate's grow.
+
+    `[growth.base]` counts in recipes that grow, and in those alone.
+    """
+    base = recipe.growth.base
+    if grows and recipe.growth.active_stages:
+        return {}
+    if grows:
+        return {"growth.base.lr": None, "growth.base.warmup_steps": None}
+    if not recipe.growth.active_stages:
+        return {"growth.base": {}}
+    warmup = recipe.lr_scheduler.warmup_steps if base.warmup_steps is None else base.warmup_steps
+    return {"growth.base": {}, "optimizer.lr": base.lr or recipe.optimizer.lr, "lr_scheduler.warmup_steps": warmup}
+
+
+def doubts(source: Source, candidates: Sequence[Candidate], steps: int) -> Iterator[str]:
+    """What the reader of a ranking should know about the candidates."""
+    for one in candidates:
+        if one.stage is None:
+            continue
+        warmup = one.stage.warmup_steps
+        warmup = source.recipe.lr_scheduler.warmup_steps if warmup is None else warmup
+        if one.stage.lr_policy != "continue" and warmup >= steps:
+            yield (
+                f"{one.name}: its warmup of {warmup} steps is longer than the probe, so it never learns at its full "
+                "rate. Give --warmup-steps, or --lr-policy continue"
+            )
+        if one.stage.mask_steps and one.stage.mask_steps > steps:
+            yield f"{one.name}: after {steps} steps its mask is {steps / one.stage.mask_steps:.0%} open"

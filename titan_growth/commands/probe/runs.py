@@ -1,0 +1,184 @@
+"""The run of a candidate: its folder, with the checkpoint linked into it, and the launcher that trains it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from titan_growth.checkpoint.folder import LINEAGE, MANIFEST, RECIPE, Manifest, file_entry, step_path, write_manifest
+from titan_growth.checkpoint.history import Lineage
+from titan_growth.commands.args import Source
+from titan_growth.commands.probe.candidates import Candidate, candidate_recipe
+from titan_growth.commands.probe.report import Outcome, outcome_of
+from titan_growth.config.loader import load_recipe, to_toml, with_values
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.models.config import ModelConfig
+from titan_growth.models.registry import model_config_of
+from titan_growth.run.plan import plan_run
+from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.tools.files import write_atomic
+from titan_growth.tools.run_folder import METRICS_FILE
+
+NOT_PASSED_ON = ("COMM_MODE", "LOG_RANK", "CONFIG_FILE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Settings of `run_train.sh` that mean another run: a probe is on one machine."""
+
+
+@dataclass(frozen=True)
+class ProbeRun:
+    """A candidate that is ready to start."""
+
+    name: str
+    folder: Path
+    checkpoints: Path
+    model: ModelConfig
+
+    @property
+    def recipe_file(self) -> Path:
+        """What it is started with."""
+        return self.folder / "probe.toml"
+
+
+def prepared(
+    source: Source,
+    candidate: Candidate,
+    folder: Path,
+    *,
+    steps: int,
+    num_ranks: int,
+    keys: Sequence[str],
+    plugins: Sequence[str],
+) -> ProbeRun:
+    """Makes the folder of a candidate's run.
+
+    Args:
+        folder: does not exist.
+        keys: words of the command line for the recipe.
+        plugins: that are loaded, besides those of the recipe.
+
+    Raises:
+        ConfigError: when its recipe does not fit the number of ranks, or the keys are wrong.
+    """
+    folder.mkdir()
+    recipe = candidate_recipe(source, candidate, steps, plugins)
+    recipe = with_values(recipe, {"job.dump_folder": str(folder.resolve()), "checkpoint.folder": "checkpoint"})
+    config, problems = model_config_of(recipe.model)
+    assert config is not None, problems
+    run = ProbeRun(candidate.name, folder, folder / "checkpoint", config)
+    run.recipe_file.write_text(to_toml(recipe), encoding="utf-8")
+    recipe = load_recipe(["--job.config_file", str(run.recipe_file), *keys])
+    manifest = source.folder.manifest
+    if candidate.stage is None:
+        manifest = replace(manifest, held_out_loss=None)
+    plan, problems, _ = plan_run(
+        recipe,
+        num_ranks=num_ranks,
+        device_type=_device_type(),
+        progress=manifest.progress,
+        num_growths=len(source.lineage.events),
+        grows_at_once=manifest.held_out_loss is not None,
+    )
+    if plan is None:
+        raise ConfigError([Problem(f"'{candidate.name}' {one.key}", one.message, one.hint) for one in problems])
+    linked(source, manifest, step_path(run.checkpoints, manifest.progress.step), recipe)
+    return run
+
+
+def _device_type() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"  # and no context on the device that the ranks will want
+
+
+def linked(source: Source, manifest: Manifest, target: Path, recipe: Recipe) -> None:
+    """A copy of a checkpoint that is written with another recipe; the shards are links, and nothing is written there.
+
+    The links are hard, so that the run the checkpoint is from may remove it meanwhile; on another file system they are
+    copies.
+    Growths that were taken back are forgotten: they would put off the one that is tried.
+    """
+    target.mkdir(parents=True)
+    for name in manifest.files:
+        if name in (RECIPE, LINEAGE, MANIFEST):
+            continue
+        shard = (source.folder.path / name).resolve()
+        try:
+            os.link(shard, target / name)
+        except OSError:
+            shutil.copyfile(shard, target / name)  # a symbolic link would be refused: it leaves the checkpoint
+    write_atomic(target / RECIPE, to_toml(recipe))
+    write_atomic(target / LINEAGE, Lineage(source.lineage.events, source.lineage.ancestors).to_json())
+    files = {**manifest.files, **{name: file_entry(target / name) for name in (RECIPE, LINEAGE)}}
+    fresh: dict[str, Any] = {"roll_back": None, "metrics_offset": 0, "permanent": False}
+    write_manifest(target, replace(manifest, files=files, **fresh))
+
+
+def carried_out(source: Source, run: ProbeRun, num_ranks: int, keys: Sequence[str]) -> Outcome:
+    """Trains a candidate, and removes its checkpoints.
+
+    The launcher is in a session of its own: when the probe is interrupted it is asked to end, and waited for.
+    """
+    command = [sys.executable, "-m", "titan_growth", "launch", "--job.config_file", str(run.recipe_file), *keys]
+    environ = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON}
+    environ["NGPU"] = str(num_ranks)
+    with open(run.folder / "probe.log", "w+b") as log:
+        process = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        log.seek(0)
+        said = log.read().decode(errors="replace").strip().splitlines() or [f"status {status}"]
+    failure = "" if status == 0 else next((line for line in reversed(said) if "error: " in line), said[-1])
+    try:
+        lines = [json.loads(line) for line in (run.folder / METRICS_FILE).read_text().splitlines()]
+    except (OSError, ValueError):
+        lines = []
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    return outcome_of(run.name, run.model, lines, source.folder.manifest, failure)
+
+
+@contextlib.contextmanager
+def work_folder(wanted: str | None, source: Source) -> Iterator[Path]:
+    """A folder for the runs: the one asked for, which stays, or one beside the checkpoint, which goes if all is well.
+
+    Raises:
+        ConfigError: when the folder asked for is in the way of something.
+    """
+    step_folder = source.folder.path.resolve()
+    if wanted is not None:
+        folder = Path(wanted)
+        if step_folder in (folder.resolve(), *folder.resolve().parents):
+            raise ConfigError([Problem("--to", f"{folder} is inside the checkpoint", "Name another folder")])
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError([Problem("--to", f"{folder} is not empty", "Name a folder that does not exist")])
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix="probe-", dir=step_folder.parent))
+        except OSError:
+            folder = Path(tempfile.mkdtemp(prefix="titan_growth-probe-"))
+    try:
+        yield folder
+    except ConfigError:  # nothing was started
+        for path in folder.iterdir():
+            shutil.rmtree(path, ignore_errors=True)
+        if wanted is None:
+            folder.rmdir()
+        raise
+    except BaseException:
+        for path in folder.glob("*/checkpoint"):
+            shutil.rmtree(path, ignore_errors=True)
+        if wanted is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -1,0 +1,161 @@
+"""The `[growth]` table: how the run gets from a small model to the one that `[model]` names."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from titan_growth.config.duration import Duration
+from titan_growth.config.schema.parallelism import Parallelism
+from titan_growth.config.section import BadValueError, Section
+
+WIDTHS = {"dim": "dim", "n_heads": "num_heads", "n_kv_heads": "num_kv_heads", "hidden_dim": "hidden_dim"}
+"""Recipe key -> field of `ModelConfig`, of the sizes that width growth changes. The width of a head never changes."""
+
+SIZES = {"n_layers": "num_layers", **WIDTHS}
+"""The same for all sizes that growth changes."""
+
+
+class Sizes(Section):
+    """Sizes of a model, as far as they are given."""
+
+    n_layers: int | None = Field(None, ge=1)
+    """Transformer blocks."""
+    dim: int | None = Field(None, ge=1)
+    """Width of the residual stream."""
+    n_heads: int | None = Field(None, ge=1)
+    """Query heads."""
+    n_kv_heads: int | None = Field(None, ge=1)
+    """Key/value heads."""
+    hidden_dim: int | None = Field(None, ge=1)
+    """Width of the SwiGLU hidden layer."""
+
+    @property
+    def given_sizes(self) -> dict[str, int]:
+        """Field of `ModelConfig` -> size, of those that are given."""
+        return {field: getattr(self, key) for key, field in SIZES.items() if getattr(self, key) is not None}
+
+
+class GrowthStage(Sizes):
+    """One growth: when, by which operator, and what becomes of moments and learning rate."""
+
+    at: str
+    """When to grow, counted from the start of the run: "300 steps", "10M tokens", "3e17 FLOPs", "25%" of the steps,
+    "slope 0.02 over 200 steps" (the loss has fallen by less than that), or "auto" (the G_stack paper's law)."""
+    operator: str = "stack"
+    """Growth operator; "stack" repeats the whole list of layers factor times (G_stack)."""
+    factor: int | None = Field(None, ge=2)
+    """How many times as many layers, or how many times as wide, as before. Or give the sizes after this growth."""
+    layer_map: list[int] | None = None
+    """Depth operators: the source of each layer of the grown model, counted from 0, such as [0, 1, 1, 2]."""
+    noise: float = Field(0.0, ge=0, le=10)
+    """Noise added to everything that is a copy, as a share of the deviation that its tensor was initialised with."""
+    mask_steps: int | None = Field(None, ge=1)
+    """random_depth and random_width: steps over which the mask on what is new opens."""
+    options: dict[str, Any] = {}
+    """Settings of a plugin's operator."""
+    parallelism: Parallelism | None = None
+    """The whole [parallelism] table from this growth on, for another mesh. Default: the mesh stays."""
+    num_ranks: int | None = Field(None, ge=1)
+    """Ranks from this growth on: the run saves and is started again with so many (status 76)."""
+    global_batch_size: int | None = Field(None, ge=1)
+    """Sequences of a step from this growth on. Default: as before."""
+    local_batch_size: int | None = Field(None, ge=1)
+    """Sequences of a microbatch from this growth on. Default: as before."""
+    seq_len: int | None = Field(None, ge=1)
+    """Tokens of a sequence from this growth on; a multiple of training.seq_len. Default: as before."""
+    optimizer_state: Literal["reset", "copy", "copy_scaled", "asymmetric"] = "reset"
+    """What becomes of the moments: zero again (official G_stack), copied along with the weights, copied and scaled as
+    the gradients are (width), or kept where the weights are originals and zero where they are copies or new."""
+    optimizer_step: Literal["keep", "reset"] | None = None
+    """Adam's step counter, which corrects the bias of young moments. Default: keep it, unless the moments are reset."""
+    lr_policy: Literal["restart", "continue", "rewarm", "rewarm_new"] = "restart"
+    """restart = warmup again and a decay to the run's end (official G_stack); continue = the ungrown run's curve;
+    rewarm = that curve, with a warmup; rewarm_new = with a warmup of the new and copied parameters only."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate from this growth on. Default: optimizer.lr after a restart, else the peak stays."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Warmup after this growth (all policies but "continue"). Default: lr_scheduler.warmup_steps."""
+
+    @field_validator("at")
+    @classmethod
+    def _at_has_a_unit(cls, value: str) -> str:
+        Duration.parse(value)
+        return value
+
+    @field_validator("layer_map")
+    @classmethod
+    def _layer_map_lists_layers(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and (not value or min(value) < 0):
+            raise BadValueError("must list source layers, counted from 0", "For example [0, 1, 1, 2]")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_say_how_large(self) -> GrowthStage:
+        given = [key for key in ("factor", "layer_map", *SIZES) if getattr(self, key) is not None]
+        for one in ("factor", "layer_map"):
+            if one in given and len(given) > 1:
+                other = next(key for key in given if key != one)
+                raise BadValueError(f"gives both {one} and {other}", "Give one of the two")
+        if self.optimizer_state == "reset" and self.optimizer_step == "keep":
+            # A second moment of zero under an old counter: the first updates reach several times the learning rate.
+            raise BadValueError("keeps Adam's step counter and resets the moments", 'Leave out optimizer_step = "keep"')
+        return self
+
+    @property
+    def when(self) -> Duration:
+        """The parsed `at`."""
+        return Duration.parse(self.at)
+
+    @property
+    def changes_layout(self) -> bool:
+        """Whether the run goes on with another mesh or batch."""
+        keys = ("parallelism", "num_ranks", "global_batch_size", "local_batch_size", "seq_len")
+        return any(getattr(self, key) is not None for key in keys)
+
+    @property
+    def keeps_step(self) -> bool:
+        """Whether Adam's step counter goes on."""
+        return (self.optimizer_step or ("reset" if self.optimizer_state == "reset" else "keep")) == "keep"
+
+
+class GrowthBase(Sizes):
+    """The run before its first growth: its settings, and the sizes to start from where the stages' factors do not tell.
+
+    A size that is not given is that of [model], divided by the factors of the stages when all of them have one.
+    """
+
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate before the first growth. Default: optimizer.lr."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Warmup at the start. Default: lr_scheduler.warmup_steps."""
+
+
+class Watchdog(Section):
+    """Whether the loss comes back after a growth."""
+
+    steps: int | None = Field(None, ge=0)
+    """Steps after a growth by which it must be back; 0 = not watched. Default: twice the warmup, at least 100."""
+    max_rise: float = Field(0.1, ge=0)
+    """Nats by which the loss on the held-out batch may then still be above what it was before."""
+    action: Literal["warn", "stop", "roll_back"] = "warn"
+    """What to do when it is not: say so, end the run, or go on from the small model and grow that many steps later."""
+    max_roll_backs: int = Field(1, ge=1)
+    """Roll-backs of one growth after which the run ends."""
+
+
+class Growth(Section):
+    """Growing the model during the run."""
+
+    enable: bool = True
+    """false: train the model of [model] from scratch, the honest baseline of the same recipe."""
+    base: GrowthBase = GrowthBase()
+    watchdog: Watchdog = Watchdog()
+    stages: list[GrowthStage] = []
+    """The growths in their order, as [[growth.stages]]."""
+
+    @property
+    def active_stages(self) -> list[GrowthStage]:
+        """The stages that will happen: none when growth is switched off."""
+        return list(self.stages) if self.enable else []

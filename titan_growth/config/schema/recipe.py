@@ -1,0 +1,294 @@
+"""The recipe: one pydantic model per TOML table, with torchtitan 0.2.2's key names.
+
+Where a default differs from torchtitan's, the field's text says so. Nothing here looks at two tables at once; what must
+agree between tables is checked in `checks.py`, and what needs the mesh or the model in `preflight.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from titan_growth.config.schema.growth import Growth
+from titan_growth.config.schema.model import Model
+from titan_growth.config.schema.parallelism import Parallelism
+from titan_growth.config.schema.stability import Stability
+from titan_growth.config.schema.techniques import ActivationCheckpoint, Compile, Quantize
+from titan_growth.config.section import Section
+
+
+class Job(Section):
+    """Where a run writes, and what it calls itself."""
+
+    dump_folder: str = "./outputs"
+    """Folder of everything the run writes. The same folder resumes the run."""
+    description: str = "default job"
+    """Free text, printed at the start and kept in the saved recipe."""
+    print_config: bool = False
+    """Print the effective recipe as TOML at the start."""
+    save_config_file: str | None = None
+    """Also write the effective recipe as JSON under this name in dump_folder (it is always saved as recipe.toml)."""
+    time_limit_seconds: int | None = Field(None, ge=1)
+    """Save and end with status 75 after the step in which so much time has passed since the launch. Default: no limit.
+    Not a key of torchtitan."""
+
+
+class Profiling(Section):
+    """Traces and memory snapshots."""
+
+    enable_profiling: bool = False
+    """Record torch.profiler traces, one folder per recorded iteration."""
+    save_traces_folder: str = "profile_traces"
+    """Folder of the traces, inside dump_folder."""
+    profile_freq: int = Field(10, ge=1)
+    """A trace every this many steps; at least profiler_warmup + profiler_active."""
+    profiler_active: int = Field(1, ge=1)
+    """Steps recorded in each trace."""
+    profiler_warmup: int = Field(3, ge=0)
+    """Steps traced and thrown away before each recording."""
+    enable_memory_snapshot: bool = False
+    """Record the CUDA allocator's history; refused on a CPU."""
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Folder of the snapshots, inside dump_folder."""
+
+
+class Metrics(Section):
+    """What is logged, how often, and where to."""
+
+    log_freq: int = Field(10, ge=1)
+    """Log the first step, every log_freq-th and the last."""
+    enable_tensorboard: bool = False
+    """Write TensorBoard events (metrics.jsonl is always written)."""
+    disable_color_printing: bool = False
+    """No colour, not even on a terminal."""
+    save_tb_folder: str = "tb"
+    """Folder of the TensorBoard events, inside dump_folder."""
+    save_for_all_ranks: bool = False
+    """Write TensorBoard events on every rank (in rank_N) instead of on rank 0 only."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases too; needs the wandb extra."""
+
+
+class Optimizer(Section):
+    """The optimizer; its hyper-parameters always come from the recipe, never from a checkpoint."""
+
+    name: Literal["Adam", "AdamW"] = "AdamW"
+    """Adam or AdamW."""
+    lr: float = Field(8e-4, gt=0)
+    """Peak learning rate."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Weight decay, on all parameters."""
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """How PyTorch runs the update."""
+
+
+class LRScheduler(Section):
+    """Linear warmup, an optional stable phase, a decay; growth may restart it (growth.stages.lr_policy)."""
+
+    warmup_steps: int = Field(200, ge=0)
+    """Steps of linear warmup; clamped, with a warning, to the length of the run."""
+    total_steps: int | None = Field(None, ge=1)
+    """Length the schedule is laid out to. Default: training.steps."""
+    decay_ratio: float | None = Field(None, ge=0, le=1)
+    """Share of the schedule spent decaying (warmup-stable-decay). Default: decay starts right after warmup."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the decay."""
+    min_lr_factor: float = Field(0.0, ge=0, le=1)
+    """The decay ends at lr times this."""
+
+
+class Dataloader(Section):
+    """Passed to torchdata's StatefulDataLoader."""
+
+    num_workers: int = Field(0, ge=0)
+    """Worker processes per rank; 0 loads in the training process."""
+    persistent_workers: bool = False
+    """Has no effect: the order of samples never ends, so workers live as long as the run in any case."""
+    pin_memory: bool = False
+    """Copy batches into page-locked memory (CUDA)."""
+    prefetch_factor: int | None = Field(None, ge=1)
+    """Batches each worker loads ahead; needs num_workers > 0."""
+
+
+class Training(Section):
+    """Length, batch and precision of the run, and its corpus."""
+
+    dataset: str = "stdlib"
+    """Corpus: "stdlib" (the text of Python's own library), a format ("text", "json", "parquet") for dataset_path, or a
+    Hugging Face dataset name. torchtitan's default is c4_test."""
+    dataset_path: str | None = None
+    """File, folder or glob to read the corpus from, as a path or a URL (s3://, gs://, ...): txt, md, py, jsonl,
+    parquet; gz and zst too."""
+    local_batch_size: int = Field(8, ge=1)
+    """Sequences per data-parallel rank in one forward pass."""
+    global_batch_size: int = Field(-1, ge=-1)
+    """Sequences per optimizer step; -1 = local_batch_size times the data-parallel degree of the first start. More than
+    that is reached by gradient accumulation."""
+    seq_len: int = Field(2048, ge=1)
+    """Tokens per sequence."""
+    max_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
+    steps: int = Field(10000, ge=1)
+    """Optimizer steps of the whole run, all depths together."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Type of parameters, gradients and moments."""
+    enable_cpu_offload: bool = False
+    """FSDP keeps parameters, gradients and moments in host memory (CUDA)."""
+    loss_chunk_tokens: int = Field(0, ge=0)
+    """Compute head and loss for so many positions at a time, so that the logits of a whole batch never exist;
+    0 = all at once. Not a key of torchtitan."""
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the computation: FSDP casts parameters to it, and on one rank autocast does."""
+    mixed_precision_reduce: Literal["float32"] = "float32"
+    """Type of gradient reductions."""
+    gc_freq: int = Field(50, ge=1)
+    """Python's garbage collector runs only every this many steps, on all ranks at once."""
+    dataloader: Dataloader = Dataloader()
+
+
+class Checkpoint(Section):
+    """Saving and loading."""
+
+    enable: bool = False
+    """Save checkpoints, and resume from the newest one in the folder."""
+    folder: str = "checkpoint"
+    """Folder of the step-N folders, inside dump_folder; or a URL (s3://bucket/run, gs://, file://)."""
+    interval: int = Field(500, ge=1)
+    """Save every this many steps, and at the last step."""
+    initial_load_path: str | None = None
+    """Step folder or Hugging Face folder to start a new run from; ignored, with a warning, once the run has a
+    checkpoint of its own."""
+    initial_load_in_hf: bool = False
+    """Insist that initial_load_path is a Hugging Face folder. It need not be set: a folder is told by its files."""
+    initial_load_model_only: bool = True
+    """Load only the weights from initial_load_path; false: optimizer state, counters and data cursor too."""
+    last_save_model_only: bool = False
+    """Save only the weights at the last step. Such a checkpoint cannot be resumed. torchtitan's default is true."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """async: a save copies the tensors to host memory, and writes while training goes on; one at a time.
+    async_with_pinned_mem: into page-locked memory, without waiting for the copies (CUDA)."""
+    save_retries: int = Field(2, ge=0)
+    """A save that fails is tried again so often, after 1, 2, 4, ... seconds, before the run ends with an error. Not a
+    key of torchtitan."""
+    keep_latest_k: int = Field(10, ge=0)
+    """Keep this many committed checkpoints, 0 = all. Those taken at a growth are kept besides."""
+    permanent_interval: int = Field(0, ge=0)
+    """Checkpoints of every so many steps are kept for good, 0 = none. Not a key of torchtitan."""
+    load_step: int = Field(-1, ge=-1)
+    """Go back to this step instead of resuming from the newest, once: the same command given again goes on. Later
+    checkpoints are kept as superseded-N."""
+    enable_first_step_checkpoint: bool = False
+    """Save after the first step too, to find out early whether saving works."""
+    load_only: bool = False
+    """Load, but never save (growth is then refused)."""
+
+
+class Validation(Section):
+    """Loss on held-out text; the same sequences for every mesh."""
+
+    enable: bool = False
+    """Validate every freq steps and at the last step."""
+    dataset: str | None = None
+    """Another corpus to validate on, named as training.dataset is. Default: the held-out part of the training one
+    (torchtitan: c4_validation)."""
+    dataset_path: str | None = None
+    """File, folder or glob of that corpus, as a path or a URL."""
+    local_batch_size: int = Field(8, ge=1)
+    """Sequences per rank in one forward pass."""
+    seq_len: int | None = Field(None, ge=1)
+    """Tokens per sequence. Default: training.seq_len (torchtitan: 2048)."""
+    freq: int = Field(10, ge=1)
+    """Validate every this many steps."""
+    steps: int = Field(-1, ge=-1)
+    """Batches of local_batch_size sequences, counted over all ranks together so that the result does not depend on
+    their number; -1 = the whole set."""
+
+
+class Comm(Section):
+    """Process groups."""
+
+    init_timeout_seconds: int = Field(300, ge=1)
+    """Time limit of collectives until the first step is done."""
+    train_timeout_seconds: int = Field(100, ge=1)
+    """Time limit of collectives afterwards. A rank that stands still for longer ends the run (docs/failures.md)."""
+    trace_buf_size: int = Field(20000, ge=0)
+    """Entries of NCCL's flight recorder, 0 = off (CUDA)."""
+    save_traces_folder: str = "comm_traces"
+    """Folder of the flight recorder's dumps, inside dump_folder."""
+    save_traces_file_prefix: str = "rank_"
+    """File name prefix of those dumps."""
+    mode: Literal["default", "fake_backend"] = "default"
+    """fake_backend: a dry run of one rank in one process, without the others."""
+
+
+class Debug(Section):
+    """Reproducibility."""
+
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    """Seed of weights and data order. Default: drawn once and kept with the run."""
+    deterministic: bool = False
+    """Only deterministic algorithms, or an error."""
+    deterministic_warn_only: bool = False
+    """Warn instead of an error where there is no deterministic algorithm."""
+    log_batch_hash: bool = False
+    """Put a hash of each global batch into metrics.jsonl."""
+
+
+class Data(Section):
+    """Tokenizer and preparation of the corpus."""
+
+    tokenizer: Literal["auto", "sentencepiece", "huggingface", "bytes"] = "auto"
+    """Kind of tokenizer; auto = by tokenizer_path or model.hf_assets_path, else a sentencepiece model is trained on the
+    corpus with the model's vocab_size."""
+    tokenizer_path: str | None = None
+    """A sentencepiece .model, a tokenizer.json, or a folder with one of them; a URL is fetched once into the cache."""
+    text_key: str = "text"
+    """Column or JSON key that holds the text."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    subset: str | None = None
+    """Configuration of a Hugging Face dataset."""
+    bos: bool = True
+    """Put the tokenizer's BOS before each document."""
+    eos: bool = True
+    """Put the tokenizer's EOS after each document."""
+    document_mask: bool = False
+    """Attention stays inside a document, and positions restart with it."""
+    validation_fraction: float = Field(0.01, ge=0, le=0.5)
+    """Share of the corpus held out for validation."""
+    shuffle: bool = True
+    """Visit the blocks of each epoch in a random order fixed by debug.seed."""
+    cache_dir: str | None = None
+    """Where prepared data is kept, a folder on a disk. Default: $TITAN_GROWTH_CACHE, else the user's cache folder."""
+
+
+class Recipe(Section):
+    """The whole recipe, one field per TOML table."""
+
+    plugins: list[str] = []
+    """Modules to import at the start: they add stages, with tables of their own (docs/adding_a_stage.md)."""
+    job: Job = Job()
+    profiling: Profiling = Profiling()
+    metrics: Metrics = Metrics()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    lr_scheduler: LRScheduler = LRScheduler()
+    training: Training = Training()
+    parallelism: Parallelism = Parallelism()
+    checkpoint: Checkpoint = Checkpoint()
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    compile: Compile = Compile()
+    quantize: Quantize = Quantize()
+    validation: Validation = Validation()
+    comm: Comm = Comm()
+    debug: Debug = Debug()
+    data: Data = Data()
+    stability: Stability = Stability()
+    growth: Growth = Growth()

@@ -1,0 +1,105 @@
+"""`build()`: from (model config, mesh, stages) to a model on its device. Start-up, resume and growth all call it.
+
+    meta device -> stages in their declared order -> materialise -> weights
+
+It is a function without memory: whoever wants another depth or another mesh calls it again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from titan_growth.layout.mesh import Mesh
+from titan_growth.models.config import ModelConfig
+from titan_growth.models.initialize import init_weights
+from titan_growth.models.registry import family_module
+from titan_growth.stages.base import Microbatch, ModelParts, Stage, StageContext, Transition
+
+logger = logging.getLogger("titan_growth")
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """The model parts of this rank together with the stages that made them."""
+
+    config: ModelConfig
+    parts: ModelParts
+    stages: list[Stage]
+    context: StageContext
+
+    @contextmanager
+    def train_context(self) -> Iterator[None]:
+        """The context managers of all stages, around a forward pass, its loss and its backward pass."""
+        with ExitStack() as stack:
+            for stage in self.stages:
+                stack.enter_context(stage.train_context(self.context))
+            yield
+
+    def before_step(self, step: int) -> None:
+        """The hooks of all stages before a training step, and once when the model has been built."""
+        for stage in self.stages:
+            stage.before_step(self.parts, step)
+
+    def prepare_microbatch(self, microbatch: Microbatch) -> Microbatch:
+        """This rank's share of a microbatch."""
+        for stage in self.stages:
+            microbatch = stage.prepare_microbatch(microbatch, self.context)
+        return microbatch
+
+    def after_backward(self) -> None:
+        """The hooks of all stages on a step's complete gradients."""
+        for stage in self.stages:
+            stage.after_backward(self.parts, self.context)
+
+    def after_optimizer_step(self) -> None:
+        """The post-step hooks of all stages."""
+        for stage in self.stages:
+            stage.after_optimizer_step(self.parts)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Parameters that are copies of another one, by its name."""
+        return self.config.tied
+
+
+def build(
+    model_config: ModelConfig,
+    *,
+    family: str,
+    mesh: Mesh,
+    stages: list[Stage],
+    device: torch.device,
+    dtype: torch.dtype,
+    seq_len: int,
+    seed: int | None,
+    transition: Transition | None = None,
+) -> BuiltModel:
+    """Builds this rank's parts of a model.
+
+    Args:
+        transition: the growth that the model comes from, if it has grown.
+        seed: of the initial weights; None leaves them uninitialised, for a model that is about to be loaded.
+    """
+    module = family_module(family)
+    context = StageContext(model_config, mesh.shape, device.type, seq_len, module, mesh, transition)
+    with torch.device("meta"):
+        whole = module.Decoder(model_config, seq_len).to(dtype)
+    parts: ModelParts = [whole]
+    active = [stage for stage in stages if stage.enabled(context)]
+    for stage in active:
+        parts = stage.apply(parts, context)
+    # A stage may want the parameters to live elsewhere (host memory); buffers stay with the computation.
+    home = next((place for stage in active if (place := stage.parameter_device(context))), None)
+    for part in parts:
+        part.to_empty(device=home or device)
+        part.materialized(device)
+        part.train()
+    model = BuiltModel(model_config, parts, active, context)
+    if seed is not None:
+        init_weights(parts, lambda name: module.init_rule(model_config, name), seed, model.tied)
+    return model

@@ -1,0 +1,115 @@
+"""Forward and backward over the model parts of a rank.
+
+The loss of a token is divided by the number of valid tokens of the whole global batch *before* the backward pass. Every
+reduction over ranks and microbatches is then a plain sum, and gradients, gradient norm and loss are the same for every
+layout and every way of accumulating.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_growth.engine.build import BuiltModel
+from titan_growth.models.decoder import IGNORE_INDEX
+from titan_growth.stages.base import Microbatch
+
+__all__ = ["IGNORE_INDEX", "Engine", "Microbatch", "num_valid_tokens", "sum_over_ranks"]
+
+
+def num_valid_tokens(microbatches: Iterable[Microbatch]) -> int:
+    """Valid positions in this rank's share of a batch. Counted on the host, so that no device has to be waited for."""
+    return sum(int((microbatch["labels"] != IGNORE_INDEX).sum()) for microbatch in microbatches)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """All-reduce in place, and return it."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+class Engine:
+    """Runs an unsplit model: one part that goes from tokens to the loss."""
+
+    holds_last = True
+    """Whether this rank computes losses."""
+
+    def __init__(self, model: BuiltModel, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+
+    def forward_backward(self, microbatches: Sequence[Microbatch], num_tokens: int) -> Tensor:
+        """Accumulates the gradients of one global batch.
+
+        Args:
+            microbatches: this rank's share of the batch.
+            num_tokens: valid tokens of the whole batch, over all ranks.
+
+        Returns:
+            The mean loss over the whole global batch, a float32 scalar, the same on every rank.
+        """
+        total = self._accumulate(microbatches, num_tokens)
+        self.model.after_backward()
+        return sum_over_ranks(total if self._counts else torch.zeros_like(total))
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Iterable[Microbatch]) -> float:
+        """Mean loss over the valid positions of all ranks' microbatches; every rank passes equally many."""
+        for part in self.model.parts:
+            part.eval()
+        num_tokens = 0
+
+        def counted() -> Iterator[Microbatch]:
+            nonlocal num_tokens
+            for microbatch in microbatches:
+                num_tokens += num_valid_tokens([microbatch])
+                yield microbatch
+
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for loss_sum in self._loss_sums(counted()):
+            totals[0] += loss_sum.double().sum()
+        mesh = self.model.context.mesh
+        totals[0] *= float(self._counts)
+        totals[1] = float(num_tokens) if mesh is None or mesh.speaks_for_its_data else 0.0
+        for part in self.model.parts:
+            part.train()
+        loss_sum, count = sum_over_ranks(totals).tolist()
+        assert count > 0, "no valid position to evaluate on"
+        return loss_sum / count
+
+    @property
+    def _counts(self) -> bool:
+        """Whether this rank's losses belong into the sum over all ranks: tensor-parallel ranks have the same ones."""
+        mesh = self.model.context.mesh
+        return self.holds_last and (mesh is None or mesh.rank_of("tp") == 0)
+
+    def _accumulate(self, microbatches: Sequence[Microbatch], num_tokens: int) -> Tensor:
+        """Forward and backward; the sum of this rank's losses, each divided by num_tokens."""
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for microbatch in microbatches:
+            batch = self.on_device(microbatch)
+            with self.model.train_context():
+                loss = self._loss_sum(batch) / num_tokens
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _loss_sums(self, microbatches: Iterable[Microbatch]) -> Iterable[Tensor]:
+        """The sum of this rank's losses, for each microbatch."""
+        for microbatch in microbatches:
+            batch = self.on_device(microbatch)
+            with self.model.train_context():
+                yield self._loss_sum(batch)
+
+    def _loss_sum(self, batch: Microbatch) -> Tensor:
+        (part,) = self.model.parts
+        return part(batch["input"], batch.get("positions"), batch["labels"]).sum()
+
+    def on_device(self, microbatch: Microbatch) -> Microbatch:
+        """This rank's share of a microbatch, on the device of the computation."""
+        mine = self.model.prepare_microbatch(microbatch)
+        return {key: value.to(self.device, non_blocking=True) for key, value in mine.items()}

@@ -1,0 +1,164 @@
+"""The optimizer of all model parts of a rank: gradient clipping, the step, and its state by parameter name.
+
+State is created at once instead of at the first step, so a checkpoint can be read straight into it. Hyper-parameters
+are not state: they come from the recipe, every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from titan_growth.config.schema.recipe import Optimizer as OptimizerSection
+from titan_growth.engine.build import BuiltModel
+from titan_growth.tools.gradients import reduced
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Optimizer:
+    """Adam or AdamW over the parameters of all parts.
+
+    Args:
+        tied: parameters that are copies of another one, by its name. A copy on another pipeline part has moments of its
+            own, which stay equal; one in the same part is no parameter at all, and its moments go by both names.
+        pipeline_group: the ranks that hold the other parts.
+    """
+
+    def __init__(
+        self,
+        parts: Iterable[nn.Module],
+        section: OptimizerSection,
+        *,
+        max_norm: float,
+        tied: Mapping[str, str] | None = None,
+        pipeline_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.max_norm = max_norm
+        self.tied = dict(tied or {})
+        self.pipeline_group = pipeline_group
+        self.fresh: dict[str, Tensor] = {}
+        """Parameters with elements that came with the last growth: a mask that broadcasts to this rank's shard."""
+        self.parameters: dict[str, nn.Parameter] = {}
+        for part in parts:
+            for name, parameter in part.named_parameters():
+                assert name not in self.parameters, f"two parts hold {name}"
+                self.parameters[name] = parameter
+        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[section.name]
+        self.inner = kind(
+            list(self.parameters.values()),
+            lr=section.lr,
+            betas=(section.beta1, section.beta2),
+            eps=section.eps,
+            weight_decay=section.weight_decay,
+            fused=section.implementation == "fused",
+            foreach=section.implementation == "foreach",
+        )
+        fused = section.implementation == "fused"
+        for parameter in self.parameters.values():
+            self.inner.state[parameter] = {
+                # PyTorch keeps one step counter per tensor; the fused kernels want it on the parameter's device.
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu"),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+    @classmethod
+    def of(cls, model: BuiltModel, section: OptimizerSection, *, max_norm: float) -> Optimizer:
+        """The optimizer of a built model."""
+        mesh = model.context.mesh
+        group = mesh.group_of("pp") if mesh is not None and mesh.shape.pp > 1 else None
+        return cls(model.parts, section, max_norm=max_norm, tied=model.tied, pipeline_group=group)
+
+    def named_state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(parameter name, state key, tensor) of all state; the tensors in use, so they can be loaded into."""
+        for name, parameter in self.parameters.items():
+            for key in STATE_KEYS:
+                yield name, key, self.inner.state[parameter][key]
+        for copy, name in self.tied.items():
+            if copy not in self.parameters and name in self.parameters and self.pipeline_group is None:
+                for key in STATE_KEYS:
+                    yield copy, key, self.inner.state[self.parameters[name]][key]
+
+    def clip_and_step(self, lr: float, fresh_share: float = 1.0) -> Tensor:
+        """`clip`, then `step`; returns the norm."""
+        norm = self.clip()
+        self.step(lr, fresh_share)
+        return norm
+
+    def clip(self) -> Tensor:
+        """Clips the gradients to `max_norm`; returns their global norm before that, a float32 scalar."""
+        counted = []
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            parameter.grad = reduced(parameter.grad, parameter)
+            # A copy of a parameter has the gradient of both; it is the original that counts.
+            if name not in self.tied:
+                counted.append(parameter.grad)
+        norm = global_norm(counted, self.pipeline_group)
+        torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.max_norm, norm, foreach=True)
+        return norm
+
+    def step(self, lr: float, fresh_share: float = 1.0) -> None:
+        """Updates the parameters, and drops the gradients.
+
+        Args:
+            fresh_share: of the learning rate, for the elements in `fresh`.
+        """
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        before = self._fresh_values() if fresh_share != 1.0 else {}
+        self.inner.step()
+        for name, old in before.items():
+            # An Adam step, weight decay included, is linear in the learning rate, so a share of it is a share of the
+            # step: old + share * (new - old).
+            local = _local(self.parameters[name])
+            local.copy_(torch.where(self.fresh[name], torch.lerp(old, local, fresh_share), local))
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets the gradients. Parameters, moments and step counters stay as they are."""
+        self.inner.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _fresh_values(self) -> dict[str, Tensor]:
+        return {name: _local(self.parameters[name]).clone() for name in self.fresh}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach()
+
+
+def global_norm(gradients: Sequence[Tensor], pipeline_group: dist.ProcessGroup | None = None) -> Tensor:
+    """Euclidean norm of all gradients together, over every rank that holds a part of them; a float32 scalar.
+
+    Squares are summed in float64. In float32 the sum over a large tensor loses its last digits in an order that depends
+    on how the tensor is sharded: on the CPU one rank and two then differ by 4e-5 (docs/log.md).
+    """
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    squares = torch.stack(torch._foreach_norm(local, 2.0, dtype=torch.float64)).square()
+    total = torch.zeros((), dtype=torch.float64, device=squares.device)
+    # Tensors that are sharded over the same axes are summed on each rank first, then over those axes once.
+    by_axes: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
+    for position, gradient in enumerate(gradients):
+        if not isinstance(gradient, DTensor):
+            total += squares[position]
+            continue
+        axes = tuple(axis for axis, placement in enumerate(gradient.placements) if not placement.is_replicate())
+        assert not any(placement.is_partial() for placement in gradient.placements), "a gradient is not reduced yet"
+        by_axes.setdefault((gradient.device_mesh, axes), []).append(position)
+    for (mesh, axes), positions in by_axes.items():
+        part = squares[positions].sum()
+        for axis in axes:
+            dist.all_reduce(part, group=mesh.get_group(axis))
+        total += part
+    if pipeline_group is not None:
+        dist.all_reduce(total, group=pipeline_group)
+    return total.sqrt().float()

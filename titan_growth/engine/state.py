@@ -1,0 +1,67 @@
+"""The tensors of a run by name: weights, moments, random states.
+
+Weights have their bare names and moments are `optimizer.state.<weight>.<exp_avg|exp_avg_sq|step>`, as in torchtitan's
+checkpoints. There are no byte entries: everything that is not a tensor is JSON beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from titan_growth.engine.optimizer import Optimizer
+
+OPTIMIZER_PREFIX = "optimizer.state."
+
+
+def model_tensors(parts: Iterable[nn.Module]) -> dict[str, Tensor]:
+    """Every parameter and persistent buffer of this rank's parts; the tensors in use, so they can be loaded into."""
+    return {name: plain(tensor.detach()) for part in parts for name, tensor in part.state_dict(keep_vars=True).items()}
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same memory without the wrapper that torchao puts around a weight for Float8 all-gathers.
+
+    A checkpoint holds plain tensors, which any program reads without torchao.
+    """
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not is_traceable_wrapper_subclass(local):
+        return tensor
+    names, _ = local.__tensor_flatten__()
+    assert len(names) == 1, f"a {type(local).__name__} is more than one tensor"
+    values: Tensor = getattr(local, names[0])
+    if not isinstance(tensor, DTensor):
+        return values
+    return DTensor.from_local(
+        values, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The moments and step counters of this rank's parameters."""
+    return {f"{OPTIMIZER_PREFIX}{name}.{key}": plain(tensor) for name, key, tensor in optimizer.named_state()}
+
+
+def rng_tensors(rank: int) -> dict[str, Tensor]:
+    """This rank's random states."""
+    states = {f"rng.rank_{rank}.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"rng.rank_{rank}.cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def stored_rng(rank: int, stored: Collection[str]) -> dict[str, Tensor]:
+    """Room for this rank's random states, as far as a checkpoint has them; it may be one of fewer ranks."""
+    return {name: state for name, state in rng_tensors(rank).items() if name in stored}
+
+
+def set_rng(rank: int, states: dict[str, Tensor]) -> None:
+    """Puts loaded random states in force."""
+    if f"rng.rank_{rank}.cpu" in states:
+        torch.set_rng_state(states[f"rng.rank_{rank}.cpu"])
+    if f"rng.rank_{rank}.cuda" in states:
+        torch.cuda.set_rng_state(states[f"rng.rank_{rank}.cuda"])

@@ -1,0 +1,142 @@
+"""One growth on all ranks: the grown model is read, verified, and either right everywhere or an error everywhere."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.growth.ligo import LearnedGrowth, learn
+from titan_growth.growth.operators.base import GrowthMap
+from titan_growth.growth.operators.learn import learning_options
+from titan_growth.growth.read import Box, BytesRead, copied_elements, new_elements, read_grown
+from titan_growth.growth.rules import Rules
+from titan_growth.growth.verify import verify_growth
+from titan_growth.models.registry import family_module
+from titan_growth.tools.collectives import describe_os_error, fail_together, gather_objects
+from titan_growth.tools.errors import CheckpointError, GrowthError
+
+logger = logging.getLogger("titan_growth")
+
+Result = TypeVar("Result")
+
+
+def _read_together(source: Path, read: Callable[[], Result]) -> Result:
+    """What every rank reads of a checkpoint, once all have; raises CheckpointError on all when one cannot."""
+    errors: list[str] = []
+    result: Result | None = None
+    try:
+        result = read()
+    except CheckpointError as error:
+        errors = [str(error)]
+    except OSError as error:
+        errors = [f"{source.name} refused: {describe_os_error(error)}"]
+    fail_together(errors, CheckpointError)
+    assert result is not None, "a rank without an error has read something"
+    return result
+
+
+def learn_growth(
+    source: Path,
+    growth: GrowthMap,
+    stage: GrowthStage,
+    parameters: Mapping[str, Tensor],
+    *,
+    family: str,
+    seed: int,
+    device: torch.device,
+    train_step: Callable[[], float],
+) -> tuple[dict[str, float], int]:
+    """Carries out a growth that is learned; the parameters of the grown model hold the result.
+
+    Args:
+        train_step: trains on the next batch without a step of the optimizer, and returns the loss.
+
+    Returns:
+        (steps, first and last loss of the learning phase, bytes that all ranks have read).
+
+    Raises:
+        CheckpointError: when the small model cannot be read.
+        GrowthError: when a learned weight is not finite.
+    """
+    module = family_module(family)
+    learned = _read_together(
+        source,
+        lambda: LearnedGrowth(
+            source, growth, parameters, roles=module.ROLES, tied=growth.after.tied, seed=seed, device=device
+        ),
+    )
+    steps, lr = learning_options(stage)
+    learning = learn(learned, steps=steps, lr=lr, train_step=train_step)
+    wrong = [shard.name for shard in learned.shards if not bool(torch.isfinite(shard.local).all())]
+    message = f"the learned model is wrong: {wrong[0]} is not finite. Lower options.lr" if wrong else ""
+    fail_together([message] if message else [], GrowthError)
+    said = f"the growth was learned in {steps} steps: loss {learning.first_loss:.4f} -> {learning.last_loss:.4f}"
+    logger.info("%s", said)
+    record = {"steps": steps, "first_loss": learning.first_loss, "last_loss": learning.last_loss}
+    return record, sum(gather_objects(learned.num_bytes_read))
+
+
+def fresh_elements(
+    tensors: Mapping[str, Tensor], growth: GrowthMap, stage: GrowthStage, *, family: str
+) -> dict[str, Tensor]:
+    """Which elements of each parameter came with a growth, new or copied; parameters without any are left out.
+
+    Args:
+        tensors: this rank's parameters of the grown model.
+
+    Returns:
+        Masks that broadcast to this rank's shards, on their device.
+    """
+    rules = Rules(growth, stage, family_module(family).ROLES, growth.after.tied)
+    found = {}
+    for name, tensor in tensors.items():
+        box = Box.of(tensor, rules.of(name))
+        if not box.local.numel():
+            continue
+        masks = [mask for mask in (new_elements(box), copied_elements(box)) if mask is not None and bool(mask.any())]
+        if masks:
+            found[name] = functools.reduce(torch.logical_or, masks).to(box.local.device)
+    return found
+
+
+def carry_out(
+    source: Path, tensors: Mapping[str, Tensor], growth: GrowthMap, stage: GrowthStage, *, family: str, seed: int
+) -> BytesRead:
+    """Fills this rank's tensors of the grown model from the small one's checkpoint, and makes sure that they are right.
+
+    Args:
+        source: the small model's step folder.
+        tensors: parameters and, where the stage keeps some of it, optimizer state of the grown model.
+        seed: of this growth.
+
+    Returns:
+        What all ranks together have read, verification apart.
+
+    Raises:
+        CheckpointError: on every rank, when any of them cannot read its share.
+        GrowthError: on every rank, when any of them finds something wrong.
+    """
+    module = family_module(family)
+    rules = Rules(growth, stage, module.ROLES, growth.after.tied)
+
+    def std_of(name: str) -> float | None:
+        deviation: float | None = module.init_rule(growth.after, name)
+        return deviation
+
+    done = _read_together(source, lambda: read_grown(source, tensors, rules.of, std_of=std_of, seed=seed))
+    try:
+        num_compared, wrong = verify_growth(source, tensors, rules.of, std_of=std_of)
+    except (CheckpointError, OSError) as error:
+        num_compared, wrong = 0, [str(error)]
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    fail_together([f"the grown model is wrong: {wrong[0]}{more}"] if wrong else [], GrowthError)
+    logger.info("every tensor is what its source makes of it (%d compared on this rank)", num_compared)
+    each = gather_objects((done.num_bytes, done.num_chunks, done.largest_chunk))
+    return BytesRead(sum(one[0] for one in each), sum(one[1] for one in each), max(one[2] for one in each))

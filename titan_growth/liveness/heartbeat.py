@@ -1,0 +1,286 @@
+"""Heartbeats: each rank writes down where it is, so that a hang ends in a message that names the rank.
+
+A thread of its own writes a beat to the store of the process group every second: a counter, the step and phase of the
+main thread, and where its stack stands. Under torchrun the launcher holds the store, so it outlives the ranks. The
+beats are looked at only when something has gone wrong:
+
+    a collective failed              gloo raises after its time limit, or when a peer is gone; it cannot say who it was
+    the main thread does not move    NCCL waits on the device, out of Python's sight; this rank's own thread notices
+
+The second comes a little later than the first, so that a backend which raises has its turn. In pauses that may take
+long (validation, saving, growth) only a rank that does not answer is a reason to give up before the time limit of the
+start is over. Time in which the whole process was suspended does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from titan_growth.liveness.exit_report import FAILED, ExitReport, caused_by_peer, process_status, timed_out
+from titan_growth.liveness.hang import LONG_PHASES, Beat, HangError, Verdict, end_processes, judge
+from titan_growth.tools.collectives import timeout_in_force
+from titan_growth.tools.logs import say
+
+GRACE_SECONDS = 5.0
+"""How much longer than the time limit a main thread may stand still: a collective that raises should do so first."""
+SAVING_SECONDS = 3600.0
+"""How long a save may stand still while all ranks answer: a slow disk is no hang."""
+LOOK_BEATS = 4
+"""Between two looks; four times as many where ranks may be busy with something large."""
+AGAIN_SECONDS = 30.0
+"""Until the next look, after one that found no reason to give up."""
+RANKS_PER_SECOND = 256
+"""Beats that a store is asked to take; more ranks beat more slowly."""
+
+_PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
+_COLLECTIVES = os.path.join("torch", "distributed", "")
+
+
+class Heartbeat:
+    """This rank's beats. As a context manager it turns a failed collective into a `HangError`.
+
+    Args:
+        long_seconds: for which nobody need move in `LONG_PHASES`, as long as all answer.
+        on_stall: gets the HangError of a main thread that does not move; it must not return.
+        store: of the process group; None beats for nobody (one rank, a dry run).
+        interval_seconds: between two beats.
+    """
+
+    def __init__(
+        self,
+        *,
+        long_seconds: float,
+        on_stall: Callable[[HangError], Any],
+        store: Any,
+        interval_seconds: float | None = None,
+    ) -> None:
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self.interval_seconds = interval_seconds or max(1.0, self.num_ranks / RANKS_PER_SECOND)
+        self.phase, self.step = "start", 0
+        self._place = ""
+        self._long_seconds = long_seconds
+        self.last_checkpoint: Callable[[], str] = lambda: "Run the same command again"
+        """Says what the run can go on from, to end a message with."""
+        self._on_stall = on_stall
+        self._host = socket.gethostname()
+        self._main = threading.main_thread().ident
+        self._position = self._count = self._moves = 0
+        self._seen: tuple[int, ...] = ()
+        self._stalled_seconds = self._last_stalled_seconds = self._patient_until = 0.0
+        self._asking: Beat | None = None
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._store: Any = None
+        if store is not None:
+            # A client of its own: the main thread may be waiting in the other one.
+            self._store = store.clone()
+            self._store.set_timeout(timedelta(seconds=5))
+        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
+
+    @classmethod
+    def of_process_group(cls, **settings: Any) -> Heartbeat:
+        """For the default process group; silent where nobody else is there."""
+        alone = dist.get_world_size() == 1 or dist.get_backend() == "fake"
+        return cls(store=None if alone else dist.distributed_c10d._get_default_store(), **settings)
+
+    # ---- the main thread -----------------------------------------------------------------------------------------
+
+    def mark(self, phase: str, step: int) -> None:
+        """The main thread has come to a phase of a step. All ranks pass the same marks."""
+        self._position += 1
+        self.phase, self.step = phase, step
+
+    def __enter__(self) -> Heartbeat:
+        if self._store is not None:
+            self._beat()
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._store is None:
+            return
+        lost, late = error is not None and caused_by_peer(error), error is not None and timed_out(error)
+        try:
+            if error is not None and (lost or late):
+                raise self._explained(error, lost=lost) from error
+        finally:
+            self._leave("done" if error is None or lost or late else "failed")
+
+    def _explained(self, error: BaseException, *, lost: bool) -> HangError:
+        """What to say of a collective that failed on this rank; takes a few seconds."""
+        # It has just come out of the collective, so what the thread has counted may be gone already.
+        waited = max(self._stalled_seconds, self._last_stalled_seconds, 0.0 if lost else timeout_in_force())
+        asking = self._now(waits=True)
+        with self._lock:
+            self._asking = asking
+        verdict = self._look(waited, LOOK_BEATS)
+        checkpoint = self.last_checkpoint()
+        if verdict is None or (lost and verdict.kind not in ("frozen", "ended")):
+            reason = str(error).strip().split("\n")[0]
+            return HangError(f"rank {self.rank} lost another rank: {reason}. {checkpoint}", secondary=lost)
+        if lost:
+            # Whoever saw that process end knows better how it did; on another machine this is all there is to know.
+            named = " and ".join(beat.name for beat in verdict.culprits[:2]) or "another rank"
+            return HangError(f"rank {self.rank} lost {named}. {checkpoint}", secondary=True)
+        if verdict.kind == "ended":
+            return HangError(f"{verdict.message}. {checkpoint}", secondary=True)
+        return HangError(f"{verdict.message}. {checkpoint}", pids=self._killable(verdict.culprits))
+
+    # ---- the thread ----------------------------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        while not self._closed.wait(self.interval_seconds):
+            self._beat()
+            due = max(timeout_in_force() + GRACE_SECONDS, self._patient_until)
+            if self._stalled_seconds > due and self._asking is None:
+                self._speak_for_main_thread()
+
+    def _speak_for_main_thread(self) -> None:
+        at_leisure = self.phase in LONG_PHASES
+        verdict = self._look(self._stalled_seconds, 4 * LOOK_BEATS if at_leisure else LOOK_BEATS)
+        if self._asking is not None or self._closed.is_set() or self._stalled_seconds == 0:
+            return  # the main thread has come back, with an error or without
+        saving = self.phase == "checkpoint" or " of checkpoint" in self._place
+        ended = verdict is not None and verdict.kind == "ended"
+        if ended and verdict is not None:
+            saving = saving or not any(beat.left for beat in verdict.culprits)  # it is still there, and saves
+        enough = SAVING_SECONDS if saving else self._long_seconds if at_leisure else 0.0
+        patient = self._stalled_seconds < enough
+        if verdict is not None and (verdict.kind == "moving" or (patient and verdict.kind != "frozen")):
+            self._patient_until = self._stalled_seconds + AGAIN_SECONDS
+            return
+        said = verdict.message if verdict is not None else f"rank {self.rank} hangs {self._now().at}"
+        culprits = verdict.culprits if verdict is not None and not ended else ()
+        error = HangError(f"{said}. {self.last_checkpoint()}", pids=self._killable(culprits))
+        self._leave("done")
+        self._on_stall(error)
+
+    def _beat(self, left: str = "") -> None:
+        beat = self._now(left=left)
+        assert self._store is not None
+        with contextlib.suppress(RuntimeError, OSError):  # a store that is gone is noticed by whoever reads it
+            self._store.set(_key(self.rank), beat.to_json())
+
+    def _now(self, *, waits: bool | None = None, left: str = "") -> Beat:
+        """Where this rank is; counts a beat."""
+        frame = sys._current_frames().get(self._main or 0)
+        seen, place, in_collective = _stack(frame)
+        del frame
+        self._place = place
+        with self._lock:
+            seen = (self._position, *seen)
+            if seen != self._seen:
+                self._seen, self._last_stalled_seconds = seen, self._stalled_seconds
+                self._stalled_seconds = self._patient_until = 0.0
+                self._moves += 1
+            else:
+                self._stalled_seconds += self.interval_seconds
+            self._count += 1
+            fixed = self._asking
+            return Beat(
+                rank=self.rank,
+                pid=os.getpid(),
+                host=self._host,
+                count=self._count,
+                moves=self._moves if fixed is None else fixed.moves,
+                position=self._position,
+                step=self.step,
+                phase=self.phase,
+                place=place if fixed is None else fixed.place,
+                waits=(in_collective if waits is None else waits) if fixed is None else fixed.waits,
+                left=left,
+            )
+
+    def _leave(self, how: str) -> None:
+        """The last beat, so that nobody takes the silence that follows for a hang."""
+        self._closed.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=self.interval_seconds + 6)
+        self._beat(left=how)
+
+    # ---- looking at the others -----------------------------------------------------------------------------------
+
+    def _look(self, waited: float, num_beats: int) -> Verdict | None:
+        """The verdict from two looks so many beats apart, or None when the store does not answer."""
+        try:
+            first = self._read()
+            for _ in range(num_beats):
+                if threading.current_thread() is self._thread:
+                    self._beat()
+                time.sleep(self.interval_seconds)
+            second = self._read()
+        except (RuntimeError, OSError, ValueError, TypeError):
+            return None
+        return judge(first, second, self.num_ranks, self.rank, waited)
+
+    def _read(self) -> dict[int, Beat]:
+        assert self._store is not None
+        keys = {rank: _key(rank) for rank in range(self.num_ranks)}
+        if self._store.has_extended_api() and self._store.check(list(keys.values())):
+            texts = dict(zip(keys, self._store.multi_get(list(keys.values())), strict=True))
+        else:
+            texts = {rank: self._store.get(key) for rank, key in keys.items() if self._store.check([key])}
+        beats = {rank: Beat.from_json(text) for rank, text in texts.items()}
+        return {**beats, self.rank: self._now()}
+
+    def _killable(self, culprits: Sequence[Beat]) -> list[int]:
+        """Processes of the culprits that are ranks of this very launch on this machine."""
+        here = [beat.pid for beat in culprits if beat.host == self._host and beat.pid != os.getpid()]
+        return [pid for pid in here if _parent(pid) == os.getppid()]
+
+
+def give_up(report: ExitReport, error: HangError) -> None:
+    """Ends this process in place of a main thread that does not move.
+
+    The disk, or whoever reads our output, may be what hangs. So the end comes whether or not the message gets out.
+    """
+    last_resort = threading.Timer(10, os._exit, [process_status(FAILED)])
+    last_resort.daemon = True
+    last_resort.start()
+    report.write(FAILED, str(error), secondary=error.secondary)
+    end_processes(error.pids)
+    say(f"error: {error}")
+    os._exit(process_status(FAILED))
+
+
+def _key(rank: int) -> str:
+    return f"titan_growth/heartbeat/{rank}"
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return int(stat.rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _stack(frame: FrameType | None) -> tuple[tuple[int, ...], str, bool]:
+    """(a print of a stack that changes when its thread moves, the innermost function of ours, inside a collective?)."""
+    seen: list[int] = []
+    place, waits = "", False
+    depth = 0
+    while frame is not None:
+        code = frame.f_code
+        seen += (id(code), frame.f_lasti)
+        # Collectives are C++ under a few wrappers. A pipeline schedule computes in deeper frames than its own.
+        if depth < 4 and _COLLECTIVES in code.co_filename and (depth == 0 or "c10d" in code.co_filename):
+            waits = True
+        if not place and code.co_filename.startswith(_PACKAGE) and code.co_filename != __file__:
+            place = f"{code.co_name} of {code.co_filename[len(_PACKAGE) :]}"
+        frame, depth = frame.f_back, depth + 1
+    return tuple(seen), place, waits

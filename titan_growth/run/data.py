@@ -1,0 +1,187 @@
+"""The recipe's corpus, tokenizer and blocks: the one place where `[training]`, `[data]` and `[validation]` meet.
+
+torchtitan's debug recipes train on "c4_test", a tiny corpus that lies beside its source code, with a tokenizer that
+lies there too. They are meant to run without any preparation, so where those files are missing something that every
+machine has stands in for them, with a warning (`with_stand_ins`). No other corpus is ever replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titan_growth.config.loader import with_values
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.data import BatchLoader, BlockDataset, CorpusSpec, PreparedCorpus, TokenizerSpec, TokenSplit, prepare
+from titan_growth.layout.mesh import Mesh
+from titan_growth.tools.errors import DataError, Problem
+from titan_growth.tools.location import is_remote
+
+logger = logging.getLogger("titan_growth")
+
+C4_TEST = "c4_test"
+C4_TEST_PATH = "tests/assets/c4_test"
+"""Where torchtitan keeps it, relative to the folder that its runs are started in."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Prepared data of a run."""
+
+    corpus: PreparedCorpus
+    validation: TokenSplit | None
+    """What is validated on: another corpus, or the held-out part of the training corpus."""
+
+    def fingerprints(self) -> dict[str, str]:
+        """What a checkpoint remembers, by content: moving or copying the files changes nothing."""
+        splits = json.dumps(self.corpus.meta["splits"], sort_keys=True).encode()
+        return {
+            "corpus": hashlib.sha256(splits).hexdigest()[:16],
+            "tokenizer": self.corpus.tokenizer_fingerprint[:16],
+            "description": self.corpus.description,
+        }
+
+    def changes_since(self, before: dict[str, Any], step_name: str) -> list[Problem]:
+        """What a checkpoint's fingerprints say against going on with this data: at most one problem.
+
+        The cursor and the random states of a run mean nothing on other tokens. Another tokenizer makes other tokens of
+        the same corpus, so with it the corpus is not a second problem.
+        """
+        now = self.fingerprints()
+        for part, key in (("tokenizer", "data.tokenizer"), ("corpus", "training.dataset")):
+            if part in before and before[part] != now[part]:
+                message = (
+                    f"{step_name} was trained with another {part} ({before[part]}; the recipe's is {now[part]}). "
+                    f"Its data was: {before.get('description', 'not known')}"
+                )
+                hint = "Use that again, or name another job.dump_folder to start a new run"
+                return [Problem(key, message, hint)]
+        return []
+
+    def train_blocks(self, recipe: Recipe, base_seq_len: int | None = None) -> BlockDataset:
+        """The training samples in the order that the seed fixes; the cursor counts blocks of `base_seq_len`."""
+        assert recipe.debug.seed is not None, "the seed has not been resolved"
+        return BlockDataset(
+            self.corpus.train,
+            recipe.training.seq_len,
+            recipe.data.document_mask,
+            recipe.debug.seed,
+            recipe.data.shuffle,
+            base_seq_len,
+        )
+
+    def loader(self, recipe: Recipe, mesh: Mesh, cursor: int, base_seq_len: int | None = None) -> BatchLoader:
+        """This rank's global batches from a cursor on."""
+        return BatchLoader(
+            self.train_blocks(recipe, base_seq_len),
+            global_batch_size=recipe.training.global_batch_size,
+            local_batch_size=recipe.training.local_batch_size,
+            dp_rank=mesh.dp_rank,
+            dp_degree=mesh.shape.dp_degree,
+            cursor=cursor,
+            **recipe.training.dataloader.model_dump(),
+        )
+
+    def validation_blocks(self, recipe: Recipe) -> BlockDataset | None:
+        """The validation samples, or None when nothing is held out, or less than one sequence."""
+        seq_len = recipe.validation.seq_len or recipe.training.seq_len
+        if self.validation is None or self.validation.num_tokens <= seq_len:
+            return None  # `check_run_data` has refused this for a run that validates
+        return BlockDataset(self.validation, seq_len, recipe.data.document_mask, seed=0, shuffle=False)
+
+
+def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool) -> RunData:
+    """Prepares (or finds prepared) what the recipe trains and validates on.
+
+    Args:
+        progress: this process speaks for all: it shows a bar on a terminal, and warns of what stands in for what.
+
+    Raises:
+        DataError: for anything wrong with corpus, tokenizer or cache, or a split too small for one sequence.
+    """
+    recipe, warnings = with_stand_ins(recipe)
+    for warning in warnings if progress else []:
+        logger.warning("%s", warning)
+    data, training, validation = recipe.data, recipe.training, recipe.validation
+    cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else None
+    settings: dict[str, Any] = {"bos": data.bos, "eos": data.eos, "cache_dir": cache_dir, "progress": progress}
+    corpus = prepare(
+        CorpusSpec(training.dataset, training.dataset_path, data.text_key, data.split, data.subset),
+        TokenizerSpec(data.tokenizer, data.tokenizer_path, recipe.model.hf_assets_path, vocab_size),
+        validation_fraction=data.validation_fraction,
+        **settings,
+    )
+    held_out = corpus.validation
+    if validation.enable and (validation.dataset is not None or validation.dataset_path is not None):
+        other = CorpusSpec(
+            validation.dataset or training.dataset,
+            validation.dataset_path,
+            data.text_key,
+            data.split,
+            data.subset,
+            key="validation.dataset_path",
+        )
+        held_out = prepare(other, corpus.tokenizer, validation_fraction=0.0, **settings).train
+    return RunData(corpus, held_out)
+
+
+def with_stand_ins(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
+    """(the recipe with something in place of c4_test's files where they are missing, warnings that say so).
+
+    Raises:
+        DataError: when the recipe validates and leaves nothing of what stands in for its corpus to validate on.
+    """
+    if recipe.training.dataset != C4_TEST:
+        return recipe, []
+    values: dict[str, Any] = {}
+    warnings = []
+    is_here = Path(C4_TEST_PATH).exists()
+    replaced = not is_here and _is_beside_torchtitan(recipe.training.dataset_path)
+    if replaced:
+        values |= {"training.dataset": "stdlib", "training.dataset_path": None}
+    elif recipe.training.dataset_path is None:
+        values["training.dataset_path"] = C4_TEST_PATH
+    validation = recipe.validation
+    if validation.enable and _is_beside_torchtitan(validation.dataset_path):
+        if validation.dataset == C4_TEST and is_here:
+            values["validation.dataset_path"] = C4_TEST_PATH
+        elif validation.dataset in (C4_TEST, "c4_validation") and replaced:
+            if not recipe.data.validation_fraction:
+                message = "and data.validation_fraction = 0 holds nothing out of the corpus that stands in. Raise it"
+                raise DataError(f"validation.dataset: '{validation.dataset}' is not here, {message}")
+            values |= {"validation.dataset": None, "validation.dataset_path": None}
+    if replaced:
+        message = f"there is no {C4_TEST_PATH} here, so the corpus is the text of Python's own library"
+        if "validation.dataset" in values:
+            message += f", and a part of it is held out in place of '{validation.dataset}'"
+        warnings.append(Problem("training.dataset", message, "training.dataset_path names another one"))
+    assets, data = recipe.model.hf_assets_path, recipe.data
+    trains_its_own = data.tokenizer_path is None and data.tokenizer in ("auto", "sentencepiece")
+    if assets is not None and trains_its_own and not is_remote(assets) and not Path(assets).expanduser().exists():
+        values["model.hf_assets_path"] = None
+        message = f"{assets} does not exist, so a tokenizer is trained on the corpus"
+        warnings.append(Problem("model.hf_assets_path", message, "data.tokenizer_path names another one"))
+    return with_values(recipe, values), warnings
+
+
+def _is_beside_torchtitan(path: str | None) -> bool:
+    """Whether a recipe means the files beside torchtitan's source code, and no files of its user's own."""
+    return path is None or Path(path) == Path(C4_TEST_PATH)
+
+
+def check_run_data(run_data: RunData, recipe: Recipe) -> None:
+    """Raises DataError when a split that will be used is shorter than one sequence."""
+    seq_len = recipe.training.seq_len
+    longest = max([seq_len, *(stage.seq_len or 0 for stage in recipe.growth.active_stages)])
+    BlockDataset(run_data.corpus.train, longest, False, 0, False)
+    if recipe.validation.enable and run_data.validation is not None:
+        try:
+            BlockDataset(run_data.validation, recipe.validation.seq_len or seq_len, False, 0, False)
+        except DataError as error:
+            raise DataError(
+                f"validation: {error}; or raise data.validation_fraction, or set validation.dataset_path"
+            ) from None

@@ -1,0 +1,103 @@
+"""Starting a new run from somebody's checkpoint: `checkpoint.initial_load_path`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from titan_growth.checkpoint.folder import StepFolder, open_step
+from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
+from titan_growth.checkpoint.reader import NamesOf, SafeReader
+from titan_growth.config.schema.recipe import Checkpoint
+from titan_growth.interchange.folder import is_hugging_face
+from titan_growth.interchange.reader import HuggingFaceReader
+from titan_growth.models.config import ModelConfig
+from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.location import folder_at
+
+
+def tied_names(tied: Mapping[str, str]) -> NamesOf | None:
+    """Shows another model's weights as those of one with tied ones: each copy is read from its original.
+
+    What is stored under a copy's own name, if anything, may be another tensor, and is left alone.
+    """
+    if not tied:
+        return None
+
+    def names_of(name: str) -> list[str]:
+        shown = [] if any(copy in name for copy in tied) else [name]
+        return shown + [name.replace(original, copy) for copy, original in tied.items() if original in name]
+
+    return names_of
+
+
+def initial_reader(path: Path, family: str, config: ModelConfig) -> SafeReader:
+    """A reader of what a run of a model starts from: a DCP folder, or a Hugging Face folder."""
+    names_of = tied_names(config.tied)
+    if is_hugging_face(path):
+        return HuggingFaceReader(path, names_of, family=family, config=config)
+    return SafeReader(path, names_of)
+
+
+def initial_notes(reader: SafeReader, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is worth a line about weights that do fit: casts, and settings that they were not trained with.
+
+    Args:
+        tensors: of this rank.
+    """
+    stored = reader.tensor_entries()
+    casts = {(stored[name].properties.dtype, tensor.dtype) for name, tensor in tensors.items()}
+    lines = [f"weights stored as {there} are cast to {here}" for there, here in sorted(casts, key=str) if there != here]
+    return lines + (reader.differences() if isinstance(reader, HuggingFaceReader) else [])
+
+
+def initial_state(section: Checkpoint, *, checksums: bool) -> tuple[Path, Progress, Lineage]:
+    """(folder to load from, counters and growths to go on with).
+
+    With `initial_load_model_only` the counters start at zero and any DCP folder will do, also one of another program,
+    and a Hugging Face folder, which is told by its files; otherwise it must be a committed checkpoint of ours.
+
+    Raises:
+        CheckpointError: when the folder cannot be used in that way.
+    """
+    assert section.initial_load_path is not None
+    path = folder_at(section.initial_load_path)
+    key = f"checkpoint.initial_load_path {path}"
+    if not path.is_dir():
+        raise CheckpointError(f"{key}: no such folder. Name a step-N folder")
+    theirs = is_hugging_face(path)
+    if section.initial_load_in_hf and not theirs:
+        message = "is no Hugging Face folder, which checkpoint.initial_load_in_hf = true says. Leave that key out"
+        raise CheckpointError(f"{key}: {message}")
+    if theirs:
+        if not section.initial_load_model_only:
+            raise CheckpointError(f"{key}: holds only weights. Set checkpoint.initial_load_model_only = true")
+        return path, Progress(), Lineage()
+    if not (path / ".metadata").is_file():
+        raise CheckpointError(f"{key}: is not a checkpoint (it has no .metadata). Name a step-N folder")
+    folder = open_step(path)
+    if folder is not None and (damage := folder.damage(checksums=checksums)):
+        raise CheckpointError(f"{path.name} refused: {damage}")
+    if section.initial_load_model_only:
+        return path, Progress(), Lineage(ancestors=_ancestors(folder))
+    return path, *_whole_state(folder, key)
+
+
+def _ancestors(folder: StepFolder | None) -> tuple[GrowthEvent, ...]:
+    """The growths behind a checkpoint; none where it is another program's, or does not say."""
+    if folder is None:
+        return ()
+    lineage = folder.lineage()
+    return (*lineage.ancestors, *lineage.events)
+
+
+def _whole_state(folder: StepFolder | None, key: str) -> tuple[Progress, Lineage]:
+    if folder is None:
+        raise CheckpointError(
+            f"{key}: has no manifest, so its counters are not known. Set checkpoint.initial_load_model_only = true"
+        )
+    if folder.manifest.model_only:
+        raise CheckpointError(f"{key}: holds only weights. Set checkpoint.initial_load_model_only = true")
+    return folder.manifest.progress, folder.lineage()

@@ -1,0 +1,126 @@
+"""The learning rate as a pure function of the step and of the growths that have happened.
+
+Nothing is stored in a checkpoint and nothing can be frozen there: a changed recipe takes effect on resume. A schedule
+is a warmup, an optional stable phase and a decay, laid over a *segment* of the run. The run starts with one segment
+from step 0 to the end, as if it would never grow (the base of G_stack is grown un-annealed). A growth with
+`lr_policy = "restart"` opens a new segment from there to the end; "continue" changes at most the peak; "rewarm" is
+"continue" under a warmup, and "rewarm_new" one whose warmup is for what the growth has added alone (`fresh_share`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from titan_growth.config.schema.growth import Growth
+from titan_growth.config.schema.recipe import LRScheduler
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the run with one peak and one warmup; steps are counted from 1 within it."""
+
+    start: int
+    num_steps: int
+    warmup_steps: int
+    peak_lr: float
+
+
+class LRSchedule:
+    """Learning rate of every step of a run.
+
+    Args:
+        section: the `[lr_scheduler]` table.
+        lr: peak learning rate, `optimizer.lr`.
+        steps: length of the run, `training.steps`.
+        growth: the `[growth]` table.
+    """
+
+    def __init__(self, section: LRScheduler, *, lr: float, steps: int, growth: Growth) -> None:
+        self.section = section
+        self.lr = lr
+        self.total_steps = section.total_steps or steps
+        self.growth = growth
+
+    def __call__(self, step: int, grown_at: Sequence[int] = ()) -> float:
+        """The learning rate of a step, counted from 1, after growths at the given steps."""
+        segment = self.segment(step, grown_at)
+        lr = segment.peak_lr * self._factor(step - segment.start, segment)
+        return lr * self._warming("rewarm", step, grown_at)
+
+    def fresh_share(self, step: int, grown_at: Sequence[int] = ()) -> float:
+        """What share of the learning rate of a step is for parameters that came with the last growth (`rewarm_new`)."""
+        return self._warming("rewarm_new", step, grown_at)
+
+    def _warming(self, policy: str, step: int, grown_at: Sequence[int]) -> float:
+        """Share of the way through the warmup of the last growth before a step, if that has this policy."""
+        passed = [index for index, at in enumerate(grown_at) if at < step]
+        if not passed or passed[-1] >= len(self.growth.active_stages):
+            return 1.0
+        stage, start = self.growth.active_stages[passed[-1]], grown_at[passed[-1]]
+        warmup = self.section.warmup_steps if stage.warmup_steps is None else stage.warmup_steps
+        warmup = min(warmup, max(0, self.total_steps - start))
+        return min(1.0, (step - start) / warmup) if stage.lr_policy == policy and warmup else 1.0
+
+    def segment(self, step: int, grown_at: Sequence[int] = ()) -> Segment:
+        """The segment that a step belongs to."""
+        grows = bool(self.growth.active_stages)
+        base_lr = self.growth.base.lr if grows else None
+        base_warmup = self.growth.base.warmup_steps if grows else None
+        segment = self._segment(0, base_lr or self.lr, base_warmup)
+        for stage, at in zip(self.growth.active_stages, grown_at, strict=False):
+            if step <= at:
+                break
+            if stage.lr_policy == "restart":
+                segment = self._segment(at, stage.lr or self.lr, stage.warmup_steps)
+            elif stage.lr is not None:
+                segment = Segment(segment.start, segment.num_steps, segment.warmup_steps, stage.lr)
+        return segment
+
+    def _segment(self, start: int, peak_lr: float, warmup_steps: int | None) -> Segment:
+        num_steps = max(0, self.total_steps - start)
+        warmup = self.section.warmup_steps if warmup_steps is None else warmup_steps
+        return Segment(start, num_steps, min(warmup, num_steps), peak_lr)
+
+    def clamped_warmups(self) -> list[tuple[str, int, int]]:
+        """(key, warmup asked for, length it is clamped to) of each warmup that is longer than its segment.
+
+        Growths given in tokens are not looked at; where they fall is not known from the recipe alone.
+        """
+        asked = [("lr_scheduler.warmup_steps", 0, self.section.warmup_steps)]
+        if self.growth.active_stages and self.growth.base.warmup_steps is not None:
+            asked = [("growth.base.warmup_steps", 0, self.growth.base.warmup_steps)]
+        for index, stage in enumerate(self.growth.active_stages):
+            if stage.lr_policy != "continue" and stage.when.unit == "steps":
+                given = stage.warmup_steps is not None
+                key = f"growth.stages.{index}.warmup_steps" if given else "lr_scheduler.warmup_steps"
+                warmup = stage.warmup_steps if stage.warmup_steps is not None else self.section.warmup_steps
+                asked.append((key, stage.when.count, warmup))
+        clamped = [(key, warmup, max(0, self.total_steps - start)) for key, start, warmup in asked]
+        return [(key, warmup, length) for key, warmup, length in clamped if warmup > length]
+
+    def _factor(self, step: int, segment: Segment) -> float:
+        """Share of the peak at a step of the segment, from 1.
+
+        The decay ends one virtual step after the segment, so that the last step still learns. Steps beyond the segment
+        (`total_steps` less than the run) stay at the floor.
+        """
+        section = self.section
+        if step > segment.num_steps:
+            return section.min_lr_factor
+        if step <= segment.warmup_steps:
+            return step / segment.warmup_steps
+        decay_steps = segment.num_steps - segment.warmup_steps
+        if section.decay_ratio is not None:
+            decay_steps = min(decay_steps, round(segment.num_steps * section.decay_ratio))
+        stable_until = segment.num_steps + 1 - decay_steps
+        if step < stable_until or decay_steps == 0:
+            return 1.0
+        progress = (step - stable_until) / decay_steps
+        shape = {
+            "linear": 1.0 - progress,
+            "sqrt": 1.0 - math.sqrt(progress),
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        }[section.decay_type]
+        return section.min_lr_factor + (1.0 - section.min_lr_factor) * shape

@@ -1,0 +1,156 @@
+"""Steps that went wrong: a loss or gradient that is not finite, or far above those before it.
+
+Between clipping and the optimizer's move the numbers of a step are known and nothing has happened yet. There a step is
+accepted, skipped (gradients dropped, its data counted as consumed), or taken back together with all steps since the
+last checkpoint: the run goes on from there with the batch that follows the bad one, so that whatever data led here is
+passed over.
+
+The verdict needs nothing but numbers that all ranks have, so all come to the same one. What it depends on (the window
+of accepted steps, the events so far) lies in each checkpoint's manifest: an interrupted run decides as an unbroken one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_growth.checkpoint.folder import Manifest, StepFolder
+from titan_growth.checkpoint.history import Progress
+from titan_growth.checkpoint.rewind import RollBackError
+from titan_growth.config.schema.stability import Stability as Section
+from titan_growth.engine.optimizer import Optimizer
+from titan_growth.tools.errors import TrainingError, require_finite
+
+logger = logging.getLogger("titan_growth")
+
+NAMES = ("loss", "gradient norm")
+
+
+class Stability:
+    """Moves the weights, unless a step is not to be trusted.
+
+    Args:
+        section: `[stability]`.
+        checkpoint: what the run resumes from.
+        holds_out: a held-out batch judges growths, not the next batch of the training data.
+    """
+
+    def __init__(self, section: Section, checkpoint: StepFolder | None, *, holds_out: bool) -> None:
+        self.section = section
+        self.holds_out = holds_out
+        state = checkpoint.manifest.stability if checkpoint is not None else {}
+        self.events: list[dict[str, Any]] = list(state.get("events", []))
+        """Skipped and rolled back steps of the run so far."""
+        self.skipped = ""
+        """Why the present step did not move the weights; empty when it did."""
+        self._window: list[list[float]] = [list(pair) for pair in state.get("window", [])]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint's manifest."""
+        kept = {"events": self.events, "window": self._window}
+        return {key: value for key, value in kept.items() if value}
+
+    def forget(self) -> None:
+        """The model has grown: its losses and gradients are not to be compared with those before."""
+        self._window = []
+
+    def update(
+        self, optimizer: Optimizer, progress: Progress, cursor: int, loss: Tensor, lr: float, fresh_share: float
+    ) -> Tensor:
+        """Clips the gradients and moves the weights, if the step may count.
+
+        Args:
+            progress: before this step.
+            cursor: of the data, after this step's batch.
+            loss: of this step, the same on every rank.
+            lr, fresh_share: see `Optimizer.step`.
+
+        Returns:
+            The gradient norm before clipping.
+
+        Raises:
+            RollBackError: when the run is to go on from an earlier checkpoint.
+            TrainingError: when it is to end.
+        """
+        norm = optimizer.clip()
+        self.skipped = ""
+        if self.section.looks:
+            values = torch.stack([loss.detach().float(), norm.to(loss.device)]).tolist()
+            self._judge(progress.step + 1, values, cursor)
+        if self.skipped:
+            optimizer.drop()
+        else:
+            optimizer.step(lr, fresh_share)
+        return norm
+
+    def require_finite(self, step: int, loss: float, gradient_norm: float) -> None:
+        """Raises TrainingError when a step that has counted was not finite."""
+        if not self.skipped:
+            require_finite(step, loss=loss, gradient_norm=gradient_norm)
+
+    def _judge(self, step: int, values: Sequence[float], cursor: int) -> None:
+        action: str = self.section.spike
+        reason = self._spike(values)
+        if not all(math.isfinite(value) for value in values):
+            action = self.section.nonfinite
+            reason = ", ".join(f"{name} {value}" for name, value in zip(NAMES, values, strict=True))
+        if reason and action == "stop":
+            require_finite(step, loss=values[0], gradient_norm=values[1])
+        if reason and action in ("skip", "roll_back"):
+            self._act(step, action, reason, cursor)
+            return
+        if reason:
+            logger.warning("step %d: %s", step, reason)
+        if self.section.spike != "ignore":
+            self._window = [*self._window, list(values)][-self.section.spike_window :]
+
+    def _spike(self, values: Sequence[float]) -> str:
+        """Why the numbers of a step are a spike, or nothing."""
+        count = len(self._window)
+        if self.section.spike == "ignore" or count < self.section.spike_window / 4:
+            return ""
+        for name, value, past in zip(NAMES, values, zip(*self._window, strict=True), strict=True):
+            mean = math.fsum(past) / count
+            deviation = math.sqrt(math.fsum((one - mean) ** 2 for one in past) / (count - 1))
+            if deviation > 0 and value > mean + self.section.spike_sigmas * deviation:
+                return (
+                    f"{name} {value:.4g} is {(value - mean) / deviation:.1f} standard deviations above the mean "
+                    f"{mean:.4g} of the last {count} steps"
+                )
+        return ""
+
+    def _act(self, step: int, action: str, reason: str, cursor: int) -> None:
+        limit = self.section.max_events
+        if len(self.events) >= limit:
+            before = "; ".join(f"step {event['step']} ({event['action']}: {event['reason']})" for event in self.events)
+            raise TrainingError(
+                f"step {step}: {reason}. {limit} steps have been skipped or rolled back before, which is all that "
+                f"stability.max_events allows: {before}"
+            )
+        event = {"step": step, "action": action, "reason": reason, "to_samples": cursor}
+        count = f"({len(self.events) + 1} of at most {limit})"
+        if action == "skip":
+            logger.warning("step %d is skipped: %s %s", step, reason, count)
+            self.events = [*self.events, event]
+            self.skipped = reason
+            return
+        logger.warning("step %d is taken back: %s %s", step, reason, count)
+        raise RollBackError(f"step {step} ({reason})", lambda manifest: self._past_the_data(manifest, event))
+
+    def _past_the_data(self, manifest: Manifest, event: dict[str, Any]) -> Manifest:
+        """The manifest of the checkpoint that is gone back to: from there on with the data after the bad batch."""
+        event = {**event, "from_step": manifest.progress.step, "from_samples": manifest.progress.samples}
+        return replace(
+            manifest,
+            progress=replace(manifest.progress, samples=event["to_samples"]),
+            # With nothing held out it is the loss of the next batch, which is another one now.
+            held_out_loss=manifest.held_out_loss if self.holds_out else None,
+            stability={**manifest.stability, "events": [*self.events, event]},
+        )

@@ -1,0 +1,41 @@
+"""Loss on held-out sequences, the same ones at every call and on every mesh."""
+
+from __future__ import annotations
+
+from titan_growth.config.schema.recipe import Validation
+from titan_growth.data import BlockDataset, ValidationBatches
+from titan_growth.engine.engine import Engine
+from titan_growth.layout.mesh import Mesh
+
+
+class Validator:
+    """Evaluates an engine on the validation set, or on one fixed batch of it.
+
+    Args:
+        blocks: the held-out sequences; None when nothing is held out.
+    """
+
+    def __init__(self, section: Validation, blocks: BlockDataset | None, mesh: Mesh, total_steps: int) -> None:
+        self.section = section
+        self.blocks = blocks
+        self.mesh = mesh
+        self.total_steps = total_steps
+
+    def due(self, step: int) -> bool:
+        """Whether a step is followed by a validation: every `freq` steps, and at the last."""
+        return self.section.enable and (step % self.section.freq == 0 or step == self.total_steps)
+
+    def run(self, engine: Engine) -> float:
+        """Mean loss over the validation set, or over `validation.steps` batches of it."""
+        limit = None if self.section.steps == -1 else self.section.steps * self.section.local_batch_size
+        return engine.evaluate(self._batches(limit))
+
+    def one_batch(self, engine: Engine) -> float:
+        """Mean loss over one batch that is always the same: what a growth is judged by."""
+        return engine.evaluate(self._batches(self.section.local_batch_size))
+
+    def _batches(self, num_sequences: int | None) -> ValidationBatches:
+        assert self.blocks is not None, "nothing is held out"
+        return ValidationBatches(
+            self.blocks, num_sequences, self.section.local_batch_size, self.mesh.dp_rank, self.mesh.shape.dp_degree
+        )

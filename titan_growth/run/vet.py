@@ -1,0 +1,174 @@
+"""Can a run go on from this checkpoint? Asked before anything is built, and of a checkpoint that may be a stranger's.
+
+Checksums that fit prove nothing: who writes the files writes the checksums, too. So everything that a start reads is
+checked for what it means: recipe, lineage and manifest tell one story, and the metadata lists the tensors of the model
+that they tell of. Each answer is one line; the run then takes the next older checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from titan_growth.checkpoint.folder import LINEAGE, METADATA, RECIPE, StepFolder
+from titan_growth.checkpoint.history import Lineage
+from titan_growth.checkpoint.untrusted.json_types import first_problem
+from titan_growth.config.loader import recipe_from_toml
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.growth.chain import Chain, chain_of
+from titan_growth.models.config import ModelConfig
+from titan_growth.models.registry import family_module, model_config_of
+from titan_growth.tools.errors import CheckpointError, one_line
+
+LARGEST = 1 << 24
+"""Of any size in a stored recipe; larger ones would be looped over."""
+SPARE_BYTES = 1 << 20
+"""So many bytes of a shard may belong to nothing."""
+
+
+def history_of(folder: StepFolder) -> tuple[Recipe, Chain, Lineage]:
+    """(what a checkpoint was written with, the models of that run, the growths behind it).
+
+    Raises:
+        CheckpointError: when one of them cannot be read, or they do not agree with each other and with the manifest.
+    """
+    lineage = folder.lineage()
+    recipe = recipe_of(folder)
+    name = folder.path.name
+    if too_large := next(_too_large(recipe.model_dump(include={"model", "growth"})), None):
+        raise CheckpointError(f"{name} refused: its recipe cannot be used ({too_large})")
+    try:
+        target, problems = model_config_of(recipe.model)
+        chain, more = chain_of(recipe.growth, target) if target is not None else (None, [])
+    except (ArithmeticError, ValueError, TypeError, KeyError, IndexError) as error:  # sizes that nobody would write
+        raise CheckpointError(f"{name} refused: its recipe cannot be used ({type(error).__name__})") from None
+    if chain is None:
+        raise CheckpointError(
+            f"{name} refused: its recipe makes no model ({one_line(str([*problems, *more][0]), 300)})"
+        )
+    if len(lineage.events) >= len(chain.configs):
+        raise CheckpointError(f"{name} refused: it has more growths behind it than its recipe has stages")
+    num_layers = chain.configs[len(lineage.events)].num_layers
+    if num_layers != folder.manifest.num_layers:
+        told = f"its manifest says {folder.manifest.num_layers:,} layers, recipe and lineage {num_layers:,}"
+        raise CheckpointError(f"{name} refused: {told}")
+    return recipe, chain, lineage
+
+
+def recipe_of(folder: StepFolder) -> Recipe:
+    """What a checkpoint was written with. Nothing that it names is imported.
+
+    Raises:
+        CheckpointError: when it cannot be read.
+    """
+    table = folder.recipe_table()
+    try:
+        return recipe_from_toml(table)
+    except ValidationError as error:
+        reason = first_problem(error)
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = one_line(str(error), 200)
+    raise CheckpointError(f"{folder.path.name} refused: its recipe cannot be read ({reason})")
+
+
+def model_of(folder: StepFolder) -> tuple[ModelConfig, str]:
+    """(the model that a checkpoint holds, its family). Raises CheckpointError when its recipe cannot tell."""
+    recipe, chain, lineage = history_of(folder)
+    return chain.configs[len(lineage.events)], recipe.model.name
+
+
+def text_problem(folder: StepFolder) -> str | None:
+    """What is wrong with the recipe, the lineage and the manifest of a checkpoint, or None."""
+    try:
+        history_of(folder)
+    except CheckpointError as error:
+        return _reason(folder, error)
+    return None
+
+
+def problem_of(folder: StepFolder) -> str | None:
+    """What is wrong with a checkpoint as far as can be told without reading its shards, or None."""
+    told = (METADATA, RECIPE, LINEAGE)
+    if unlisted := [name for name in told if name not in folder.manifest.files]:
+        return f"its manifest does not list {unlisted[0]}"
+    try:
+        if damage := folder.damage(checksums=True, names=told):
+            return damage
+        config, family = model_of(folder)
+        return listing_problem(folder) or _tensor_problem(folder, config, family)
+    except CheckpointError as error:
+        return _reason(folder, error)
+
+
+def whole_problem(folder: StepFolder) -> str | None:
+    """What is wrong with the shards of a checkpoint, all of which are read, or None."""
+    from titan_growth.checkpoint.reader import misplaced
+
+    return folder.damage(checksums=True) or misplaced(folder.path)
+
+
+def listing_problem(folder: StepFolder) -> str | None:
+    """What is wrong with the metadata of a checkpoint of ours, or None.
+
+    It lists tensors and nothing else, in files that the manifest lists and that hold little else.
+
+    Raises:
+        CheckpointError: when the metadata cannot be read.
+    """
+    from titan_growth.checkpoint.reader import SafeReader
+
+    metadata = SafeReader(folder.path).read_metadata()
+    tensors = SafeReader.tensors_of(metadata)
+    if others := sorted(metadata.state_dict_metadata.keys() - tensors.keys()):
+        return f"it holds {others[0]}, which is no tensor"
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    files = folder.manifest.files
+    if unlisted := sorted(ends.keys() - files.keys()):
+        return f"its manifest does not list {unlisted[0]}, which its metadata names"
+    for name in sorted(files.keys() - {METADATA, RECIPE, LINEAGE}):
+        if (spare := files[name]["bytes"] - ends.get(name, 0)) > SPARE_BYTES:
+            return f"{name} has {spare:,} bytes that belong to nothing"
+    return None
+
+
+def _tensor_problem(folder: StepFolder, config: ModelConfig, family: str) -> str | None:
+    """Whether the metadata lists the tensors of the model."""
+    import torch
+
+    from titan_growth.checkpoint.reader import SafeReader
+
+    entries = SafeReader(folder.path).tensor_entries()
+    if config.num_layers > len(entries):
+        return f"it has {len(entries):,} tensors, too few for {config.num_layers:,} layers"
+    with torch.device("meta"):
+        wanted: Mapping[str, Any] = family_module(family).Decoder(config, 8).state_dict()
+    missing = [name for name in wanted if name not in entries]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        return f"it has no {missing[0]}{more}"
+    for name, tensor in wanted.items():
+        if entries[name].size != tensor.shape:
+            return f"its {name} is {tuple(entries[name].size)}, and {tuple(tensor.shape)} by its recipe"
+    return None
+
+
+def _too_large(value: Any, key: str = "") -> Iterator[str]:
+    """Sizes in a recipe that no model has."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _too_large(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        if len(value) > LARGEST >> 8:
+            yield f"{key} has {len(value):,} items"
+        for item in value:
+            yield from _too_large(item, key)
+    elif isinstance(value, int) and abs(value) > (LARGEST >> 6 if key.endswith("layers") else LARGEST):
+        yield f"{key} is {value:.3e}" if abs(value) < 10**300 else f"{key} is beyond all measure"
+
+
+def _reason(folder: StepFolder, error: CheckpointError) -> str:
+    return str(error).removeprefix(f"{folder.path.name} refused: ")
