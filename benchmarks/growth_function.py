@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.unit.test_growth_function import CONFIGS, UNEVEN, deviation, grown, masked  # noqa: E402
+from tests.unit.growth.test_function import CONFIGS, UNEVEN, deviation, grown, masked  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "growth_function.md"
 

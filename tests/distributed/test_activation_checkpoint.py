@@ -45,7 +45,7 @@ def test_recomputing_changes_no_bit(name: str, mode: str, trained: Callable[...,
 def test_recomputing_changes_no_bit_when_the_backward_pass_is_split(
     name: str, mode: str, trained: Callable[..., Any]
 ) -> None:
-    """Single operations cannot be recomputed there, and are refused (tests/unit/test_impossible.py)."""
+    """Single operations cannot be recomputed there, and are refused (tests/unit/checkpoint/test_impossible.py)."""
     assert_same_bits(name, WHOLE_LAYERS[mode], trained)
 
 

@@ -80,7 +80,7 @@ def test_memory_budgets_change_nothing(name: str, budget: float, trained: Traine
 def test_compiled_checkpointing_changes_nothing(name: str, mode: str, trained: Trained) -> None:
     """To 1e-6 as well; single operations are refused in compiled layers under tensor parallelism."""
     if (mode, name) == ("op", "tp2"):
-        pytest.skip("refused: tests/unit/test_impossible.py")
+        pytest.skip("refused: tests/unit/checkpoint/test_impossible.py")
     settings = {"activation_checkpoint__mode": "full" if mode == "full" else "selective"}
     if mode != "full":
         settings["activation_checkpoint__selective_ac_option"] = mode

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from tests.distributed.meshes import Case, mesh
 from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, relative_difference, train, trainer_of, without_timings
-from tests.unit.test_growth_function import CONFIGS, logits_of, model_of, state_of
+from tests.unit.growth.test_function import CONFIGS, logits_of, model_of, state_of
 from titan_growth.config.schema.growth import GrowthStage
 from titan_growth.growth.ligo import LearnedGrowth
 from titan_growth.growth.operators.base import GrowthMap, operators

@@ -43,6 +43,7 @@ SEPARATE = [
 ]
 """Folders that know nothing of each other, though one may stand below the other."""
 
+
 def layer_of(module: str) -> int:
     found = [
         number

@@ -15,7 +15,7 @@ import torch
 
 from titan_growth.metrics.profiling import Profiler, check
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SETTINGS: dict[str, object] = {
     "enable_profiling": True,
     "save_traces_folder": "traces",

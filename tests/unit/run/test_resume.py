@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_checkpoint_folder import EVENT, MANIFEST
+from tests.unit.checkpoint.test_folder import EVENT, MANIFEST
 from titan_growth.checkpoint.folder import StepFolder, file_entry, open_step, step_path, write_manifest
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.config.loader import recipe_from_toml, to_toml, with_values

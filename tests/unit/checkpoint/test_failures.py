@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
-from tests.unit.test_checkpoint_manager import manager, save
+from tests.unit.checkpoint.test_manager import manager, save
 from titan_growth.checkpoint import saving
 from titan_growth.checkpoint.writer import HashedFile, ShardWriter
 from titan_growth.tools.errors import CheckpointError

@@ -58,7 +58,7 @@ def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
         f"from titan_growth.tools.run_folder import RunFolder\nf = RunFolder({str(tmp_path)!r}); f.lock()\n"
         "print('locked', flush=True)\nimport time; time.sleep(60)"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+CHECKOUT = Path(__file__).resolve().parents[3]
 OURS = ("NGPU", "CONFIG_FILE", "LOG_RANK", "TRAIN_FILE", "COMM_MODE", "NNODES", "NODE_RANK", "MASTER_ADDR")
 OTHERS = ("MASTER_PORT", "MAX_RESTARTS", "OMP_NUM_THREADS", "SLURM_JOB_ID", "LOGLEVEL", "TITAN_GROWTH_DUMP_FOLDER")
 

@@ -30,7 +30,7 @@ from titan_growth.models.registry import FAMILIES, family_module, model_config_o
 from titan_growth.run import plan as plan_module
 from titan_growth.run.plan import RunPlan, plan_run
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 UNEVEN = {
     **BASE,

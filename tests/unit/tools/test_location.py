@@ -69,5 +69,5 @@ def test_other_missing_packages_are_named() -> None:
 def test_paths_cost_no_import_of_the_storage_library() -> None:
     code = "import sys; from titan_growth.tools.location import location; location('a'); "
     code += "assert not {'fsspec', 'upath', 'torch'} & set(sys.modules)"
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": root})

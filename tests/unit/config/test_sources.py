@@ -225,6 +225,6 @@ def test_config_is_read_without_torch() -> None:
         f"import sys, {', '.join(modules)}; print([m for m in ('torch', 'tensorboard', 'numpy') if m in sys.modules])"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]
     )
     assert run.stdout.strip() == "[]"

@@ -15,7 +15,7 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.torchtitan_keys import IGNORED, NEUTRAL, ignored_because
 
 TORCHTITAN: dict[str, object] = json.loads(
-    (Path(__file__).parents[1] / "golden" / "torchtitan_defaults.json").read_text()
+    (Path(__file__).parents[2] / "golden" / "torchtitan_defaults.json").read_text()
 )
 """Key -> default of all 149 leaves of torchtitan 0.2.2's JobConfig."""
 

@@ -13,7 +13,7 @@ import torch
 
 from titan_growth.metrics import Throughput, memory_gib, peak_flops_per_second
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Clock:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from tests.unit.test_growth_function import CONFIGS, logits_of, model_of, state_of
+from tests.unit.growth.test_function import CONFIGS, logits_of, model_of, state_of
 from titan_growth.config.schema.growth import GrowthStage
 from titan_growth.growth.apply import fresh_elements
 from titan_growth.growth.operators.base import GrowthMap, operators

@@ -18,7 +18,7 @@ from titan_growth.metrics import ConsoleSink, GrowthRecord, JsonlSink, StepRecor
 from titan_growth.metrics.formatting import format_duration, format_rate
 from titan_growth.tools.errors import RunFolderError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TIMINGS = Timings(
     step_seconds=0.5, data_seconds=0.1, memory_gib=0.92, peak_memory_gib=1.5, eta_seconds=130.0, step_total=300
 )

@@ -19,7 +19,7 @@ from titan_growth.stages import base
 from titan_growth.stages.base import StageDefaults, register_stage, registered_stages, resolve_order, stages_of
 from titan_growth.tools.errors import ConfigError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "order.txt"
+GOLDEN = Path(__file__).parents[2] / "golden" / "order.txt"
 
 
 def resolved(num_ranks: int, replicate: int, shard: int):
