@@ -29,7 +29,7 @@ from titan_growth.growth.apply import carry_out, learn_growth
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.verify import check_preserved
 from titan_growth.metrics.observers import Observers
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.run.phases import Phase
 from titan_growth.run.plan import RunPlan
 from titan_growth.run.stability import Stability
@@ -56,7 +56,7 @@ class GrowsMidRun(ABC):
     lineage: Lineage
     losses: list[float]
     stability: Stability
-    model_config: ModelConfig
+    model_config: DecoderConfig
     engine: Engine
     optimizer: Optimizer
     data: BatchLoader

@@ -20,7 +20,7 @@ from titan_growth.config.schema.growth import GrowthStage
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import Chain, stage_problems
 from titan_growth.growth.operators.base import GrowthMap, operators
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.run.vet import history_of, problem_of, whole_problem
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, one_line
 
@@ -40,7 +40,7 @@ class Source:
     lineage: Lineage
 
     @property
-    def config(self) -> ModelConfig:
+    def config(self) -> DecoderConfig:
         """The model that it holds."""
         return self.chain.configs[len(self.lineage.events)]
 
@@ -143,7 +143,7 @@ def checked_stage(settings: Mapping[str, Any]) -> GrowthStage:
         ) from None
 
 
-def map_of(before: ModelConfig, stage: GrowthStage) -> GrowthMap:
+def map_of(before: DecoderConfig, stage: GrowthStage) -> GrowthMap:
     """What a stage makes of a model. Raises ConfigError when it does not fit the model."""
     known = operators()
     if stage.operator not in known:

@@ -45,7 +45,7 @@ from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import MOMENTS, OPTIMIZER_PREFIX, Rules
 from titan_growth.growth.verify import verify_growth
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.run.phases import recipe_in_phase
 from titan_growth.tools.errors import ConfigError, GrowthError, Problem, TitanGrowthError, print_error
@@ -150,7 +150,7 @@ def grow_checkpoint(
     )
 
 
-def _map(before: ModelConfig, stage: GrowthStage) -> GrowthMap:
+def _map(before: DecoderConfig, stage: GrowthStage) -> GrowthMap:
     growth = map_of(before, stage)
     if growth.masked or growth.learned:
         message = f"'{stage.operator}' goes on during training, so it cannot be done on disk"
@@ -158,7 +158,7 @@ def _map(before: ModelConfig, stage: GrowthStage) -> GrowthMap:
     return growth
 
 
-def _meta_tensors(module: Any, config: ModelConfig, dtype: torch.dtype, with_state: bool) -> dict[str, Tensor]:
+def _meta_tensors(module: Any, config: DecoderConfig, dtype: torch.dtype, with_state: bool) -> dict[str, Tensor]:
     """Every tensor of the grown model's checkpoint, without values."""
     with torch.device("meta"):
         model = module.Decoder(config, 8).to(dtype)
@@ -288,7 +288,7 @@ def _commit(
     write_manifest(target, manifest)
 
 
-def _recipe_of(recipe: Recipe, config: ModelConfig, plugins: Sequence[str]) -> Recipe:
+def _recipe_of(recipe: Recipe, config: DecoderConfig, plugins: Sequence[str]) -> Recipe:
     """The recipe of a run of the grown model: as that of the checkpoint was at that step, without its growths."""
     grown = with_values(
         recipe,
@@ -309,5 +309,5 @@ def _recipe_of(recipe: Recipe, config: ModelConfig, plugins: Sequence[str]) -> R
     return grown
 
 
-def _sizes(config: ModelConfig) -> str:
+def _sizes(config: DecoderConfig) -> str:
     return f"{config.num_layers} layers of width {config.dim}"

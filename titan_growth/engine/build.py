@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from titan_growth.layout.mesh import Mesh
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.registry import family_module
 from titan_growth.stages.base import Microbatch, ModelParts, Stage, StageContext, Transition
@@ -27,7 +27,7 @@ logger = logging.getLogger("titan_growth")
 class BuiltModel:
     """The model parts of this rank together with the stages that made them."""
 
-    config: ModelConfig
+    config: DecoderConfig
     parts: ModelParts
     stages: list[Stage]
     context: StageContext
@@ -68,7 +68,7 @@ class BuiltModel:
 
 
 def build(
-    model_config: ModelConfig,
+    model_config: DecoderConfig,
     *,
     family: str,
     mesh: Mesh,

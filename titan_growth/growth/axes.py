@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.roles import axis_lengths
 
 NEW = -1
@@ -71,7 +71,7 @@ def appended(old: int, new: int) -> list[int]:
     return [position if position < old else NEW for position in range(new)]
 
 
-def axis_maps(before: ModelConfig, after: ModelConfig, positions: Positions) -> dict[str, AxisMap]:
+def axis_maps(before: DecoderConfig, after: DecoderConfig, positions: Positions) -> dict[str, AxisMap]:
     """The map of every axis that differs between two models of one head width."""
     assert before.head_dim == after.head_dim, "heads keep their width"
     kv_heads = list(positions(before.num_kv_heads, after.num_kv_heads))
@@ -98,7 +98,7 @@ def _channels(heads: Sequence[int], head_dim: int) -> list[int]:
     return [NEW if head == NEW else head * head_dim + channel for head in heads for channel in range(head_dim)]
 
 
-def width_problem(before: ModelConfig, after: ModelConfig) -> str | None:
+def width_problem(before: DecoderConfig, after: DecoderConfig) -> str | None:
     """Why one model cannot be widened into another, or None."""
     smaller = [
         f"{name} shrinks from {old} to {new}"

@@ -14,7 +14,7 @@ from typing import Any
 from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.growth import SIZES, WIDTHS, Growth, GrowthStage
 from titan_growth.growth.operators.base import GrowthMap, Operator, operators
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import Problem
 
 DEPTH_KEYS = ("factor", "n_layers", "layer_map")
@@ -25,16 +25,16 @@ WIDTH_KEYS = ("factor", *WIDTHS)
 class Chain:
     """The growths of a run in their order."""
 
-    target: ModelConfig
+    target: DecoderConfig
     maps: tuple[GrowthMap, ...]
 
     @property
-    def configs(self) -> tuple[ModelConfig, ...]:
+    def configs(self) -> tuple[DecoderConfig, ...]:
         """The models of a run in their order; the last one has the target's sizes."""
         return (self.maps[0].before, *(growth.after for growth in self.maps)) if self.maps else (self.target,)
 
 
-def chain_of(section: Growth, target: ModelConfig) -> tuple[Chain | None, list[Problem]]:
+def chain_of(section: Growth, target: DecoderConfig) -> tuple[Chain | None, list[Problem]]:
     """The growths of a recipe, or everything that is wrong with them."""
     stages = section.active_stages
     known = operators()
@@ -70,7 +70,7 @@ def chain_of(section: Growth, target: ModelConfig) -> tuple[Chain | None, list[P
     return Chain(target, tuple(maps)), []
 
 
-def _where(index: int, config: ModelConfig, section: Growth) -> str:
+def _where(index: int, config: DecoderConfig, section: Growth) -> str:
     base = "" if section.base.given_sizes else ", a size worked out from the stages that follow"
     place = f"after {index} growth{'s' if index > 1 else ''}" if index else f"at the start{base}"
     return f"The model has {config.num_layers} layers of width {config.dim} {place}"
@@ -107,8 +107,8 @@ def stage_problems(key: str, stage: GrowthStage, operator: Operator) -> Iterator
 
 
 def _base(
-    section: Growth, target: ModelConfig, known: Mapping[str, Operator]
-) -> tuple[ModelConfig | None, list[Problem]]:
+    section: Growth, target: DecoderConfig, known: Mapping[str, Operator]
+) -> tuple[DecoderConfig | None, list[Problem]]:
     """The model that the run starts from."""
     given: dict[str, Any] = section.base.given_sizes
     config = target
@@ -134,7 +134,7 @@ def _base(
     return (None if problems else base), problems
 
 
-def _odd(base: ModelConfig) -> list[Problem]:
+def _odd(base: DecoderConfig) -> list[Problem]:
     if base.num_heads % base.num_kv_heads:
         message = f"{base.num_kv_heads} key/value heads do not divide {base.num_heads} query heads"
         return [Problem("growth.base.n_kv_heads", message, "Choose a divisor")]

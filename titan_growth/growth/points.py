@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 from titan_growth.config.duration import Duration
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 
 FITTED_PARAMETERS = (0.4e9, 3e9)
 FITTED_FLOPS = (8e19, 1.2e21)
@@ -64,7 +64,7 @@ class Advice:
         return abs(self.law - self.tokens) > 1
 
 
-def advise(target: ModelConfig, run_tokens: int, clamp_tokens: int | None = None) -> Advice:
+def advise(target: DecoderConfig, run_tokens: int, clamp_tokens: int | None = None) -> Advice:
     """When to grow into `target` within a run of so many tokens.
 
     Args:
@@ -78,7 +78,7 @@ def advise(target: ModelConfig, run_tokens: int, clamp_tokens: int | None = None
     return Advice(max(1, round(min(max(law, low), high))), law, num_params, flops)
 
 
-def resolved(at: Duration, target: ModelConfig, *, steps: int, tokens_per_step: int, run_tokens: int) -> Duration:
+def resolved(at: Duration, target: DecoderConfig, *, steps: int, tokens_per_step: int, run_tokens: int) -> Duration:
     """A point as a count of steps, tokens or FLOPs; a slope stays what it is.
 
     Args:

@@ -15,7 +15,7 @@ from titan_growth.config.schema.growth import Growth, GrowthStage
 from titan_growth.growth.chain import Chain
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.points import advise, resolved, slope
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import Problem, TrainingError
 
 
@@ -29,7 +29,7 @@ class GrowthPlan:
     """When, as counts (or a slope): "25%" and "auto" are resolved."""
 
     @property
-    def configs(self) -> tuple[ModelConfig, ...]:
+    def configs(self) -> tuple[DecoderConfig, ...]:
         """The models of the run in their order."""
         return self.chain.configs
 
@@ -37,7 +37,7 @@ class GrowthPlan:
         """The growth that comes after so many others."""
         return self.chain.maps[num_growths]
 
-    def config_after(self, num_growths: int) -> ModelConfig:
+    def config_after(self, num_growths: int) -> DecoderConfig:
         """The model after so many growths."""
         return self.configs[num_growths]
 

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from titan_growth.config.schema.model import Model
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.hugging_face import HuggingFaceLayout
 from titan_growth.models.registry import FAMILIES, family_module, model_config_of
 from titan_growth.tools.errors import CheckpointError
@@ -65,7 +65,7 @@ def layout_of(family: str) -> HuggingFaceLayout:
     return layout
 
 
-def model_table(table: Mapping[str, Any], folder: str) -> tuple[Model, ModelConfig]:
+def model_table(table: Mapping[str, Any], folder: str) -> tuple[Model, DecoderConfig]:
     """The `[model]` table of a config.json, every size spelled out, and the model that it makes.
 
     Args:
@@ -139,7 +139,7 @@ def _rope(table: Mapping[str, Any], layout: HuggingFaceLayout, refused: Any) -> 
     return values
 
 
-def _spelled_out(config: ModelConfig) -> dict[str, Any]:
+def _spelled_out(config: DecoderConfig) -> dict[str, Any]:
     """What a `[model]` table may leave open."""
     return {
         "n_kv_heads": config.num_kv_heads,
@@ -150,7 +150,7 @@ def _spelled_out(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def config_json(config: ModelConfig, family: str, dtype: str) -> dict[str, Any]:
+def config_json(config: DecoderConfig, family: str, dtype: str) -> dict[str, Any]:
     """The config.json of a model.
 
     Args:

@@ -16,7 +16,7 @@ from titan_growth.checkpoint.untrusted.files import is_plain_name
 from titan_growth.config.schema.model import Model
 from titan_growth.interchange.config_json import layout_of, model_table
 from titan_growth.interchange.safetensors_file import StoredTensor, parse_json, read_header
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.hugging_face import HuggingFaceLayout, parameter_shapes
 from titan_growth.models.registry import family_module
 from titan_growth.tools.errors import CheckpointError
@@ -34,7 +34,7 @@ class HuggingFaceFolder:
     path: Path
     section: Model
     """The `[model]` table that means the same as its config.json."""
-    config: ModelConfig
+    config: DecoderConfig
     tensors: dict[str, StoredTensor]
     """Our parameter -> where it is. A head that is the embedding, too, is listed under both names."""
 
@@ -120,7 +120,7 @@ def _shown(name: str) -> str:
 
 
 def _parameters(
-    path: Path, family: str, config: ModelConfig, stored: dict[str, StoredTensor]
+    path: Path, family: str, config: DecoderConfig, stored: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """Our parameters and where they are. Raises CheckpointError for what is missing, does not fit, or is too much."""
     layout = layout_of(family)

@@ -28,7 +28,7 @@ from titan_growth.checkpoint.reader import NamesOf, SafeReader, StoredChunk
 from titan_growth.checkpoint.untrusted.archive import StoredValues
 from titan_growth.interchange.folder import HuggingFaceFolder, open_folder
 from titan_growth.interchange.safetensors_file import StoredTensor, fill, memory_of
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import CheckpointError
 
 PIECE_BYTES = 64 * 2**20
@@ -78,7 +78,7 @@ class HuggingFaceReader(SafeReader):
         names_of: NamesOf | None = None,
         *,
         family: str | None = None,
-        config: ModelConfig | None = None,
+        config: DecoderConfig | None = None,
     ) -> None:
         super().__init__(path, names_of)
         self.family, self.config = family, config

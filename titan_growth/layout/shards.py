@@ -19,7 +19,7 @@ from types import ModuleType
 
 from titan_growth.layout.mesh import MeshShape
 from titan_growth.layout.pipeline_parts import Part
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 
 EMBEDDING, LAYER, NORM, HEAD = "tok_embeddings", "layers", "norm", "output"
 """The pieces that a pipeline deals out, by the first word of their parameters' names."""
@@ -70,7 +70,7 @@ class ModelShards:
         family: the model family's module.
     """
 
-    def __init__(self, config: ModelConfig, family: ModuleType, mesh: MeshShape) -> None:
+    def __init__(self, config: DecoderConfig, family: ModuleType, mesh: MeshShape) -> None:
         self.config = config
         self.mesh = mesh
         self.pieces = _pieces(replace(config, num_layers=1), family)
@@ -123,7 +123,7 @@ class ModelShards:
 
 
 @lru_cache
-def _pieces(config: ModelConfig, family: ModuleType) -> dict[str, tuple[Parameter, ...]]:
+def _pieces(config: DecoderConfig, family: ModuleType) -> dict[str, tuple[Parameter, ...]]:
     """The parameters of each piece of a model of one layer."""
     import torch
 

@@ -1,6 +1,6 @@
 """The sizes of a decoder model, and what follows from them alone: parameters and FLOPs.
 
-A `ModelConfig` is all that `build()` needs to know about the model, so growth is: another `ModelConfig`.
+A `DecoderConfig` is all that `build()` needs to know about the model, so growth is: another `DecoderConfig`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class DecoderConfig:
     """Sizes of a Llama-style decoder. Frozen, so a grown model is always a new config."""
 
     dim: int

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.roles import Role
 
 IGNORE_INDEX = -100
@@ -135,11 +135,11 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: DecoderConfig,
         seq_len: int,
         *,
-        make_block: Callable[[ModelConfig], nn.Module],
-        rope_tables: Callable[[ModelConfig, int, torch.device], tuple[Tensor, Tensor]],
+        make_block: Callable[[DecoderConfig], nn.Module],
+        rope_tables: Callable[[DecoderConfig, int, torch.device], tuple[Tensor, Tensor]],
     ) -> None:
         super().__init__()
         self.config = config

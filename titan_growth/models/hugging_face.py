@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.roles import Role, axis_lengths, layer_of, role_of
 
 _FRAME = ("tok_embeddings.weight", "norm.weight", "output.weight")
@@ -49,14 +49,14 @@ class HuggingFaceLayout:
             return self.names[parameter]
         return f"{self.layer_prefix}{layer}.{self.names[parameter.removeprefix(f'layers.{layer}.')]}"
 
-    def group_of(self, parameter: str, config: ModelConfig) -> int | None:
+    def group_of(self, parameter: str, config: DecoderConfig) -> int | None:
         """The number of rows in which a parameter's order differs, or None where it does not."""
         layer = layer_of(parameter)
         bare = parameter if layer is None else parameter.removeprefix(f"layers.{layer}.")
         return config.head_dim if bare in self.neighbours else None
 
 
-def parameter_shapes(config: ModelConfig, roles: Mapping[str, Role]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def parameter_shapes(config: DecoderConfig, roles: Mapping[str, Role]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every parameter of a whole model, in the order of its layers and without building it.
 
     A copy of a tied parameter is listed too, as in our checkpoints.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_growth.models import decoder
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.decoder import SequenceContext, Split, fsdp_units
 from titan_growth.models.hugging_face import HuggingFaceLayout
 from titan_growth.models.roles import Role
@@ -81,7 +81,7 @@ DEFAULTS: dict[str, Any] = {
 """What a flavor does not say."""
 
 
-def rope_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
+def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
     """Angular frequencies of the channel pairs, shape (H/2,), float32, with Llama 3.1 scaling.
 
     Wavelengths shorter than original / high_freq_factor stay, those longer than original / low_freq_factor are
@@ -97,7 +97,7 @@ def rope_frequencies(config: ModelConfig, device: torch.device | None = None) ->
     return frequencies * (keep + (1.0 - keep) / config.rope_scaling_factor)
 
 
-def rope_cache(config: ModelConfig, seq_len: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def rope_cache(config: DecoderConfig, seq_len: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions 0..seq_len-1, each of shape (S, H/2), float32."""
     angles = torch.outer(
         torch.arange(seq_len, dtype=torch.float32, device=device), rope_frequencies(config, device=device)
@@ -119,7 +119,7 @@ def apply_rope(x_BSNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal grouped-query attention."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.wq = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=False)
@@ -140,7 +140,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
@@ -153,7 +153,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm residual block."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
@@ -168,7 +168,7 @@ class TransformerBlock(nn.Module):
 class Decoder(decoder.Decoder):
     """A Llama model, or a pipeline part of one."""
 
-    def __init__(self, config: ModelConfig, seq_len: int) -> None:
+    def __init__(self, config: DecoderConfig, seq_len: int) -> None:
         super().__init__(config, seq_len, make_block=TransformerBlock, rope_tables=rope_cache)
 
 
@@ -232,7 +232,7 @@ HUGGING_FACE = HuggingFaceLayout(
 """The model as `transformers` has it."""
 
 
-def init_rule(config: ModelConfig, name: str) -> float | None:
+def init_rule(config: DecoderConfig, name: str) -> float | None:
     """Standard deviation that a parameter starts from (truncated at three of them), or None for ones.
 
     Llama 3 as torchtitan trains it: 0.02 for the projections that read the residual stream; for those that write to it,

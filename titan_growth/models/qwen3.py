@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from titan_growth.models import decoder, llama
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.decoder import SequenceContext, Split, fsdp_units
 from titan_growth.models.llama import init_rule, rope_cache
 from titan_growth.models.roles import Role
@@ -79,7 +79,7 @@ def apply_rope(x_BSNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(llama.Attention):
     """Causal grouped-query attention with QK-norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         assert config.qk_norm, "every Qwen3 model has QK-norm; a config without it counts too few parameters"
         super().__init__(config)
         eps = config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
@@ -99,7 +99,7 @@ class Attention(llama.Attention):
 class TransformerBlock(llama.TransformerBlock):
     """Llama's block around this family's attention."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.attention = Attention(config)
 
@@ -107,7 +107,7 @@ class TransformerBlock(llama.TransformerBlock):
 class Decoder(decoder.Decoder):
     """A Qwen3 model, or a pipeline part of one."""
 
-    def __init__(self, config: ModelConfig, seq_len: int) -> None:
+    def __init__(self, config: DecoderConfig, seq_len: int) -> None:
         super().__init__(config, seq_len, make_block=TransformerBlock, rope_tables=rope_cache)
 
 

@@ -1,4 +1,4 @@
-"""Families and flavors by name, and the step from the `[model]` table to a `ModelConfig`.
+"""Families and flavors by name, and the step from the `[model]` table to a `DecoderConfig`.
 
 A family is a module with `Decoder`, `fsdp_units`, `tensor_parallel_plan`, `init_rule`, the `ROLES` of its parameters'
 dimensions, and its named sizes: `FLAVORS` with the `DEFAULTS` of what they leave open.
@@ -12,7 +12,7 @@ from typing import Any
 
 from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.model import Model
-from titan_growth.models.config import ModelConfig, swiglu_hidden_dim
+from titan_growth.models.config import DecoderConfig, swiglu_hidden_dim
 from titan_growth.tools.errors import Problem
 
 FAMILIES: dict[str, str] = {"llama3": "titan_growth.models.llama", "qwen3": "titan_growth.models.qwen3"}
@@ -30,7 +30,7 @@ _CONFIG_KEYS = (
     "tie_word_embeddings",
     "qk_norm",
 )
-"""Keys that pass from the table, the flavor or the family's defaults into the `ModelConfig` as they are."""
+"""Keys that pass from the table, the flavor or the family's defaults into the `DecoderConfig` as they are."""
 
 _NOT_SIZES = {"name", "flavor", "hf_assets_path", "converters", "print_after_conversion"}
 
@@ -43,8 +43,8 @@ def family_module(name: str) -> ModuleType:
     return importlib.import_module(FAMILIES[name])
 
 
-def model_config_of(section: Model) -> tuple[ModelConfig | None, list[Problem]]:
-    """The `ModelConfig` that a `[model]` table describes, or what is wrong with the table."""
+def model_config_of(section: Model) -> tuple[DecoderConfig | None, list[Problem]]:
+    """The `DecoderConfig` that a `[model]` table describes, or what is wrong with the table."""
     if section.name not in FAMILIES:
         known = ", ".join(FAMILIES)
         hint = suggestion(section.name, FAMILIES)
@@ -65,7 +65,7 @@ def model_config_of(section: Model) -> tuple[ModelConfig | None, list[Problem]]:
     return _config(values, explicit=given)
 
 
-def _config(values: dict[str, Any], explicit: dict[str, Any]) -> tuple[ModelConfig | None, list[Problem]]:
+def _config(values: dict[str, Any], explicit: dict[str, Any]) -> tuple[DecoderConfig | None, list[Problem]]:
     problems = []
     dim, num_heads = values["dim"], values["n_heads"]
     num_kv_heads = values.get("n_kv_heads") or num_heads
@@ -95,7 +95,7 @@ def _config(values: dict[str, Any], explicit: dict[str, Any]) -> tuple[ModelConf
     hidden_dim = values.get("hidden_dim")
     if any(key in explicit for key in ("ffn_dim_multiplier", "multiple_of")):
         hidden_dim = None  # the override beats the flavor's explicit width
-    return ModelConfig(
+    return DecoderConfig(
         dim=dim,
         num_layers=values["n_layers"],
         num_heads=num_heads,

@@ -13,7 +13,7 @@ from titan_growth.checkpoint.reader import NamesOf, SafeReader
 from titan_growth.config.schema.recipe import Checkpoint
 from titan_growth.interchange.folder import is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.location import folder_at
 
@@ -33,7 +33,7 @@ def tied_names(tied: Mapping[str, str]) -> NamesOf | None:
     return names_of
 
 
-def initial_reader(path: Path, family: str, config: ModelConfig) -> SafeReader:
+def initial_reader(path: Path, family: str, config: DecoderConfig) -> SafeReader:
     """A reader of what a run of a model starts from: a DCP folder, or a Hugging Face folder."""
     names_of = tied_names(config.tied)
     if is_hugging_face(path):

@@ -16,7 +16,7 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import Chain
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.layout.mesh import MeshShape, resolve_batch, resolve_mesh
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module
 from titan_growth.stages.base import Stage, StageContext, Transition, stages_of
 from titan_growth.tools.errors import Problem
@@ -31,7 +31,7 @@ class Phase:
 
     recipe: Recipe
     """As it holds in this phase, with `training.global_batch_size` resolved."""
-    config: ModelConfig
+    config: DecoderConfig
     mesh_shape: MeshShape
     stages: list[Stage]
     num_accumulation_steps: int

@@ -15,7 +15,7 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.schedule import GrowthPlan, plan_growth
 from titan_growth.layout.mesh import MeshShape, resolve_batch, resolve_mesh
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.lr_schedule import LRSchedule
 from titan_growth.run.phases import Phase, phases_of, recipe_in_phase
@@ -29,7 +29,7 @@ class RunPlan:
 
     recipe: Recipe
     """With `training.global_batch_size` resolved, as it holds at the start of the run."""
-    target: ModelConfig
+    target: DecoderConfig
     growth: GrowthPlan
     phases: list[Phase]
     """The run from growth to growth; one more than there are growths."""
@@ -114,7 +114,7 @@ def _layout(stage: GrowthStage, phase: Phase) -> str:
     return "".join(f", {change}" for change in changes)
 
 
-def _change(before: ModelConfig, after: ModelConfig) -> str:
+def _change(before: DecoderConfig, after: DecoderConfig) -> str:
     """`3 -> 12 layers`, `dim 64 -> 128, n_heads 2 -> 4`."""
     old, new = before.sizes, after.sizes
     changed = [key for key in new if new[key] != old[key]]

@@ -19,7 +19,7 @@ from titan_growth.config.loader import recipe_from_toml
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.schedule import GrowthPlan
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.vet import recipe_of, text_problem
 from titan_growth.tools.errors import CheckpointError, Problem
@@ -159,7 +159,7 @@ def _past(recipe: Recipe, num_growths: int) -> list[dict[str, Any]]:
     return [stage.model_dump(exclude=_STILL_FREE, exclude_defaults=True) for stage in stages]
 
 
-def _model_then(recipe: Recipe, num_growths: int) -> ModelConfig | None:
+def _model_then(recipe: Recipe, num_growths: int) -> DecoderConfig | None:
     """The model that a recipe has after so many growths."""
     target, _ = model_config_of(recipe.model)
     chain, _ = chain_of(recipe.growth, target) if target is not None else (None, [])

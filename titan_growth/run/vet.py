@@ -18,7 +18,7 @@ from titan_growth.checkpoint.untrusted.json_types import first_problem
 from titan_growth.config.loader import recipe_from_toml
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import Chain, chain_of
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.tools.errors import CheckpointError, one_line
 
@@ -73,7 +73,7 @@ def recipe_of(folder: StepFolder) -> Recipe:
     raise CheckpointError(f"{folder.path.name} refused: its recipe cannot be read ({reason})")
 
 
-def model_of(folder: StepFolder) -> tuple[ModelConfig, str]:
+def model_of(folder: StepFolder) -> tuple[DecoderConfig, str]:
     """(the model that a checkpoint holds, its family). Raises CheckpointError when its recipe cannot tell."""
     recipe, chain, lineage = history_of(folder)
     return chain.configs[len(lineage.events)], recipe.model.name
@@ -135,7 +135,7 @@ def listing_problem(folder: StepFolder) -> str | None:
     return None
 
 
-def _tensor_problem(folder: StepFolder, config: ModelConfig, family: str) -> str | None:
+def _tensor_problem(folder: StepFolder, config: DecoderConfig, family: str) -> str | None:
     """Whether the metadata lists the tensors of the model."""
     import torch
 

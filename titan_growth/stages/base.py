@@ -24,7 +24,7 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.section import Section
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.layout.mesh import Mesh, MeshShape
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import ConfigError, Problem
 
 ModelParts = list[Any]
@@ -53,7 +53,7 @@ class Transition:
 class StageContext:
     """What a stage may look at."""
 
-    model_config: ModelConfig
+    model_config: DecoderConfig
     mesh_shape: MeshShape
     device_type: str
     seq_len: int

@@ -12,9 +12,9 @@ from titan_growth.config.schema.growth import Growth, GrowthStage
 from titan_growth.growth.axes import NEW, AxisMap, appended, axis_maps, repeated, width_problem
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.operators.base import GrowthMap, operators
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 
-TARGET = ModelConfig(dim=32, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61)
+TARGET = DecoderConfig(dim=32, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61)
 
 
 def stage(**settings: Any) -> GrowthStage:

@@ -16,7 +16,7 @@ from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import Rules
 from titan_growth.growth.verify import verify_growth
 from titan_growth.layout.mesh import MeshShape
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.registry import family_module
 from titan_growth.stages.base import StageContext, Transition
@@ -24,15 +24,15 @@ from titan_growth.stages.growth_mask import GrowthMask
 
 SIZES = {"dim": 48, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "hidden_dim": 80}
 CONFIGS = {
-    "llama3": ("llama3", ModelConfig(vocab_size=131, **SIZES)),
-    "llama3 tied": ("llama3", ModelConfig(vocab_size=131, tie_word_embeddings=True, **SIZES)),
-    "qwen3": ("qwen3", ModelConfig(vocab_size=131, qk_norm=True, **SIZES)),
-    "qwen3 tied": ("qwen3", ModelConfig(vocab_size=131, qk_norm=True, tie_word_embeddings=True, **SIZES)),
+    "llama3": ("llama3", DecoderConfig(vocab_size=131, **SIZES)),
+    "llama3 tied": ("llama3", DecoderConfig(vocab_size=131, tie_word_embeddings=True, **SIZES)),
+    "qwen3": ("qwen3", DecoderConfig(vocab_size=131, qk_norm=True, **SIZES)),
+    "qwen3 tied": ("qwen3", DecoderConfig(vocab_size=131, qk_norm=True, tie_word_embeddings=True, **SIZES)),
 }
 SEQ_LEN = 40
 
 
-def model_of(family: str, config: ModelConfig, seed: int | None = None) -> nn.Module:
+def model_of(family: str, config: DecoderConfig, seed: int | None = None) -> nn.Module:
     """A model; with a seed, one whose weights are nothing special: norms off 1, and no layer like another."""
     module = family_module(family)
     model: nn.Module = module.Decoder(config, SEQ_LEN)

@@ -15,16 +15,16 @@ from titan_growth.growth.operators import base as operators_module
 from titan_growth.growth.operators.base import GrowthMap, operators, register_operator
 from titan_growth.growth.points import advise, law_tokens
 from titan_growth.growth.schedule import GrowthPlan
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import Problem
 
-TARGET = ModelConfig(
+TARGET = DecoderConfig(
     dim=32, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, rope_theta=123.0
 )
 
 
 def plan_growth(
-    section: Growth, target: ModelConfig, *, steps: int = 100, tokens_per_step: int = 10, **more: Any
+    section: Growth, target: DecoderConfig, *, steps: int = 100, tokens_per_step: int = 10, **more: Any
 ) -> tuple[GrowthPlan | None, list[Problem]]:
     """The plan of a run of one batch size."""
     chain, problems = chain_of(section, target)
@@ -63,10 +63,10 @@ def test_a_plugins_operator_is_one_class(monkeypatch: pytest.MonkeyPatch) -> Non
         grows = frozenset({"depth"})
         options = frozenset({"upside_down"})
 
-        def base(self, after: ModelConfig, stage: GrowthStage) -> ModelConfig | str:
+        def base(self, after: DecoderConfig, stage: GrowthStage) -> DecoderConfig | str:
             return replace(after, num_layers=after.num_layers // 2)
 
-        def grow(self, before: ModelConfig, stage: GrowthStage) -> GrowthMap | str:
+        def grow(self, before: DecoderConfig, stage: GrowthStage) -> GrowthMap | str:
             layers = [layer // 2 for layer in range(2 * before.num_layers)]
             order = layers[::-1] if stage.options.get("upside_down") else layers
             return GrowthMap(before=before, after=replace(before, num_layers=len(order)), layers=tuple(order))

@@ -7,7 +7,7 @@ import torch
 
 from titan_growth.config.loader import load_recipe
 from titan_growth.config.schema.recipe import Model
-from titan_growth.models.config import ModelConfig, swiglu_hidden_dim
+from titan_growth.models.config import DecoderConfig, swiglu_hidden_dim
 from titan_growth.models.llama import FLAVORS, Decoder, fsdp_units
 from titan_growth.models.registry import model_config_of
 from titan_growth.tools.errors import Problem
@@ -34,14 +34,14 @@ GSTACK_BASES = {"gstack_410M": 142.6, "gstack_1.1B": 439.4, "gstack_3B": 722.3, 
 TINY = {"flavor": "custom", "dim": 32, "n_layers": 3, "n_heads": 4, "vocab_size": 101}
 
 
-def config_of(**values: object) -> ModelConfig:
+def config_of(**values: object) -> DecoderConfig:
     config, problems = model_config_of(Model(**values))  # type: ignore[arg-type]
     assert not problems, problems
     assert config is not None
     return config
 
 
-def built_on_meta(config: ModelConfig) -> Decoder:
+def built_on_meta(config: DecoderConfig) -> Decoder:
     with torch.device("meta"):
         return Decoder(config, 8)
 

@@ -11,17 +11,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.harness import run_ranks
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.initialize import ROWS_PER_BLOCK, init_weights
 from titan_growth.models.llama import Decoder, init_rule
 
-CONFIG = ModelConfig(
+CONFIG = DecoderConfig(
     dim=36, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=6, hidden_dim=90, vocab_size=2 * ROWS_PER_BLOCK + 19
 )
 """Odd sizes: a vocabulary of two blocks and a bit, rows that 4 ranks cannot divide."""
 
 
-def initialised(config: ModelConfig, seed: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def initialised(config: DecoderConfig, seed: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     model = Decoder(config, 8).to(dtype)
     init_weights([model], lambda name: init_rule(config, name), seed)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -10,18 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.decoder import IGNORE_INDEX, cross_entropy_sum
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.llama import Decoder, apply_rope, init_rule, rope_cache, rope_frequencies
 
 CPU = torch.device("cpu")
-CONFIG = ModelConfig(
+CONFIG = DecoderConfig(
     dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, rope_scaling_factor=1.0
 )
 
 
-def built(config: ModelConfig, seq_len: int = 16, seed: int = 0) -> Decoder:
+def built(config: DecoderConfig, seq_len: int = 16, seed: int = 0) -> Decoder:
     model = Decoder(config, seq_len)
     model.materialized(CPU)
     init_weights([model], lambda name: init_rule(config, name), seed)

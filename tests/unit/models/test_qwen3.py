@@ -12,7 +12,7 @@ from torch import Tensor
 from titan_growth.config.loader import load_recipe
 from titan_growth.config.schema.recipe import Model
 from titan_growth.models import llama
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.decoder import IGNORE_INDEX, Split
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.qwen3 import (
@@ -27,7 +27,7 @@ from titan_growth.models.qwen3 import (
 from titan_growth.models.registry import model_config_of
 
 CPU = torch.device("cpu")
-CONFIG = ModelConfig(
+CONFIG = DecoderConfig(
     dim=24,
     num_layers=2,
     num_heads=4,
@@ -44,7 +44,7 @@ POSITIONS = torch.cat([torch.arange(length) for length in (5, 1, 7, 3)]).expand(
 """Four documents in a row of 16 tokens."""
 
 
-def built(config: ModelConfig = CONFIG) -> Decoder:
+def built(config: DecoderConfig = CONFIG) -> Decoder:
     """A model in which every term matters: large matrices, and norms that are not ones."""
     model = Decoder(config, 16)
     model.materialized(CPU)
@@ -59,12 +59,12 @@ def built(config: ModelConfig = CONFIG) -> Decoder:
     return model
 
 
-def built_on_meta(config: ModelConfig) -> Decoder:
+def built_on_meta(config: DecoderConfig) -> Decoder:
     with torch.device("meta"):
         return Decoder(config, 8)
 
 
-def config_of(**values: object) -> ModelConfig:
+def config_of(**values: object) -> DecoderConfig:
     config, problems = model_config_of(Model(name="qwen3", **values))  # type: ignore[arg-type]
     assert not problems, problems
     assert config is not None
@@ -79,7 +79,7 @@ def tokens() -> Tensor:
 # ---- the math --------------------------------------------------------------------------------------------------------
 
 
-def reference(weights: Mapping[str, Tensor], config: ModelConfig, tokens: Tensor, positions: Tensor) -> Tensor:
+def reference(weights: Mapping[str, Tensor], config: DecoderConfig, tokens: Tensor, positions: Tensor) -> Tensor:
     """Logits of one sequence, head by head and position by position, in double precision.
 
     Nothing of the package is used. A query at s sees the keys t <= s with no start of a document in (t, s].
@@ -284,7 +284,7 @@ def test_a_custom_size_from_the_command_line() -> None:
     argv += " --model.n_kv_heads 2 --model.head_dim 16 --model.vocab_size 258"
     config, problems = model_config_of(load_recipe(argv.split()).model)
     assert not problems
-    assert config == ModelConfig(
+    assert config == DecoderConfig(
         dim=32,
         num_layers=4,
         num_heads=4,

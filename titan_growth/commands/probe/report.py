@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from titan_growth.checkpoint.folder import Manifest
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def outcome_of(
-    name: str, config: ModelConfig, lines: Sequence[dict[str, Any]], start: Manifest, failure: str
+    name: str, config: DecoderConfig, lines: Sequence[dict[str, Any]], start: Manifest, failure: str
 ) -> Outcome:
     """The outcome that a run's metrics show.
 

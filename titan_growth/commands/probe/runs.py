@@ -21,7 +21,7 @@ from titan_growth.commands.probe.candidates import Candidate, candidate_recipe
 from titan_growth.commands.probe.report import Outcome, outcome_of
 from titan_growth.config.loader import load_recipe, to_toml, with_values
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.plan import plan_run
 from titan_growth.tools.errors import ConfigError, Problem
@@ -39,7 +39,7 @@ class ProbeRun:
     name: str
     folder: Path
     checkpoints: Path
-    model: ModelConfig
+    model: DecoderConfig
 
     @property
     def recipe_file(self) -> Path:

@@ -11,7 +11,7 @@ from titan_growth.config.schema.parallelism import Parallelism
 from titan_growth.config.section import BadValueError, Section
 
 WIDTHS = {"dim": "dim", "n_heads": "num_heads", "n_kv_heads": "num_kv_heads", "hidden_dim": "hidden_dim"}
-"""Recipe key -> field of `ModelConfig`, of the sizes that width growth changes. The width of a head never changes."""
+"""Recipe key -> field of `DecoderConfig`, of the sizes that width growth changes. The width of a head never changes."""
 
 SIZES = {"n_layers": "num_layers", **WIDTHS}
 """The same for all sizes that growth changes."""
@@ -33,7 +33,7 @@ class Sizes(Section):
 
     @property
     def given_sizes(self) -> dict[str, int]:
-        """Field of `ModelConfig` -> size, of those that are given."""
+        """Field of `DecoderConfig` -> size, of those that are given."""
         return {field: getattr(self, key) for key, field in SIZES.items() if getattr(self, key) is not None}
 
 

@@ -1,4 +1,4 @@
-"""The `[model]` table. Its size keys are torchtitan's spellings; what they come to is a `ModelConfig`."""
+"""The `[model]` table. Its size keys are torchtitan's spellings; what they come to is a `DecoderConfig`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from typing import Literal, Protocol, TypeVar
 
 from titan_growth.config.schema.growth import GrowthStage
 from titan_growth.growth.axes import AxisMap
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 from titan_growth.models.roles import Role
 
 
@@ -30,8 +30,8 @@ class GrowthMap:
     for a single tensor.
     """
 
-    before: ModelConfig
-    after: ModelConfig
+    before: DecoderConfig
+    after: DecoderConfig
     layers: tuple[int | None, ...]
     """Source layer of each layer; None for a layer that starts from its initial distribution."""
     axes: Mapping[str, AxisMap] = field(default_factory=dict)
@@ -78,11 +78,11 @@ class Operator(Protocol):
     grows: frozenset[str]
     """What it changes: "depth", "width" or both."""
 
-    def base(self, after: ModelConfig, stage: GrowthStage) -> ModelConfig | str:
+    def base(self, after: DecoderConfig, stage: GrowthStage) -> DecoderConfig | str:
         """The model that the stage must start from to end at `after`; or why that cannot be worked out."""
         ...
 
-    def grow(self, before: ModelConfig, stage: GrowthStage) -> GrowthMap | str:
+    def grow(self, before: DecoderConfig, stage: GrowthStage) -> GrowthMap | str:
         """The map of a growth from `before`; or what is wrong with the stage for this model."""
         ...
 

@@ -19,12 +19,12 @@ from dataclasses import replace
 
 from titan_growth.config.schema.growth import GrowthStage
 from titan_growth.growth.operators.base import GrowthMap, register_operator
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 
 DEPTH = frozenset({"depth"})
 
 
-def shallower(after: ModelConfig, factor: int) -> ModelConfig | str:
+def shallower(after: DecoderConfig, factor: int) -> DecoderConfig | str:
     """The model that a factor over depth has grown from, or why there is none."""
     if after.num_layers % factor:
         return f"the factor {factor} does not divide {after.num_layers} layers"
@@ -38,12 +38,12 @@ class DepthOperator(ABC):
     keeps_order = False
     """Whether every old layer must be there, in the old order: what an operator that preserves the function needs."""
 
-    def base(self, after: ModelConfig, stage: GrowthStage) -> ModelConfig | str:
+    def base(self, after: DecoderConfig, stage: GrowthStage) -> DecoderConfig | str:
         if stage.factor is None:
             return "needs growth.base.n_layers, because the stage gives no factor"
         return shallower(after, stage.factor)
 
-    def grow(self, before: ModelConfig, stage: GrowthStage) -> GrowthMap | str:
+    def grow(self, before: DecoderConfig, stage: GrowthStage) -> GrowthMap | str:
         num_layers = before.num_layers
         if stage.layer_map is not None:
             if beyond := [layer for layer in stage.layer_map if layer >= num_layers]:
@@ -63,7 +63,7 @@ class DepthOperator(ABC):
     def pattern(self, num_layers: int, target: int) -> Sequence[int] | str:
         """Source of each of `target` layers; or why there is none."""
 
-    def map_of(self, before: ModelConfig, sources: Sequence[int]) -> GrowthMap:
+    def map_of(self, before: DecoderConfig, sources: Sequence[int]) -> GrowthMap:
         """The map of these sources."""
         return GrowthMap(before=before, after=replace(before, num_layers=len(sources)), layers=tuple(sources))
 
@@ -103,7 +103,7 @@ class Middle(DepthOperator):
 class Map(DepthOperator):
     """The sources as the stage's `layer_map` lists them."""
 
-    def base(self, after: ModelConfig, stage: GrowthStage) -> ModelConfig | str:
+    def base(self, after: DecoderConfig, stage: GrowthStage) -> DecoderConfig | str:
         return "needs growth.base.n_layers, because a layer_map does not tell how many layers there were"
 
     def pattern(self, num_layers: int, target: int) -> Sequence[int] | str:
@@ -121,7 +121,7 @@ class ZeroDepth(Interpose):
 
     keeps_order = True
 
-    def map_of(self, before: ModelConfig, sources: Sequence[int]) -> GrowthMap:
+    def map_of(self, before: DecoderConfig, sources: Sequence[int]) -> GrowthMap:
         return replace(super().map_of(before, sources), silent_copies=True, tolerance=0.0)
 
 
@@ -135,7 +135,7 @@ class RandomDepth(Interpose):
 
     keeps_order = True
 
-    def map_of(self, before: ModelConfig, sources: Sequence[int]) -> GrowthMap:
+    def map_of(self, before: DecoderConfig, sources: Sequence[int]) -> GrowthMap:
         known = super().map_of(before, sources)
         layers = tuple(
             source if original else None for source, original in zip(sources, known.is_original_layer, strict=True)

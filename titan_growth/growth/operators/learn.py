@@ -9,7 +9,7 @@ from titan_growth.config.schema.growth import WIDTHS, GrowthStage
 from titan_growth.growth.axes import appended, axis_maps, width_problem
 from titan_growth.growth.operators.base import GrowthMap, register_operator
 from titan_growth.growth.operators.depth import shallower
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 
 DEFAULT_STEPS, DEFAULT_LR = 100, 1e-3
 
@@ -24,12 +24,12 @@ class Learn:
     grows = frozenset({"depth", "width"})
     options = frozenset({"steps", "lr"})
 
-    def base(self, after: ModelConfig, stage: GrowthStage) -> ModelConfig | str:
+    def base(self, after: DecoderConfig, stage: GrowthStage) -> DecoderConfig | str:
         if stage.factor is None:
             return "needs the sizes to start from in [growth.base], because the stage gives no factor"
         return shallower(after, stage.factor)
 
-    def grow(self, before: ModelConfig, stage: GrowthStage) -> GrowthMap | str:
+    def grow(self, before: DecoderConfig, stage: GrowthStage) -> GrowthMap | str:
         if stage.layer_map is not None:
             layers = stage.layer_map
         else:

@@ -20,7 +20,7 @@ from typing import Any
 from titan_growth.config.schema.growth import WIDTHS, GrowthStage
 from titan_growth.growth.axes import appended, axis_maps, repeated, width_problem
 from titan_growth.growth.operators.base import GrowthMap, register_operator
-from titan_growth.models.config import ModelConfig
+from titan_growth.models.config import DecoderConfig
 
 ROUNDING = 1e-6
 """What function preservation means where sums are taken in another order."""
@@ -31,7 +31,7 @@ class WidthOperator(ABC):
 
     grows = frozenset({"width"})
 
-    def base(self, after: ModelConfig, stage: GrowthStage) -> ModelConfig | str:
+    def base(self, after: DecoderConfig, stage: GrowthStage) -> DecoderConfig | str:
         if stage.factor is None:
             return "needs the sizes to start from in [growth.base], because the stage gives no factor"
         sizes = {field: getattr(after, field) for field in WIDTHS.values()}
@@ -39,7 +39,7 @@ class WidthOperator(ABC):
             return f"the factor {stage.factor} does not divide {odd[0]} = {sizes[WIDTHS[odd[0]]]}"
         return replace(after, **{field: size // stage.factor for field, size in sizes.items()})
 
-    def grow(self, before: ModelConfig, stage: GrowthStage) -> GrowthMap | str:
+    def grow(self, before: DecoderConfig, stage: GrowthStage) -> GrowthMap | str:
         sizes: dict[str, Any] = {
             field: getattr(stage, key) or getattr(before, field) * (stage.factor or 1) for key, field in WIDTHS.items()
         }
@@ -51,7 +51,7 @@ class WidthOperator(ABC):
         return self.map_of(before, after)
 
     @abstractmethod
-    def map_of(self, before: ModelConfig, after: ModelConfig) -> GrowthMap:
+    def map_of(self, before: DecoderConfig, after: DecoderConfig) -> GrowthMap:
         """The map between these sizes."""
 
 
@@ -64,7 +64,7 @@ class SplitWidth(WidthOperator):
     give the stage some `noise`, or `optimizer_state = "asymmetric"`, which makes them part.
     """
 
-    def map_of(self, before: ModelConfig, after: ModelConfig) -> GrowthMap:
+    def map_of(self, before: DecoderConfig, after: DecoderConfig) -> GrowthMap:
         axes = axis_maps(before, after, repeated)
         uniform = "dim" not in axes or axes["dim"].is_uniform
         return GrowthMap(
@@ -85,7 +85,7 @@ class ZeroWidth(WidthOperator):
     silent, and all of it learns from the first step.
     """
 
-    def map_of(self, before: ModelConfig, after: ModelConfig) -> GrowthMap:
+    def map_of(self, before: DecoderConfig, after: DecoderConfig) -> GrowthMap:
         return _with_new_channels(before, after, new_channels="zero")
 
 
@@ -96,11 +96,11 @@ class RandomWidth(WidthOperator):
     c goes from 0 to 1 over `mask_steps` steps. At c = 0 the grown model computes the same up to rounding.
     """
 
-    def map_of(self, before: ModelConfig, after: ModelConfig) -> GrowthMap:
+    def map_of(self, before: DecoderConfig, after: DecoderConfig) -> GrowthMap:
         return replace(_with_new_channels(before, after, new_channels="random"), masked=True)
 
 
-def _with_new_channels(before: ModelConfig, after: ModelConfig, *, new_channels: Any) -> GrowthMap:
+def _with_new_channels(before: DecoderConfig, after: DecoderConfig, *, new_channels: Any) -> GrowthMap:
     thinned = after.dim != before.dim
     if thinned:
         heads_eps = before.norm_eps if before.qk_norm and before.qk_norm_eps is None else before.qk_norm_eps
