@@ -37,7 +37,7 @@ from tests.runs import make_recipe, trainer_of  # noqa: E402
 from titan_growth.checkpoint.folder import Manifest  # noqa: E402
 from titan_growth.checkpoint.history import Lineage, Progress  # noqa: E402
 from titan_growth.checkpoint.manager import CheckpointManager  # noqa: E402
-from titan_growth.config.schema.recipe import Checkpoint  # noqa: E402
+from titan_growth.config.schema.recipe import CheckpointConfig  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "saving.md"
 LEAST_RATE = 0.7
@@ -62,7 +62,7 @@ def rates(rank: int, folder: Path, num_bytes: int, repeats: int) -> list[tuple[f
     count = max(1, num_bytes // TENSOR_BYTES)
     tensors = [torch.rand(TENSOR_BYTES // 4, generator=generator) for _ in range(count)]
     named = {f"rank_{rank}.{number}": tensor for number, tensor in enumerate(tensors)}
-    checkpoints = CheckpointManager(Checkpoint(enable=True, keep_latest_k=2), folder)
+    checkpoints = CheckpointManager(CheckpointConfig(enable=True, keep_latest_k=2), folder)
     found = []
     for step in range(1, repeats + 2):
         dist.barrier()

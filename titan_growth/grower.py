@@ -20,7 +20,7 @@ from torch import Tensor
 from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.data import BatchLoader
 from titan_growth.engine.engine import Engine, Microbatch
@@ -84,7 +84,7 @@ class GrowsMidRun(ABC):
     @abstractmethod
     def save(self, *, growing: bool) -> None: ...
 
-    def grow(self, stage: GrowthStage) -> None:
+    def grow(self, stage: PlannedGrowth) -> None:
         """Replaces the model by the grown one, read from the checkpoint that this step was saved in.
 
         Nothing is written before the grown model has proved right, so a crash anywhere in here resumes at the small
@@ -139,7 +139,7 @@ class GrowsMidRun(ABC):
             self.lineage = replace(self.lineage, events=(*self.lineage.events[:-1], event))
             self.observers.record_growth(event)
 
-    def _learn(self, source: StepFolder, growth: GrowthMap, stage: GrowthStage, seed: int) -> dict[str, Any]:
+    def _learn(self, source: StepFolder, growth: GrowthMap, stage: PlannedGrowth, seed: int) -> dict[str, Any]:
         """Learns the maps of a growth on the batches that come next; what the event is to say of it."""
 
         def train_step() -> float:

@@ -17,7 +17,7 @@ from titan_growth.checkpoint.folder import Manifest, StepFolder, open_step
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.config.loader import to_toml
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.data import BatchLoader, batch_hash, sample_digests
 from titan_growth.engine.build import build
 from titan_growth.engine.engine import Microbatch, num_valid_tokens, sum_over_ranks
@@ -234,7 +234,7 @@ class Trainer(GrowsMidRun):
     def _any_rank_stops(self) -> bool:
         return bool(sum_over_ranks(torch.tensor(int(self.stop.is_set))).item())
 
-    def _due(self) -> GrowthStage | None:
+    def _due(self) -> PlannedGrowth | None:
         if self.plan.first_phase > len(self.lineage.events):
             return self.plan.growth.stages[len(self.lineage.events)]  # resumed from the checkpoint of a growth
         return self.plan.growth.due(self.progress, self.lineage, self.losses)

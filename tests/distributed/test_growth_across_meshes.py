@@ -18,7 +18,7 @@ import torch
 from tests.distributed.meshes import Case, mesh
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, relative_difference, trainer_of
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import OPTIMIZER_PREFIX, Rules
@@ -128,7 +128,7 @@ def grown_on_paper(checkpoint: Path, recipe: Any, path: Path, number: int = 0) -
     target, _ = model_config_of(recipe.model)
     module = family_module(recipe.model.name)
     assert target is not None
-    stage: GrowthStage = recipe.growth.stages[number]
+    stage: PlannedGrowth = recipe.growth.stages[number]
     chain, problems = chain_of(recipe.growth, target)
     assert chain is not None, problems
     growth = chain.maps[number]

@@ -15,7 +15,7 @@ from tests.distributed.meshes import Case, mesh
 from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, relative_difference, train, trainer_of, without_timings
 from tests.unit.growth.test_function import CONFIGS, logits_of, model_of, state_of
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.ligo import LearnedGrowth
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.models.registry import family_module
@@ -25,7 +25,7 @@ WIDER = {"dim": 72, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 100}
 
 def learned_growth(folder: Path, case: str, **settings: Any) -> tuple[torch.nn.Module, torch.nn.Module, LearnedGrowth]:
     family, config = CONFIGS[case]
-    stage = GrowthStage.model_validate({"at": "1 step", "operator": "learn", **settings})
+    stage = PlannedGrowth.model_validate({"at": "1 step", "operator": "learn", **settings})
     growth = operators()["learn"].grow(config, stage)
     assert isinstance(growth, GrowthMap), growth
     small, large = model_of(family, config, seed=3), model_of(family, growth.after)

@@ -18,7 +18,7 @@ from titan_growth.checkpoint.folder import committed_steps, file_entry, open_ste
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.writer import HashedFile
 from titan_growth.commands.verify import main as verify
-from titan_growth.config.schema.recipe import Checkpoint
+from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.files import move_folder, remove_folder, write_atomic
 
 RUN: dict[str, Any] = {
@@ -128,7 +128,9 @@ def test_a_shard_that_fails_does_not_appear_in_a_store() -> None:
 def _no_answer(rank: int, folder: Path) -> None:
     storage.register()
     root = UPath("bucket://b/checkpoint")
-    checkpoints = CheckpointManager(Checkpoint(enable=True, folder="bucket://b/checkpoint", keep_latest_k=2), folder)
+    checkpoints = CheckpointManager(
+        CheckpointConfig(enable=True, folder="bucket://b/checkpoint", keep_latest_k=2), folder
+    )
     for step in (2, 4):
         save(checkpoints, step, permanent=step == 2)
     checkpoints.close()

@@ -37,7 +37,7 @@ from titan_growth.checkpoint.reader import NamesOf, SafeReader, misplaced
 from titan_growth.checkpoint.retention import Retention, set_aside_after
 from titan_growth.checkpoint.rewind import RollBackError
 from titan_growth.checkpoint.saving import Saver, Tensors, root_cause
-from titan_growth.config.schema.recipe import Checkpoint
+from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.collectives import fail_together, gather_objects, on_rank0
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.location import folder_at
@@ -48,7 +48,7 @@ logger = logging.getLogger("titan_growth")
 class CheckpointManager:
     """The step folders of one run."""
 
-    def __init__(self, section: Checkpoint, dump_folder: Path) -> None:
+    def __init__(self, section: CheckpointConfig, dump_folder: Path) -> None:
         self.section = section
         self.root = root_of(section.folder, dump_folder)
         spare = folder_at(section.initial_load_path) if section.initial_load_path is not None else None

@@ -40,7 +40,7 @@ from titan_growth.checkpoint.folder import (
 from titan_growth.checkpoint.retention import Retention
 from titan_growth.checkpoint.staging import HostCopies, StagedPlanner
 from titan_growth.checkpoint.writer import ShardWriter
-from titan_growth.config.schema.recipe import Checkpoint
+from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.collectives import describe_os_error, fail_together, gather_objects, on_rank0, saving_group
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
 from titan_growth.tools.files import free_bytes, remove_folder, sync_folder, write_atomic
@@ -78,7 +78,7 @@ class Saver:
         root: the folder of the step folders.
     """
 
-    def __init__(self, section: Checkpoint, root: Path, retention: Retention) -> None:
+    def __init__(self, section: CheckpointConfig, root: Path, retention: Retention) -> None:
         self.section = section
         self.root = root
         self.retention = retention

@@ -16,7 +16,7 @@ from titan_growth.checkpoint.history import Lineage
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.config.fields import parse_text, suggestion
 from titan_growth.config.plugins import PLUGINS_KEY
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import Chain, stage_problems
 from titan_growth.growth.operators.base import GrowthMap, operators
@@ -116,7 +116,7 @@ def parse_words(argv: Sequence[str], known: Collection[str], *, command: str) ->
     return given
 
 
-def stage_of(words: Mapping[str, str], **defaults: Any) -> GrowthStage:
+def stage_of(words: Mapping[str, str], **defaults: Any) -> PlannedGrowth:
     """The stage that words of a command line, all known, make up.
 
     Args:
@@ -125,7 +125,7 @@ def stage_of(words: Mapping[str, str], **defaults: Any) -> GrowthStage:
     Raises:
         ConfigError: for values that a stage does not take.
     """
-    fields = GrowthStage.model_fields
+    fields = PlannedGrowth.model_fields
     settings = {name: parse_text(text, fields[name].annotation) for name, text in words.items()}
     if "options" in settings:
         with contextlib.suppress(ValueError):
@@ -133,17 +133,17 @@ def stage_of(words: Mapping[str, str], **defaults: Any) -> GrowthStage:
     return checked_stage({**defaults, **settings})
 
 
-def checked_stage(settings: Mapping[str, Any]) -> GrowthStage:
+def checked_stage(settings: Mapping[str, Any]) -> PlannedGrowth:
     """A stage of settings; when it happens is left to the caller. Raises ConfigError for values it does not take."""
     try:
-        return GrowthStage.model_validate({"at": "1 step", **settings})
+        return PlannedGrowth.model_validate({"at": "1 step", **settings})
     except ValidationError as error:
         raise ConfigError(
             [Problem("--" + ".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
         ) from None
 
 
-def map_of(before: DecoderConfig, stage: GrowthStage) -> GrowthMap:
+def map_of(before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap:
     """What a stage makes of a model. Raises ConfigError when it does not fit the model."""
     known = operators()
     if stage.operator not in known:

@@ -39,7 +39,7 @@ from titan_growth.commands.source import open_any
 from titan_growth.commands.target import failure, require_new, require_space
 from titan_growth.config.loader import to_toml, with_values
 from titan_growth.config.plugins import load_plugins
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.read import read_grown
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _arguments(argv: list[str]) -> tuple[dict[str, str], GrowthStage]:
+def _arguments(argv: list[str]) -> tuple[dict[str, str], PlannedGrowth]:
     """(the command's own arguments, the stage) of a command line."""
     given = {name: values[-1] for name, values in parse_words(argv, (*_OWN, *STAGE_WORDS), command="grow").items()}
     problems = [Problem(f"--{name}", "is missing") for name in ("from", "to", "operator") if name not in given]
@@ -105,7 +105,7 @@ def _plugins(given: dict[str, str]) -> list[str]:
 
 
 def grow_checkpoint(
-    source: Path, target: Path, stage: GrowthStage, *, seed: int = 0, plugins: Sequence[str] = ()
+    source: Path, target: Path, stage: PlannedGrowth, *, seed: int = 0, plugins: Sequence[str] = ()
 ) -> str:
     """Writes the grown model of a step folder into another one; returns what has been done, in a line.
 
@@ -150,7 +150,7 @@ def grow_checkpoint(
     )
 
 
-def _map(before: DecoderConfig, stage: GrowthStage) -> GrowthMap:
+def _map(before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap:
     growth = map_of(before, stage)
     if growth.masked or growth.learned:
         message = f"'{stage.operator}' goes on during training, so it cannot be done on disk"
@@ -232,7 +232,7 @@ def _verify(source: SafeReader, target: Path, tensors: dict[str, Tensor], rules:
             raise GrowthError(f"the grown model is wrong: {wrong[0]}")
 
 
-def _event(folder: StepFolder, stage: GrowthStage, growth: GrowthMap, seconds: float, num_bytes: int) -> GrowthEvent:
+def _event(folder: StepFolder, stage: PlannedGrowth, growth: GrowthMap, seconds: float, num_bytes: int) -> GrowthEvent:
     progress = folder.manifest.progress
     return GrowthEvent(
         step=progress.step,

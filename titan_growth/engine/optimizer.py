@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from titan_growth.config.schema.recipe import Optimizer as OptimizerSection
+from titan_growth.config.schema.recipe import OptimizerConfig
 from titan_growth.engine.build import BuiltModel
 from titan_growth.tools.gradients import reduced
 
@@ -33,7 +33,7 @@ class Optimizer:
     def __init__(
         self,
         parts: Iterable[nn.Module],
-        section: OptimizerSection,
+        section: OptimizerConfig,
         *,
         max_norm: float,
         tied: Mapping[str, str] | None = None,
@@ -69,7 +69,7 @@ class Optimizer:
             }
 
     @classmethod
-    def of(cls, model: BuiltModel, section: OptimizerSection, *, max_norm: float) -> Optimizer:
+    def of(cls, model: BuiltModel, section: OptimizerConfig, *, max_norm: float) -> Optimizer:
         """The optimizer of a built model."""
         mesh = model.context.mesh
         group = mesh.group_of("pp") if mesh is not None and mesh.shape.pp > 1 else None

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.ligo import LearnedGrowth, learn
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.operators.learn import learning_options
@@ -45,7 +45,7 @@ def _read_together(source: Path, read: Callable[[], Result]) -> Result:
 def learn_growth(
     source: Path,
     growth: GrowthMap,
-    stage: GrowthStage,
+    stage: PlannedGrowth,
     parameters: Mapping[str, Tensor],
     *,
     family: str,
@@ -84,7 +84,7 @@ def learn_growth(
 
 
 def fresh_elements(
-    tensors: Mapping[str, Tensor], growth: GrowthMap, stage: GrowthStage, *, family: str
+    tensors: Mapping[str, Tensor], growth: GrowthMap, stage: PlannedGrowth, *, family: str
 ) -> dict[str, Tensor]:
     """Which elements of each parameter came with a growth, new or copied; parameters without any are left out.
 
@@ -107,7 +107,7 @@ def fresh_elements(
 
 
 def carry_out(
-    source: Path, tensors: Mapping[str, Tensor], growth: GrowthMap, stage: GrowthStage, *, family: str, seed: int
+    source: Path, tensors: Mapping[str, Tensor], growth: GrowthMap, stage: PlannedGrowth, *, family: str, seed: int
 ) -> BytesRead:
     """Fills this rank's tensors of the grown model from the small one's checkpoint, and makes sure that they are right.
 

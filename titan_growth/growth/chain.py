@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from titan_growth.config.messages import suggestion
-from titan_growth.config.schema.growth import SIZES, WIDTHS, Growth, GrowthStage
+from titan_growth.config.schema.growth import SIZES, WIDTHS, GrowthConfig, PlannedGrowth
 from titan_growth.growth.operators.base import GrowthMap, Operator, operators
 from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import Problem
@@ -34,7 +34,7 @@ class Chain:
         return (self.maps[0].before, *(growth.after for growth in self.maps)) if self.maps else (self.target,)
 
 
-def chain_of(section: Growth, target: DecoderConfig) -> tuple[Chain | None, list[Problem]]:
+def chain_of(section: GrowthConfig, target: DecoderConfig) -> tuple[Chain | None, list[Problem]]:
     """The growths of a recipe, or everything that is wrong with them."""
     stages = section.active_stages
     known = operators()
@@ -70,20 +70,20 @@ def chain_of(section: Growth, target: DecoderConfig) -> tuple[Chain | None, list
     return Chain(target, tuple(maps)), []
 
 
-def _where(index: int, config: DecoderConfig, section: Growth) -> str:
+def _where(index: int, config: DecoderConfig, section: GrowthConfig) -> str:
     base = "" if section.base.given_sizes else ", a size worked out from the stages that follow"
     place = f"after {index} growth{'s' if index > 1 else ''}" if index else f"at the start{base}"
     return f"The model has {config.num_layers} layers of width {config.dim} {place}"
 
 
-def _unknown(stages: list[GrowthStage], known: Mapping[str, Operator]) -> Iterator[Problem]:
+def _unknown(stages: list[PlannedGrowth], known: Mapping[str, Operator]) -> Iterator[Problem]:
     for index, stage in enumerate(stages):
         if stage.operator not in known:
             message = f"unknown operator '{stage.operator}'; known: {', '.join(known)}"
             yield Problem(f"growth.stages.{index}.operator", message, suggestion(stage.operator, known))
 
 
-def stage_problems(key: str, stage: GrowthStage, operator: Operator) -> Iterator[Problem]:
+def stage_problems(key: str, stage: PlannedGrowth, operator: Operator) -> Iterator[Problem]:
     """What is wrong with a stage whatever the model: settings that its operator does not know, and would leave unused.
 
     Args:
@@ -107,7 +107,7 @@ def stage_problems(key: str, stage: GrowthStage, operator: Operator) -> Iterator
 
 
 def _base(
-    section: Growth, target: DecoderConfig, known: Mapping[str, Operator]
+    section: GrowthConfig, target: DecoderConfig, known: Mapping[str, Operator]
 ) -> tuple[DecoderConfig | None, list[Problem]]:
     """The model that the run starts from."""
     given: dict[str, Any] = section.base.given_sizes

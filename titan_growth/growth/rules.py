@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.axes import NEW, AxisMap
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.models.roles import RESIDUAL, Role, layer_of, role_of, with_layer
@@ -59,7 +59,7 @@ class Rules:
     """
 
     def __init__(
-        self, growth: GrowthMap, stage: GrowthStage, roles: Mapping[str, Role], tied: Mapping[str, str]
+        self, growth: GrowthMap, stage: PlannedGrowth, roles: Mapping[str, Role], tied: Mapping[str, str]
     ) -> None:
         self.growth = growth
         self.stage = stage

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.config.duration import Duration
-from titan_growth.config.schema.growth import Growth, GrowthStage
+from titan_growth.config.schema.growth import GrowthConfig, PlannedGrowth
 from titan_growth.growth.chain import Chain
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.points import advise, resolved, slope
@@ -24,7 +24,7 @@ class GrowthPlan:
     """The growths of a run in their order, and when each of them comes."""
 
     chain: Chain
-    stages: tuple[GrowthStage, ...]
+    stages: tuple[PlannedGrowth, ...]
     points: tuple[Duration, ...]
     """When, as counts (or a slope): "25%" and "auto" are resolved."""
 
@@ -41,7 +41,7 @@ class GrowthPlan:
         """The model after so many growths."""
         return self.configs[num_growths]
 
-    def due(self, progress: Progress, lineage: Lineage, losses: Sequence[float] = ()) -> GrowthStage | None:
+    def due(self, progress: Progress, lineage: Lineage, losses: Sequence[float] = ()) -> PlannedGrowth | None:
         """The stage to carry out now: the next one, once its count has been reached.
 
         Args:
@@ -72,7 +72,7 @@ class GrowthPlan:
         """How many losses the next growth is decided by; 0 when it does not depend on them."""
         return self.points[num_growths].window if num_growths < len(self.points) else 0
 
-    def remaining(self, lineage: Lineage) -> tuple[GrowthStage, ...]:
+    def remaining(self, lineage: Lineage) -> tuple[PlannedGrowth, ...]:
         """Stages that have not happened."""
         return self.stages[len(lineage.events) :]
 
@@ -92,7 +92,7 @@ def count_of(progress: Progress, unit: str) -> int:
 
 
 def plan_growth(
-    section: Growth,
+    section: GrowthConfig,
     chain: Chain,
     *,
     steps: int,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
-from titan_growth.config.schema.recipe import Training
+from titan_growth.config.schema.recipe import TrainingConfig
 from titan_growth.growth.axes import NEW
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.read import Box, StdOf, copied_elements, new_elements
@@ -165,7 +165,7 @@ def _not_finite(expected: Tensor, box: Box) -> bool:
     return not bool(torch.isfinite(known).all())
 
 
-def allowed_change(tolerance: float, training: Training) -> float:
+def allowed_change(tolerance: float, training: TrainingConfig) -> float:
     """How far a loss may move, relative, when the operator allows `tolerance` of exact arithmetic.
 
     The model after a growth is another model, with sums over more channels or kernels of another size: in float32 that
@@ -175,7 +175,7 @@ def allowed_change(tolerance: float, training: Training) -> float:
     return max(tolerance, 1e-5 if exact else 1e-2)
 
 
-def check_preserved(operator: str, growth: GrowthMap, before: float, after: float, training: Training) -> None:
+def check_preserved(operator: str, growth: GrowthMap, before: float, after: float, training: TrainingConfig) -> None:
     """Makes sure that an operator that declares to preserve the function has done so.
 
     Args:

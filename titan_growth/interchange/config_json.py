@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from titan_growth.config.schema.model import Model
+from titan_growth.config.schema.model import ModelConfig
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.hugging_face import HuggingFaceLayout
 from titan_growth.models.registry import FAMILIES, family_module, model_config_of
@@ -65,7 +65,7 @@ def layout_of(family: str) -> HuggingFaceLayout:
     return layout
 
 
-def model_table(table: Mapping[str, Any], folder: str) -> tuple[Model, DecoderConfig]:
+def model_table(table: Mapping[str, Any], folder: str) -> tuple[ModelConfig, DecoderConfig]:
     """The `[model]` table of a config.json, every size spelled out, and the model that it makes.
 
     Args:
@@ -103,7 +103,7 @@ def model_table(table: Mapping[str, Any], folder: str) -> tuple[Model, DecoderCo
             values[ours] = value
     values |= _rope(table, layout, refused)
     try:
-        section = Model.model_validate({"name": family, "flavor": "custom", **values})
+        section = ModelConfig.model_validate({"name": family, "flavor": "custom", **values})
     except ValidationError as error:
         first = error.errors()[0]
         raise refused(f"its config.json makes no sense ({first['loc'][0]}: {first['msg']})") from None

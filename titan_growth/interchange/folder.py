@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from titan_growth.checkpoint.untrusted.files import is_plain_name
-from titan_growth.config.schema.model import Model
+from titan_growth.config.schema.model import ModelConfig
 from titan_growth.interchange.config_json import layout_of, model_table
 from titan_growth.interchange.safetensors_file import StoredTensor, parse_json, read_header
 from titan_growth.models.config import DecoderConfig
@@ -32,7 +32,7 @@ class HuggingFaceFolder:
     """A folder that has been checked: every parameter of its model is there, of the right size and a type that fits."""
 
     path: Path
-    section: Model
+    section: ModelConfig
     """The `[model]` table that means the same as its config.json."""
     config: DecoderConfig
     tensors: dict[str, StoredTensor]

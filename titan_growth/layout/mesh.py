@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from titan_growth.config.schema.recipe import Parallelism
+from titan_growth.config.schema.recipe import ParallelismConfig
 from titan_growth.tools.errors import ConfigError, Problem
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -53,7 +53,7 @@ class MeshShape:
         return " x ".join(named) if named else "1 rank"
 
 
-def resolve_mesh(section: Parallelism, num_ranks: int) -> tuple[MeshShape | None, list[Problem]]:
+def resolve_mesh(section: ParallelismConfig, num_ranks: int) -> tuple[MeshShape | None, list[Problem]]:
     """The mesh shape of a `[parallelism]` table on so many ranks, or what does not fit."""
     key = "parallelism.data_parallel_shard_degree"
     shard = section.data_parallel_shard_degree

@@ -21,7 +21,7 @@ import math
 from dataclasses import dataclass
 
 from titan_growth.config.messages import suggestion
-from titan_growth.config.schema.recipe import Parallelism
+from titan_growth.config.schema.recipe import ParallelismConfig
 from titan_growth.layout.pipeline_parts import LAYERS_PER_PART, NAMES, Part, cut_by_name, cut_evenly, many
 from titan_growth.layout.schedule_csv import KEY as CSV_KEY
 from titan_growth.layout.schedule_csv import Action, read_schedule_csv
@@ -117,7 +117,7 @@ def schedule_conditions(name: str) -> ScheduleConditions:
 
 
 def plan_pipeline(
-    section: Parallelism, num_layers: int, local_batch_size: int
+    section: ParallelismConfig, num_layers: int, local_batch_size: int
 ) -> tuple[PipelineLayout | None, list[Problem], list[Problem]]:
     """(layout, problems, warnings) of a recipe with a pipeline, for a model of one depth.
 
@@ -192,7 +192,7 @@ def _resolve_schedule(name: str) -> tuple[str, list[Problem]]:
     return "", [Problem(_SCHEDULE, message, suggestion(name, SCHEDULES))]
 
 
-def _unused_settings(section: Parallelism) -> list[Problem]:
+def _unused_settings(section: ParallelismConfig) -> list[Problem]:
     """Warnings about settings that another one overrides."""
     warnings = []
     # 1F1B is the default: whoever asks for it beside a file has most likely said nothing.
@@ -252,7 +252,7 @@ def _wanted_parts(schedule: str, pp: int, num_parts: int, in_file: int | None) -
 
 
 def _cut(
-    section: Parallelism, num_layers: int, schedule: str, in_file: int | None
+    section: ParallelismConfig, num_layers: int, schedule: str, in_file: int | None
 ) -> tuple[tuple[Part, ...], list[Problem]]:
     """The parts, by name or by an even split; `in_file` is how many a schedule file has."""
     pp = section.pipeline_parallel_degree

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from titan_growth.config.messages import suggestion
-from titan_growth.config.schema.recipe import Parallelism
+from titan_growth.config.schema.recipe import ParallelismConfig
 from titan_growth.tools.errors import Problem
 
 LAYERS_PER_PART = "parallelism.pipeline_parallel_layers_per_stage"
@@ -41,7 +41,7 @@ class Part:
 
 
 def cut_evenly(
-    section: Parallelism, num_layers: int, num_parts: int, key: str
+    section: ParallelismConfig, num_layers: int, num_parts: int, key: str
 ) -> tuple[tuple[Part, ...], list[Problem]]:
     """Parts of equally many layers, where the embedding and the head count as the layers that they displace."""
     first_less = section.pipeline_parallel_first_stage_less_layers

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from titan_growth.config.messages import suggestion
-from titan_growth.config.schema.model import Model
+from titan_growth.config.schema.model import ModelConfig
 from titan_growth.models.config import DecoderConfig, swiglu_hidden_dim
 from titan_growth.tools.errors import Problem
 
@@ -43,7 +43,7 @@ def family_module(name: str) -> ModuleType:
     return importlib.import_module(FAMILIES[name])
 
 
-def model_config_of(section: Model) -> tuple[DecoderConfig | None, list[Problem]]:
+def model_config_of(section: ModelConfig) -> tuple[DecoderConfig | None, list[Problem]]:
     """The `DecoderConfig` that a `[model]` table describes, or what is wrong with the table."""
     if section.name not in FAMILIES:
         known = ", ".join(FAMILIES)

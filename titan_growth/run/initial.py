@@ -10,7 +10,7 @@ from torch import Tensor
 from titan_growth.checkpoint.folder import StepFolder, open_step
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
 from titan_growth.checkpoint.reader import NamesOf, SafeReader
-from titan_growth.config.schema.recipe import Checkpoint
+from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.interchange.folder import is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.models.config import DecoderConfig
@@ -53,7 +53,7 @@ def initial_notes(reader: SafeReader, tensors: Mapping[str, Tensor]) -> list[str
     return lines + (reader.differences() if isinstance(reader, HuggingFaceReader) else [])
 
 
-def initial_state(section: Checkpoint, *, checksums: bool) -> tuple[Path, Progress, Lineage]:
+def initial_state(section: CheckpointConfig, *, checksums: bool) -> tuple[Path, Progress, Lineage]:
     """(folder to load from, counters and growths to go on with).
 
     With `initial_load_model_only` the counters start at zero and any DCP folder will do, also one of another program,

@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from titan_growth.config.schema.growth import Growth
-from titan_growth.config.schema.recipe import LRScheduler
+from titan_growth.config.schema.growth import GrowthConfig
+from titan_growth.config.schema.recipe import LRSchedulerConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LRSchedule:
         growth: the `[growth]` table.
     """
 
-    def __init__(self, section: LRScheduler, *, lr: float, steps: int, growth: Growth) -> None:
+    def __init__(self, section: LRSchedulerConfig, *, lr: float, steps: int, growth: GrowthConfig) -> None:
         self.section = section
         self.lr = lr
         self.total_steps = section.total_steps or steps

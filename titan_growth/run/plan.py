@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from titan_growth.checkpoint.history import Progress
 from titan_growth.config.duration import Duration
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.schedule import GrowthPlan, plan_growth
@@ -96,12 +96,12 @@ def stage_lines(phase: Phase, device_type: str) -> list[str]:
     ]
 
 
-def _point(stage: GrowthStage, point: Duration) -> str:
+def _point(stage: PlannedGrowth, point: Duration) -> str:
     """`80 steps`, `300 steps (25%)`."""
     return str(point) if stage.when == point else f"{point} ({stage.at})"
 
 
-def _layout(stage: GrowthStage, phase: Phase) -> str:
+def _layout(stage: PlannedGrowth, phase: Phase) -> str:
     """What else a growth changes."""
     training = phase.recipe.training
     changes = []

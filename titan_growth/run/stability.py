@@ -23,7 +23,7 @@ from torch import Tensor
 from titan_growth.checkpoint.folder import Manifest, StepFolder
 from titan_growth.checkpoint.history import Progress
 from titan_growth.checkpoint.rewind import RollBackError
-from titan_growth.config.schema.stability import Stability as Section
+from titan_growth.config.schema.stability import StabilityConfig
 from titan_growth.engine.optimizer import Optimizer
 from titan_growth.tools.errors import TrainingError, require_finite
 
@@ -41,7 +41,7 @@ class Stability:
         holds_out: a held-out batch judges growths, not the next batch of the training data.
     """
 
-    def __init__(self, section: Section, checkpoint: StepFolder | None, *, holds_out: bool) -> None:
+    def __init__(self, section: StabilityConfig, checkpoint: StepFolder | None, *, holds_out: bool) -> None:
         self.section = section
         self.holds_out = holds_out
         state = checkpoint.manifest.stability if checkpoint is not None else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from titan_growth.config.schema.recipe import Validation
+from titan_growth.config.schema.recipe import ValidationConfig
 from titan_growth.data import BlockDataset, ValidationBatches
 from titan_growth.engine.engine import Engine
 from titan_growth.layout.mesh import Mesh
@@ -15,7 +15,7 @@ class Validator:
         blocks: the held-out sequences; None when nothing is held out.
     """
 
-    def __init__(self, section: Validation, blocks: BlockDataset | None, mesh: Mesh, total_steps: int) -> None:
+    def __init__(self, section: ValidationConfig, blocks: BlockDataset | None, mesh: Mesh, total_steps: int) -> None:
         self.section = section
         self.blocks = blocks
         self.mesh = mesh

@@ -14,8 +14,7 @@ from dataclasses import asdict, replace
 
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, RollBack
 from titan_growth.checkpoint.rewind import RollBackError
-from titan_growth.config.schema.growth import GrowthStage
-from titan_growth.config.schema.growth import Watchdog as Section
+from titan_growth.config.schema.growth import PlannedGrowth, WatchdogConfig
 from titan_growth.tools.errors import TrainingError
 
 LEAST_STEPS = 100
@@ -31,7 +30,9 @@ class Watchdog:
         total_steps: training.steps; at the last one a growth that is too young to be judged is spoken of.
     """
 
-    def __init__(self, section: Section, stages: Sequence[GrowthStage], warmup_steps: int, total_steps: int) -> None:
+    def __init__(
+        self, section: WatchdogConfig, stages: Sequence[PlannedGrowth], warmup_steps: int, total_steps: int
+    ) -> None:
         self.total_steps = total_steps
         self.section = section
         self.stages = stages

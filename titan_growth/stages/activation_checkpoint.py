@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.config.schema.techniques import ActivationCheckpoint as Section
+from titan_growth.config.schema.techniques import ActivationCheckpointConfig
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.tools.errors import Problem
 
@@ -49,7 +49,7 @@ class ActivationCheckpoint(StageDefaults):
         "growth_mask",
     )
 
-    def __init__(self, section: Section, compiles_model: bool) -> None:
+    def __init__(self, section: ActivationCheckpointConfig, compiles_model: bool) -> None:
         self.section = section
         self.compiles_model = compiles_model
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from titan_growth.config.schema.recipe import Model, Recipe, Training
+from titan_growth.config.schema.recipe import ModelConfig, Recipe, TrainingConfig
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 
 
-def mixes_precision(training: Training) -> bool:
+def mixes_precision(training: TrainingConfig) -> bool:
     """Whether the computation has another type than the parameters."""
     return training.mixed_precision_param != training.dtype
 
 
-def uses_float8(model: Model) -> bool:
+def uses_float8(model: ModelConfig) -> bool:
     """Whether linear layers are converted to Float8."""
     return "quantize.linear.float8" in model.converters
 
@@ -30,7 +30,7 @@ class Autocast(StageDefaults):
     name: ClassVar[str] = "autocast"
     after: ClassVar[tuple[str, ...]] = ("pipeline", "compile")
 
-    def __init__(self, training: Training, float8: bool) -> None:
+    def __init__(self, training: TrainingConfig, float8: bool) -> None:
         self.training = training
         self.float8 = float8
 

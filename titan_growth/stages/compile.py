@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.config.schema.techniques import ActivationCheckpoint
-from titan_growth.config.schema.techniques import Compile as Section
+from titan_growth.config.schema.techniques import ActivationCheckpointConfig, CompileConfig
 from titan_growth.stages.activation_checkpoint import Checkpointed
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.tools.errors import Problem
@@ -35,7 +34,7 @@ class Compile(StageDefaults):
         "activation_checkpoint",
     )
 
-    def __init__(self, section: Section, checkpointing: ActivationCheckpoint, dump_folder: str) -> None:
+    def __init__(self, section: CompileConfig, checkpointing: ActivationCheckpointConfig, dump_folder: str) -> None:
         self.section = section
         self.checkpointing = checkpointing
         self.dump_folder = dump_folder

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
-from titan_growth.config.schema.recipe import Parallelism, Recipe
+from titan_growth.config.schema.recipe import ParallelismConfig, Recipe
 from titan_growth.models.decoder import SequenceContext, SequenceLayout, documents_of
 from titan_growth.stages.base import Microbatch, ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.stages.tensor_parallel import sequence_problems
@@ -94,7 +94,7 @@ class ContextParallel(StageDefaults):
     name: ClassVar[str] = "context_parallel"
     after: ClassVar[tuple[str, ...]] = ("pipeline", "tensor_parallel")  # which sets `hidden_shards`
 
-    def __init__(self, parallelism: Parallelism, validation_seq_len: int | None, document_mask: bool) -> None:
+    def __init__(self, parallelism: ParallelismConfig, validation_seq_len: int | None, document_mask: bool) -> None:
         self.parallelism = parallelism
         self.validation_seq_len = validation_seq_len
         self.document_mask = document_mask

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.config.schema.techniques import Float8 as Float8Section
+from titan_growth.config.schema.techniques import Float8Config
 from titan_growth.stages.autocast import uses_float8
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.tools.errors import Problem
@@ -37,7 +37,7 @@ class Float8(StageDefaults):
     after: ClassVar[tuple[str, ...]] = ("pipeline",)
 
     def __init__(self, recipe: Recipe) -> None:
-        self.section: Float8Section = recipe.quantize.linear.float8
+        self.section: Float8Config = recipe.quantize.linear.float8
         self.model = recipe.model
         self.chunked_loss = recipe.training.loss_chunk_tokens > 0
         self.local_batch_size = recipe.training.local_batch_size

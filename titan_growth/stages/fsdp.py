@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from titan_growth.config.schema.recipe import Parallelism, Recipe, Training
+from titan_growth.config.schema.recipe import ParallelismConfig, Recipe, TrainingConfig
 from titan_growth.layout.mesh import MeshShape
 from titan_growth.stages.autocast import mixes_precision, uses_float8
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
@@ -35,7 +35,7 @@ class FSDP(StageDefaults):
         "autocast",
     )
 
-    def __init__(self, parallelism: Parallelism, training: Training, float8: bool) -> None:
+    def __init__(self, parallelism: ParallelismConfig, training: TrainingConfig, float8: bool) -> None:
         self.parallelism = parallelism
         self.training = training
         self.float8 = float8

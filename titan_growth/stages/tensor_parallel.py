@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from titan_growth.config.schema.recipe import Parallelism, Recipe
+from titan_growth.config.schema.recipe import ParallelismConfig, Recipe
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.tools.errors import Problem
 
@@ -26,7 +26,7 @@ class TensorParallel(StageDefaults):
     name: ClassVar[str] = "tensor_parallel"
     after: ClassVar[tuple[str, ...]] = ("pipeline", "float8")  # it must see Float8's linear layers
 
-    def __init__(self, parallelism: Parallelism, validation_seq_len: int | None, chunked_loss: bool) -> None:
+    def __init__(self, parallelism: ParallelismConfig, validation_seq_len: int | None, chunked_loss: bool) -> None:
         self.parallelism = parallelism
         self.validation_seq_len = validation_seq_len
         self.chunked_loss = chunked_loss

@@ -35,7 +35,7 @@ from titan_growth.commands.check import main as preflight_main
 from titan_growth.commands.lineage import main as lineage_main
 from titan_growth.commands.verify import main as verify_main
 from titan_growth.config.loader import with_values
-from titan_growth.config.schema.recipe import Checkpoint, Recipe
+from titan_growth.config.schema.recipe import CheckpointConfig, Recipe
 from titan_growth.run.vet import problem_of
 from titan_growth.tools.errors import TitanGrowthError
 
@@ -235,7 +235,7 @@ def test_a_finished_run_with_a_flipped_bit_is_not_finished(
 
 def taken_back_to(root: Path, source: str) -> str:
     """The message about going back to the checkpoint that a growth came from, as its lineage names it."""
-    manager = CheckpointManager(Checkpoint(enable=True), root)
+    manager = CheckpointManager(CheckpointConfig(enable=True), root)
     try:
         manager.roll_back(RollBackError("the growth", lambda manifest: manifest, source))
     except TitanGrowthError as error:

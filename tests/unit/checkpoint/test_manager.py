@@ -15,14 +15,14 @@ from tests.harness import run_ranks
 from titan_growth.checkpoint.folder import Manifest, committed_steps, open_step, step_numbers
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
-from titan_growth.config.schema.recipe import Checkpoint
+from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.errors import CheckpointError
 
 LINEAGE = json.dumps(Lineage().to_dict())
 
 
 def manager(folder: Path, **section: Any) -> CheckpointManager:
-    return CheckpointManager(Checkpoint(enable=True, **{"save_retries": 0, **section}), folder)
+    return CheckpointManager(CheckpointConfig(enable=True, **{"save_retries": 0, **section}), folder)
 
 
 def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
@@ -185,7 +185,7 @@ def _fallback(rank: int, folder: Path) -> None:
         (checkpoints.root / f"step-{step}" / "lineage.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds checkpoints, but none can be used: .*lineage\.json is missing"):
         checkpoints.find()
-    assert CheckpointManager(Checkpoint(enable=False), folder).find() is None
+    assert CheckpointManager(CheckpointConfig(enable=False), folder).find() is None
 
 
 def test_a_damaged_one_is_passed_over_and_none_left_is_an_error(on_one_rank: Any) -> None:

@@ -18,7 +18,7 @@ from tests.runs import BASE, argv_of
 from titan_growth.__main__ import main
 from titan_growth.commands.plan import report_lines, timeline
 from titan_growth.config.loader import inspect_recipe
-from titan_growth.config.schema.recipe import Model
+from titan_growth.config.schema.recipe import ModelConfig
 from titan_growth.engine.build import build
 from titan_growth.engine.optimizer import Optimizer
 from titan_growth.engine.state import model_tensors, optimizer_tensors
@@ -92,7 +92,7 @@ MESHES = [
 def test_unique_shares_add_up_to_the_model(mesh: MeshShape, family: str, tied: bool) -> None:
     """Over all parts and all ranks that share a copy; what several `tp` ranks hold alike counts on the first."""
     sizes = {"dim": 36, "n_layers": 5, "n_heads": 4, "n_kv_heads": 4, "hidden_dim": 92, "vocab_size": 131}
-    section = Model(name=family, flavor="custom", **sizes, head_dim=8, tie_word_embeddings=tied)
+    section = ModelConfig(name=family, flavor="custom", **sizes, head_dim=8, tie_word_embeddings=tied)
     config, problems = model_config_of(section)
     assert config is not None, problems
     shards = ModelShards(config, family_module(family), mesh)
@@ -115,7 +115,7 @@ def test_unique_shares_add_up_to_the_model(mesh: MeshShape, family: str, tied: b
 def test_one_layer_tells_the_parameters_of_every_flavor(family: str, flavor: str) -> None:
     if flavor == "custom":
         pytest.skip("has no sizes of its own")
-    config, problems = model_config_of(Model(name=family, flavor=flavor))
+    config, problems = model_config_of(ModelConfig(name=family, flavor=flavor))
     assert config is not None, problems
     assert ModelShards(config, family_module(family), MeshShape(dp_shard=8, tp=2)).num_params == config.num_params
 

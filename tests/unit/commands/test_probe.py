@@ -19,7 +19,7 @@ from titan_growth.commands.probe.candidates import Candidate, candidate_recipe, 
 from titan_growth.commands.probe.command import main as probe_main
 from titan_growth.commands.probe.report import Outcome, outcome_of, report
 from titan_growth.commands.probe.runs import linked
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.chain import chain_of
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.lr_schedule import LRSchedule
@@ -45,15 +45,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 STAGES = [
-    GrowthStage(at="1 step", operator="stack", factor=2),
-    GrowthStage(at="1 step", operator="map", layer_map=[0, 1, 1, 2, 3]),
-    GrowthStage(at="1 step", operator="zero_width", dim=48, n_heads=6),
-    GrowthStage(at="1 step", operator="learn", factor=2),
+    PlannedGrowth(at="1 step", operator="stack", factor=2),
+    PlannedGrowth(at="1 step", operator="map", layer_map=[0, 1, 1, 2, 3]),
+    PlannedGrowth(at="1 step", operator="zero_width", dim=48, n_heads=6),
+    PlannedGrowth(at="1 step", operator="learn", factor=2),
 ]
 
 
 @pytest.mark.parametrize("stage", [None, *STAGES])
-def test_a_candidate_goes_on_from_the_model_of_the_checkpoint(source: Path, stage: GrowthStage | None) -> None:
+def test_a_candidate_goes_on_from_the_model_of_the_checkpoint(source: Path, stage: PlannedGrowth | None) -> None:
     opened = open_source(source)
     recipe = candidate_recipe(opened, Candidate("one", stage), 5)
     target, problems = model_config_of(recipe.model)
@@ -167,7 +167,7 @@ def test_the_learning_rate_is_that_of_the_run(grows: str, tmp_path: Path) -> Non
         steps=source.recipe.training.steps,
         growth=source.recipe.growth,
     )
-    stage = GrowthStage(at="1 step", operator="stack", factor=2, lr_policy="continue")
+    stage = PlannedGrowth(at="1 step", operator="stack", factor=2, lr_policy="continue")
     for candidate in (Candidate("(not grown)", None), Candidate("grown", stage)):
         recipe = candidate_recipe(source, candidate, 5)
         schedule = LRSchedule(
@@ -179,7 +179,7 @@ def test_the_learning_rate_is_that_of_the_run(grows: str, tmp_path: Path) -> Non
 
 def test_a_width_rounded_by_the_recipe_is_no_obstacle(tmp_path: Path) -> None:
     source = written(tmp_path, model__hidden_dim=None, model__multiple_of=24, model__ffn_dim_multiplier=1.3)
-    recipe = candidate_recipe(source, Candidate("one", GrowthStage(at="1 step", operator="stack", factor=2)), 5)
+    recipe = candidate_recipe(source, Candidate("one", PlannedGrowth(at="1 step", operator="stack", factor=2)), 5)
     assert recipe.model.hidden_dim == source.config.hidden_dim
 
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.harness import run_ranks
-from titan_growth.config.schema.recipe import Optimizer as Section
+from titan_growth.config.schema.recipe import OptimizerConfig
 from titan_growth.engine.optimizer import STATE_KEYS, Optimizer
 
 IMPLEMENTATIONS = ["for-loop", "foreach", "fused"]
@@ -38,7 +38,9 @@ def weights(model: nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_steps_equal_pytorchs(name: str, implementation: str) -> None:
     """Three steps with other rates and gradients; no clipping."""
-    section = Section(name=name, implementation=implementation, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3)  # type: ignore[arg-type]
+    section = OptimizerConfig(
+        name=name, implementation=implementation, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3
+    )  # type: ignore[arg-type]
     model = model_with_gradients()
     twin = copy.deepcopy(model)
     ours = Optimizer([model], section, max_norm=1e9)
@@ -61,7 +63,7 @@ def test_adamw_by_hand() -> None:
     layer = nn.Linear(1, 1, bias=False)
     nn.init.constant_(layer.weight, 2.0)
     layer.weight.grad = torch.full((1, 1), 0.25)
-    optimizer = Optimizer([layer], Section(weight_decay=0.1, beta1=0.9, beta2=0.95), max_norm=1e9)
+    optimizer = Optimizer([layer], OptimizerConfig(weight_decay=0.1, beta1=0.9, beta2=0.95), max_norm=1e9)
     norm = optimizer.clip_and_step(0.01)
     assert norm.item() == 0.25
     assert layer.weight.item() == pytest.approx(2.0 * (1 - 0.01 * 0.1) - 0.01, rel=1e-6)
@@ -73,7 +75,7 @@ def test_adam_is_not_adamw() -> None:
     results = []
     for name in ("Adam", "AdamW"):
         model = model_with_gradients()
-        Optimizer([model], Section(name=name, weight_decay=0.5), max_norm=1e9).clip_and_step(0.1)  # type: ignore[arg-type]
+        Optimizer([model], OptimizerConfig(name=name, weight_decay=0.5), max_norm=1e9).clip_and_step(0.1)  # type: ignore[arg-type]
         results.append(weights(model))
     assert not any(torch.allclose(a, b) for a, b in zip(*results, strict=True))
 
@@ -83,7 +85,7 @@ def test_gradients_are_clipped_to_the_global_norm(max_norm: float) -> None:
     model, twin = model_with_gradients(scale=4.0), model_with_gradients(scale=4.0)
     expected_norm = torch.cat([p.grad.flatten() for p in twin.parameters()]).norm()  # type: ignore[union-attr]
     # eps = 1 makes the step proportional to the gradient's size, so that clipping shows in the weights
-    section = Section(eps=1.0, weight_decay=0.0)
+    section = OptimizerConfig(eps=1.0, weight_decay=0.0)
     norm = Optimizer([model], section, max_norm=max_norm).clip_and_step(0.1)
     assert norm.dtype == torch.float32
     assert norm.shape == ()
@@ -98,7 +100,7 @@ def test_gradients_are_dropped_and_missing_ones_left_alone() -> None:
     model = model_with_gradients()
     model[1].weight.grad = None
     before = weights(model)
-    Optimizer([model], Section(), max_norm=1.0).clip_and_step(0.1)
+    Optimizer([model], OptimizerConfig(), max_norm=1.0).clip_and_step(0.1)
     assert all(parameter.grad is None for parameter in model.parameters())
     after = weights(model)
     assert torch.equal(before[2], after[2])
@@ -109,7 +111,7 @@ def test_gradients_are_dropped_and_missing_ones_left_alone() -> None:
 def test_state_is_there_at_once_and_is_the_state_in_use(implementation: str) -> None:
     """A checkpoint is read into it before the first step."""
     model = model_with_gradients()
-    optimizer = Optimizer([model], Section(implementation=implementation), max_norm=1e9)  # type: ignore[arg-type]
+    optimizer = Optimizer([model], OptimizerConfig(implementation=implementation), max_norm=1e9)  # type: ignore[arg-type]
     state = {(name, key): tensor for name, key, tensor in optimizer.named_state()}
     names = [name for name, _ in model.named_parameters()]
     assert list(state) == [(name, key) for name in names for key in STATE_KEYS]
@@ -136,12 +138,12 @@ def test_state_is_there_at_once_and_is_the_state_in_use(implementation: str) -> 
 
 def test_parts_and_tied_weights() -> None:
     first, second = nn.Linear(2, 2, bias=False), nn.Sequential(nn.Linear(2, 2, bias=False))
-    optimizer = Optimizer([first, second], Section(), max_norm=1.0)
+    optimizer = Optimizer([first, second], OptimizerConfig(), max_norm=1.0)
     assert list(optimizer.parameters) == ["weight", "0.weight"]
     with pytest.raises(AssertionError, match="two parts hold weight"):
-        Optimizer([first, nn.Linear(2, 2)], Section(), max_norm=1.0)
+        Optimizer([first, nn.Linear(2, 2)], OptimizerConfig(), max_norm=1.0)
     tied = nn.ModuleList([first, first])
-    assert len(Optimizer([tied], Section(), max_norm=1.0).parameters) == 1
+    assert len(Optimizer([tied], OptimizerConfig(), max_norm=1.0).parameters) == 1
 
 
 def _sharded(rank: int) -> tuple[float, list[torch.Tensor]]:
@@ -153,14 +155,14 @@ def _sharded(rank: int) -> tuple[float, list[torch.Tensor]]:
             sharded = nn.Parameter(distribute_tensor(parameter.detach(), mesh, (Shard(0),)))
             sharded.grad = distribute_tensor(gradient, mesh, (Shard(0),))
             setattr(module, name, sharded)
-    norm = Optimizer([model], Section(), max_norm=0.5).clip_and_step(0.1)
+    norm = Optimizer([model], OptimizerConfig(), max_norm=0.5).clip_and_step(0.1)
     return norm.item(), [parameter.full_tensor().detach() for parameter in model.parameters()]  # type: ignore[attr-defined]
 
 
 def test_the_norm_of_shards_is_that_of_the_whole() -> None:
     """7 and 3 rows over 2 ranks; the same norm and the same weights on both."""
     model = model_with_gradients(scale=4.0)
-    norm = Optimizer([model], Section(), max_norm=0.5).clip_and_step(0.1).item()
+    norm = Optimizer([model], OptimizerConfig(), max_norm=0.5).clip_and_step(0.1).item()
     for found, tensors in run_ranks(_sharded, 2):
         assert found == pytest.approx(norm, rel=1e-6)
         for mine, expected in zip(tensors, model.parameters(), strict=True):

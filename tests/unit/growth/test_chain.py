@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from titan_growth.config.schema.growth import Growth, GrowthStage
+from titan_growth.config.schema.growth import GrowthConfig, PlannedGrowth
 from titan_growth.growth.axes import NEW, AxisMap, appended, axis_maps, repeated, width_problem
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.operators.base import GrowthMap, operators
@@ -17,12 +17,14 @@ from titan_growth.models.config import DecoderConfig
 TARGET = DecoderConfig(dim=32, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61)
 
 
-def stage(**settings: Any) -> GrowthStage:
-    return GrowthStage.model_validate({"at": "1 step", **settings})
+def stage(**settings: Any) -> PlannedGrowth:
+    return PlannedGrowth.model_validate({"at": "1 step", **settings})
 
 
-def recipe(*stages: dict[str, Any], **base: Any) -> Growth:
-    return Growth.model_validate({"base": base, "stages": [{"at": f"{n} steps", **s} for n, s in enumerate(stages, 1)]})
+def recipe(*stages: dict[str, Any], **base: Any) -> GrowthConfig:
+    return GrowthConfig.model_validate(
+        {"base": base, "stages": [{"at": f"{n} steps", **s} for n, s in enumerate(stages, 1)]}
+    )
 
 
 def layers_of(num_layers: int, **settings: Any) -> Any:
@@ -117,7 +119,7 @@ def test_the_base_may_be_named() -> None:
         (recipe({"operator": "zero_width", "hidden_dim": 48}, n_heads=3), "growth.base.n_kv_heads: 2 key"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_chain(growth: Growth, problem: str) -> None:
+def test_what_is_wrong_with_a_chain(growth: GrowthConfig, problem: str) -> None:
     chain, problems = chain_of(growth, TARGET)
     assert chain is None
     assert str(problems[0]).startswith(problem)

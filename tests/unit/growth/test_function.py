@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import Rules
@@ -61,7 +61,7 @@ def grown(folder: Path, case: str, **settings: Any) -> tuple[nn.Module, nn.Modul
     """(the small model, the grown one, the map between them); the growth is verified as a run verifies it."""
     family, config = CONFIGS[case]
     module = family_module(family)
-    stage = GrowthStage.model_validate({"at": "1 step", **settings})
+    stage = PlannedGrowth.model_validate({"at": "1 step", **settings})
     growth = operators()[stage.operator].grow(config, stage)
     assert isinstance(growth, GrowthMap), growth
     small, large = model_of(family, config, seed=3), model_of(family, growth.after)

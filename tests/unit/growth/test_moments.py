@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from tests.unit.growth.test_function import CONFIGS, logits_of, model_of, state_of
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.apply import fresh_elements
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.growth.read import read_grown
@@ -41,7 +41,7 @@ def grown_state(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], GrowthMap]:
     """(the small model's tensors, the grown one's with its moments, the map)."""
     torch.manual_seed(0)
-    stage = GrowthStage.model_validate({"at": "1 step", **settings})
+    stage = PlannedGrowth.model_validate({"at": "1 step", **settings})
     growth = operators()[stage.operator].grow(CONFIG, stage)
     assert isinstance(growth, GrowthMap), growth
     small = state_of(model_of(FAMILY, CONFIG, seed=3))
@@ -97,7 +97,7 @@ def test_silent_copies_start_their_writing_projections_anew(tmp_path: Path) -> N
 def test_copy_scaled_is_how_gradients_really_scale(tied: bool, tmp_path: Path) -> None:
     """Gradients of the small model in the place of moments must become those of the grown one, which are measured."""
     family, config = CONFIGS["llama3 tied" if tied else "llama3"]
-    stage = GrowthStage.model_validate(
+    stage = PlannedGrowth.model_validate(
         {"at": "1 step", "operator": "split_width", **DOUBLE, "optimizer_state": "copy_scaled"}
     )
     growth = operators()["split_width"].grow(config, stage)
@@ -176,7 +176,7 @@ def test_what_is_fresh_is_what_is_not_original(tmp_path: Path) -> None:
         ({"operator": "split_width", **DOUBLE}, {"layers.0": 0.75, "output": 0.5, "norm": 0.5}),
         ({"operator": "zero_width", **DOUBLE}, {"layers.0": 0.75, "output": 0.5, "norm": 0.5}),
     ):
-        stage = GrowthStage.model_validate({"at": "1 step", **settings})
+        stage = PlannedGrowth.model_validate({"at": "1 step", **settings})
         growth = operators()[stage.operator].grow(CONFIG, stage)
         assert isinstance(growth, GrowthMap)
         tensors = state_of(model_of(FAMILY, growth.after))

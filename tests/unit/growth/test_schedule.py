@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress, RollBack
-from titan_growth.config.schema.growth import Growth, GrowthStage
+from titan_growth.config.schema.growth import GrowthConfig, PlannedGrowth
 from titan_growth.growth import schedule
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.operators import base as operators_module
@@ -24,7 +24,7 @@ TARGET = DecoderConfig(
 
 
 def plan_growth(
-    section: Growth, target: DecoderConfig, *, steps: int = 100, tokens_per_step: int = 10, **more: Any
+    section: GrowthConfig, target: DecoderConfig, *, steps: int = 100, tokens_per_step: int = 10, **more: Any
 ) -> tuple[GrowthPlan | None, list[Problem]]:
     """The plan of a run of one batch size."""
     chain, problems = chain_of(section, target)
@@ -36,12 +36,12 @@ def plan_growth(
     return plan, problems
 
 
-def timing_problems(section: Growth, **settings: Any) -> list[Problem]:
+def timing_problems(section: GrowthConfig, **settings: Any) -> list[Problem]:
     return plan_growth(section, TARGET, **settings)[1]
 
 
-def growth(*stages: dict[str, object], enable: bool = True) -> Growth:
-    return Growth.model_validate({"enable": enable, "stages": [{"factor": 2, **stage} for stage in stages]})
+def growth(*stages: dict[str, object], enable: bool = True) -> GrowthConfig:
+    return GrowthConfig.model_validate({"enable": enable, "stages": [{"factor": 2, **stage} for stage in stages]})
 
 
 def lineage(num_events: int) -> Lineage:
@@ -63,10 +63,10 @@ def test_a_plugins_operator_is_one_class(monkeypatch: pytest.MonkeyPatch) -> Non
         grows = frozenset({"depth"})
         options = frozenset({"upside_down"})
 
-        def base(self, after: DecoderConfig, stage: GrowthStage) -> DecoderConfig | str:
+        def base(self, after: DecoderConfig, stage: PlannedGrowth) -> DecoderConfig | str:
             return replace(after, num_layers=after.num_layers // 2)
 
-        def grow(self, before: DecoderConfig, stage: GrowthStage) -> GrowthMap | str:
+        def grow(self, before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap | str:
             layers = [layer // 2 for layer in range(2 * before.num_layers)]
             order = layers[::-1] if stage.options.get("upside_down") else layers
             return GrowthMap(before=before, after=replace(before, num_layers=len(order)), layers=tuple(order))
@@ -100,7 +100,7 @@ def test_the_base_is_derived_and_the_chain_ends_at_the_target() -> None:
 
 
 @pytest.mark.parametrize("section", [growth(), growth({"at": "10 steps", "factor": 5}, enable=False)])
-def test_without_growth_the_target_is_trained(section: Growth) -> None:
+def test_without_growth_the_target_is_trained(section: GrowthConfig) -> None:
     plan, problems = plan_growth(section, TARGET)
     assert not problems
     assert plan is not None

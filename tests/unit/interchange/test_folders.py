@@ -127,9 +127,9 @@ def test_the_tables_list_every_parameter(family: str) -> None:
     module = family_module(family)
     assert module.HUGGING_FACE.names.keys() == module.ROLES.keys()
     assert module.HUGGING_FACE.neighbours <= module.ROLES.keys()
-    from titan_growth.config.schema.model import Model
+    from titan_growth.config.schema.model import ModelConfig
 
-    config, _ = model_config_of(Model(name=family, flavor="debugmodel"))
+    config, _ = model_config_of(ModelConfig(name=family, flavor="debugmodel"))
     assert config is not None
     with torch.device("meta"):
         model = module.Decoder(config, 8)

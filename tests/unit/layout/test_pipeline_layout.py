@@ -20,7 +20,7 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
-from titan_growth.config.schema.recipe import Parallelism
+from titan_growth.config.schema.recipe import ParallelismConfig
 from titan_growth.layout.pipeline_layout import (
     SCHEDULES,
     Part,
@@ -47,7 +47,7 @@ SHORT = {
 def plan(
     pp: int, num_layers: int, batch: int = 64, **settings: Any
 ) -> tuple[PipelineLayout | None, list[Problem], list[Problem]]:
-    section = Parallelism(pipeline_parallel_degree=pp, **{SHORT[name]: value for name, value in settings.items()})
+    section = ParallelismConfig(pipeline_parallel_degree=pp, **{SHORT[name]: value for name, value in settings.items()})
     return plan_pipeline(section, num_layers, batch)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from titan_growth.config.loader import load_recipe
-from titan_growth.config.schema.recipe import Model
+from titan_growth.config.schema.recipe import ModelConfig
 from titan_growth.models.config import DecoderConfig, swiglu_hidden_dim
 from titan_growth.models.llama import FLAVORS, Decoder, fsdp_units
 from titan_growth.models.registry import model_config_of
@@ -35,7 +35,7 @@ TINY = {"flavor": "custom", "dim": 32, "n_layers": 3, "n_heads": 4, "vocab_size"
 
 
 def config_of(**values: object) -> DecoderConfig:
-    config, problems = model_config_of(Model(**values))  # type: ignore[arg-type]
+    config, problems = model_config_of(ModelConfig(**values))  # type: ignore[arg-type]
     assert not problems, problems
     assert config is not None
     return config
@@ -161,14 +161,14 @@ def test_fsdp_units_hold_every_parameter_once_except_a_tied_embedding() -> None:
     ],
 )  # fmt: skip
 def test_a_table_that_cannot_be_built(values: dict[str, object], keys: list[str]) -> None:
-    config, problems = model_config_of(Model(**values))  # type: ignore[arg-type]
+    config, problems = model_config_of(ModelConfig(**values))  # type: ignore[arg-type]
     assert config is None
     assert [problem.key for problem in problems] == keys
 
 
 def test_flavor_suggestion() -> None:
-    assert model_config_of(Model(flavor="8b"))[1][0].hint == "Did you mean '8B'?"
-    assert isinstance(model_config_of(Model(flavor="8b"))[1][0], Problem)
+    assert model_config_of(ModelConfig(flavor="8b"))[1][0].hint == "Did you mean '8B'?"
+    assert isinstance(model_config_of(ModelConfig(flavor="8b"))[1][0], Problem)
 
 
 def test_sizes_beside_a_flavor_override_it() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from titan_growth.config.loader import load_recipe
-from titan_growth.config.schema.recipe import Model
+from titan_growth.config.schema.recipe import ModelConfig
 from titan_growth.models import llama
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.decoder import IGNORE_INDEX, Split
@@ -65,7 +65,7 @@ def built_on_meta(config: DecoderConfig) -> Decoder:
 
 
 def config_of(**values: object) -> DecoderConfig:
-    config, problems = model_config_of(Model(name="qwen3", **values))  # type: ignore[arg-type]
+    config, problems = model_config_of(ModelConfig(name="qwen3", **values))  # type: ignore[arg-type]
     assert not problems, problems
     assert config is not None
     return config

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from titan_growth.config.schema.growth import Growth
-from titan_growth.config.schema.recipe import LRScheduler
+from titan_growth.config.schema.growth import GrowthConfig
+from titan_growth.config.schema.recipe import LRSchedulerConfig
 from titan_growth.run.lr_schedule import LRSchedule
 
 PEAK = 8e-4
@@ -29,12 +29,12 @@ def torchtitan(step: int, *, steps: int, warmup: int, ratio: float | None, kind:
     return floor + (1 - floor) * shape[kind]
 
 
-def schedule(steps: int = 100, growth: Growth | None = None, **section: object) -> LRSchedule:
-    return LRSchedule(LRScheduler(**section), lr=PEAK, steps=steps, growth=growth or Growth())  # type: ignore[arg-type]
+def schedule(steps: int = 100, growth: GrowthConfig | None = None, **section: object) -> LRSchedule:
+    return LRSchedule(LRSchedulerConfig(**section), lr=PEAK, steps=steps, growth=growth or GrowthConfig())  # type: ignore[arg-type]
 
 
-def growth(*stages: dict[str, object], **base: object) -> Growth:
-    return Growth.model_validate({"stages": [{"factor": 2, **stage} for stage in stages], "base": base})
+def growth(*stages: dict[str, object], **base: object) -> GrowthConfig:
+    return GrowthConfig.model_validate({"stages": [{"factor": 2, **stage} for stage in stages], "base": base})
 
 
 @pytest.mark.parametrize("kind", ["linear", "sqrt", "cosine"])
@@ -143,7 +143,9 @@ def test_a_baseline_has_nothing_of_growth() -> None:
         (100, growth({"at": "20 steps"}, warmup_steps=200), [("growth.base.warmup_steps", 200, 100)]),
     ],
 )
-def test_warmups_that_are_clamped_are_told(steps: int, section: Growth, expected: list[tuple[str, int, int]]) -> None:
+def test_warmups_that_are_clamped_are_told(
+    steps: int, section: GrowthConfig, expected: list[tuple[str, int, int]]
+) -> None:
     found = schedule(steps=steps, growth=section, warmup_steps=10)
     assert found.clamped_warmups() == expected
     factors = [found(step) / PEAK for step in range(1, steps + 1)]

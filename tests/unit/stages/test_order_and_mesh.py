@@ -12,7 +12,7 @@ from tests.harness import run_ranks
 from titan_growth.config import plugins
 from titan_growth.config.loader import load_recipe
 from titan_growth.config.plugins import recipe_class, register_table
-from titan_growth.config.schema.recipe import Parallelism
+from titan_growth.config.schema.recipe import ParallelismConfig
 from titan_growth.config.section import Section
 from titan_growth.layout.mesh import AXES, Mesh, MeshShape, resolve_batch, resolve_mesh
 from titan_growth.stages import base
@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "order.txt"
 
 
 def resolved(num_ranks: int, replicate: int, shard: int):
-    section = Parallelism(data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard)
+    section = ParallelismConfig(data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard)
     return resolve_mesh(section, num_ranks)
 
 

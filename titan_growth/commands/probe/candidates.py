@@ -16,7 +16,7 @@ import tomli
 
 from titan_growth.commands.args import STAGE_WORDS, Source, checked_stage, map_of, stage_of
 from titan_growth.config.loader import with_values
-from titan_growth.config.schema.growth import SIZES, GrowthStage
+from titan_growth.config.schema.growth import SIZES, PlannedGrowth
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.operators.base import operators
@@ -39,7 +39,7 @@ class Candidate:
     """A growth to try; None for the small model as it is."""
 
     name: str
-    stage: GrowthStage | None
+    stage: PlannedGrowth | None
 
 
 def candidates_of(given: dict[str, list[str]], source: Source) -> list[Candidate]:
@@ -70,7 +70,7 @@ def candidates_of(given: dict[str, list[str]], source: Source) -> list[Candidate
     return candidates
 
 
-def _stage(own: dict[str, Any], common: dict[str, Any], source: Source) -> GrowthStage:
+def _stage(own: dict[str, Any], common: dict[str, Any], source: Source) -> PlannedGrowth:
     """A candidate's stage: its own settings, and those of the shared ones that mean something to it."""
     operator = operators().get(str(own["operator"]))
     known: frozenset[str] = getattr(operator, "options", frozenset())
@@ -94,7 +94,7 @@ def _inline(text: str) -> dict[str, Any]:
     except tomli.TOMLDecodeError as error:
         hint = """For example --stage 'operator = "map", layer_map = [0, 0, 1, 2]'"""
         raise ConfigError([Problem("--stage", f"is no TOML: {error}", hint)]) from None
-    known = GrowthStage.model_fields.keys() - {"at", "num_ranks"}
+    known = PlannedGrowth.model_fields.keys() - {"at", "num_ranks"}
     for name in table:
         if name not in known:
             raise ConfigError([Problem(f"--stage {name}", "is no setting of a candidate", ", ".join(sorted(known)))])

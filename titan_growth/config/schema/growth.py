@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from titan_growth.config.duration import Duration
-from titan_growth.config.schema.parallelism import Parallelism
+from titan_growth.config.schema.parallelism import ParallelismConfig
 from titan_growth.config.section import BadValueError, Section
 
 WIDTHS = {"dim": "dim", "n_heads": "num_heads", "n_kv_heads": "num_kv_heads", "hidden_dim": "hidden_dim"}
@@ -17,7 +17,7 @@ SIZES = {"n_layers": "num_layers", **WIDTHS}
 """The same for all sizes that growth changes."""
 
 
-class Sizes(Section):
+class SizesConfig(Section):
     """Sizes of a model, as far as they are given."""
 
     n_layers: int | None = Field(None, ge=1)
@@ -37,7 +37,7 @@ class Sizes(Section):
         return {field: getattr(self, key) for key, field in SIZES.items() if getattr(self, key) is not None}
 
 
-class GrowthStage(Sizes):
+class PlannedGrowth(SizesConfig):
     """One growth: when, by which operator, and what becomes of moments and learning rate."""
 
     at: str
@@ -55,7 +55,7 @@ class GrowthStage(Sizes):
     """random_depth and random_width: steps over which the mask on what is new opens."""
     options: dict[str, Any] = {}
     """Settings of a plugin's operator."""
-    parallelism: Parallelism | None = None
+    parallelism: ParallelismConfig | None = None
     """The whole [parallelism] table from this growth on, for another mesh. Default: the mesh stays."""
     num_ranks: int | None = Field(None, ge=1)
     """Ranks from this growth on: the run saves and is started again with so many (status 76)."""
@@ -92,7 +92,7 @@ class GrowthStage(Sizes):
         return value
 
     @model_validator(mode="after")
-    def _one_way_to_say_how_large(self) -> GrowthStage:
+    def _one_way_to_say_how_large(self) -> PlannedGrowth:
         given = [key for key in ("factor", "layer_map", *SIZES) if getattr(self, key) is not None]
         for one in ("factor", "layer_map"):
             if one in given and len(given) > 1:
@@ -120,7 +120,7 @@ class GrowthStage(Sizes):
         return (self.optimizer_step or ("reset" if self.optimizer_state == "reset" else "keep")) == "keep"
 
 
-class GrowthBase(Sizes):
+class GrowthBase(SizesConfig):
     """The run before its first growth: its settings, and the sizes to start from where the stages' factors do not tell.
 
     A size that is not given is that of [model], divided by the factors of the stages when all of them have one.
@@ -132,7 +132,7 @@ class GrowthBase(Sizes):
     """Warmup at the start. Default: lr_scheduler.warmup_steps."""
 
 
-class Watchdog(Section):
+class WatchdogConfig(Section):
     """Whether the loss comes back after a growth."""
 
     steps: int | None = Field(None, ge=0)
@@ -145,17 +145,17 @@ class Watchdog(Section):
     """Roll-backs of one growth after which the run ends."""
 
 
-class Growth(Section):
+class GrowthConfig(Section):
     """Growing the model during the run."""
 
     enable: bool = True
     """false: train the model of [model] from scratch, the honest baseline of the same recipe."""
     base: GrowthBase = GrowthBase()
-    watchdog: Watchdog = Watchdog()
-    stages: list[GrowthStage] = []
+    watchdog: WatchdogConfig = WatchdogConfig()
+    stages: list[PlannedGrowth] = []
     """The growths in their order, as [[growth.stages]]."""
 
     @property
-    def active_stages(self) -> list[GrowthStage]:
+    def active_stages(self) -> list[PlannedGrowth]:
         """The stages that will happen: none when growth is switched off."""
         return list(self.stages) if self.enable else []

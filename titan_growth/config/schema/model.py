@@ -12,7 +12,7 @@ CONVERTERS = ("quantize.linear.float8",)
 """What `model.converters` may name."""
 
 
-class Model(Section):
+class ModelConfig(Section):
     """The model that the run ends with. Growth derives the smaller ones from it."""
 
     name: str = "llama3"

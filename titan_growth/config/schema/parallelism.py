@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from titan_growth.config.section import BadValueError, Section
 
 
-class Parallelism(Section):
+class ParallelismConfig(Section):
     """How the ranks are divided."""
 
     data_parallel_replicate_degree: int = Field(1, ge=1)

@@ -10,15 +10,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from titan_growth.config.schema.growth import Growth
-from titan_growth.config.schema.model import Model
-from titan_growth.config.schema.parallelism import Parallelism
-from titan_growth.config.schema.stability import Stability
-from titan_growth.config.schema.techniques import ActivationCheckpoint, Compile, Quantize
+from titan_growth.config.schema.growth import GrowthConfig
+from titan_growth.config.schema.model import ModelConfig
+from titan_growth.config.schema.parallelism import ParallelismConfig
+from titan_growth.config.schema.stability import StabilityConfig
+from titan_growth.config.schema.techniques import ActivationCheckpointConfig, CompileConfig, QuantizeConfig
 from titan_growth.config.section import Section
 
 
-class Job(Section):
+class JobConfig(Section):
     """Where a run writes, and what it calls itself."""
 
     dump_folder: str = "./outputs"
@@ -34,7 +34,7 @@ class Job(Section):
     Not a key of torchtitan."""
 
 
-class Profiling(Section):
+class ProfilingConfig(Section):
     """Traces and memory snapshots."""
 
     enable_profiling: bool = False
@@ -53,7 +53,7 @@ class Profiling(Section):
     """Folder of the snapshots, inside dump_folder."""
 
 
-class Metrics(Section):
+class MetricsConfig(Section):
     """What is logged, how often, and where to."""
 
     log_freq: int = Field(10, ge=1)
@@ -70,7 +70,7 @@ class Metrics(Section):
     """Log to Weights & Biases too; needs the wandb extra."""
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     """The optimizer; its hyper-parameters always come from the recipe, never from a checkpoint."""
 
     name: Literal["Adam", "AdamW"] = "AdamW"
@@ -89,7 +89,7 @@ class Optimizer(Section):
     """How PyTorch runs the update."""
 
 
-class LRScheduler(Section):
+class LRSchedulerConfig(Section):
     """Linear warmup, an optional stable phase, a decay; growth may restart it (growth.stages.lr_policy)."""
 
     warmup_steps: int = Field(200, ge=0)
@@ -104,7 +104,7 @@ class LRScheduler(Section):
     """The decay ends at lr times this."""
 
 
-class Dataloader(Section):
+class DataloaderConfig(Section):
     """Passed to torchdata's StatefulDataLoader."""
 
     num_workers: int = Field(0, ge=0)
@@ -117,7 +117,7 @@ class Dataloader(Section):
     """Batches each worker loads ahead; needs num_workers > 0."""
 
 
-class Training(Section):
+class TrainingConfig(Section):
     """Length, batch and precision of the run, and its corpus."""
 
     dataset: str = "stdlib"
@@ -150,10 +150,10 @@ class Training(Section):
     """Type of gradient reductions."""
     gc_freq: int = Field(50, ge=1)
     """Python's garbage collector runs only every this many steps, on all ranks at once."""
-    dataloader: Dataloader = Dataloader()
+    dataloader: DataloaderConfig = DataloaderConfig()
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     """Saving and loading."""
 
     enable: bool = False
@@ -190,7 +190,7 @@ class Checkpoint(Section):
     """Load, but never save (growth is then refused)."""
 
 
-class Validation(Section):
+class ValidationConfig(Section):
     """Loss on held-out text; the same sequences for every mesh."""
 
     enable: bool = False
@@ -211,7 +211,7 @@ class Validation(Section):
     their number; -1 = the whole set."""
 
 
-class Comm(Section):
+class CommConfig(Section):
     """Process groups."""
 
     init_timeout_seconds: int = Field(300, ge=1)
@@ -228,7 +228,7 @@ class Comm(Section):
     """fake_backend: a dry run of one rank in one process, without the others."""
 
 
-class Debug(Section):
+class DebugConfig(Section):
     """Reproducibility."""
 
     seed: int | None = Field(None, ge=0, lt=2**63)
@@ -241,7 +241,7 @@ class Debug(Section):
     """Put a hash of each global batch into metrics.jsonl."""
 
 
-class Data(Section):
+class DataConfig(Section):
     """Tokenizer and preparation of the corpus."""
 
     tokenizer: Literal["auto", "sentencepiece", "huggingface", "bytes"] = "auto"
@@ -274,21 +274,21 @@ class Recipe(Section):
 
     plugins: list[str] = []
     """Modules to import at the start: they add stages, with tables of their own (docs/adding_a_stage.md)."""
-    job: Job = Job()
-    profiling: Profiling = Profiling()
-    metrics: Metrics = Metrics()
-    model: Model = Model()
-    optimizer: Optimizer = Optimizer()
-    lr_scheduler: LRScheduler = LRScheduler()
-    training: Training = Training()
-    parallelism: Parallelism = Parallelism()
-    checkpoint: Checkpoint = Checkpoint()
-    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
-    compile: Compile = Compile()
-    quantize: Quantize = Quantize()
-    validation: Validation = Validation()
-    comm: Comm = Comm()
-    debug: Debug = Debug()
-    data: Data = Data()
-    stability: Stability = Stability()
-    growth: Growth = Growth()
+    job: JobConfig = JobConfig()
+    profiling: ProfilingConfig = ProfilingConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
+    training: TrainingConfig = TrainingConfig()
+    parallelism: ParallelismConfig = ParallelismConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    activation_checkpoint: ActivationCheckpointConfig = ActivationCheckpointConfig()
+    compile: CompileConfig = CompileConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
+    validation: ValidationConfig = ValidationConfig()
+    comm: CommConfig = CommConfig()
+    debug: DebugConfig = DebugConfig()
+    data: DataConfig = DataConfig()
+    stability: StabilityConfig = StabilityConfig()
+    growth: GrowthConfig = GrowthConfig()

@@ -9,7 +9,7 @@ from pydantic import Field
 from titan_growth.config.section import Section
 
 
-class Stability(Section):
+class StabilityConfig(Section):
     """Steps that went wrong. Not a section of torchtitan.
 
     Any other setting than the defaults waits for the device once in every step, to look at loss and gradient norm.

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from titan_growth.config.section import BadValueError, Section
 
 
-class ActivationCheckpoint(Section):
+class ActivationCheckpointConfig(Section):
     """What is kept for the backward pass, and what is computed again."""
 
     mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
@@ -47,7 +47,7 @@ class ActivationCheckpoint(Section):
         return value
 
 
-class Compile(Section):
+class CompileConfig(Section):
     """torch.compile, one transformer block at a time."""
 
     enable: bool = False
@@ -58,7 +58,7 @@ class Compile(Section):
     """Backend of torch.compile."""
 
 
-class Float8(Section):
+class Float8Config(Section):
     """Matrix products of linear layers in 8-bit floating point, through torchao (model.converters switches it on)."""
 
     enable_fsdp_float8_all_gather: bool = False
@@ -73,13 +73,13 @@ class Float8(Section):
     """Compute what Float8 would give in higher precision. Chosen by itself where the device has no Float8 products."""
 
 
-class QuantizeLinear(Section):
+class QuantizeLinearConfig(Section):
     """Quantization of linear layers."""
 
-    float8: Float8 = Float8()
+    float8: Float8Config = Float8Config()
 
 
-class Quantize(Section):
+class QuantizeConfig(Section):
     """Quantized training."""
 
-    linear: QuantizeLinear = QuantizeLinear()
+    linear: QuantizeLinearConfig = QuantizeLinearConfig()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol, TypeVar
 
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.axes import AxisMap
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.roles import Role
@@ -78,11 +78,11 @@ class Operator(Protocol):
     grows: frozenset[str]
     """What it changes: "depth", "width" or both."""
 
-    def base(self, after: DecoderConfig, stage: GrowthStage) -> DecoderConfig | str:
+    def base(self, after: DecoderConfig, stage: PlannedGrowth) -> DecoderConfig | str:
         """The model that the stage must start from to end at `after`; or why that cannot be worked out."""
         ...
 
-    def grow(self, before: DecoderConfig, stage: GrowthStage) -> GrowthMap | str:
+    def grow(self, before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap | str:
         """The map of a growth from `before`; or what is wrong with the stage for this model."""
         ...
 

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 
-from titan_growth.config.schema.growth import GrowthStage
+from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.operators.base import GrowthMap, register_operator
 from titan_growth.models.config import DecoderConfig
 
@@ -38,12 +38,12 @@ class DepthOperator(ABC):
     keeps_order = False
     """Whether every old layer must be there, in the old order: what an operator that preserves the function needs."""
 
-    def base(self, after: DecoderConfig, stage: GrowthStage) -> DecoderConfig | str:
+    def base(self, after: DecoderConfig, stage: PlannedGrowth) -> DecoderConfig | str:
         if stage.factor is None:
             return "needs growth.base.n_layers, because the stage gives no factor"
         return shallower(after, stage.factor)
 
-    def grow(self, before: DecoderConfig, stage: GrowthStage) -> GrowthMap | str:
+    def grow(self, before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap | str:
         num_layers = before.num_layers
         if stage.layer_map is not None:
             if beyond := [layer for layer in stage.layer_map if layer >= num_layers]:
@@ -103,7 +103,7 @@ class Middle(DepthOperator):
 class Map(DepthOperator):
     """The sources as the stage's `layer_map` lists them."""
 
-    def base(self, after: DecoderConfig, stage: GrowthStage) -> DecoderConfig | str:
+    def base(self, after: DecoderConfig, stage: PlannedGrowth) -> DecoderConfig | str:
         return "needs growth.base.n_layers, because a layer_map does not tell how many layers there were"
 
     def pattern(self, num_layers: int, target: int) -> Sequence[int] | str:

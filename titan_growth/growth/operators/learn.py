@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from titan_growth.config.schema.growth import WIDTHS, GrowthStage
+from titan_growth.config.schema.growth import WIDTHS, PlannedGrowth
 from titan_growth.growth.axes import appended, axis_maps, width_problem
 from titan_growth.growth.operators.base import GrowthMap, register_operator
 from titan_growth.growth.operators.depth import shallower
@@ -24,12 +24,12 @@ class Learn:
     grows = frozenset({"depth", "width"})
     options = frozenset({"steps", "lr"})
 
-    def base(self, after: DecoderConfig, stage: GrowthStage) -> DecoderConfig | str:
+    def base(self, after: DecoderConfig, stage: PlannedGrowth) -> DecoderConfig | str:
         if stage.factor is None:
             return "needs the sizes to start from in [growth.base], because the stage gives no factor"
         return shallower(after, stage.factor)
 
-    def grow(self, before: DecoderConfig, stage: GrowthStage) -> GrowthMap | str:
+    def grow(self, before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap | str:
         if stage.layer_map is not None:
             layers = stage.layer_map
         else:
@@ -50,7 +50,7 @@ class Learn:
         axes = axis_maps(before, after, appended)
         return GrowthMap(before=before, after=after, layers=tuple(layers), axes=axes, learned=True)
 
-    def _odd_options(self, stage: GrowthStage) -> str | None:
+    def _odd_options(self, stage: PlannedGrowth) -> str | None:
         steps, lr = learning_options(stage)
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             return f"options.steps must be a whole number of at least 1, got {steps!r}"
@@ -65,6 +65,6 @@ class Learn:
         return None
 
 
-def learning_options(stage: GrowthStage) -> tuple[Any, Any]:
+def learning_options(stage: PlannedGrowth) -> tuple[Any, Any]:
     """(steps, learning rate) of a stage's learning phase."""
     return stage.options.get("steps", DEFAULT_STEPS), stage.options.get("lr", DEFAULT_LR)

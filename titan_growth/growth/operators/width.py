@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
-from titan_growth.config.schema.growth import WIDTHS, GrowthStage
+from titan_growth.config.schema.growth import WIDTHS, PlannedGrowth
 from titan_growth.growth.axes import appended, axis_maps, repeated, width_problem
 from titan_growth.growth.operators.base import GrowthMap, register_operator
 from titan_growth.models.config import DecoderConfig
@@ -31,7 +31,7 @@ class WidthOperator(ABC):
 
     grows = frozenset({"width"})
 
-    def base(self, after: DecoderConfig, stage: GrowthStage) -> DecoderConfig | str:
+    def base(self, after: DecoderConfig, stage: PlannedGrowth) -> DecoderConfig | str:
         if stage.factor is None:
             return "needs the sizes to start from in [growth.base], because the stage gives no factor"
         sizes = {field: getattr(after, field) for field in WIDTHS.values()}
@@ -39,7 +39,7 @@ class WidthOperator(ABC):
             return f"the factor {stage.factor} does not divide {odd[0]} = {sizes[WIDTHS[odd[0]]]}"
         return replace(after, **{field: size // stage.factor for field, size in sizes.items()})
 
-    def grow(self, before: DecoderConfig, stage: GrowthStage) -> GrowthMap | str:
+    def grow(self, before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap | str:
         sizes: dict[str, Any] = {
             field: getattr(stage, key) or getattr(before, field) * (stage.factor or 1) for key, field in WIDTHS.items()
         }
