@@ -8,7 +8,6 @@ A part of `Trainer` in a file of its own. It needs the trainer's whole state, si
 from __future__ import annotations
 
 import gc
-import logging
 import time
 from abc import ABC, abstractmethod
 from dataclasses import replace
@@ -35,8 +34,7 @@ from titan_growth.run.plan import RunPlan
 from titan_growth.run.stability import Stability
 from titan_growth.run.validator import Validator
 from titan_growth.tools.device import Device
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 
 class StoppedWhileLearningError(Exception):

@@ -7,7 +7,6 @@ The trainer knows of no parallelism and no precision; those are stages, and it c
 from __future__ import annotations
 
 import gc
-import logging
 
 import torch
 import torch.distributed as dist
@@ -40,8 +39,7 @@ from titan_growth.run.watchdog import Watchdog
 from titan_growth.tools.collectives import gather_objects, on_rank0, set_timeout
 from titan_growth.tools.device import Device
 from titan_growth.tools.errors import CheckpointError, TrainingError, require_finite
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 
 class Trainer(GrowsMidRun):

@@ -10,7 +10,6 @@ rather than start from scratch.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +40,7 @@ from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.collectives import fail_together, gather_objects, on_rank0
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.location import folder_at
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 
 class CheckpointManager:

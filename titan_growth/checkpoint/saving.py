@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import threading
 import time
@@ -44,9 +43,8 @@ from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.collectives import describe_os_error, fail_together, gather_objects, on_rank0, saving_group
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
 from titan_growth.tools.files import free_bytes, remove_folder, sync_folder, write_atomic
+from titan_growth.tools.logs import logger
 from titan_growth.tools.run_folder import gib
-
-logger = logging.getLogger("titan_growth")
 
 Tensors = dict[str, Tensor]
 Result = TypeVar("Result")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from typing import Any
 
 import tomli_w
@@ -23,8 +22,7 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.sources import Sources, read_sources
 from titan_growth.config.torchtitan_keys import NEUTRAL, holds_known_keys, ignored_because, older_spellings
 from titan_growth.tools.errors import ConfigError, Problem
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 
 def load_recipe(argv: list[str]) -> Recipe:

@@ -13,7 +13,6 @@ import glob
 import hashlib
 import itertools
 import json
-import logging
 import os
 import platform
 import sysconfig
@@ -33,8 +32,7 @@ from titan_growth.data.readers import (
 )
 from titan_growth.data.remote import Remote, list_remote, place_of
 from titan_growth.tools.errors import DataError
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 STDLIB = "stdlib"
 _NOT_STDLIB_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 import sys
 import time
@@ -32,8 +31,7 @@ from titan_growth.data.storage import cache_root, exclusive, writing
 from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 _JOURNAL_NAME = "journal.json"
 _BATCH_CHARS = 1 << 20

@@ -14,7 +14,6 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,10 @@ from titan_growth.data.storage import exclusive, writing
 from titan_growth.tools.errors import DataError, LocationError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import location
+from titan_growth.tools.logs import logger
 
 if TYPE_CHECKING:
     from upath import UPath
-
-logger = logging.getLogger("titan_growth")
 
 _MARKS = (
     *("ETag", "etag", "e_tag", "md5Hash", "content_md5", "Content-MD5", "Digest", "blob_id", "generation"),

@@ -8,15 +8,13 @@ complete" appears in one step (`write_atomic`), only one process of a machine ma
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.location import is_remote
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 CACHE_VARIABLE = "TITAN_GROWTH_CACHE"
 _SECONDS_BEFORE_SAYING_THAT_WE_WAIT = 5.0

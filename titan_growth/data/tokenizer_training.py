@@ -8,7 +8,6 @@ lies in the format itself: SentencePiece writes a space as U+2581, so a U+2581 i
 from __future__ import annotations
 
 import io
-import logging
 import re
 import time
 from collections.abc import Iterator
@@ -18,8 +17,7 @@ from titan_growth.data.corpora import Corpus
 from titan_growth.data.storage import writing
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 TRAINER_VERSION = "bpe-1"
 """Part of the cache key; to be changed with anything below that changes the trained model."""

@@ -7,7 +7,6 @@ It is a function without memory: whoever wants another depth or another mesh cal
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from titan_growth.models.config import DecoderConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.registry import family_module
 from titan_growth.stages.base import Microbatch, ModelParts, Stage, StageContext, Transition
-
-logger = logging.getLogger("titan_growth")
 
 
 @dataclass(frozen=True)

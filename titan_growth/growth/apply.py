@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -21,8 +20,7 @@ from titan_growth.growth.verify import verify_growth
 from titan_growth.models.registry import family_module
 from titan_growth.tools.collectives import describe_os_error, fail_together, gather_objects
 from titan_growth.tools.errors import CheckpointError, GrowthError
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 Result = TypeVar("Result")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +17,7 @@ from typing import Any
 from titan_growth.metrics.formatting import growth_line
 from titan_growth.metrics.records import GrowthRecord, StepRecord, Timings, ValidationRecord
 from titan_growth.tools.errors import ConfigError, Problem, RunFolderError
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 
 def step_scalars(record: StepRecord, timings: Timings) -> dict[str, float]:

@@ -10,7 +10,6 @@ Profiles are a by-product: a trace that cannot be written is a logged warning, n
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from titan_growth.tools.errors import Problem
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 _MAX_MEMORY_EVENTS = 100_000
 """Allocations and frees that a memory snapshot reaches back; older ones are dropped by PyTorch."""

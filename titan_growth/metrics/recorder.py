@@ -13,7 +13,6 @@ nothing anywhere.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shlex
 from collections.abc import Sequence
@@ -24,8 +23,7 @@ from titan_growth.metrics.hardware import memory_gib
 from titan_growth.metrics.records import GrowthRecord, StepRecord, Timings, ValidationRecord
 from titan_growth.metrics.sinks import Sink
 from titan_growth.metrics.throughput import Throughput
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 
 class Metrics:

@@ -19,8 +19,7 @@ from typing import Protocol
 from titan_growth.metrics.formatting import growth_line, step_line, validation_line
 from titan_growth.metrics.records import GrowthRecord, StepRecord, Timings, ValidationRecord
 from titan_growth.tools.errors import RunFolderError
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 
 class Sink(Protocol):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from titan_growth.data import BatchLoader, BlockDataset, CorpusSpec, PreparedCor
 from titan_growth.layout.mesh import Mesh
 from titan_growth.tools.errors import DataError, Problem
 from titan_growth.tools.location import is_remote
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 C4_TEST = "c4_test"
 C4_TEST_PATH = "tests/assets/c4_test"

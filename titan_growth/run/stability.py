@@ -11,7 +11,6 @@ of accepted steps, the events so far) lies in each checkpoint's manifest: an int
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,8 +25,7 @@ from titan_growth.checkpoint.rewind import RollBackError
 from titan_growth.config.schema.stability import StabilityConfig
 from titan_growth.engine.optimizer import Optimizer
 from titan_growth.tools.errors import TrainingError, require_finite
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 NAMES = ("loss", "gradient norm")
 

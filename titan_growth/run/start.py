@@ -5,7 +5,6 @@ Shared by the preflight (one process, before torchrun) and by every rank, so bot
 
 from __future__ import annotations
 
-import logging
 import secrets
 from dataclasses import dataclass
 
@@ -16,10 +15,8 @@ from titan_growth.run.plan import RunPlan, plan_run
 from titan_growth.run.resume import compare, decided_before, num_growths_of
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.files import write_atomic
+from titan_growth.tools.logs import logger
 from titan_growth.tools.run_folder import RunFolder
-
-logger = logging.getLogger("titan_growth")
-
 
 GONE_BACK_FILE = "gone-back-to"
 """In the checkpoint folder: the `load_step` that the run has gone back to."""

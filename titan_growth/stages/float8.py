@@ -22,8 +22,7 @@ from titan_growth.config.schema.techniques import Float8Config
 from titan_growth.stages.autocast import uses_float8
 from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
 from titan_growth.tools.errors import Problem
-
-logger = logging.getLogger("titan_growth")
+from titan_growth.tools.logs import logger
 
 MULTIPLE = 16
 """Float8 products need sizes that are multiples of this."""
