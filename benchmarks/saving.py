@@ -91,11 +91,11 @@ def steps_of(rank: int, num_ranks: int, recipe: Any) -> dict[str, Any]:
         alone: list[float] = []
         staging: list[float] = []
         writing: list[float] = []
-        agree, record, save, write = trainer._agree, trainer._record, trainer.save, saver._save
+        agree, record, save, write = trainer.agree, trainer.record, trainer.save, saver._save
 
-        def first(batch: Any) -> Any:
+        def first(runtime: Any, batch: Any) -> Any:
             began.append((time.perf_counter(), under_way()))
-            return agree(batch)
+            return agree(runtime, batch)
 
         def last(*args: Any) -> None:
             record(*args)
@@ -114,7 +114,7 @@ def steps_of(rank: int, num_ranks: int, recipe: Any) -> dict[str, Any]:
             write(content)
             writing.append(time.perf_counter() - start)
 
-        trainer._agree, trainer._record, trainer.save, saver._save = first, last, staged, written  # type: ignore
+        trainer.agree, trainer.record, trainer.save, saver._save = first, last, staged, written  # type: ignore
         assert trainer.fit()
     return {"beside": beside, "alone": alone, "staging": staging[1:], "writing": writing[1:]}
 

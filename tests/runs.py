@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,14 +16,12 @@ from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.stop_signal import StopSignal
 from titan_growth.metrics import MEASURED
-from titan_growth.metrics.observers import Observers
 from titan_growth.run.data import prepare_run_data
-from titan_growth.run.start import decide, settle
-from titan_growth.run.vet import problem_of
+from titan_growth.run.start import RunStart, Site, resolve
+from titan_growth.session import Session
 from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.device import Device
 from titan_growth.tools.run_folder import RunFolder
-from titan_growth.trainer import Trainer
 
 BASE = {
     "model.flavor": "custom",
@@ -88,37 +87,37 @@ def make_recipe(folder: Path, **overrides: Any) -> Recipe:
     return recipe
 
 
-@contextlib.contextmanager
-def trainer_of(recipe: Recipe, num_ranks: int):
-    """A trainer of this rank, made of the same pieces as `train.run`, inside a process group."""
+@dataclass
+class Run:
+    """A run of a test, on this rank, that is about to start."""
+
+    session: Session
+    start: RunStart
+
+
+def run_of(recipe: Recipe, num_ranks: int) -> Run:
+    """Does what `train.run` does before it trains, inside a process group."""
     device = Device.detect()
     folder = RunFolder(recipe.job.dump_folder)
     on_rank0(folder.create)
     run_data = prepare_run_data(recipe, recipe.model.vocab_size or 2048, progress=False)
-    checkpointer = CheckpointManager(recipe.checkpoint, folder.path)
-    checkpoint = checkpointer.find(problem_of)
-    decisions = on_rank0(lambda: decide(recipe, folder, checkpoint))
-    plan = settle(recipe, decisions, checkpoint, num_ranks=num_ranks, device_type=device.type)
-    if checkpoint is not None and not recipe.checkpoint.load_only:
-        checkpointer.set_aside_after(checkpoint.step)
-    with mock.patch(
-        "titan_growth.metrics.observers.peak_flops_per_second", return_value=(1e12, "not measured, to save time")
+    start = resolve(recipe, Site(folder, num_ranks, device.type))
+    assert isinstance(start, RunStart), start
+    checkpointer = CheckpointManager(start.recipe.checkpoint, folder.path, start.checkpoint)
+    return Run(Session(folder, device, run_data, checkpointer, StopSignal()), start)
+
+
+@contextlib.contextmanager
+def trainer_of(recipe: Recipe, num_ranks: int):
+    """A loaded trainer of this rank, inside a process group."""
+    run = run_of(recipe, num_ranks)
+    with (
+        mock.patch(
+            "titan_growth.metrics.observers.peak_flops_per_second", return_value=(1e12, "not measured, to save time")
+        ),
+        run.session.trainer(run.start) as trainer,
     ):
-        observers = Observers(plan.recipe, folder, device, checkpoint)
-    trainer = Trainer(
-        plan,
-        run_data=run_data,
-        device=device,
-        checkpointer=checkpointer,
-        checkpoint=checkpoint,
-        observers=observers,
-        stop=StopSignal(),
-    )
-    try:
         yield trainer
-    finally:
-        observers.close()
-        checkpointer.close()
 
 
 def train(rank: int, num_ranks: int, recipe: Recipe) -> None:

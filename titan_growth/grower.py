@@ -1,196 +1,181 @@
-"""Growing in the middle of a run: the trainer's `grow`, and what it takes.
+"""Growing in the middle of a run.
 
-    save the way back -> let go -> build in the next phase -> read, or learn -> verify -> loss after -> on with training
+    the small model's checkpoint -> build in the next phase -> read, or learn -> verify -> loss after
 
-A part of `Trainer` in a file of its own. It needs the trainer's whole state, since a growth replaces most of it.
+The trainer saves and lets go of the small model first, and takes over what comes out. Nothing is written before the
+grown model has proved right, so a crash anywhere in here resumes at the small model and grows again to the same bits.
 """
 
 from __future__ import annotations
 
-import gc
 import time
-from abc import ABC, abstractmethod
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
-from torch import Tensor
 
 from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
-from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.config.schema.growth import PlannedGrowth
-from titan_growth.config.schema.recipe import Recipe
-from titan_growth.data import BatchLoader
-from titan_growth.engine.engine import Engine, Microbatch
-from titan_growth.engine.optimizer import Optimizer
+from titan_growth.engine.engine import Microbatch
 from titan_growth.growth.apply import carry_out, learn_growth
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.verify import check_preserved
-from titan_growth.metrics.observers import Observers
-from titan_growth.models.config import DecoderConfig
-from titan_growth.run.phases import Phase
+from titan_growth.run.data import RunData
 from titan_growth.run.plan import RunPlan
-from titan_growth.run.stability import Stability
-from titan_growth.run.validator import Validator
+from titan_growth.run.runtime import PhaseRuntime
 from titan_growth.tools.device import Device
 from titan_growth.tools.logs import logger
 
 
 class StoppedWhileLearningError(Exception):
-    """The run was asked to stop during a learning phase; the checkpoint before the growth is what it goes on from."""
+    """The run was asked to stop during a learning phase; it goes on from the checkpoint before the growth."""
 
 
-class GrowsMidRun(ABC):
-    """The growth of a run. What is declared here is the trainer's."""
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks know of the next step before it is taken."""
 
-    plan: RunPlan
-    recipe: Recipe
-    device: Device
-    checkpointer: CheckpointManager
-    observers: Observers
-    validator: Validator
+    num_tokens: int
+    """Valid tokens of the global batch."""
+    stop: bool
+    """Some rank was asked to stop."""
+
+
+Agree = Callable[[PhaseRuntime, list[Microbatch]], Agreed]
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A growth that has proved right."""
+
+    runtime: PhaseRuntime
     progress: Progress
-    lineage: Lineage
-    losses: list[float]
-    stability: Stability
-    model_config: DecoderConfig
-    engine: Engine
-    optimizer: Optimizer
-    data: BatchLoader
+    """Counters after the growth: a learning phase consumes data."""
+    event: GrowthEvent
 
-    @property
-    @abstractmethod
-    def seed(self) -> int: ...
 
-    @property
-    @abstractmethod
-    def phase(self) -> Phase: ...
+@dataclass
+class LearningSteps:
+    """The training steps of a growth that is learned. They consume data, and are no steps of the run."""
 
-    @abstractmethod
-    def _build(self, *, seed: int | None) -> None: ...
+    runtime: PhaseRuntime
+    progress: Progress
+    agree: Agree
 
-    @abstractmethod
-    def _loader(self) -> BatchLoader: ...
-
-    @abstractmethod
-    def _agree(self, batch: list[Microbatch]) -> tuple[int, bool]: ...
-
-    @abstractmethod
-    def _tensors(self, *, optimizer: bool) -> dict[str, Tensor]: ...
-
-    @abstractmethod
-    def save(self, *, growing: bool) -> None: ...
-
-    def grow(self, stage: PlannedGrowth) -> None:
-        """Replaces the model by the grown one, read from the checkpoint that this step was saved in.
-
-        Nothing is written before the grown model has proved right, so a crash anywhere in here resumes at the small
-        model and grows again to the same bits.
+    def __call__(self) -> float:
+        """Trains on the next batch without a step of the optimizer, and returns the loss.
 
         Raises:
-            StoppedWhileLearningError: on every rank; progress and lineage are then as they were, the model is gone.
+            StoppedWhileLearningError: on every rank, when any was asked to stop.
         """
-        began = time.perf_counter()
-        with self.observers.meter.pause("growth"):
-            source = self._way_back()
-            growth = self.plan.growth.map_after(len(self.lineage.events))
-            assert source.manifest.held_out_loss is not None, "the way back of a growth has its loss"
-            event = GrowthEvent(
-                step=self.progress.step,
-                tokens=self.progress.tokens,
-                flops=self.progress.flops,
-                operator=stage.operator,
-                stage=stage.model_dump(exclude_defaults=True),
-                from_sizes=growth.before.sizes,
-                to_sizes=growth.after.sizes,
-                layer_map=growth.layers,
-                source=source.path.name,
-                mesh=str(self.plan.phases[len(self.lineage.events) + 1].mesh_shape),
-                num_ranks=dist.get_world_size(),
-                loss_before=source.manifest.held_out_loss,
-            )
-            self._release()
-            self.lineage = replace(self.lineage, events=(*self.lineage.events, event))
-            self.losses = []
-            self.stability.forget()
-            self._build(seed=None)
-            seed = self.seed + 1_000_003 * len(self.lineage.events)
+        runtime = self.runtime
+        runtime.engine.model.after_optimizer_step()
+        batch = runtime.data.next_batch()
+        agreed = self.agree(runtime, batch)
+        if agreed.stop:
+            raise StoppedWhileLearningError
+        loss = runtime.engine.forward_backward(batch, agreed.num_tokens)
+        self.progress = self.progress.learned(
+            tokens=agreed.num_tokens,
+            flops=agreed.num_tokens * runtime.flops_per_token,
+            samples=runtime.data.cursor - self.progress.samples,
+        )
+        return loss.item()
+
+
+class Grower:
+    """Carries out the growths of a run on this rank."""
+
+    def __init__(self, plan: RunPlan, run_data: RunData, device: Device) -> None:
+        self.plan = plan
+        self.run_data = run_data
+        self.device = device
+
+    def grow(self, source: StepFolder, progress: Progress, lineage: Lineage, agree: Agree, began: float) -> Grown:
+        """Builds and fills the next model of the run. The small one is gone already.
+
+        Args:
+            source: the small model's checkpoint of this very step.
+            agree: what the ranks agree on before each step of a learning phase.
+            began: when the growth began, as a `time.perf_counter`.
+
+        Raises:
+            StoppedWhileLearningError: on every rank.
+            CheckpointError, GrowthError: on every rank, when the small model cannot be read or the grown one is wrong.
+        """
+        planned = self.plan.growth.stages[len(lineage.events)]
+        growth = self.plan.growth.map_after(len(lineage.events))
+        event = self._event(planned, growth, source, progress, lineage)
+        growing = lineage.grown(event)
+        runtime = PhaseRuntime(self.plan, self.run_data, self.device, lineage=growing, progress=progress)
+        try:
+            seed = self.plan.seed + 1_000_003 * len(growing.events)
             if growth.learned:
-                before = self.progress
-                try:
-                    event = replace(event, **self._learn(source, growth, stage, seed))
-                except StoppedWhileLearningError:
-                    self.progress, self.lineage = before, replace(self.lineage, events=self.lineage.events[:-1])
-                    raise
+                steps = LearningSteps(runtime, progress, agree)
+                event = self._learn(event, planned, growth, source, steps, seed)
+                progress = steps.progress
             else:
-                tensors = self._tensors(optimizer=stage.optimizer_state != "reset")
-                read = carry_out(source.path, tensors, growth, stage, family=self.recipe.model.name, seed=seed)
+                tensors = runtime.tensors(optimizer=planned.optimizer_state != "reset")
+                read = carry_out(source.path, tensors, growth, planned, family=runtime.recipe.model.name, seed=seed)
                 event = replace(event, bytes_read=read.num_bytes)
-            loss_after = self._held_out_loss()
-            if self.validator.blocks is None and growth.tolerance is not None and stage.changes_layout:
-                logger.warning("nothing is held out, and the batch has changed: losses before and after do not compare")
-            else:
-                check_preserved(stage.operator, growth, source.manifest.held_out_loss, loss_after, self.recipe.training)
-            seconds = time.perf_counter() - began
-            event = replace(event, loss_after=loss_after, seconds=seconds)
-            self.lineage = replace(self.lineage, events=(*self.lineage.events[:-1], event))
-            self.observers.record_growth(event)
+            loss_after = runtime.held_out_loss(progress)
+            self._check_preserved(planned, growth, source, loss_after, holds_out=runtime.validator.blocks is not None)
+        except BaseException:
+            runtime.close()
+            raise
+        return Grown(runtime, progress, replace(event, loss_after=loss_after, seconds=time.perf_counter() - began))
 
-    def _learn(self, source: StepFolder, growth: GrowthMap, stage: PlannedGrowth, seed: int) -> dict[str, Any]:
-        """Learns the maps of a growth on the batches that come next; what the event is to say of it."""
+    def _event(
+        self, planned: PlannedGrowth, growth: GrowthMap, source: StepFolder, progress: Progress, lineage: Lineage
+    ) -> GrowthEvent:
+        """A growth as it is known before it is carried out."""
+        assert source.manifest.held_out_loss is not None, "the checkpoint that a model grows from has its loss"
+        return GrowthEvent(
+            step=progress.step,
+            tokens=progress.tokens,
+            flops=progress.flops,
+            operator=planned.operator,
+            stage=planned.model_dump(exclude_defaults=True),
+            from_sizes=growth.before.sizes,
+            to_sizes=growth.after.sizes,
+            layer_map=growth.layers,
+            source=source.path.name,
+            mesh=str(self.plan.phases[len(lineage.events) + 1].mesh_shape),
+            num_ranks=dist.get_world_size(),
+            loss_before=source.manifest.held_out_loss,
+        )
 
-        def train_step() -> float:
-            self.engine.model.after_optimizer_step()
-            batch = self.data.next_batch()
-            num_tokens, stop = self._agree(batch)
-            if stop:
-                raise StoppedWhileLearningError
-            loss = self.engine.forward_backward(batch, num_tokens)
-            flops = num_tokens * self.model_config.flops_per_token(self.phase.recipe.training.seq_len)
-            samples = self.data.cursor - self.progress.samples
-            self.progress = self.progress.learned(tokens=num_tokens, flops=flops, samples=samples)
-            return loss.item()
-
+    def _learn(
+        self,
+        event: GrowthEvent,
+        planned: PlannedGrowth,
+        growth: GrowthMap,
+        source: StepFolder,
+        steps: LearningSteps,
+        seed: int,
+    ) -> GrowthEvent:
+        """Learns the maps of a growth on the batches that come next; the event tells how it went."""
+        runtime = steps.runtime
         learning, num_bytes = learn_growth(
             source.path,
             growth,
-            stage,
-            self.optimizer.parameters,
-            family=self.recipe.model.name,
+            planned,
+            runtime.optimizer.parameters,
+            family=runtime.recipe.model.name,
             seed=seed,
             device=self.device.torch,
-            train_step=train_step,
+            train_step=steps,
         )
-        self.engine.model.after_optimizer_step()
-        return {"learning": learning, "bytes_read": num_bytes}
+        runtime.engine.model.after_optimizer_step()
+        return replace(event, learning=learning, bytes_read=num_bytes)
 
-    def _way_back(self) -> StepFolder:
-        """The small model's checkpoint of this very step, which stays for good; normally the loop has just saved it."""
-        self.checkpointer.wait()
-        saved = self.checkpointer.last_saved
-        if saved is None or saved.step != self.progress.step:
-            self.save(growing=True)
-            self.checkpointer.wait()
-            saved = self.checkpointer.last_saved
-        assert saved is not None, "a save that has not failed leaves a checkpoint"
-        loss = saved.manifest.held_out_loss
-        return self.checkpointer.make_permanent(self._held_out_loss() if loss is None else loss)
-
-    def _held_out_loss(self) -> float:
-        if self.validator.blocks is not None:
-            return self.validator.one_batch(self.engine)
-        # Nothing is held out: the next global batch, which has not been trained on, serves.
-        upcoming = self._loader()
-        try:
-            return self.engine.evaluate(upcoming.next_batch())
-        finally:
-            upcoming.close()
-
-    def _release(self) -> None:
-        """Lets go of the model, if there is one, before the larger one is built."""
-        if hasattr(self, "engine"):
-            self.data.close()
-            del self.engine, self.optimizer
-        gc.collect()
-        self.device.free_memory()
+    def _check_preserved(
+        self, planned: PlannedGrowth, growth: GrowthMap, source: StepFolder, loss_after: float, *, holds_out: bool
+    ) -> None:
+        """Raises GrowthError when an operator that preserves the function has not done so."""
+        if not holds_out and growth.tolerance is not None and planned.changes_layout:
+            logger.warning("nothing is held out, and the batch has changed: losses before and after do not compare")
+            return
+        assert source.manifest.held_out_loss is not None, "the checkpoint that a model grows from has its loss"
+        check_preserved(planned.operator, growth, source.manifest.held_out_loss, loss_after, self.plan.recipe.training)

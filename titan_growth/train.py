@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from titan_growth.commands.check import report_problems
 from titan_growth.config.fields import section_names
@@ -27,6 +27,7 @@ from titan_growth.liveness.exit_report import (
     REQUEUE,
     RESIZE,
     ExitReport,
+    Outcome,
     caused_by_peer,
     process_status,
 )
@@ -35,30 +36,12 @@ from titan_growth.tools.errors import ConfigError, TitanGrowthError
 from titan_growth.tools.logs import say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    pass
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs this rank to its end and returns the exit status of its process."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        asked = next(position for position, word in enumerate(argv) if word in ("--help", "-h"))
-        section = argv[asked + 1] if len(argv) > asked + 1 and not argv[asked + 1].startswith("-") else None
-        try:
-            load_named_plugins(argv)  # their tables belong to the help
-        except ConfigError as error:
-            print("\n".join(f"error: {problem}" for problem in error.problems))
-            return BAD_RECIPE
-        if section is not None and section not in recipe_class().model_fields:
-            print(
-                f"error: there is no section {section!r}; the sections are {', '.join(section_names(recipe_class()))}"
-            )
-            return BAD_RECIPE
-        with contextlib.suppress(BrokenPipeError):  # the reader had seen enough, as in `--help | head`
-            print(help_text(section), flush=True)
-            return DONE
-        os._exit(DONE)
+        return _help(argv)
     setup_logging()
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -69,111 +52,126 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_status
     folder = RunFolder(recipe.job.dump_folder)
     report = ExitReport(folder.path, rank)
-    status, message, num_ranks, secondary, hanging = FAILED, "", None, False, ()
+    secondary, hanging = False, ()
     try:
-        status, message, num_ranks = run(recipe, folder, report)
-        if message and rank == 0:
-            say(message if status in (DONE, REQUEUE, RESIZE) else f"error: {message}")
+        outcome = run(recipe, folder, report)
+        if outcome.message and rank == 0:
+            say(outcome.message if outcome.status in (DONE, REQUEUE, RESIZE) else f"error: {outcome.message}")
     except ConfigError as error:
-        status, message = error.exit_status, str(error)
+        outcome = Outcome(error.exit_status, str(error))
         report_problems(error)
     except TitanGrowthError as error:
-        status, message = error.exit_status, str(error)
+        outcome = Outcome(error.exit_status, str(error))
         secondary, hanging = getattr(error, "secondary", False), getattr(error, "pids", ())
-        say(f"error: {message}")
+        say(f"error: {error}")
     except Exception as error:
         secondary = caused_by_peer(error)
-        if secondary:
-            first_line = str(error).strip().split("\n")[0]
-            message = (
-                f"rank {rank} lost another rank: {first_line}. The last checkpoint is whole; run the command again"
-            )
-            say(f"error: {message}")
-        else:
-            message = f"rank {rank}: {type(error).__name__}: {error}"
-            say(traceback.format_exc())
-    report.write(status, message, num_ranks=num_ranks, secondary=secondary)
+        outcome = _unexpected(error, rank, lost_peer=secondary)
+    return _leave(report, outcome, secondary, hanging)
+
+
+def _help(argv: Sequence[str]) -> int:
+    """Prints every key of a recipe, or those of the section named after `--help`."""
+    asked = next(position for position, word in enumerate(argv) if word in ("--help", "-h"))
+    section = argv[asked + 1] if len(argv) > asked + 1 and not argv[asked + 1].startswith("-") else None
+    try:
+        load_named_plugins(list(argv))  # their tables belong to the help
+    except ConfigError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems))
+        return BAD_RECIPE
+    if section is not None and section not in recipe_class().model_fields:
+        print(f"error: there is no section {section!r}; the sections are {', '.join(section_names(recipe_class()))}")
+        return BAD_RECIPE
+    with contextlib.suppress(BrokenPipeError):  # the reader had seen enough, as in `--help | head`
+        print(help_text(section), flush=True)
+        return DONE
+    os._exit(DONE)
+
+
+def _unexpected(error: Exception, rank: int, *, lost_peer: bool) -> Outcome:
+    """The outcome of a run that failed by an error that no user can cause, or by the end of another rank."""
+    if lost_peer:
+        reason = str(error).strip().split("\n")[0]
+        message = f"rank {rank} lost another rank: {reason}. The last checkpoint is whole; run the command again"
+        say(f"error: {message}")
+    else:
+        message = f"rank {rank}: {type(error).__name__}: {error}"
+        say(traceback.format_exc())
+    return Outcome(FAILED, message)
+
+
+def _leave(report: ExitReport, outcome: Outcome, secondary: bool, hanging: Sequence[int]) -> int:
+    """Writes the exit report and returns the status of this process; after a failure the process ends here."""
+    report.write(outcome.status, outcome.message, num_ranks=outcome.num_ranks, secondary=secondary)
     end_processes(hanging)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    if status not in (DONE, REQUEUE):
-        # Without the interpreter's own farewell: it would wait for collectives that nobody else takes part in.
-        os._exit(process_status(status))
-    return process_status(status)
+    if outcome.status not in (DONE, REQUEUE):
+        # Skip interpreter shutdown: it would block in collectives no other rank joins.
+        os._exit(process_status(outcome.status))
+    return process_status(outcome.status)
 
 
-def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> tuple[int, str, int | None]:
-    """Trains, and returns (status, message, ranks to go on with) for the exit report."""
-    import torch
+def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> Outcome:
+    """Trains a recipe on this rank, inside a process group of its own making."""
     import torch.distributed as dist
 
     from titan_growth.checkpoint.manager import CheckpointManager
     from titan_growth.liveness.heartbeat import Heartbeat, give_up
     from titan_growth.liveness.stop_signal import StopSignal
+    from titan_growth.models.registry import vocab_size_of
     from titan_growth.run.data import check_run_data, prepare_run_data
-    from titan_growth.run.start import dry_run_of, finished, finished_message, going_back
-    from titan_growth.run.vet import problem_of
+    from titan_growth.run.start import Finished, Site, dry_run_of, resolve
     from titan_growth.session import Session
     from titan_growth.tools.collectives import init_process_group, on_rank0, require_agreement
     from titan_growth.tools.device import Device
 
+    recipe = dry_run_of(recipe)
     dry_run = recipe.comm.mode == "fake_backend"
-    recipe = asked = dry_run_of(recipe)
     stop = StopSignal(recipe.job.time_limit_seconds)
     stop.install()
-    _set_environment(recipe)
+    _set_environment(recipe, folder)
     device = Device.detect()
     _set_determinism(recipe)
     # The corpus is prepared before the process group exists: it may take longer than any collective should.
-    vocab_size = _vocab_size(recipe)
-    run_data = prepare_run_data(recipe, vocab_size, progress=os.environ.get("RANK", "0") == "0")
+    run_data = prepare_run_data(recipe, vocab_size_of(recipe.model), progress=report.rank == 0)
     check_run_data(run_data, recipe)
-
-    init_process_group(device.type, recipe.comm.init_timeout_seconds, fake=dry_run)
+    timeout = recipe.comm.init_timeout_seconds
+    init_process_group(device.type, timeout, fake=dry_run)
     try:
         with Heartbeat.of_process_group(
-            long_seconds=recipe.comm.init_timeout_seconds, on_stall=lambda error: give_up(report, error)
+            long_seconds=timeout, on_stall=lambda error: give_up(report, error)
         ) as heartbeat:
             if not dry_run:
                 recipe_digest = hashlib.sha256(to_toml(recipe).encode()).hexdigest()[:16]
                 require_agreement({"recipe": recipe_digest, **run_data.fingerprints()})
                 on_rank0(folder.create)
                 on_rank0(folder.lock)
-                recipe = on_rank0(lambda: going_back(asked, folder))
-            checkpointer = CheckpointManager(recipe.checkpoint, folder.path)
-            checkpoint = checkpointer.find(problem_of)
-            if checkpoint is not None and on_rank0(lambda: finished(recipe, checkpoint)):
-                return DONE, finished_message(checkpoint), None
-            session = Session(asked, recipe, folder, device, run_data, checkpointer, stop, heartbeat)
+            start = resolve(recipe, Site(folder, dist.get_world_size(), device.type))
+            if isinstance(start, Finished):
+                return Outcome(DONE, start.message)
+            checkpointer = CheckpointManager(start.recipe.checkpoint, folder.path, start.checkpoint)
+            session = Session(folder, device, run_data, checkpointer, stop, heartbeat)
             heartbeat.last_checkpoint = session.last_checkpoint
-            return session.run(checkpoint)
+            return session.run(start)
     finally:
         folder.unlock()
-        if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
 
 
-def _vocab_size(recipe: Recipe) -> int:
-    from titan_growth.models.registry import model_config_of
-
-    config, problems = model_config_of(recipe.model)
-    if config is None:
-        raise ConfigError(problems)
-    return config.vocab_size
-
-
-def _set_environment(recipe: Recipe) -> None:
+def _set_environment(recipe: Recipe, folder: RunFolder) -> None:
     """Settings that libraries read from the environment when they start."""
     if recipe.comm.trace_buf_size:
-        folder = RunFolder(recipe.job.dump_folder).path / recipe.comm.save_traces_folder
+        traces = folder.path / recipe.comm.save_traces_folder
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(recipe.comm.trace_buf_size))
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / recipe.comm.save_traces_file_prefix))
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(traces / recipe.comm.save_traces_file_prefix))
         from torch.cuda import is_available
 
         if is_available():
-            folder.mkdir(parents=True, exist_ok=True)
+            traces.mkdir(parents=True, exist_ok=True)
     if recipe.debug.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -192,6 +190,6 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    # Everything is closed, written and said. The interpreter's farewell would only take down C++ objects under threads
-    # that still run, which aborts one rank of eight in about ten runs on a busy machine: a finished run that failed.
+    # Everything is closed, written and said. Interpreter shutdown would only take down C++ objects under threads that
+    # still run, which aborts one rank of eight in about ten runs on a busy machine: a finished run that failed.
     os._exit(status)

@@ -64,9 +64,9 @@ class CountProducts(TorchDispatchMode):
 def products_of_a_batch(rank: int, num_ranks: int, recipe: Any) -> int:
     """Matrix products of one forward and backward pass."""
     with trainer_of(recipe, num_ranks) as trainer, CountProducts() as products:
-        batch = trainer.data.next_batch()
-        num_tokens, _ = trainer._agree(batch)
-        trainer.engine.forward_backward(batch, num_tokens)
+        batch = trainer.runtime.data.next_batch()
+        num_tokens = trainer.agree(trainer.runtime, batch).num_tokens
+        trainer.runtime.engine.forward_backward(batch, num_tokens)
         return products.count
 
 
@@ -74,10 +74,10 @@ def products_of_a_compiled_batch(rank: int, num_ranks: int, recipe: Any) -> int:
     """The same by the profiler, because the compiler refuses dispatch modes; of a second batch, which is compiled."""
     with trainer_of(recipe, num_ranks) as trainer:
         for context in (contextlib.nullcontext(), torch.profiler.profile()):
-            batch = trainer.data.next_batch()
-            num_tokens, _ = trainer._agree(batch)
+            batch = trainer.runtime.data.next_batch()
+            num_tokens = trainer.agree(trainer.runtime, batch).num_tokens
             with context as profile:
-                trainer.engine.forward_backward(batch, num_tokens)
+                trainer.runtime.engine.forward_backward(batch, num_tokens)
         return sum(event.count for event in profile.key_averages() if event.key == "aten::mm")
 
 
@@ -133,7 +133,7 @@ def test_compiled_products_are_recomputed(
 def checkpointed_layers(rank: int, num_ranks: int, recipe: Any) -> set[int]:
     """Global ids of the layers of this rank that are recomputed."""
     with trainer_of(recipe, num_ranks) as trainer:
-        layers = [item for part in trainer.engine.model.parts for item in part.layers.items()]
+        layers = [item for part in trainer.runtime.engine.model.parts for item in part.layers.items()]
         return {int(layer) for layer, block in layers if isinstance(block.forward, Checkpointed)}
 
 

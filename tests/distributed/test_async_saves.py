@@ -87,7 +87,7 @@ def train_beside_saves(rank: int, num_ranks: int, recipe: Any) -> tuple[set[int]
     ShardWriter.write_data = slow  # type: ignore[method-assign]
     try:
         with trainer_of(recipe, num_ranks) as trainer:
-            advance = trainer._advance
+            advance = trainer.state.advance
 
             def watched(*args: Any) -> None:
                 thread = trainer.checkpointer.saver._thread
@@ -95,7 +95,7 @@ def train_beside_saves(rank: int, num_ranks: int, recipe: Any) -> tuple[set[int]
                     beside.add(trainer.progress.step + 1)
                 advance(*args)
 
-            trainer._advance = watched  # type: ignore[method-assign]
+            trainer.state.advance = watched  # type: ignore[method-assign]
             assert trainer.fit()
     finally:
         ShardWriter.write_data = write  # type: ignore[method-assign]

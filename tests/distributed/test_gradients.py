@@ -26,11 +26,11 @@ COMPILED = {"compile__enable": True, "compile__backend": "aot_eager"}
 def after_one_batch(rank: int, num_ranks: int, recipe: Any) -> Gradients:
     """Gradients of this rank's parts after one forward and backward pass, put together from their shards."""
     with trainer_of(recipe, num_ranks) as trainer:
-        batch = trainer.data.next_batch()
-        num_tokens, _ = trainer._agree(batch)
-        trainer.engine.forward_backward(batch, num_tokens)
+        batch = trainer.runtime.data.next_batch()
+        num_tokens = trainer.agree(trainer.runtime, batch).num_tokens
+        trainer.runtime.engine.forward_backward(batch, num_tokens)
         found = {}
-        for name, parameter in trainer.optimizer.parameters.items():
+        for name, parameter in trainer.runtime.optimizer.parameters.items():
             assert parameter.grad is not None, f"{name} has no gradient"
             is_sharded = isinstance(parameter.grad, DTensor)
             found[name] = parameter.grad.full_tensor() if is_sharded else parameter.grad

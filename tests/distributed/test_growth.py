@@ -43,7 +43,7 @@ def just_grown(rank: int, num_ranks: int, recipe: Any) -> dict[str, torch.Tensor
 
         def grow_and_look(stage: Any) -> None:
             original(stage)
-            for name, tensor in trainer._tensors(optimizer=True).items():
+            for name, tensor in trainer.runtime.tensors(optimizer=True).items():
                 full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
                 found[name] = full.clone()
 

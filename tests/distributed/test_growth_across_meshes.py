@@ -112,7 +112,7 @@ def grown_and_trained(rank: int, num_ranks: int, recipe: Any, reference: Path) -
         def grow_and_compare(stage: Any) -> None:
             nonlocal count
             original(stage)
-            for name, tensor in trainer._tensors(optimizer=True).items():
+            for name, tensor in trainer.runtime.tensors(optimizer=True).items():
                 full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
                 count += 1
                 if not torch.equal(full, expected[name]):
@@ -225,10 +225,10 @@ def there_and_back(rank: int, num_ranks: int, recipe: Any) -> dict[int, tuple[st
             grown_on_paper(trainer.checkpointer.root / f"step-{step}", recipe, path, number)
             expected = torch.load(path, weights_only=True)
             same = []
-            for name, tensor in trainer._tensors(optimizer=True).items():
+            for name, tensor in trainer.runtime.tensors(optimizer=True).items():
                 full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
                 same.append(torch.equal(full, expected[name]))
-            found[step] = (str(trainer.mesh.shape), all(same))
+            found[step] = (str(trainer.runtime.mesh.shape), all(same))
 
         trainer.grow = grow_and_compare
         assert trainer.fit()

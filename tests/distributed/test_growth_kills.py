@@ -58,6 +58,7 @@ def killed_at(rank: int, num_ranks: int, recipe: Any, point: str) -> None:
     from titan_growth.checkpoint import saving
     from titan_growth.growth import apply as carry_out
     from titan_growth.growth import read, verify
+    from titan_growth.run.state import RunState
     from titan_growth.trainer import Trainer
 
     # DCP finishes a checkpoint on rank 0 alone.
@@ -88,18 +89,18 @@ def killed_at(rank: int, num_ranks: int, recipe: Any, point: str) -> None:
         "shards half written": lambda: before(saving.ShardWriter, "finish", lambda *_: current(Trainer) == GROWN_AT),
         "before the commit": lambda: before(saving, "gather_objects", lambda files, *_: isinstance(files, dict), 0),
         "saved, not grown": lambda: before(Trainer, "grow"),
-        "before the build": lambda: before(Trainer, "_build", lambda trainer, *_: len(trainer.lineage.events) == 1),
+        "before the build": lambda: before(growing, "PhaseRuntime"),
         "before the read": lambda: before(carry_out, "read_grown"),
         "in the read": lambda: before(read, "place", after_calls=9),
         "read, not finished": lambda: before(read, "finish", after_calls=3),
         "before the verification": lambda: before(carry_out, "verify_growth"),
         "in the verification": lambda: before(verify, "_compare", after_calls=5),
         "before the loss after": lambda: before(growing, "check_preserved"),
-        "grown, not trained": lambda: before(Trainer, "_agree", lambda trainer, *_: len(trainer.lineage.events) == 1),
-        "in the first step": lambda: before(Trainer, "_advance", at_step(GROWN_AT)),
-        "after the first step": lambda: before(Trainer, "_after_step", at_step(GROWN_AT + 1)),
+        "grown, not trained": lambda: before(Trainer, "agree", lambda trainer, *_: len(trainer.lineage.events) == 1),
+        "in the first step": lambda: before(RunState, "advance", at_step(GROWN_AT)),
+        "after the first step": lambda: before(Trainer, "after_step", at_step(GROWN_AT + 1)),
         "in the first save after": lambda: before(saving, "file_entry", lambda *_: current(Trainer) == GROWN_AT + 1),
-        "after the first save": lambda: before(Trainer, "_agree", at_step(GROWN_AT + 1)),
+        "after the first save": lambda: before(Trainer, "agree", at_step(GROWN_AT + 1)),
     }
     remember(Trainer)
     points[point]()
@@ -108,13 +109,13 @@ def killed_at(rank: int, num_ranks: int, recipe: Any, point: str) -> None:
 
 def remember(kind: Any) -> None:
     """Lets `current` know the step of the trainer of this process."""
-    original = kind._after_step
+    original = kind.after_step
 
     def patched(self: Any, *args: Any) -> Any:
         kind.current_step = self.progress.step
         return original(self, *args)
 
-    kind._after_step = patched
+    kind.after_step = patched
     kind.current_step = 0
 
 

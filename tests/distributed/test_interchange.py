@@ -53,7 +53,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _first_batch(_rank: int, recipe: Recipe) -> list[dict[str, torch.Tensor]]:
     with trainer_of(recipe, 1) as trainer:
-        return trainer.data.next_batch()
+        return trainer.runtime.data.next_batch()
 
 
 def _loss_by_transformers(theirs: Path, recipe: Recipe) -> float:
@@ -90,8 +90,8 @@ def test_the_first_loss_is_theirs(theirs: Path, tmp_path: Path) -> None:
 def _read_by_a_rank(rank: int, num_ranks: int, recipe: Recipe, path: str) -> tuple[int, int]:
     """(bytes this rank has read, bytes of its shards)."""
     with trainer_of(recipe, num_ranks) as trainer:
-        tensors = trainer._tensors(optimizer=False)
-        reader = initial_reader(Path(path), recipe.model.name, trainer.model_config)
+        tensors = trainer.runtime.tensors(optimizer=False)
+        reader = initial_reader(Path(path), recipe.model.name, trainer.runtime.model_config)
         trainer.checkpointer.load(Path(path), tensors, reader=reader, casts=True)
         local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors.values()]
         return reader.num_bytes_read, sum(tensor.numel() * 4 for tensor in local)
@@ -107,7 +107,7 @@ def test_a_rank_reads_its_shards_and_nothing_else(theirs: Path, tmp_path: Path) 
 
 def _weights_on_one_rank(_rank: int, recipe: Recipe) -> dict[str, torch.Tensor]:
     with trainer_of(recipe, 1) as trainer:
-        return {name: tensor.clone() for name, tensor in trainer._tensors(optimizer=False).items()}
+        return {name: tensor.clone() for name, tensor in trainer.runtime.tensors(optimizer=False).items()}
 
 
 @pytest.mark.parametrize(

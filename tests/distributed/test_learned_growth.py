@@ -133,15 +133,15 @@ def test_it_learns_and_every_mesh_learns_the_same(
 def stopped_while_learning(rank: int, num_ranks: int, recipe: Any) -> None:
     """A run that is asked to stop at the fourth batch of its learning phase."""
     with trainer_of(recipe, num_ranks) as trainer:
-        agree, calls = trainer._agree, [0]
+        agree, calls = trainer.agree, [0]
 
-        def asked(batch: Any) -> Any:
+        def asked(runtime: Any, batch: Any) -> Any:
             calls[0] += 1
             if calls[0] == 8:
                 trainer.stop.name = "SIGTERM"
-            return agree(batch)
+            return agree(runtime, batch)
 
-        trainer._agree = asked
+        trainer.agree = asked
         assert not trainer.fit()
         assert calls[0] == 8, "it has learned on"
         assert (trainer.progress.step, len(trainer.lineage.events)) == (4, 0)

@@ -44,14 +44,14 @@ def entries(root: Any) -> dict[str, Any]:
 def crash(rank: int, num_ranks: int, recipe: Any, step: int) -> None:
     """Trains, and dies after a step."""
     with trainer_of(recipe, num_ranks) as trainer:
-        record = trainer._record
+        record = trainer.record
 
         def die(*args: Any) -> None:
             record(*args)
             if trainer.progress.step == step:
                 os._exit(0)
 
-        trainer._record = die  # type: ignore[method-assign]
+        trainer.record = die  # type: ignore[method-assign]
         trainer.fit()
 
 

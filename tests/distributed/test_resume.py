@@ -29,6 +29,7 @@ GROWING: dict[str, Any] = {
 def crash_after(rank: int, num_ranks: int, recipe: Any, step: int, where: str) -> None:
     """Trains, and dies without a word at a point of a step, as `kill -9` would have it."""
     from titan_growth.checkpoint import saving
+    from titan_growth.run.runtime import PhaseRuntime
     from titan_growth.trainer import Trainer
 
     def die(*_: Any, **__: Any) -> None:
@@ -48,13 +49,13 @@ def crash_after(rank: int, num_ranks: int, recipe: Any, step: int, where: str) -
         setattr(kind, name, patched)
 
     if where == "after the step":
-        at(Trainer, "_record", lambda trainer: trainer.progress.step == step, before=False)
+        at(Trainer, "record", lambda trainer: trainer.progress.step == step, before=False)
     elif where == "before the commit":
         saving.write_manifest = die  # only rank 0 commits; the others wait for it in a collective and must die too
         if rank:
             at(Trainer, "save", lambda trainer: trainer.progress.step == step, before=True)
     elif where == "while growing":
-        at(Trainer, "_held_out_loss", lambda trainer: len(trainer.lineage.events) == 1, before=True)
+        at(PhaseRuntime, "held_out_loss", lambda runtime: runtime.phase.growth is not None, before=True)
     elif where == "before growing":
         at(Trainer, "grow", lambda trainer: trainer.progress.step == step, before=True)
     elif where == "after growing":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
-from tests.runs import make_recipe, read_metrics, train, without_timings
+from tests.runs import make_recipe, read_metrics, run_of, train, without_timings
 from titan_growth.tools.errors import TitanGrowthError
 
 SAVING: dict[str, Any] = {
@@ -34,21 +34,14 @@ def session(rank: int, recipe: Any, faults: list[dict[str, Any]], die_at: str = 
     from titan_growth.checkpoint.manager import CheckpointManager
     from titan_growth.engine.engine import Engine
     from titan_growth.engine.optimizer import Optimizer
-    from titan_growth.liveness.stop_signal import StopSignal
     from titan_growth.metrics import observers
-    from titan_growth.run.data import prepare_run_data
-    from titan_growth.run.start import going_back
-    from titan_growth.session import Session
-    from titan_growth.tools.collectives import on_rank0
-    from titan_growth.tools.device import Device
-    from titan_growth.tools.run_folder import RunFolder
     from titan_growth.trainer import Trainer
 
     now: list[dict[str, Any]] = []
 
-    def watched(self: Any, batch: Any, original: Any = Trainer._agree) -> Any:
-        now[:] = [fault for fault in faults if fault["cursor"] == self.data.cursor and fault.get("rank", 1) == rank]
-        return original(self, batch)
+    def watched(self: Any, runtime: Any, batch: Any, original: Any = Trainer.agree) -> Any:
+        now[:] = [fault for fault in faults if fault["cursor"] == runtime.data.cursor and fault.get("rank", 1) == rank]
+        return original(self, runtime, batch)
 
     def loss_sum(self: Any, batch: Any, original: Any = Engine._loss_sum) -> Any:
         loss = original(self, batch)
@@ -65,22 +58,16 @@ def session(rank: int, recipe: Any, faults: list[dict[str, Any]], die_at: str = 
         now.clear()  # the next forward pass may be that of an evaluation
         return original(self)
 
-    Trainer._agree, Engine._loss_sum, Optimizer.clip = watched, loss_sum, clip  # type: ignore[method-assign]
+    Trainer.agree, Engine._loss_sum, Optimizer.clip = watched, loss_sum, clip  # type: ignore[method-assign]
     if die_at == "rolled back":
         CheckpointManager.set_aside_after = lambda *_: os._exit(0)  # type: ignore[method-assign,assignment]
-    device = Device.detect()
-    folder = RunFolder(recipe.job.dump_folder)
-    on_rank0(folder.create)
-    recipe = on_rank0(lambda: going_back(recipe, folder))
-    run_data = prepare_run_data(recipe, recipe.model.vocab_size, progress=False)
     observers.peak_flops_per_second = lambda *_: (1e12, "not measured, to save time")
-    checkpointer = CheckpointManager(recipe.checkpoint, folder.path)
-    made = Session(recipe, recipe, folder, device, run_data, checkpointer, StopSignal(), None)
+    run = run_of(recipe, num_ranks)
     try:
-        status, message, _ = made.run(checkpointer.find())
+        outcome = run.session.run(run.start)
     except TitanGrowthError as error:
         return str(error)
-    return "" if status == 0 else message
+    return "" if outcome.status == 0 else outcome.message
 
 
 def steps_of(folder: Path) -> dict[int, dict[str, Any]]:

@@ -27,14 +27,14 @@ def train_until(rank: int, num_ranks: int, recipe: Any, batches: int) -> tuple[i
     """Time is up on rank 1 alone, once it has taken so many batches; (step it ended at, the reason on this rank)."""
     with trainer_of(recipe, num_ranks) as trainer:
         taken = 0
-        original = type(trainer)._agree
+        original = type(trainer).agree
 
         def counted(self: Any, batch: Any) -> tuple[int, bool]:
             nonlocal taken
             taken += 1
             return original(self, batch)
 
-        type(trainer)._agree = counted
+        type(trainer).agree = counted
         limit = recipe.job.time_limit_seconds
         trainer.stop = StopSignal(limit, lambda: limit if rank == 1 and taken >= batches else 0.0)
         assert not trainer.fit()

@@ -140,6 +140,11 @@ class StepFolder:
     def step(self) -> int:
         return self.manifest.progress.step
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all its files but the manifest."""
+        return sum(entry["bytes"] for entry in self.manifest.files.values())
+
     def recipe_table(self) -> dict[str, Any]:
         """The recipe the checkpoint was written with.
 

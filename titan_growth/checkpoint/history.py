@@ -158,6 +158,10 @@ class Lineage:
     """Of what the run started from: growths on disk, and those of the runs before them."""
     roll_backs: tuple[RollBack, ...] = field(default=())
 
+    def grown(self, event: GrowthEvent) -> Lineage:
+        """The lineage one growth later."""
+        return replace(self, events=(*self.events, event))
+
     def postponed_to(self, growth: int) -> int:
         """The step before which a growth may not happen, because it has been taken back."""
         return max((one.postponed_to for one in self.roll_backs if one.growth == growth), default=0)

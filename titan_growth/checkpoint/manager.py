@@ -1,6 +1,6 @@
-"""The step folders of a run: choosing one, loading it on all ranks together, and saving (`saving.py`).
+"""The step folders of a run: loading one on all ranks together, saving (`saving.py`), and going back.
 
-    load   newest committed -> checksums -> every wanted tensor is there, of the right size and type -> read in place
+    load   found (`search.py`) -> every wanted tensor is there, of the right size and type -> read in place
 
 A folder without a manifest is the remains of a save that died; it is never loaded, and cleared when its step is saved
 again. A checkpoint that fails its checks is named and the next older one is used; when none is left the run stops
@@ -9,13 +9,11 @@ rather than start from scratch.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
@@ -26,72 +24,36 @@ from titan_growth.checkpoint.folder import (
     StepFolder,
     committed_steps,
     is_step_name,
-    no_such_step,
-    none_usable,
     open_step,
     root_of,
     write_manifest,
 )
-from titan_growth.checkpoint.reader import NamesOf, SafeReader, misplaced
+from titan_growth.checkpoint.reader import NamesOf, SafeReader
 from titan_growth.checkpoint.retention import Retention, set_aside_after
 from titan_growth.checkpoint.rewind import RollBackError
 from titan_growth.checkpoint.saving import Saver, Tensors, root_cause
+from titan_growth.checkpoint.search import damage_of
 from titan_growth.config.schema.recipe import CheckpointConfig
-from titan_growth.tools.collectives import fail_together, gather_objects, on_rank0
+from titan_growth.tools.collectives import fail_together, on_rank0
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.logs import logger
 
 
 class CheckpointManager:
-    """The step folders of one run."""
+    """The step folders of one run.
 
-    def __init__(self, section: CheckpointConfig, dump_folder: Path) -> None:
+    Args:
+        resumed: the checkpoint that the run goes on from.
+    """
+
+    def __init__(self, section: CheckpointConfig, dump_folder: Path, resumed: StepFolder | None = None) -> None:
         self.section = section
         self.root = root_of(section.folder, dump_folder)
         spare = folder_at(section.initial_load_path) if section.initial_load_path is not None else None
-        self.saver = Saver(section, self.root, Retention(self.root, section.keep_latest_k, spare))
+        self.saver = Saver(section, self.root, Retention(self.root, section.keep_latest_k, spare), resumed)
 
-    # ---- choosing ------------------------------------------------------------------------------------------------
-
-    def find(self, problem_of: Callable[[StepFolder], str | None] = lambda folder: None) -> StepFolder | None:
-        """The checkpoint to resume from: the newest good one, or that of `checkpoint.load_step`.
-
-        Args:
-            problem_of: what else is wrong with one, or None; asked on rank 0, before checksums are computed.
-
-        Raises:
-            CheckpointError: when the one asked for, or every one there is, cannot be used.
-        """
-        if not self.section.enable:
-            return None
-        candidates, refused = on_rank0(lambda: committed_steps(self.root))
-        wanted = self.section.load_step
-        for folder in candidates:
-            if wanted not in (-1, folder.step):
-                continue
-            damage = on_rank0(functools.partial(problem_of, folder)) or self.damage(folder)
-            if damage is None:
-                for line in refused if wanted == -1 else []:
-                    logger.error("%s", line)
-                self.saver.last_saved = folder
-                return folder
-            refused.append(f"{folder.path.name} refused: {damage}")
-        if wanted != -1:
-            raise CheckpointError(f"checkpoint.load_step: {no_such_step(self.root, wanted, refused)}")
-        if refused:
-            raise CheckpointError(none_usable(self.root, refused))
-        return None
-
-    def damage(self, folder: StepFolder) -> str | None:
-        """What is wrong with the files of a checkpoint, or None. The ranks divide the work.
-
-        Checksums alone show accidents; what a stranger has written has checksums that fit. So the metadata is checked,
-        too, and whether every piece that it names is there and is what it says.
-        """
-        rank, num_ranks = dist.get_rank(), dist.get_world_size()
-        mine = folder.damage(checksums=True, share=(rank, num_ranks)) or misplaced(folder.path, (rank, num_ranks))
-        return next((found for found in gather_objects(mine) if found), None)
+    # ---- going back ------------------------------------------------------------------------------------------------
 
     def set_aside_after(self, step: int) -> None:
         """Moves checkpoints of later steps out of the way when a run goes on from an earlier one.
@@ -109,6 +71,24 @@ class CheckpointManager:
     def last_saved(self) -> StepFolder | None:
         """The newest checkpoint that this process has committed, or found to go on from."""
         return self.saver.last_saved
+
+    def is_due(self, step: int, *, last: bool, wanted: bool) -> bool:
+        """Whether a step is to be saved.
+
+        Args:
+            last: it is the last step.
+            wanted: the run needs it, whatever the recipe says: it grows from it, or stops after it.
+        """
+        section = self.section
+        if not section.enable or section.load_only:
+            return False
+        first = section.enable_first_step_checkpoint and step == 1
+        return wanted or first or last or step % section.interval == 0 or self.is_permanent(step)
+
+    def is_permanent(self, step: int) -> bool:
+        """Whether a checkpoint of this step is kept for good."""
+        interval = self.section.permanent_interval
+        return interval > 0 and step % interval == 0
 
     def save(self, manifest: Manifest, tensors: Tensors, *, recipe_toml: str, lineage_json: str) -> None:
         """Writes and commits one checkpoint, or begins to (`Saver.save`)."""
@@ -167,7 +147,7 @@ class CheckpointManager:
             named = on_rank0(lambda: open_step(self.root / source))
             candidates = [named] if named is not None else []
         for folder in candidates:
-            damage = self.damage(folder)
+            damage = damage_of(folder)
             if damage is None:
                 return folder
             refused.append(f"{folder.path.name} refused: {damage}")

@@ -74,13 +74,16 @@ class Saver:
     Args:
         section: `[checkpoint]`.
         root: the folder of the step folders.
+        resumed: the checkpoint that the run goes on from.
     """
 
-    def __init__(self, section: CheckpointConfig, root: Path, retention: Retention) -> None:
+    def __init__(
+        self, section: CheckpointConfig, root: Path, retention: Retention, resumed: StepFolder | None = None
+    ) -> None:
         self.section = section
         self.root = root
         self.retention = retention
-        self.last_saved: StepFolder | None = None
+        self.last_saved = resumed
         """The newest checkpoint that this process has committed, or resumed from."""
         self.group = saving_group() if section.enable else None
         self._copies: HostCopies | None = None

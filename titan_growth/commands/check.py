@@ -9,18 +9,22 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from titan_growth.checkpoint.folder import StepFolder, no_such_step, none_usable, open_step, root_of
+from titan_growth.checkpoint.folder import open_step, root_of
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.exit_report import NOTHING_TO_DO
+from titan_growth.run.data import check_run_data, prepare_run_data
 from titan_growth.run.plan import RunPlan, plan_run
-from titan_growth.run.resume import newest_checkpoint, refused_checkpoints
-from titan_growth.run.start import decide, dry_run_of, finished, finished_message, going_back, settle
-from titan_growth.run.vet import listing_problem, problem_of, whole_problem
-from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, RunFolderError, TitanGrowthError
+from titan_growth.run.start import Finished, Site, dry_run_of, resolve
+from titan_growth.run.vet import listing_problem
+from titan_growth.tools.errors import CheckpointError, ConfigError, RunFolderError, TitanGrowthError
 from titan_growth.tools.location import is_remote
 from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
+
+READ_BYTES = 2 << 30
+"""The shards of a checkpoint up to this size are read here, before anything has started; those of a larger one are left
+to the ranks, which divide the reading."""
 
 
 def main(argv: list[str]) -> int:
@@ -48,62 +52,48 @@ def report_problems(error: ConfigError) -> None:
 
 
 def _check(argv: list[str]) -> int:
-    recipe, problems, warnings = inspect_recipe(argv)
-    if recipe is None:
-        raise ConfigError(problems)
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    device_type = _device_type()
-    recipe = dry_run_of(recipe)
-    _, more, _ = plan_run(recipe, num_ranks=num_ranks, device_type=device_type)
-    known = {problem.key for problem in problems}
-    if problems:
-        raise ConfigError(problems + [problem for problem in more if problem.key not in known])
-
-    checkpoint = None
+    recipe = _recipe(argv)
     folder = RunFolder(recipe.job.dump_folder)
     os.environ["TITAN_GROWTH_DUMP_FOLDER"] = str(folder.path)
-    recipe = going_back(recipe, folder)
-    if recipe.comm.mode != "default":
-        if more:
-            raise ConfigError(more)
-    else:
+    dry_run = recipe.comm.mode != "default"
+    if not dry_run:
         _check_folder(folder, recipe)
-        checkpoint = _resumed_from(recipe, folder, more)
-        if checkpoint is not None and finished(recipe, checkpoint):
-            # Once it is said that there is nothing to do, nobody will look at the checkpoint again.
-            if (damage := problem_of(checkpoint) or whole_problem(checkpoint)) is None:
-                logger.info("%s", finished_message(checkpoint))
-                return NOTHING_TO_DO
-            logger.error("%s refused: %s", checkpoint.path.name, damage)
-    for warning in warnings:
-        logger.warning("%s", warning)
-    decisions = decide(recipe, folder, checkpoint)
-    plan = settle(recipe, decisions, checkpoint, num_ranks=num_ranks, device_type=device_type)
-    if recipe.comm.mode == "default":
-        _check_space(folder, plan)
-        if checkpoint is None and recipe.checkpoint.enable and recipe.checkpoint.initial_load_path is not None:
-            _check_initial(plan)
-
-    from titan_growth.run.data import check_run_data, prepare_run_data
-
-    run_data = prepare_run_data(recipe, plan.target.vocab_size, progress=True)
+    start = resolve(recipe, Site(folder, _num_ranks(), _device_type()), most_bytes=READ_BYTES)
+    if isinstance(start, Finished):
+        logger.info("%s", start.message)
+        return NOTHING_TO_DO
+    start.log()
+    if not dry_run:
+        _check_space(folder, start.plan)
+        if start.checkpoint is None and recipe.checkpoint.enable and recipe.checkpoint.initial_load_path is not None:
+            _check_initial(start.plan)
+    run_data = prepare_run_data(recipe, start.plan.target.vocab_size, progress=True)
     check_run_data(run_data, recipe)
-    if checkpoint is not None and (problems := run_data.changes_since(checkpoint.manifest.data, checkpoint.path.name)):
-        raise ConfigError(problems)
+    start.require_same_data(run_data)
     return 0
 
 
-def _resumed_from(recipe: Recipe, folder: RunFolder, more: list[Problem]) -> StepFolder | None:
-    """The checkpoint that the run goes on from, or None for a new run; the ranks check its files besides."""
-    checkpoint = newest_checkpoint(recipe, folder.path)
-    if checkpoint is None and recipe.checkpoint.enable:
-        root, step = root_of(recipe.checkpoint.folder, folder.path), recipe.checkpoint.load_step
-        refused = refused_checkpoints(recipe, folder.path)
-        if step != -1:
-            raise ConfigError([Problem("checkpoint.load_step", no_such_step(root, step, refused)), *more])
-        if refused:
-            raise CheckpointError(none_usable(root, refused))
-    return checkpoint
+def _recipe(argv: list[str]) -> Recipe:
+    """The recipe of a command line.
+
+    Raises:
+        ConfigError: with the problems of the recipe itself, and those it has on this number of ranks besides.
+    """
+    recipe, problems, warnings = inspect_recipe(argv)
+    if recipe is None:
+        raise ConfigError(problems)
+    recipe = dry_run_of(recipe)
+    if problems:
+        _, more, _ = plan_run(recipe, num_ranks=_num_ranks(), device_type=_device_type())
+        known = {problem.key for problem in problems}
+        raise ConfigError(problems + [problem for problem in more if problem.key not in known])
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return recipe
+
+
+def _num_ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_folder(folder: RunFolder, recipe: Recipe) -> None:
@@ -144,7 +134,8 @@ def _check_initial(plan: RunPlan) -> None:
     from titan_growth.models.registry import family_module
     from titan_growth.run.initial import initial_reader, initial_state, is_hugging_face
 
-    path, _, lineage = initial_state(plan.recipe.checkpoint, checksums=False)  # the ranks share that work
+    initial = initial_state(plan.recipe.checkpoint, checksums=False)  # the ranks share that work
+    path, lineage = initial.path, initial.lineage
     if len(lineage.events) > len(plan.growth.stages):
         raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
     config = plan.growth.config_after(len(lineage.events))

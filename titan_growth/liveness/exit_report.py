@@ -41,6 +41,16 @@ LAUNCH_ID_VARIABLE = "TITAN_GROWTH_LAUNCH_ID"
 _LOCK_SECONDS = 2.0
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended on this rank."""
+
+    status: int
+    message: str = ""
+    num_ranks: int | None = None
+    """The number of ranks to go on with, for `RESIZE`."""
+
+
 def current_launch_id() -> str:
     """The id all ranks of one launch share: given by our launcher, else the process that started them all."""
     return os.environ.get(LAUNCH_ID_VARIABLE) or f"parent-{os.getppid()}"

@@ -13,7 +13,7 @@ from typing import Any
 from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.model import ModelConfig
 from titan_growth.models.config import DecoderConfig, swiglu_hidden_dim
-from titan_growth.tools.errors import Problem
+from titan_growth.tools.errors import ConfigError, Problem
 
 FAMILIES: dict[str, str] = {"llama3": "titan_growth.models.llama", "qwen3": "titan_growth.models.qwen3"}
 """Family -> its module."""
@@ -63,6 +63,14 @@ def model_config_of(section: ModelConfig) -> tuple[DecoderConfig | None, list[Pr
     if missing:
         return None, [Problem(f"model.{key}", 'is missing; flavor = "custom" needs every size') for key in missing]
     return _config(values, explicit=given)
+
+
+def vocab_size_of(section: ModelConfig) -> int:
+    """The vocabulary of the model that a `[model]` table describes. Raises ConfigError when it describes none."""
+    config, problems = model_config_of(section)
+    if config is None:
+        raise ConfigError(problems)
+    return config.vocab_size
 
 
 def _config(values: dict[str, Any], explicit: dict[str, Any]) -> tuple[DecoderConfig | None, list[Problem]]:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from titan_growth.checkpoint.folder import StepFolder, open_step
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
+from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.reader import NamesOf, SafeReader
-from titan_growth.config.schema.recipe import CheckpointConfig
+from titan_growth.checkpoint.search import damage_of
+from titan_growth.config.schema.recipe import CheckpointConfig, Recipe
+from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.interchange.folder import is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.models.config import DecoderConfig
+from titan_growth.run.resume import check_same_growths
+from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.location import folder_at
+from titan_growth.tools.logs import logger
 
 
 def tied_names(tied: Mapping[str, str]) -> NamesOf | None:
@@ -53,8 +60,52 @@ def initial_notes(reader: SafeReader, tensors: Mapping[str, Tensor]) -> list[str
     return lines + (reader.differences() if isinstance(reader, HuggingFaceReader) else [])
 
 
-def initial_state(section: CheckpointConfig, *, checksums: bool) -> tuple[Path, Progress, Lineage]:
-    """(folder to load from, counters and growths to go on with).
+@dataclass(frozen=True)
+class Initial:
+    """What a new run starts from, and the counters and growths that it goes on with."""
+
+    path: Path
+    progress: Progress
+    lineage: Lineage
+    seconds: float = 0.0
+    """Wall-clock of the run that it is from, when that run is gone on with."""
+
+    def load(
+        self,
+        tensors: Mapping[str, Tensor],
+        config: DecoderConfig,
+        recipe: Recipe,
+        checkpointer: CheckpointManager,
+    ) -> None:
+        """Fills this rank's tensors of the model, and says what is worth a line about it.
+
+        Raises:
+            CheckpointError: on every rank, when they are not there or do not fit.
+        """
+        model_only = recipe.checkpoint.initial_load_model_only
+        reader = initial_reader(self.path, recipe.model.name, config)
+        checkpointer.load(self.path, dict(tensors), reader=reader, casts=model_only)
+        for line in initial_notes(reader, tensors):
+            logger.warning("%s", line)
+        logger.info("started from %s of %s", "the weights" if model_only else "all state", self.path)
+
+
+def open_initial(section: CheckpointConfig, growth: GrowthPlan) -> Initial:
+    """`checkpoint.initial_load_path`, read in full by all ranks together.
+
+    Raises:
+        CheckpointError: on every rank, when it is damaged, or cannot be gone on from with the recipe's growths.
+    """
+    initial = on_rank0(lambda: initial_state(section, checksums=False))
+    folder = on_rank0(lambda: open_step(initial.path))
+    if folder is not None and (damage := damage_of(folder)):
+        raise CheckpointError(f"{initial.path.name} refused: {damage}")
+    check_same_growths(initial.path, initial.lineage, growth)
+    return initial
+
+
+def initial_state(section: CheckpointConfig, *, checksums: bool) -> Initial:
+    """What the recipe names to start from.
 
     With `initial_load_model_only` the counters start at zero and any DCP folder will do, also one of another program,
     and a Hugging Face folder, which is told by its files; otherwise it must be a committed checkpoint of ours.
@@ -74,15 +125,15 @@ def initial_state(section: CheckpointConfig, *, checksums: bool) -> tuple[Path, 
     if theirs:
         if not section.initial_load_model_only:
             raise CheckpointError(f"{key}: holds only weights. Set checkpoint.initial_load_model_only = true")
-        return path, Progress(), Lineage()
+        return Initial(path, Progress(), Lineage())
     if not (path / ".metadata").is_file():
         raise CheckpointError(f"{key}: is not a checkpoint (it has no .metadata). Name a step-N folder")
     folder = open_step(path)
     if folder is not None and (damage := folder.damage(checksums=checksums)):
         raise CheckpointError(f"{path.name} refused: {damage}")
     if section.initial_load_model_only:
-        return path, Progress(), Lineage(ancestors=_ancestors(folder))
-    return path, *_whole_state(folder, key)
+        return Initial(path, Progress(), Lineage(ancestors=_ancestors(folder)))
+    return _whole_state(path, folder, key)
 
 
 def _ancestors(folder: StepFolder | None) -> tuple[GrowthEvent, ...]:
@@ -93,11 +144,11 @@ def _ancestors(folder: StepFolder | None) -> tuple[GrowthEvent, ...]:
     return (*lineage.ancestors, *lineage.events)
 
 
-def _whole_state(folder: StepFolder | None, key: str) -> tuple[Progress, Lineage]:
+def _whole_state(path: Path, folder: StepFolder | None, key: str) -> Initial:
     if folder is None:
         raise CheckpointError(
             f"{key}: has no manifest, so its counters are not known. Set checkpoint.initial_load_model_only = true"
         )
     if folder.manifest.model_only:
         raise CheckpointError(f"{key}: holds only weights. Set checkpoint.initial_load_model_only = true")
-    return folder.manifest.progress, folder.lineage()
+    return Initial(path, folder.manifest.progress, folder.lineage(), folder.manifest.seconds)

@@ -38,6 +38,22 @@ class RunPlan:
     schedule: LRSchedule
 
     @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        assert self.recipe.debug.seed is not None, "the seed has not been decided"
+        return self.recipe.debug.seed
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.recipe.training.steps
+
+    @property
+    def base_seq_len(self) -> int:
+        """The sequence length that the data cursor counts in."""
+        return self.recipe.training.seq_len
+
+    @property
     def phase(self) -> Phase:
         """The phase that this start of the run begins in."""
         return self.phases[self.first_phase]

@@ -13,7 +13,7 @@ from typing import Any
 
 import tomli
 
-from titan_growth.checkpoint.folder import StepFolder, committed_steps, root_of
+from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import Lineage
 from titan_growth.config.loader import recipe_from_toml
 from titan_growth.config.schema.recipe import Recipe
@@ -21,7 +21,7 @@ from titan_growth.growth.chain import chain_of
 from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
-from titan_growth.run.vet import recipe_of, text_problem
+from titan_growth.run.vet import recipe_of
 from titan_growth.tools.errors import CheckpointError, Problem
 from titan_growth.tools.run_folder import RECIPE_FILE
 
@@ -57,23 +57,6 @@ def decided_before(folder: Path, checkpoint: StepFolder | None) -> Recipe | None
         return recipe_from_toml(tomli.loads((folder / RECIPE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-
-
-def newest_checkpoint(recipe: Recipe, dump_folder: Path) -> StepFolder | None:
-    """The checkpoint that a start would resume from, going by sizes, recipe and lineage; the run itself checks more."""
-    if not recipe.checkpoint.enable:
-        return None
-    candidates, _ = committed_steps(root_of(recipe.checkpoint.folder, dump_folder))
-    if recipe.checkpoint.load_step != -1:
-        candidates = [folder for folder in candidates if folder.step == recipe.checkpoint.load_step]
-    return next((folder for folder in candidates if text_problem(folder) is None), None)
-
-
-def refused_checkpoints(recipe: Recipe, dump_folder: Path) -> list[str]:
-    """A line for each checkpoint that `newest_checkpoint` passes over."""
-    candidates, refused = committed_steps(root_of(recipe.checkpoint.folder, dump_folder))
-    problems = ((folder, text_problem(folder)) for folder in candidates)
-    return refused + [f"{folder.path.name} refused: {problem}" for folder, problem in problems if problem]
 
 
 def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list[str]]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_growth.checkpoint.folder import Manifest, StepFolder
+from titan_growth.checkpoint.folder import Manifest
 from titan_growth.checkpoint.history import Progress
 from titan_growth.checkpoint.rewind import RollBackError
 from titan_growth.config.schema.stability import StabilityConfig
@@ -35,19 +35,22 @@ class Stability:
 
     Args:
         section: `[stability]`.
-        checkpoint: what the run resumes from.
         holds_out: a held-out batch judges growths, not the next batch of the training data.
     """
 
-    def __init__(self, section: StabilityConfig, checkpoint: StepFolder | None, *, holds_out: bool) -> None:
+    def __init__(self, section: StabilityConfig, *, holds_out: bool) -> None:
         self.section = section
         self.holds_out = holds_out
-        state = checkpoint.manifest.stability if checkpoint is not None else {}
-        self.events: list[dict[str, Any]] = list(state.get("events", []))
+        self.events: list[dict[str, Any]] = []
         """Skipped and rolled back steps of the run so far."""
         self.skipped = ""
         """Why the present step did not move the weights; empty when it did."""
-        self._window: list[list[float]] = [list(pair) for pair in state.get("window", [])]
+        self._window: list[list[float]] = []
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from the state in a checkpoint's manifest."""
+        self.events = list(state.get("events", []))
+        self._window = [list(pair) for pair in state.get("window", [])]
 
     @property
     def state(self) -> dict[str, Any]:

@@ -1,6 +1,10 @@
-"""From a recipe to a run that can start: what is open gets decided, what is wrong gets reported, and all at once.
+"""How a run starts: one sequence, from (recipe, run folder, number of ranks, device) to what starts.
 
-Shared by the preflight (one process, before torchrun) and by every rank, so both come to the same plan.
+    load_step -> search -> finished? -> what was open is decided -> plan -> changes since the checkpoint
+
+The preflight resolves a start before anything has started, `titan_growth plan` resolves it to show what would happen,
+and the ranks resolve it together: rank 0 looks at files, and its findings are broadcast. Planning is pure, so every
+rank makes the same plan of them.
 """
 
 from __future__ import annotations
@@ -9,10 +13,14 @@ import secrets
 from dataclasses import dataclass
 
 from titan_growth.checkpoint.folder import StepFolder, committed_steps, root_of
+from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
+from titan_growth.run.data import RunData
 from titan_growth.run.plan import RunPlan, plan_run
 from titan_growth.run.resume import compare, decided_before, num_growths_of
+from titan_growth.run.vet import problem_of
+from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
@@ -23,20 +31,133 @@ GONE_BACK_FILE = "gone-back-to"
 
 
 @dataclass(frozen=True)
+class Site:
+    """Where a run is to start."""
+
+    folder: RunFolder
+    num_ranks: int
+    device_type: str
+    elsewhere: bool = False
+    """The run is to happen on another machine, so what this one lacks is only warned about."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has nothing left to do."""
+
+    checkpoint: StepFolder
+
+    @property
+    def message(self) -> str:
+        """What to say then."""
+        return (
+            f"nothing to do: this run is finished at step {self.checkpoint.step} ({self.checkpoint.path}). "
+            "Raise training.steps to go on, or name another job.dump_folder"
+        )
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What starts: the plan of the run, and the checkpoint it goes on from."""
+
+    plan: RunPlan
+    checkpoint: StepFolder | None
+    """None for a run that starts from scratch, or from `checkpoint.initial_load_path`."""
+    recipe: Recipe
+    """As asked for: what it leaves open is decided in `plan.recipe`."""
+    site: Site
+    load_step: int
+    """`checkpoint.load_step` as given, also when the run has gone back to it before."""
+    refused: tuple[str, ...]
+    """A line for each newer checkpoint that was passed over."""
+    warnings: tuple[Problem, ...]
+    changes: tuple[str, ...]
+    """A line for each setting that takes effect and that the checkpoint was not written with."""
+
+    def log(self) -> None:
+        """Says what is worth a line about this start."""
+        for line in self.refused:
+            logger.error("%s", line)
+        for warning in self.warnings:
+            logger.warning("%s", warning)
+        for line in self.changes:
+            logger.info("%s", line)
+
+    def require_same_data(self, data: RunData) -> None:
+        """Raises ConfigError when the checkpoint was trained on other data."""
+        if self.checkpoint is None:
+            return
+        if problems := data.changes_since(self.checkpoint.manifest.data, self.checkpoint.path.name):
+            raise ConfigError(problems)
+
+    def back_to(self, checkpoint: StepFolder) -> RunStart:
+        """The start of the same run from an earlier checkpoint."""
+        return start_from(checkpoint, self.recipe, self.site, self.load_step)
+
+
+def resolve(recipe: Recipe, site: Site, *, most_bytes: int | None = None) -> RunStart | Finished:
+    """What a recipe comes to in its run folder. Every rank calls it, or a process without a process group.
+
+    Args:
+        most_bytes: shards of larger checkpoints are not read, unless they are all that is left of a finished run. None
+            reads them all.
+
+    Raises:
+        ConfigError: with every problem of the recipe, or every change that the checkpoint does not allow.
+        CheckpointError: when the run has checkpoints, and none, or not the one asked for, can be used.
+    """
+    load_step = recipe.checkpoint.load_step
+    recipe = on_rank0(lambda: load_step_once(recipe, site.folder))
+
+    def reads_shards(checkpoint: StepFolder) -> bool:
+        return most_bytes is None or checkpoint.num_bytes <= most_bytes or is_finished(recipe, checkpoint)
+
+    root = root_of(recipe.checkpoint.folder, site.folder.path)
+    found = find_checkpoint(recipe.checkpoint, root, problem_of, reads_shards)
+    checkpoint = found.checkpoint
+    if checkpoint is not None and on_rank0(lambda: is_finished(recipe, checkpoint)):
+        return Finished(checkpoint)
+    return start_from(checkpoint, recipe, site, load_step, tuple(found.refused))
+
+
+def start_from(
+    checkpoint: StepFolder | None, recipe: Recipe, site: Site, load_step: int = -1, refused: tuple[str, ...] = ()
+) -> RunStart:
+    """The start from a checkpoint that has been chosen, or from scratch.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    decisions = on_rank0(lambda: decide(recipe, site.folder, checkpoint))
+    plan, problems, warnings = plan_run(
+        with_values(recipe, {"debug.seed": decisions.seed}),
+        num_ranks=site.num_ranks,
+        device_type=site.device_type,
+        global_batch_size=decisions.global_batch_size,
+        progress=checkpoint.manifest.progress if checkpoint is not None else None,
+        num_growths=decisions.num_growths,
+        grows_at_once=checkpoint is not None and checkpoint.manifest.held_out_loss is not None,
+        elsewhere=site.elsewhere,
+    )
+    if plan is None:
+        raise ConfigError(problems)
+    changes: list[str] = []
+    if checkpoint is not None:
+        refused_changes, changes = on_rank0(lambda: compare(checkpoint, plan.recipe))
+        if refused_changes:
+            raise ConfigError(refused_changes)
+    return RunStart(plan, checkpoint, recipe, site, load_step, refused, tuple(warnings), tuple(changes))
+
+
+@dataclass(frozen=True)
 class Decisions:
-    """What a recipe left open and a run has decided."""
+    """What the recipe leaves open and the run has decided, now or at an earlier start."""
 
     seed: int
     global_batch_size: int | None
-
-
-def dry_run_of(recipe: Recipe) -> Recipe:
-    """The recipe of a dry run (`comm.mode`): one step, which leaves nothing behind; any other recipe as it is."""
-    if recipe.comm.mode == "default":
-        return recipe
-    sections = ("checkpoint", "growth", "validation")
-    off: dict[str, object] = {f"{section}.enable": False for section in sections}
-    return with_values(recipe, {**off, "training.steps": 1, "metrics.enable_tensorboard": False})
+    """What -1 stands for; None when it is still to be derived."""
+    num_growths: int = 0
+    """Growths behind the checkpoint."""
 
 
 def decide(recipe: Recipe, folder: RunFolder, checkpoint: StepFolder | None) -> Decisions:
@@ -49,11 +170,14 @@ def decide(recipe: Recipe, folder: RunFolder, checkpoint: StepFolder | None) -> 
     if checkpoint is None and before is not None and recipe.checkpoint.enable:
         _require_not_left(before, recipe, folder)
     seed = recipe.debug.seed
-    if seed is None:
-        seed = before.debug.seed if before is not None else None
-    if seed is None:
-        seed = secrets.randbelow(2**31)
-    return Decisions(seed, before.training.global_batch_size if before is not None else None)
+    if seed is None and before is not None:
+        seed = before.debug.seed
+    batch = before.training.global_batch_size if before is not None else -1
+    return Decisions(
+        seed=secrets.randbelow(2**31) if seed is None else seed,
+        global_batch_size=None if batch == -1 else batch,
+        num_growths=num_growths_of(checkpoint) if checkpoint is not None else 0,
+    )
 
 
 def _require_not_left(before: Recipe, recipe: Recipe, folder: RunFolder) -> None:
@@ -69,39 +193,16 @@ def _require_not_left(before: Recipe, recipe: Recipe, folder: RunFolder) -> None
         raise ConfigError([Problem("checkpoint.folder", message, hint)])
 
 
-def settle(
-    recipe: Recipe, decisions: Decisions, checkpoint: StepFolder | None, *, num_ranks: int, device_type: str
-) -> RunPlan:
-    """The plan of a run, checked against the checkpoint it goes on from.
-
-    Raises:
-        ConfigError: with every problem of the recipe, or every change that the checkpoint does not allow.
-    """
-    recipe = with_values(recipe, {"debug.seed": decisions.seed})
-    before = decisions.global_batch_size
-    plan, problems, warnings = plan_run(
-        recipe,
-        num_ranks=num_ranks,
-        device_type=device_type,
-        global_batch_size=before if before != -1 else None,
-        progress=checkpoint.manifest.progress if checkpoint is not None else None,
-        num_growths=num_growths_of(checkpoint) if checkpoint is not None else 0,
-        grows_at_once=checkpoint is not None and checkpoint.manifest.held_out_loss is not None,
-    )
-    if plan is None:
-        raise ConfigError(problems)
-    for warning in warnings:
-        logger.warning("%s", warning)
-    if checkpoint is not None:
-        refused, changes = compare(checkpoint, plan.recipe)
-        if refused:
-            raise ConfigError(refused)
-        for line in changes:
-            logger.info("%s", line)
-    return plan
+def dry_run_of(recipe: Recipe) -> Recipe:
+    """The recipe of a dry run (`comm.mode`): one step, which leaves nothing behind; any other recipe as it is."""
+    if recipe.comm.mode == "default":
+        return recipe
+    sections = ("checkpoint", "growth", "validation")
+    off: dict[str, object] = {f"{section}.enable": False for section in sections}
+    return with_values(recipe, {**off, "training.steps": 1, "metrics.enable_tensorboard": False})
 
 
-def going_back(recipe: Recipe, folder: RunFolder) -> Recipe:
+def load_step_once(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe as it is to be read now: a `checkpoint.load_step` that has been gone back to is done with.
 
     The same command must go on, not go back, when it is given again after a stop; naming another step, or none in
@@ -117,28 +218,20 @@ def going_back(recipe: Recipe, folder: RunFolder) -> Recipe:
     return with_values(recipe, {"checkpoint.load_step": -1}) if done == wanted else recipe
 
 
-def note_going_back(recipe: Recipe, folder: RunFolder) -> None:
+def remember_load_step(load_step: int, recipe: Recipe, folder: RunFolder) -> None:
     """Remembers which `load_step` has been gone back to, or forgets it when the recipe names none."""
-    root = root_of(recipe.checkpoint.folder, folder.path)
-    if recipe.checkpoint.load_step != -1:
-        write_atomic(root / GONE_BACK_FILE, f"{recipe.checkpoint.load_step}\n")
+    file = root_of(recipe.checkpoint.folder, folder.path) / GONE_BACK_FILE
+    if load_step != -1:
+        write_atomic(file, f"{load_step}\n")
     else:
-        (root / GONE_BACK_FILE).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
-def finished(recipe: Recipe, checkpoint: StepFolder | None) -> bool:
+def is_finished(recipe: Recipe, checkpoint: StepFolder) -> bool:
     """Whether a run that would go on from this checkpoint has nothing left to do."""
     if recipe.checkpoint.load_step != -1:
         return False  # the user goes back on purpose
-    if checkpoint is None or checkpoint.step < recipe.training.steps:
+    if checkpoint.step < recipe.training.steps:
         return False
     # A run that ended before one of its growths came is not finished, and says so again.
     return num_growths_of(checkpoint) >= len(recipe.growth.active_stages)
-
-
-def finished_message(checkpoint: StepFolder) -> str:
-    """What to say then."""
-    return (
-        f"nothing to do: this run is finished at step {checkpoint.step} ({checkpoint.path}). "
-        "Raise training.steps to go on, or name another job.dump_folder"
-    )

@@ -79,15 +79,6 @@ def model_of(folder: StepFolder) -> tuple[DecoderConfig, str]:
     return chain.configs[len(lineage.events)], recipe.model.name
 
 
-def text_problem(folder: StepFolder) -> str | None:
-    """What is wrong with the recipe, the lineage and the manifest of a checkpoint, or None."""
-    try:
-        history_of(folder)
-    except CheckpointError as error:
-        return _reason(folder, error)
-    return None
-
-
 def problem_of(folder: StepFolder) -> str | None:
     """What is wrong with a checkpoint as far as can be told without reading its shards, or None."""
     told = (METADATA, RECIPE, LINEAGE)

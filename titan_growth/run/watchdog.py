@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, RollBack
 from titan_growth.checkpoint.rewind import RollBackError
 from titan_growth.config.schema.growth import PlannedGrowth, WatchdogConfig
+from titan_growth.run.plan import RunPlan
 from titan_growth.tools.errors import TrainingError
 
 LEAST_STEPS = 100
@@ -37,6 +38,12 @@ class Watchdog:
         self.section = section
         self.stages = stages
         self.warmup_steps = warmup_steps
+
+    @classmethod
+    def of(cls, plan: RunPlan) -> Watchdog:
+        """The watchdog of a run."""
+        recipe = plan.recipe
+        return cls(recipe.growth.watchdog, plan.growth.stages, recipe.lr_scheduler.warmup_steps, plan.total_steps)
 
     def steps_of(self, number: int) -> int:
         """Steps that a growth is given to recover; 0 for a growth that is not watched."""

@@ -96,6 +96,11 @@ def _remember_timeout(timeout_seconds: int) -> None:
     _timeout_seconds = timeout_seconds
 
 
+def place() -> tuple[int, int]:
+    """(this rank, number of ranks); (0, 1) in a process without a process group, such as the preflight's."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def on_rank0(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Runs `work` on rank 0 and returns its (picklable) result on every rank.
 
@@ -106,12 +111,13 @@ def on_rank0(work: Callable[[], Result], group: dist.ProcessGroup | None = None)
         TitanGrowthError: on every rank, when rank 0 raised one. An OSError becomes one too.
     """
     outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    rank, num_ranks = place()
+    if rank == 0:
         try:
             outcome[0] = work()
         except (TitanGrowthError, OSError) as error:
             outcome[1] = error
-    if dist.get_world_size() > 1:
+    if num_ranks > 1:
         dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"), group=group)
     if isinstance(outcome[1], OSError):
         raise TitanGrowthError(describe_os_error(outcome[1]))
@@ -122,9 +128,10 @@ def on_rank0(work: Callable[[], Result], group: dist.ProcessGroup | None = None)
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's (picklable) value, in rank order, on every rank."""
-    if dist.get_world_size() == 1:
+    num_ranks = place()[1]
+    if num_ranks == 1:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values: list[Any] = [None] * num_ranks
     dist.all_gather_object(values, value, group=group)
     return values
 
@@ -137,7 +144,7 @@ def fail_together(errors: Sequence[str], kind: type[TitanGrowthError], group: di
     """
     for rank, found in enumerate(gather_objects(list(errors), group)):
         if found:
-            raise kind(found[0] if rank == dist.get_rank() == 0 else f"rank {rank}: {found[0]}")
+            raise kind(found[0] if rank == place()[0] == 0 else f"rank {rank}: {found[0]}")
 
 
 def require_agreement(facts: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
-from tests.unit.checkpoint.test_manager import manager, save
+from tests.unit.checkpoint.test_manager import found_in, manager, save
 from titan_growth.checkpoint import saving
 from titan_growth.checkpoint.writer import HashedFile, ShardWriter
 from titan_growth.tools.errors import CheckpointError
@@ -47,7 +47,7 @@ def _full_disk(rank: int, folder: Path) -> None:
             "step-6 was not saved: No space left on device: /disk/step-6. The checkpoints before it are whole"
         ), name
         assert not (checkpoints.root / "step-6").exists(), f"{name} left something behind"
-        found = checkpoints.find()
+        found = found_in(checkpoints)
         assert found is not None
         assert found.step == 5
     assert save(checkpoints, 6).step == 6, "a failed save keeps the next one from working"
@@ -82,7 +82,7 @@ def _unheard_of(rank: int, folder: Path) -> None:
         save(checkpoints, 6)
     with replaced(checkpoints.saver.retention, "prune", fails):
         assert save(checkpoints, 7).step == 7, "what cannot be removed does not undo a save"
-    found = checkpoints.find()
+    found = found_in(checkpoints)
     assert found is not None
     assert found.step == 7
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import pickle
 import re
 import shutil
@@ -27,9 +26,10 @@ from tests.runs import make_recipe, train
 from tests.unit.confined import Confined
 from tests.unit.hostile import Bomb, signed
 from tests.unit.hostile_files import CASES, NOT_FOR_A_START
-from titan_growth.checkpoint.folder import open_step
+from titan_growth.checkpoint.folder import open_step, root_of
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.rewind import RollBackError
+from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.commands.args import open_source
 from titan_growth.commands.check import main as preflight_main
 from titan_growth.commands.lineage import main as lineage_main
@@ -87,17 +87,10 @@ def confined(children: list[Confined]) -> Callable[..., Any]:
 
 def found_by_resume(recipe: Recipe) -> tuple[int, list[str]]:
     """(the step that a run resumes from, the lines about those refused)."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("titan_growth")
-    logger.addHandler(handler)
-    try:
-        folder = CheckpointManager(recipe.checkpoint, Path(recipe.job.dump_folder)).find(problem_of)
-    finally:
-        logger.removeHandler(handler)
-    assert folder is not None
-    return folder.step, lines
+    section = recipe.checkpoint
+    found = find_checkpoint(section, root_of(section.folder, Path(recipe.job.dump_folder)), problem_of)
+    assert found.checkpoint is not None
+    return found.checkpoint.step, found.refused
 
 
 def verified(folder: Path) -> tuple[int, str]:

@@ -12,9 +12,10 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.harness import run_ranks
-from titan_growth.checkpoint.folder import Manifest, committed_steps, open_step, step_numbers
+from titan_growth.checkpoint.folder import Manifest, StepFolder, committed_steps, open_step, step_numbers
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.errors import CheckpointError
 
@@ -42,6 +43,14 @@ def save(checkpoints: CheckpointManager, step: int, value: float | None = None, 
     return checkpoints.last_saved
 
 
+def found_in(checkpoints: CheckpointManager) -> StepFolder | None:
+    """The checkpoint that a run goes on from."""
+    found = find_checkpoint(checkpoints.section, checkpoints.root).checkpoint
+    if found is not None:
+        checkpoints.saver.last_saved = found
+    return found
+
+
 def restored(checkpoints: CheckpointManager, folder: Any) -> float:
     state = tensors(0.0)
     checkpoints.load(folder.path, state)
@@ -61,14 +70,14 @@ def on_one_rank(tmp_path: Path) -> Callable[[Callable[[int, Path], Any]], Any]:
 
 def _round_trip(rank: int, folder: Path) -> None:
     checkpoints = manager(folder)
-    assert checkpoints.find() is None
+    assert found_in(checkpoints) is None
     written = save(checkpoints, 5)
     assert {path.name for path in written.path.iterdir()} == {
         ".metadata", "__0_0.distcp", "manifest.json", "recipe.toml", "lineage.json",
     }  # fmt: skip
     assert set(written.manifest.files) == {".metadata", "__0_0.distcp", "recipe.toml", "lineage.json"}
     assert written.damage(checksums=True) is None
-    found = checkpoints.find()
+    found = found_in(checkpoints)
     assert found == written
     assert restored(checkpoints, found) == 5.0
     assert checkpoints.stored_names(found.path) == set(tensors())
@@ -150,12 +159,12 @@ def _uncommitted(rank: int, folder: Path) -> None:
     dead = save(checkpoints, 9).path
     (dead / "manifest.json").unlink()
     (dead / "__7_0.distcp").write_bytes(b"of a rank that is no more")
-    found = checkpoints.find()
+    found = found_in(checkpoints)
     assert found is not None
     assert found.step == 5
     again = save(checkpoints, 9, 90.0)
     assert not (dead / "__7_0.distcp").exists(), "old shards lie beside the new ones"
-    assert checkpoints.find() == again
+    assert found_in(checkpoints) == again
     assert restored(checkpoints, again) == 90.0
 
 
@@ -171,21 +180,21 @@ def _fallback(rank: int, folder: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    found = checkpoints.find()
+    found = found_in(checkpoints)
     assert found is not None
     assert found.step == 9
     with pytest.raises(CheckpointError, match=r"there is no usable step-10 in .*__0_0\.distcp does not match"):
-        manager(folder, load_step=10).find()
+        found_in(manager(folder, load_step=10))
     with pytest.raises(CheckpointError, match="there is no usable step-7 in"):
-        manager(folder, load_step=7).find()
-    asked = manager(folder, load_step=8).find()
+        found_in(manager(folder, load_step=7))
+    asked = found_in(manager(folder, load_step=8))
     assert asked is not None
     assert asked.step == 8
     for step in (8, 9):
         (checkpoints.root / f"step-{step}" / "lineage.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds checkpoints, but none can be used: .*lineage\.json is missing"):
-        checkpoints.find()
-    assert CheckpointManager(CheckpointConfig(enable=False), folder).find() is None
+        found_in(checkpoints)
+    assert found_in(CheckpointManager(CheckpointConfig(enable=False), folder)) is None
 
 
 def test_a_damaged_one_is_passed_over_and_none_left_is_an_error(on_one_rank: Any) -> None:
@@ -244,7 +253,7 @@ def _damaged_ones_do_not_count(rank: int, folder: Path) -> None:
         data = bytearray(shard.read_bytes())
         data[len(data) // 2] ^= 1
         shard.write_bytes(bytes(data))
-    found = checkpoints.find()
+    found = found_in(checkpoints)
     assert found is not None
     assert found.step == 2
     checkpoints.set_aside_after(found.step)
@@ -253,7 +262,7 @@ def _damaged_ones_do_not_count(rank: int, folder: Path) -> None:
     assert {path.name for path in checkpoints.root.iterdir()} == {"step-2", "step-3", "damaged-4", "damaged-6"}
     save(checkpoints, 5)
     checkpoints.close()
-    newest = checkpoints.find()
+    newest = found_in(checkpoints)
     assert newest is not None
     assert newest.step == 5
     assert step_numbers(checkpoints.root) == [5, 3]

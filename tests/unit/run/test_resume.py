@@ -13,10 +13,21 @@ import pytest
 from tests.unit.checkpoint.test_folder import EVENT, MANIFEST
 from titan_growth.checkpoint.folder import StepFolder, file_entry, open_step, step_path, write_manifest
 from titan_growth.checkpoint.history import Lineage, Progress
+from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.config.loader import recipe_from_toml, to_toml, with_values
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.run.resume import compare, decided_before, newest_checkpoint
-from titan_growth.run.start import Decisions, decide, dry_run_of, finished, finished_message, settle
+from titan_growth.run.resume import compare, decided_before
+from titan_growth.run.start import (
+    Decisions,
+    Finished,
+    RunStart,
+    Site,
+    decide,
+    dry_run_of,
+    is_finished,
+    resolve,
+    start_from,
+)
 from titan_growth.tools.errors import CheckpointError, ConfigError
 from titan_growth.tools.run_folder import RunFolder
 
@@ -169,26 +180,32 @@ def test_a_damaged_recipe_in_the_folder_is_as_none(tmp_path: Path) -> None:
 def test_a_derived_batch_size_is_kept_on_other_meshes(tmp_path: Path) -> None:
     """-1 became 8 x 2 at the first start on 2 ranks; on 4 ranks it stays 16."""
     derived = recipe(training__global_batch_size=-1, training__local_batch_size=4)
-    first = settle(derived, Decisions(5, None), None, num_ranks=2, device_type="cpu")
+    folder = RunFolder(tmp_path)
+    first = start_from(None, derived, Site(folder, 2, "cpu")).plan
     assert first.recipe.training.global_batch_size == 8
     checkpoint = saved(tmp_path, first.recipe)
-    decisions = decide(derived, RunFolder(tmp_path), checkpoint)
-    assert decisions == Decisions(5, 8)
-    again = settle(derived, decisions, checkpoint, num_ranks=1, device_type="cpu")
+    assert decide(derived, folder, checkpoint) == Decisions(first.seed, 8)
+    again = start_from(checkpoint, derived, Site(folder, 1, "cpu")).plan
     assert again.recipe.training.global_batch_size == 8
     assert again.num_accumulation_steps == 2
     with pytest.raises(ConfigError, match=r"training\.global_batch_size: 8 is not a multiple"):
-        settle(derived, decisions, checkpoint, num_ranks=4, device_type="cpu")
+        start_from(checkpoint, derived, Site(folder, 4, "cpu"))
 
 
-def test_settle_refuses_another_run_and_prints_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_start_refuses_another_run_and_prints_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = saved(tmp_path, recipe(), growths=1)
     with pytest.raises(ConfigError, match=r"debug\.seed") as caught:
-        settle(recipe(data__bos=False), Decisions(6, 16), checkpoint, num_ranks=2, device_type="cpu")
+        start_from(checkpoint, recipe(data__bos=False, debug__seed=6), Site(RunFolder(tmp_path), 2, "cpu"))
     assert len(caught.value.problems) == 2
     caplog.set_level("INFO", logger="titan_growth")
-    settle(recipe(optimizer__lr=1e-4), Decisions(5, 16), checkpoint, num_ranks=2, device_type="cpu")
+    start_from(checkpoint, recipe(optimizer__lr=1e-4), Site(RunFolder(tmp_path), 2, "cpu")).log()
     assert "changed since step-30: optimizer.lr = 0.0001 (was 0.0008)" in caplog.messages
+
+
+def chosen(folder: Path, **changes: Any) -> StepFolder | None:
+    """The checkpoint that a start goes on from, going by manifest and texts: these have no shards."""
+    section = recipe(**changes).checkpoint
+    return find_checkpoint(section, folder / section.folder, reads_shards=lambda found: False).checkpoint
 
 
 def test_newest_checkpoint_and_the_end(tmp_path: Path) -> None:
@@ -196,24 +213,26 @@ def test_newest_checkpoint_and_the_end(tmp_path: Path) -> None:
     assert all_growths > 0
     for step in (9, 100, 30):
         saved(tmp_path, recipe(), step=step, growths=all_growths)
-    newest = newest_checkpoint(recipe(), tmp_path)
+    newest = chosen(tmp_path)
     assert newest is not None
     assert newest.step == 100
-    assert newest_checkpoint(recipe(checkpoint__enable=False), tmp_path) is None
-    asked = newest_checkpoint(recipe(checkpoint__load_step=30), tmp_path)
+    assert chosen(tmp_path, checkpoint__enable=False) is None
+    asked = chosen(tmp_path, checkpoint__load_step=30)
     assert asked is not None
     assert asked.step == 30
-    assert newest_checkpoint(recipe(checkpoint__load_step=31), tmp_path) is None
-    assert finished(recipe(), newest)
-    assert "this run is finished at step 100" in finished_message(newest)
-    assert not finished(recipe(), None)
-    assert not finished(recipe(training__steps=101), newest)
-    assert not finished(recipe(checkpoint__load_step=100), newest), "going back on purpose is not the end"
+    with pytest.raises(CheckpointError, match="there is no usable step-31"):
+        chosen(tmp_path, checkpoint__load_step=31)
+    assert is_finished(recipe(), newest)
+    assert "this run is finished at step 100" in Finished(newest).message
+    fresh = resolve(recipe(), Site(RunFolder(tmp_path / "nowhere"), 2, "cpu"))
+    assert isinstance(fresh, RunStart), "without a checkpoint nothing is finished"
+    assert not is_finished(recipe(training__steps=101), newest)
+    assert not is_finished(recipe(checkpoint__load_step=100), newest), "going back on purpose is not the end"
     saved(tmp_path, recipe(), step=101, growths=all_growths - 1)
-    newest = newest_checkpoint(recipe(), tmp_path)
+    newest = chosen(tmp_path)
     assert newest is not None
     assert newest.step == 101
-    assert not finished(recipe(), newest), "a growth is still to come"
+    assert not is_finished(recipe(), newest), "a growth is still to come"
 
 
 def test_a_dry_run_leaves_nothing_behind() -> None:

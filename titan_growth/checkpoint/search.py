@@ -1,0 +1,81 @@
+"""The checkpoint that a run goes on from: one search, with one standard.
+
+The preflight searches alone, before anything has started. The ranks search together and divide the reading. Both take
+the newest checkpoint that passes, so the preflight promises what the ranks will take.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from titan_growth.checkpoint.folder import StepFolder, committed_steps, no_such_step, none_usable
+from titan_growth.checkpoint.reader import misplaced
+from titan_growth.config.schema.recipe import CheckpointConfig
+from titan_growth.tools.collectives import gather_objects, on_rank0, place
+from titan_growth.tools.errors import CheckpointError
+
+Vet = Callable[[StepFolder], str | None]
+"""What is wrong with a checkpoint, or None."""
+
+
+def passes(folder: StepFolder) -> str | None:
+    """The `Vet` that finds nothing wrong."""
+    return None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a search."""
+
+    checkpoint: StepFolder | None = None
+    """None when the run has no checkpoint."""
+    refused: list[str] = field(default_factory=list)
+    """A line for each newer checkpoint that was passed over."""
+
+
+def find_checkpoint(
+    section: CheckpointConfig,
+    root: Path,
+    vet: Vet = passes,
+    reads_shards: Callable[[StepFolder], bool] = lambda folder: True,
+) -> Found:
+    """The newest good checkpoint, or that of `checkpoint.load_step`.
+
+    Args:
+        vet: asked on rank 0, before any shard is read.
+        reads_shards: whether to read the shards of a checkpoint in full. The ranks always do.
+
+    Raises:
+        CheckpointError: when the one asked for, or every one there is, cannot be used.
+    """
+    if not section.enable:
+        return Found()
+    candidates, refused = on_rank0(lambda: committed_steps(root))
+    wanted = section.load_step
+    for folder in candidates:
+        if wanted not in (-1, folder.step):
+            continue
+        damage = on_rank0(functools.partial(vet, folder))
+        if damage is None and reads_shards(folder):
+            damage = damage_of(folder)
+        if damage is None:
+            return Found(folder, refused if wanted == -1 else [])
+        refused.append(f"{folder.path.name} refused: {damage}")
+    if wanted != -1:
+        raise CheckpointError(f"checkpoint.load_step: {no_such_step(root, wanted, refused)}")
+    if refused:
+        raise CheckpointError(none_usable(root, refused))
+    return Found()
+
+
+def damage_of(folder: StepFolder) -> str | None:
+    """What is wrong with the files of a checkpoint, or None. The ranks divide the reading.
+
+    Checksums alone show accidents: an attacker's checksums fit. So every piece that the metadata names is checked too.
+    """
+    share = place()
+    damage = folder.damage(checksums=True, share=share) or misplaced(folder.path, share)
+    return next((found for found in gather_objects(damage) if found), None)

@@ -1,0 +1,169 @@
+"""What a run has come to on this rank: its counters, the growths behind it, and what trains in the present phase.
+
+A checkpoint is this state written down (`save`), and a resume is this state read back (`load`).
+"""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_growth.checkpoint.folder import Manifest, StepFolder
+from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
+from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.config.loader import to_toml
+from titan_growth.engine.state import rng_tensors, set_rng, stored_rng
+from titan_growth.run.data import RunData
+from titan_growth.run.initial import open_initial
+from titan_growth.run.plan import RunPlan
+from titan_growth.run.runtime import PhaseRuntime
+from titan_growth.run.stability import Stability
+from titan_growth.tools.device import Device
+from titan_growth.tools.logs import logger
+
+
+class RunState:
+    """The state of one run.
+
+    Args:
+        run_data: the prepared corpus.
+    """
+
+    def __init__(self, plan: RunPlan, run_data: RunData, device: Device) -> None:
+        self.plan = plan
+        self.run_data = run_data
+        self.device = device
+        self.progress = Progress()
+        self.lineage = Lineage()
+        self.losses: list[float] = []
+        """The last training losses, when the next growth depends on their slope."""
+        self.stability = Stability(plan.recipe.stability, holds_out=run_data.validation_blocks(plan.recipe) is not None)
+        self.seconds = 0.0
+        """Wall-clock of the run before this process."""
+        self._runtime: PhaseRuntime | None = None
+
+    @property
+    def runtime(self) -> PhaseRuntime:
+        """What trains in the phase that the run has come to."""
+        assert self._runtime is not None, "nothing has been built: load first"
+        return self._runtime
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.progress.step >= self.plan.total_steps
+
+    def growth_is_due(self) -> bool:
+        """Whether the model grows before the next step."""
+        if self.plan.first_phase > len(self.lineage.events):
+            return True  # resumed from the checkpoint of a growth
+        return self.plan.growth.due(self.progress, self.lineage, self.losses) is not None
+
+    def advance(self, num_tokens: int, loss: Tensor) -> None:
+        """Counts a step that has been taken."""
+        window = self.plan.growth.window_after(len(self.lineage.events))
+        if window and not self.stability.skipped:
+            self.losses = [*self.losses, loss.item()][-window:]
+        self.progress = self.progress.advanced(
+            tokens=num_tokens,
+            flops=num_tokens * self.runtime.flops_per_token,
+            samples=self.runtime.data.cursor - self.progress.samples,
+        )
+
+    def has_grown(self, runtime: PhaseRuntime, progress: Progress, event: GrowthEvent) -> None:
+        """Takes over a grown model. What was judged by the small model's losses begins anew."""
+        self._runtime, self.progress, self.lineage = runtime, progress, self.lineage.grown(event)
+        self.losses = []
+        self.stability.forget()
+
+    # ---- building ------------------------------------------------------------------------------------------------
+
+    def build(self, *, seed: int | None = None) -> PhaseRuntime:
+        """Builds what the present phase trains with; `seed` fills it with fresh weights."""
+        self._runtime = PhaseRuntime(
+            self.plan, self.run_data, self.device, lineage=self.lineage, progress=self.progress, seed=seed
+        )
+        return self._runtime
+
+    def release(self) -> None:
+        """Lets go of the model, if there is one, before a larger one is built."""
+        self.close()
+        self._runtime = None
+        gc.collect()
+        self.device.free_memory()
+
+    def close(self) -> None:
+        """Stops the workers that make batches. A run that was stopped before it could grow has none."""
+        if self._runtime is not None:
+            self._runtime.close()
+
+    # ---- loading and saving --------------------------------------------------------------------------------------
+
+    def load(self, checkpoint: StepFolder | None, checkpointer: CheckpointManager) -> None:
+        """Takes the state to go on from: a checkpoint, or `checkpoint.initial_load_path`, or fresh weights.
+
+        Raises:
+            CheckpointError: when it cannot be read, or does not fit.
+        """
+        torch.manual_seed(self.plan.seed + dist.get_rank())
+        section = self.plan.recipe.checkpoint
+        if checkpoint is not None:
+            self._resume(checkpoint, checkpointer)
+            if section.initial_load_path is not None:
+                logger.warning("checkpoint.initial_load_path is ignored: the run has checkpoints of its own")
+        elif section.initial_load_path is not None and section.enable:
+            initial = open_initial(section, self.plan.growth)
+            self.progress, self.lineage, self.seconds = initial.progress, initial.lineage, initial.seconds
+            tensors = self.build().tensors(optimizer=not section.initial_load_model_only)
+            initial.load(tensors, self.runtime.model_config, self.plan.recipe, checkpointer)
+        else:
+            self.build(seed=self.plan.seed)
+
+    def _resume(self, checkpoint: StepFolder, checkpointer: CheckpointManager) -> None:
+        self.progress = checkpoint.manifest.progress
+        self.lineage = checkpoint.lineage()
+        self.losses = checkpoint.manifest.recent_losses
+        self.seconds = checkpoint.manifest.seconds
+        self.stability.restore(checkpoint.manifest.stability)
+        rng = stored_rng(dist.get_rank(), checkpointer.stored_names(checkpoint.path))
+        tensors = dict(rng)
+        if self.plan.first_phase == len(self.lineage.events):
+            tensors |= self.build().tensors(optimizer=True)
+        else:
+            logger.info("the model grows at once, so the small one is not built again")
+        checkpointer.load(checkpoint.path, tensors)
+        set_rng(dist.get_rank(), rng)
+        logger.info("resumed from %s", checkpoint.path)
+
+    def save(self, checkpointer: CheckpointManager, *, growing: bool, metrics_offset: int, seconds: float) -> None:
+        """Writes and commits a checkpoint of this step, or begins to (`checkpoint.async_mode`).
+
+        Args:
+            growing: the model grows from it.
+            metrics_offset: bytes of metrics.jsonl so far.
+            seconds: wall-clock of the run so far.
+        """
+        runtime, step = self.runtime, self.progress.step
+        model_only = self.is_complete and self.plan.recipe.checkpoint.last_save_model_only
+        manifest = Manifest(
+            progress=self.progress,
+            num_layers=runtime.model_config.num_layers,
+            num_ranks=dist.get_world_size(),
+            mesh=str(runtime.mesh.shape),
+            model_only=model_only,
+            permanent=growing or checkpointer.is_permanent(step),
+            metrics_offset=metrics_offset,
+            seconds=seconds,
+            held_out_loss=runtime.held_out_loss(self.progress) if growing else None,
+            recent_losses=self.losses,
+            stability=self.stability.state,
+            data=self.run_data.fingerprints(),
+        )
+        tensors = runtime.tensors(optimizer=not model_only)
+        if not model_only:
+            tensors |= rng_tensors(dist.get_rank())
+        recipe_toml, lineage_json = to_toml(self.plan.recipe), self.lineage.to_json()
+        checkpointer.save(manifest, tensors, recipe_toml=recipe_toml, lineage_json=lineage_json)
