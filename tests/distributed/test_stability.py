@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed
 
 from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, run_of, train, without_timings
@@ -62,7 +63,7 @@ def session(rank: int, recipe: Any, faults: list[dict[str, Any]], die_at: str = 
     if die_at == "rolled back":
         CheckpointManager.set_aside_after = lambda *_: os._exit(0)  # type: ignore[method-assign,assignment]
     observers.peak_flops_per_second = lambda *_: (1e12, "not measured, to save time")
-    run = run_of(recipe, num_ranks)
+    run = run_of(recipe, torch.distributed.get_world_size())
     try:
         outcome = run.session.run(run.start)
     except TitanGrowthError as error:
