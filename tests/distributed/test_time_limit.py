@@ -29,10 +29,10 @@ def train_until(rank: int, num_ranks: int, recipe: Any, batches: int) -> tuple[i
         taken = 0
         original = type(trainer).agree
 
-        def counted(self: Any, batch: Any) -> tuple[int, bool]:
+        def counted(self: Any, runtime: Any, batch: Any) -> Any:
             nonlocal taken
             taken += 1
-            return original(self, batch)
+            return original(self, runtime, batch)
 
         type(trainer).agree = counted
         limit = recipe.job.time_limit_seconds
