@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from titan_growth.commands.check import report_problems
 from titan_growth.config.fields import section_names
 from titan_growth.config.help import help_text
-from titan_growth.config.loader import load_recipe, to_toml
+from titan_growth.config.loader import dry_run_of, load_recipe, to_toml
 from titan_growth.config.plugins import recipe_class
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.sources import load_named_plugins
@@ -122,7 +122,7 @@ def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> Outcome:
     from titan_growth.liveness.stop_signal import StopSignal
     from titan_growth.models.registry import vocab_size_of
     from titan_growth.run.data import check_run_data, prepare_run_data
-    from titan_growth.run.start import Finished, Site, dry_run_of, resolve
+    from titan_growth.run.start import Finished, Site, resolve
     from titan_growth.session import Session
     from titan_growth.tools.collectives import init_process_group, on_rank0, require_agreement
     from titan_growth.tools.device import Device

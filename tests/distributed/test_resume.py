@@ -140,7 +140,7 @@ def test_a_checkpoint_is_a_standard_dcp_folder_with_torchtitans_names(tmp_path: 
 
 def test_checkpoints_that_were_left_elsewhere_are_not_forgotten(tmp_path: Path) -> None:
     """Another `checkpoint.folder` would start the run from scratch, without a word."""
-    from titan_growth.run.start import decide
+    from titan_growth.run.start import Site, decide
     from titan_growth.tools.errors import ConfigError
     from titan_growth.tools.run_folder import RunFolder
 
@@ -151,4 +151,4 @@ def test_checkpoints_that_were_left_elsewhere_are_not_forgotten(tmp_path: Path) 
     with pytest.raises(
         ConfigError, match=r"^checkpoint\.folder: there is no checkpoint in \S+/other, but .* step-2\. "
     ):
-        decide(moved, RunFolder(tmp_path / "run"), None)
+        decide(moved, Site(RunFolder(tmp_path / "run"), 2, "cpu"), None)

@@ -9,15 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from titan_growth.checkpoint.folder import open_step, root_of
-from titan_growth.config.loader import inspect_recipe
+from titan_growth.checkpoint.folder import root_of
+from titan_growth.config.loader import dry_run_of, inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.exit_report import NOTHING_TO_DO
-from titan_growth.run.data import check_run_data, prepare_run_data
 from titan_growth.run.plan import RunPlan, plan_run
-from titan_growth.run.start import Finished, Site, dry_run_of, resolve
-from titan_growth.run.vet import listing_problem
-from titan_growth.tools.errors import CheckpointError, ConfigError, RunFolderError, TitanGrowthError
+from titan_growth.tools.errors import ConfigError, RunFolderError, TitanGrowthError
 from titan_growth.tools.location import is_remote
 from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
@@ -52,6 +49,12 @@ def report_problems(error: ConfigError) -> None:
 
 
 def _check(argv: list[str]) -> int:
+    # Not at the top: a typo in a recipe need not wait for torch.
+    from titan_growth.run.data import check_run_data, prepare_run_data
+    from titan_growth.run.initial import check_initial
+    from titan_growth.run.precision import slow_precision
+    from titan_growth.run.start import Finished, Site, resolve
+
     recipe = _recipe(argv)
     folder = RunFolder(recipe.job.dump_folder)
     os.environ["TITAN_GROWTH_DUMP_FOLDER"] = str(folder.path)
@@ -63,10 +66,12 @@ def _check(argv: list[str]) -> int:
         logger.info("%s", start.message)
         return NOTHING_TO_DO
     start.log()
+    if slow := slow_precision(start.plan.recipe, start.site.device_type):
+        logger.warning("%s", slow)
     if not dry_run:
         _check_space(folder, start.plan)
         if start.checkpoint is None and recipe.checkpoint.enable and recipe.checkpoint.initial_load_path is not None:
-            _check_initial(start.plan)
+            check_initial(start.plan)
     run_data = prepare_run_data(recipe, start.plan.target.vocab_size, progress=True)
     check_run_data(run_data, recipe)
     start.require_same_data(run_data)
@@ -124,35 +129,6 @@ def _try_writing(root: Path) -> None:
         raise RunFolderError(
             f"checkpoint.folder {root}: cannot be written to ({reason}). Give this machine the right to, or change it"
         ) from None
-
-
-def _check_initial(plan: RunPlan) -> None:
-    """`checkpoint.initial_load_path` holds nothing that should not be read, and the run's first model."""
-    import torch
-
-    from titan_growth.checkpoint.manager import misfits
-    from titan_growth.models.registry import family_module
-    from titan_growth.run.initial import initial_reader, initial_state, is_hugging_face
-
-    initial = initial_state(plan.recipe.checkpoint, checksums=False)  # the ranks share that work
-    path, lineage = initial.path, initial.lineage
-    if len(lineage.events) > len(plan.growth.stages):
-        raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
-    config = plan.growth.config_after(len(lineage.events))
-    with torch.device("meta"):
-        model = family_module(plan.recipe.model.name).Decoder(config, plan.recipe.training.seq_len)
-    reader = initial_reader(path, plan.recipe.model.name, config)
-    wanted = model.to(getattr(torch, plan.recipe.training.dtype)).state_dict()
-    wrong = misfits(reader, wanted, casts=plan.recipe.checkpoint.initial_load_model_only)
-    if wrong:
-        raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}. Name a checkpoint of this model")
-    if is_hugging_face(path):
-        return  # its files hold no archives, and have been looked into
-    folder = open_step(path)
-    if folder is not None and (problem := listing_problem(folder)):
-        raise CheckpointError(f"{path.name} refused: {problem}")
-    chunks = reader.chunks()
-    reader.check_chunks(chunk for name in wanted for chunk in chunks.get(name, ()))
 
 
 def _check_space(folder: RunFolder, plan: RunPlan) -> None:

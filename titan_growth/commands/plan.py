@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from titan_growth.commands.check import report_problems
-from titan_growth.config.loader import inspect_recipe
+from titan_growth.config.loader import dry_run_of, inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.layout.pipeline_layout import plan_pipeline, stage_table
 from titan_growth.layout.pipeline_parts import Part
@@ -24,7 +24,6 @@ from titan_growth.layout.shards import EMBEDDING, HEAD, LAYER, NORM, ModelShards
 from titan_growth.models.registry import family_module
 from titan_growth.run.phases import Phase
 from titan_growth.run.plan import RunPlan, plan_run, stage_lines
-from titan_growth.run.start import dry_run_of
 from titan_growth.tools.errors import ConfigError, Problem, TitanGrowthError
 from titan_growth.tools.logs import say, setup_logging
 

@@ -83,6 +83,15 @@ def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     return type(recipe).model_validate(table)
 
 
+def dry_run_of(recipe: Recipe) -> Recipe:
+    """The recipe of a dry run (`comm.mode`): one step, which leaves nothing behind; any other recipe as it is."""
+    if recipe.comm.mode == "default":
+        return recipe
+    sections = ("checkpoint", "growth", "validation")
+    off: dict[str, object] = {f"{section}.enable": False for section in sections}
+    return with_values(recipe, {**off, "training.steps": 1, "metrics.enable_tensorboard": False})
+
+
 def _validate(sources: Sources) -> tuple[Recipe | None, list[Problem], list[Problem]]:
     problems = list(sources.problems)
     warnings: list[Problem] = []

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from titan_growth.checkpoint.folder import StepFolder, open_step
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
-from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.checkpoint.manager import CheckpointManager, misfits
 from titan_growth.checkpoint.reader import NamesOf, SafeReader
 from titan_growth.checkpoint.search import damage_of
 from titan_growth.config.schema.recipe import CheckpointConfig, Recipe
@@ -18,7 +19,10 @@ from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.interchange.folder import is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.models.config import DecoderConfig
+from titan_growth.models.registry import family_module
+from titan_growth.run.plan import RunPlan
 from titan_growth.run.resume import check_same_growths
+from titan_growth.run.vet import listing_problem
 from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.location import folder_at
@@ -152,3 +156,30 @@ def _whole_state(path: Path, folder: StepFolder | None, key: str) -> Initial:
     if folder.manifest.model_only:
         raise CheckpointError(f"{key}: holds only weights. Set checkpoint.initial_load_model_only = true")
     return Initial(path, folder.manifest.progress, folder.lineage(), folder.manifest.seconds)
+
+
+def check_initial(plan: RunPlan) -> None:
+    """`checkpoint.initial_load_path` holds nothing that should not be read, and the run's first model.
+
+    Raises:
+        CheckpointError: when it does not. What is asked of all bytes is left to the ranks, which divide the reading.
+    """
+    initial = initial_state(plan.recipe.checkpoint, checksums=False)
+    path, lineage = initial.path, initial.lineage
+    if len(lineage.events) > len(plan.growth.stages):
+        raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
+    config = plan.growth.config_after(len(lineage.events))
+    with torch.device("meta"):
+        model = family_module(plan.recipe.model.name).Decoder(config, plan.recipe.training.seq_len)
+    reader = initial_reader(path, plan.recipe.model.name, config)
+    wanted = model.to(getattr(torch, plan.recipe.training.dtype)).state_dict()
+    wrong = misfits(reader, wanted, casts=plan.recipe.checkpoint.initial_load_model_only)
+    if wrong:
+        raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}. Name a checkpoint of this model")
+    if is_hugging_face(path):
+        return  # its files hold no archives, and have been looked into
+    folder = open_step(path)
+    if folder is not None and (problem := listing_problem(folder)):
+        raise CheckpointError(f"{path.name} refused: {problem}")
+    chunks = reader.chunks()
+    reader.check_chunks(chunk for name in wanted for chunk in chunks.get(name, ()))

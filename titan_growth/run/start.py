@@ -18,6 +18,7 @@ from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.run.data import RunData
 from titan_growth.run.plan import RunPlan, plan_run
+from titan_growth.run.precision import Precision, decide_precision
 from titan_growth.run.resume import compare, decided_before, num_growths_of
 from titan_growth.run.vet import problem_of
 from titan_growth.tools.collectives import on_rank0
@@ -73,6 +74,8 @@ class RunStart:
     warnings: tuple[Problem, ...]
     changes: tuple[str, ...]
     """A line for each setting that takes effect and that the checkpoint was not written with."""
+    precision: Precision
+    """The type of the computation."""
 
     def log(self) -> None:
         """Says what is worth a line about this start."""
@@ -82,6 +85,8 @@ class RunStart:
             logger.warning("%s", warning)
         for line in self.changes:
             logger.info("%s", line)
+        if self.precision.reason:
+            logger.info("%s", self.precision)
 
     def require_same_data(self, data: RunData) -> None:
         """Raises ConfigError when the checkpoint was trained on other data."""
@@ -128,9 +133,10 @@ def start_from(
     Raises:
         ConfigError: as `resolve`.
     """
-    decisions = on_rank0(lambda: decide(recipe, site.folder, checkpoint))
+    decisions = on_rank0(lambda: decide(recipe, site, checkpoint))
+    decided = {"debug.seed": decisions.seed, "training.mixed_precision_param": decisions.precision.param}
     plan, problems, warnings = plan_run(
-        with_values(recipe, {"debug.seed": decisions.seed}),
+        with_values(recipe, decided),
         num_ranks=site.num_ranks,
         device_type=site.device_type,
         global_batch_size=decisions.global_batch_size,
@@ -146,7 +152,9 @@ def start_from(
         refused_changes, changes = on_rank0(lambda: compare(checkpoint, plan.recipe))
         if refused_changes:
             raise ConfigError(refused_changes)
-    return RunStart(plan, checkpoint, recipe, site, load_step, refused, tuple(warnings), tuple(changes))
+    return RunStart(
+        plan, checkpoint, recipe, site, load_step, refused, tuple(warnings), tuple(changes), decisions.precision
+    )
 
 
 @dataclass(frozen=True)
@@ -154,27 +162,29 @@ class Decisions:
     """What the recipe leaves open and the run has decided, now or at an earlier start."""
 
     seed: int
+    precision: Precision
     global_batch_size: int | None
     """What -1 stands for; None when it is still to be derived."""
     num_growths: int = 0
     """Growths behind the checkpoint."""
 
 
-def decide(recipe: Recipe, folder: RunFolder, checkpoint: StepFolder | None) -> Decisions:
-    """Seed and batch size of the run: the recipe's, else those of its earlier start, else new ones.
+def decide(recipe: Recipe, site: Site, checkpoint: StepFolder | None) -> Decisions:
+    """Seed, batch size and precision of the run: the recipe's, else those of its earlier start, else new ones.
 
     Raises:
         ConfigError: when the run has checkpoints, but not where the recipe now says: it would start from scratch.
     """
-    before = decided_before(folder.path, checkpoint)
+    before = decided_before(site.folder.path, checkpoint)
     if checkpoint is None and before is not None and recipe.checkpoint.enable:
-        _require_not_left(before, recipe, folder)
+        _require_not_left(before, recipe, site.folder)
     seed = recipe.debug.seed
     if seed is None and before is not None:
         seed = before.debug.seed
     batch = before.training.global_batch_size if before is not None else -1
     return Decisions(
         seed=secrets.randbelow(2**31) if seed is None else seed,
+        precision=decide_precision(recipe, site.device_type, before),
         global_batch_size=None if batch == -1 else batch,
         num_growths=num_growths_of(checkpoint) if checkpoint is not None else 0,
     )
@@ -191,15 +201,6 @@ def _require_not_left(before: Recipe, recipe: Recipe, folder: RunFolder) -> None
         )
         hint = "Name that folder, or copy the newest here; another job.dump_folder starts a new run"
         raise ConfigError([Problem("checkpoint.folder", message, hint)])
-
-
-def dry_run_of(recipe: Recipe) -> Recipe:
-    """The recipe of a dry run (`comm.mode`): one step, which leaves nothing behind; any other recipe as it is."""
-    if recipe.comm.mode == "default":
-        return recipe
-    sections = ("checkpoint", "growth", "validation")
-    off: dict[str, object] = {f"{section}.enable": False for section in sections}
-    return with_values(recipe, {**off, "training.steps": 1, "metrics.enable_tensorboard": False})
 
 
 def load_step_once(recipe: Recipe, folder: RunFolder) -> Recipe:

@@ -14,8 +14,9 @@ from tests.unit.checkpoint.test_folder import EVENT, MANIFEST
 from titan_growth.checkpoint.folder import StepFolder, file_entry, open_step, step_path, write_manifest
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.search import find_checkpoint
-from titan_growth.config.loader import recipe_from_toml, to_toml, with_values
+from titan_growth.config.loader import dry_run_of, recipe_from_toml, to_toml, with_values
 from titan_growth.config.schema.recipe import Recipe
+from titan_growth.run.precision import Precision
 from titan_growth.run.resume import compare, decided_before
 from titan_growth.run.start import (
     Decisions,
@@ -23,7 +24,6 @@ from titan_growth.run.start import (
     RunStart,
     Site,
     decide,
-    dry_run_of,
     is_finished,
     resolve,
     start_from,
@@ -31,6 +31,7 @@ from titan_growth.run.start import (
 from titan_growth.tools.errors import CheckpointError, ConfigError
 from titan_growth.tools.run_folder import RunFolder
 
+BFLOAT16 = Precision("bfloat16")
 STAGES = [{"at": "10 steps", "factor": 2}, {"at": "20 steps", "factor": 2}]
 TABLE: dict[str, Any] = {
     "model": {"flavor": "debugmodel", "n_layers": 8},
@@ -148,7 +149,7 @@ def test_unreadable_recipe_or_lineage_is_one_line(name: str, text: str, tmp_path
         compare(folder, recipe())
     if name == "recipe.toml":
         with pytest.raises(CheckpointError, match=r"^step-30 refused: its recipe cannot be read"):
-            decide(recipe(), RunFolder(tmp_path), folder)
+            decide(recipe(), Site(RunFolder(tmp_path), 1, "cpu"), folder)
 
 
 # ---- decisions -------------------------------------------------------------------------------------------------------
@@ -160,14 +161,15 @@ def test_a_seed_is_drawn_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     unseeded = recipe(debug__seed=None)
     drawn = iter([111, 222])
     monkeypatch.setattr(secrets, "randbelow", lambda limit: next(drawn))
-    first = decide(unseeded, folder, None)
-    assert first == Decisions(111, None)
+    site = Site(folder, 1, "cpu")
+    first = decide(unseeded, site, None)
+    assert first == Decisions(111, BFLOAT16, None)
     folder.write_text("recipe.toml", to_toml(with_values(unseeded, {"debug.seed": first.seed})))
-    assert decide(unseeded, folder, None) == Decisions(111, 16), "the seed of the folder was drawn again"
+    assert decide(unseeded, site, None) == Decisions(111, BFLOAT16, 16), "the seed of the folder was drawn again"
     # a checkpoint says more than the folder
-    assert decide(unseeded, folder, saved(tmp_path, recipe(debug__seed=9))).seed == 9
+    assert decide(unseeded, site, saved(tmp_path, recipe(debug__seed=9))).seed == 9
     # the user's own comes first
-    assert decide(recipe(debug__seed=3), folder, None).seed == 3
+    assert decide(recipe(debug__seed=3), site, None).seed == 3
 
 
 def test_a_damaged_recipe_in_the_folder_is_as_none(tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_a_derived_batch_size_is_kept_on_other_meshes(tmp_path: Path) -> None:
     first = start_from(None, derived, Site(folder, 2, "cpu")).plan
     assert first.recipe.training.global_batch_size == 8
     checkpoint = saved(tmp_path, first.recipe)
-    assert decide(derived, folder, checkpoint) == Decisions(first.seed, 8)
+    assert decide(derived, Site(folder, 1, "cpu"), checkpoint) == Decisions(first.seed, BFLOAT16, 8)
     again = start_from(checkpoint, derived, Site(folder, 1, "cpu")).plan
     assert again.recipe.training.global_batch_size == 8
     assert again.num_accumulation_steps == 2

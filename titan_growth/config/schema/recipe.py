@@ -144,8 +144,9 @@ class TrainingConfig(Section):
     loss_chunk_tokens: int = Field(0, ge=0)
     """Compute head and loss for so many positions at a time, so that the logits of a whole batch never exist;
     0 = all at once. Not a key of torchtitan."""
-    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the computation: FSDP casts parameters to it, and on one rank autocast does."""
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "bfloat16"
+    """Type of the computation: FSDP casts parameters to it, and on one rank autocast does. auto = decided once, at the
+    first start, by what the device does fast: bfloat16 on CUDA and on CPUs with AMX, else float32."""
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Type of gradient reductions."""
     gc_freq: int = Field(50, ge=1)
