@@ -14,38 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from titan_growth.metrics.formatting import growth_line
-from titan_growth.metrics.records import GrowthRecord, StepRecord, Timings, ValidationRecord
+from titan_growth.metrics.records import Record
 from titan_growth.tools.errors import ConfigError, Problem, RunFolderError
 from titan_growth.tools.logs import logger
-
-
-def step_scalars(record: StepRecord, timings: Timings) -> dict[str, float]:
-    """Tag and value of every curve that a training step adds a point to."""
-    waiting = 100.0 * timings.data_seconds / timings.step_seconds if timings.step_seconds > 0 else 0.0
-    return {
-        "loss_metrics/global_avg_loss": record.loss,
-        "grad_norm": record.grad_norm,
-        "lr": record.lr,
-        "throughput(tps)": record.tokens_per_second,
-        "mfu(%)": 100.0 * record.mfu,
-        "time_metrics/end_to_end(s)": timings.step_seconds,
-        "time_metrics/data_loading(s)": timings.data_seconds,
-        "time_metrics/data_loading(%)": waiting,
-        "memory/max_active(GiB)": timings.peak_memory_gib,
-        "n_tokens_seen": float(record.tokens),
-        "flops": float(record.flops),
-        "num_layers": float(record.num_layers),
-    }
-
-
-def growth_scalars(record: GrowthRecord) -> dict[str, float]:
-    """Tag and value of every curve that a growth adds a point to."""
-    return {
-        "growth/num_layers": float(record.to_layers),
-        "growth/loss_before": record.loss_before,
-        "growth/loss_after": record.loss_after,
-    }
 
 
 class TensorBoardSink:
@@ -75,25 +46,17 @@ class TensorBoardSink:
                 "permissions, or set metrics.enable_tensorboard = false"
             ) from error
 
-    def step(self, record: StepRecord, timings: Timings) -> None:
-        self._scalars(step_scalars(record, timings), record.step)
-
-    def validation(self, record: ValidationRecord) -> None:
-        self._scalars({"validation_metrics/loss": record.validation_loss}, record.step)
-
-    def growth(self, record: GrowthRecord) -> None:
-        self._scalars(growth_scalars(record), record.step)
-        self._call("add_text", "growth", growth_line(record), record.step)
+    def record(self, record: Record) -> None:
+        for tag, value in record.scalars().items():
+            self._call("add_scalar", tag, value, record.step)
+        if record.event:
+            self._call("add_text", record.event, record.console_line(), record.step)
 
     def close(self) -> None:
         # The thread reports an error only to the next call on the writer; close() begins with a flush, so it does too.
         self._call("close")
         self._writer = None
         self._quiet.end()
-
-    def _scalars(self, values: Mapping[str, float], step: int) -> None:
-        for tag, value in values.items():
-            self._call("add_scalar", tag, value, step)
 
     def _call(self, method: str, *arguments: object) -> None:
         if self._writer is None:
@@ -161,14 +124,8 @@ class WandbSink:
             raise RunFolderError(f"{folder}: cannot be created for W&B files: {error.strerror or error}") from error
         self._run: Any = wandb.init(project=project, name=run_name, dir=str(folder), config=dict(config or {}))
 
-    def step(self, record: StepRecord, timings: Timings) -> None:
-        self._run.log(step_scalars(record, timings), step=record.step)
-
-    def validation(self, record: ValidationRecord) -> None:
-        self._run.log({"validation_metrics/loss": record.validation_loss}, step=record.step)
-
-    def growth(self, record: GrowthRecord) -> None:
-        self._run.log(growth_scalars(record), step=record.step)
+    def record(self, record: Record) -> None:
+        self._run.log(record.scalars(), step=record.step)
 
     def close(self) -> None:
         self._run.finish()

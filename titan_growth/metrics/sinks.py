@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
-from titan_growth.metrics.formatting import growth_line, step_line, validation_line
-from titan_growth.metrics.records import GrowthRecord, StepRecord, Timings, ValidationRecord
+from titan_growth.metrics.records import Record
 from titan_growth.tools.errors import RunFolderError
 from titan_growth.tools.logs import logger
 
@@ -25,11 +24,7 @@ from titan_growth.tools.logs import logger
 class Sink(Protocol):
     """Takes records in the order they happen. `close()` is called once, after the last of them."""
 
-    def step(self, record: StepRecord, timings: Timings) -> None: ...
-
-    def validation(self, record: ValidationRecord) -> None: ...
-
-    def growth(self, record: GrowthRecord) -> None: ...
+    def record(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
 
@@ -70,20 +65,8 @@ class JsonlSink:
         """Length of the file in bytes, a line end included: what a checkpoint stores and a resume cuts back to."""
         return self._offset
 
-    def step(self, record: StepRecord, timings: Timings) -> None:
-        self._append(record.to_line())
-
-    def validation(self, record: ValidationRecord) -> None:
-        self._append(record.to_line())
-
-    def growth(self, record: GrowthRecord) -> None:
-        self._append(record.to_line())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _append(self, line: str) -> None:
-        left = memoryview(f"{line}\n".encode())
+    def record(self, record: Record) -> None:
+        left = memoryview(f"{record.to_line()}\n".encode())
         length = len(left)
         try:
             while left:
@@ -92,6 +75,9 @@ class JsonlSink:
             self._drop_torn_line()
             raise self._unusable(error) from error
         self._offset += length
+
+    def close(self) -> None:
+        self._file.close()
 
     def _drop_torn_line(self) -> None:
         """After a failed write, take the half line out again; a disk too broken even for that leaves it to a resume."""
@@ -154,22 +140,13 @@ class ConsoleSink:
     def __init__(self, disable_color: bool = False) -> None:
         self._may_color = not disable_color and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
-    def step(self, record: StepRecord, timings: Timings) -> None:
-        logger.info("%s", step_line(record, timings, self._color()))
-
-    def validation(self, record: ValidationRecord) -> None:
-        logger.info("%s", validation_line(record, self._color()))
-
-    def growth(self, record: GrowthRecord) -> None:
-        logger.info("%s", growth_line(record, self._color()))
+    def record(self, record: Record) -> None:
+        # Colour is decided per line: handlers may be added (or a stream replaced) after the sink was built.
+        logger.info("%s", record.console_line(self._may_color and _all_terminals()))
 
     def close(self) -> None:
         for handler in _handlers_reached():
             handler.flush()
-
-    def _color(self) -> bool:
-        # Asked for every line: handlers may be added (or a stream replaced) after the sink was built.
-        return self._may_color and _all_terminals()
 
 
 def _handlers_reached() -> list[logging.Handler]:

@@ -48,6 +48,10 @@ class Window:
     def data_seconds_per_step(self) -> float:
         return self.data_seconds / self.num_steps if self.num_steps else 0.0
 
+    @property
+    def data_share(self) -> float:
+        return self.data_seconds / self.seconds if self.seconds > 0 else 0.0
+
 
 class Throughput:
     """Counts tokens and seconds. `peak_flops` is one device's peak in FLOP/s, `num_devices` how many train together.
