@@ -1,4 +1,4 @@
-"""What a run reports: records, the sinks they go to, the throughput meter, the recorder and the profiler."""
+"""What a run reports: records, sinks, throughput meter, recorder and profiler."""
 
 from titan_growth.metrics.boards import TensorBoardSink, WandbSink
 from titan_growth.metrics.hardware import memory_gib, peak_flops_per_second

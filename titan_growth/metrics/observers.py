@@ -1,6 +1,6 @@
-"""What watches a run on this rank: metrics with their sinks, the profiler, and the marks of the heartbeat.
+"""What observes a run on this rank: meter, recorder with its sinks, profiler, heartbeat marks.
 
-None of it changes the computation.
+None of it changes the computation. Callers use the public `meter`, `recorder` and `profiler` directly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
 
 
 class Observers:
-    """Metrics and profiler, wired to a recipe. Only rank 0 writes, unless `metrics.save_for_all_ranks` is on."""
+    """Meter, recorder and profiler of a recipe. Only rank 0 writes, unless `metrics.save_for_all_ranks` is on."""
 
     def __init__(
         self,
@@ -86,18 +86,18 @@ class Observers:
         return self.jsonl.offset if self.jsonl is not None else 0
 
     def start(self) -> None:
-        """The first step is about to begin."""
+        """Call right before the first step."""
         self.meter.start()
         self._mark("train")
 
     def end_of_step(self) -> None:
-        """Everything that belongs to a step is done."""
+        """Call when a step and all that belongs to it is done."""
         self.profiler.step()
         self.steps_done += 1
         self._mark("train")
 
     def _mark(self, phase: str) -> None:
-        """Tells the others, should they ask, how far this rank has come."""
+        """Publishes how far this rank is, for hang diagnosis."""
         if self.heartbeat is not None:
             self.heartbeat.mark(phase, self.steps_done + 1)
 

@@ -1,11 +1,10 @@
 """Where records go: the `Sink` protocol, the durable file and the console (see `boards` for TensorBoard and W&B).
 
-A sink takes the three kinds of records and is closed once. It belongs to one process and talks to no other rank.
+A sink belongs to one process and talks to no other rank.
 
-`metrics.jsonl` is special. A run that stops after its last checkpoint leaves lines of steps that the resumed run will
-take again; simply appending would leave those steps in the file twice. So a checkpoint stores the file's length at
-that moment (`JsonlSink.offset`) and the resumed run cuts the file back to it: the file then always reads as one
-unbroken run. A run that starts afresh never overwrites an older run's lines either: it moves them aside.
+`metrics.jsonl` must read as one unbroken run. A run killed after its last checkpoint leaves lines of steps that the
+resumed run repeats, so a checkpoint stores the file's length (`JsonlSink.offset`) and a resume cuts the file back to
+it. A fresh run moves an older run's lines aside.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from titan_growth.tools.logs import logger
 
 
 class Sink(Protocol):
-    """Takes records in the order they happen. `close()` is called once, after the last of them."""
+    """Takes records in order. `close()` is called once, after the last."""
 
     def record(self, record: Record) -> None: ...
 
@@ -30,13 +29,13 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends every record to `path` as one JSON line, handed to the operating system before the call returns.
+    """Appends every record to `path` as one JSON line, written to the operating system before the call returns.
 
-    `resume_offset` says how the file that may already be there is taken:
+    `resume_offset` decides what happens to an existing file:
 
-    - None, a fresh run: lines of an older run are moved to `<name>.old-K`, K the smallest free number.
-    - bytes, a resumed run: the file is cut back to that length. A file that is missing, shorter, or whose line breaks
-      do not match keeps the whole lines it has up to there, and a warning says so.
+    - None, a fresh run: an older run's lines are moved to `<name>.old-K`, K the smallest free number.
+    - bytes, a resumed run: the file is cut back to that length. A file that is missing, shorter, or has no line end
+      there keeps its whole lines before that point, with a warning.
 
     Raises:
         RunFolderError: the file cannot be opened, moved, cut or written (permission, no space left).
@@ -51,7 +50,7 @@ class JsonlSink:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if resume_offset is None:
                 self._move_aside()
-            # Unbuffered, so that a full disk shows in the write itself and never again in some later close().
+            # Unbuffered, so that a full disk fails the write and not a later close().
             # "a+" because cutting back reads the bytes before the cut.
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (lives as long as the sink)
             if resume_offset is not None:
@@ -62,7 +61,7 @@ class JsonlSink:
 
     @property
     def offset(self) -> int:
-        """Length of the file in bytes, a line end included: what a checkpoint stores and a resume cuts back to."""
+        """Length of the file in bytes: stored in checkpoints, cut back to on resume."""
         return self._offset
 
     def record(self, record: Record) -> None:
@@ -80,7 +79,7 @@ class JsonlSink:
         self._file.close()
 
     def _drop_torn_line(self) -> None:
-        """After a failed write, take the half line out again; a disk too broken even for that leaves it to a resume."""
+        """Removes the partial line after a failed write; if that fails too, a resume will."""
         try:
             self._file.truncate(self._offset)
         except OSError:
@@ -110,7 +109,7 @@ class JsonlSink:
             self._file.truncate(keep)
 
     def _end_of_last_line(self, end: int) -> int:
-        """The largest position not beyond `end` that directly follows a line end (0 where there is none)."""
+        """The last position up to `end` that directly follows a line end; 0 if there is none."""
         block = 4096
         while end > 0:
             begin = max(0, end - block)
@@ -132,9 +131,8 @@ class JsonlSink:
 class ConsoleSink:
     """One line per record through the logger `titan_growth` at INFO.
 
-    Colour codes are written only where every place the line ends up in is a terminal (a log file fed by the same
-    logger would otherwise fill with escape codes), and never when `disable_color` is true, when the environment
-    variable NO_COLOR is set (to anything but the empty text), or when TERM is `dumb`.
+    Colour needs every handler of the logger to write to a terminal, or a log file would fill with escape codes. It is
+    off when `disable_color` is true, NO_COLOR is set and not empty, or TERM is `dumb`.
     """
 
     def __init__(self, disable_color: bool = False) -> None:
@@ -150,7 +148,7 @@ class ConsoleSink:
 
 
 def _handlers_reached() -> list[logging.Handler]:
-    """The handlers a record of our logger arrives at: its own and those of its parents while they propagate."""
+    """Handlers that get our logger's records: its own, and its parents' while they propagate."""
     handlers: list[logging.Handler] = []
     node: logging.Logger | None = logger
     while node is not None:
@@ -162,7 +160,7 @@ def _handlers_reached() -> list[logging.Handler]:
 def _all_terminals() -> bool:
     streams = [getattr(handler, "stream", None) for handler in _handlers_reached()]
     if not streams:
-        # Nothing configured: logging's own last resort writes to standard error.
+        # Nothing configured: logging's last resort writes to standard error.
         streams = [sys.stderr]
     for stream in streams:
         try:
