@@ -83,7 +83,7 @@ class Session:
             for line in (plan.recipe.job.description, *plan.describe(self.device.type), observers.peak_source):
                 logger.info("%s", line)
             state.load(start.checkpoint, self.checkpointer)
-            observers.metrics.seconds_before = state.seconds
+            observers.recorder.seconds_before = state.seconds
             yield Trainer(state, checkpointer=self.checkpointer, observers=observers, stop=self.stop)
             self.checkpointer.close()
         except TitanGrowthError:

@@ -21,6 +21,7 @@ from titan_growth.data import batch_hash, sample_digests
 from titan_growth.engine.engine import Microbatch, num_valid_tokens, sum_over_ranks
 from titan_growth.grower import Agreed, Grower, StoppedWhileLearningError
 from titan_growth.liveness.stop_signal import StopSignal
+from titan_growth.metrics import GrowthRecord, StepRecord, ValidationRecord
 from titan_growth.metrics.observers import Observers
 from titan_growth.run.runtime import PhaseRuntime
 from titan_growth.run.state import RunState
@@ -112,7 +113,7 @@ class Trainer:
         grad_norm = state.stability.update(runtime.optimizer, self.progress, runtime.data.cursor, loss, lr, fresh)
         runtime.engine.model.after_optimizer_step()
         state.advance(agreed.num_tokens, loss)
-        self.observers.count_step(tokens=agreed.num_tokens, flops_per_token=runtime.flops_per_token)
+        self.observers.meter.count_step(tokens=agreed.num_tokens, flops_per_token=runtime.flops_per_token)
         growing = not state.is_complete and state.growth_is_due()
         saving = self.checkpointer.is_due(step, last=state.is_complete, wanted=growing or agreed.stop)
         self.record(batch, loss, grad_norm, lr, saving)
@@ -137,7 +138,7 @@ class Trainer:
     def record(self, batch: list[Microbatch], loss: Tensor, grad_norm: Tensor, lr: float, saving: bool) -> None:
         """Logs the step when it is to be logged; a loss or gradient that is not finite ends the run before a save."""
         step, skipped = self.progress.step, self.state.stability.skipped
-        logged = self.observers.should_log(step) or bool(skipped)
+        logged = self.observers.recorder.should_log(step) or bool(skipped)
         if not (logged or saving):
             return
         values = (loss.item(), grad_norm.item())
@@ -146,8 +147,15 @@ class Trainer:
             if self.plan.recipe.debug.log_batch_hash:
                 digests = sample_digests(batch) if self.runtime.mesh.speaks_for_its_data else []
                 digest = batch_hash(gather_objects(digests))
-            num_layers = self.runtime.model_config.num_layers
-            self.observers.record_step(self.progress, *values, lr, num_layers, digest, skipped)
+            record = StepRecord(
+                loss=values[0],
+                grad_norm=values[1],
+                lr=lr,
+                num_layers=self.runtime.model_config.num_layers,
+                batch_hash=digest,
+                skipped=skipped or None,
+            )
+            self.observers.recorder.record(self.progress, record)
         self.state.stability.require_finite(step, *values)
 
     def after_step(self, growing: bool, saving: bool) -> None:
@@ -156,7 +164,7 @@ class Trainer:
         if runtime.validator.due(step) or (growing and runtime.recipe.validation.enable):
             with self.observers.meter.pause("validation"):
                 validation_loss = runtime.validator.run(runtime.engine)
-                self.observers.record_validation(self.progress, validation_loss)
+                self.observers.recorder.record(self.progress, ValidationRecord(validation_loss=validation_loss))
             require_finite(step, validation_loss=validation_loss)
         if event := self.watchdog.due(step, self.lineage, grows=growing):
             with self.observers.meter.pause("validation"):
@@ -176,7 +184,7 @@ class Trainer:
                 self.checkpointer,
                 growing=growing,
                 metrics_offset=self.observers.metrics_offset,
-                seconds=self.observers.seconds,
+                seconds=self.observers.recorder.seconds,
             )
 
     # ---- growth --------------------------------------------------------------------------------------------------
@@ -198,7 +206,7 @@ class Trainer:
             except StoppedWhileLearningError:
                 return False
             self.state.has_grown(grown.runtime, grown.progress, grown.event)
-            self.observers.record_growth(grown.event)
+            self.observers.recorder.record(grown.event, GrowthRecord.of(grown.event))
         return True
 
     def way_back(self) -> StepFolder:

@@ -1,10 +1,10 @@
-"""What a run reports: records, the sinks they go to, the throughput meter, the recorder and the profiler."""
+"""What a run reports: records, sinks, throughput meter, recorder and profiler."""
 
 from titan_growth.metrics.boards import TensorBoardSink, WandbSink
 from titan_growth.metrics.hardware import memory_gib, peak_flops_per_second
 from titan_growth.metrics.profiling import Profiler
-from titan_growth.metrics.recorder import Metrics
-from titan_growth.metrics.records import MEASURED, GrowthRecord, Record, StepRecord, Timings, ValidationRecord
+from titan_growth.metrics.recorder import Recorder
+from titan_growth.metrics.records import MEASURED, GrowthRecord, Record, StepRecord, ValidationRecord
 from titan_growth.metrics.sinks import ConsoleSink, JsonlSink, Sink
 from titan_growth.metrics.throughput import Throughput, Window
 
@@ -13,14 +13,13 @@ __all__ = [
     "ConsoleSink",
     "GrowthRecord",
     "JsonlSink",
-    "Metrics",
     "Profiler",
     "Record",
+    "Recorder",
     "Sink",
     "StepRecord",
     "TensorBoardSink",
     "Throughput",
-    "Timings",
     "ValidationRecord",
     "WandbSink",
     "Window",

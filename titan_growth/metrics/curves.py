@@ -1,8 +1,8 @@
-"""Validation curves of whole runs, and what it costs to come to a loss.
+"""Validation curves of whole runs, and the cost of reaching a loss.
 
-Two runs are compared at equal loss: the lowest that both reach. Speedup is that of Du et al. (NeurIPS 2024, section 3),
-cost of the one over cost of the other, minus one, where the cost is FLOPs, tokens or seconds since the run began, small
-models before a growth included. Between two validations a curve is taken to be straight.
+Two runs are compared at equal loss: the lowest that both reach. Speedup is that of Du et al. (NeurIPS 2024, section 3):
+cost of the baseline over cost of the other, minus one. Cost is FLOPs, tokens or seconds since the run began, small
+models before a growth included. Curves are interpolated linearly between validations.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Point:
     step: int
     loss: float
     cost: dict[str, float]
-    """Until then, by the names of `COSTS`; seconds are missing in runs of older versions."""
+    """Since the run began, keyed by `COSTS`; runs of older versions have no seconds."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """A growth on the way."""
+    """A growth during the run."""
 
     step: int
     from_layers: int
@@ -45,7 +45,7 @@ class Growth:
 
 @dataclass(frozen=True)
 class Curve:
-    """The validations of a run, in their order."""
+    """The validations and growths of a run, in order."""
 
     name: str
     points: tuple[Point, ...]
@@ -53,15 +53,15 @@ class Curve:
 
     @property
     def best_loss(self) -> float:
-        """The lowest loss that it has come to."""
+        """The lowest validation loss."""
         return min(point.loss for point in self.points)
 
     def has(self, cost: str) -> bool:
-        """Whether every validation knows this cost."""
+        """Whether every validation has this cost."""
         return all(cost in point.cost for point in self.points)
 
     def cost_of(self, loss: float, cost: str) -> float | None:
-        """What it took to come to a loss for the first time; None when it never did."""
+        """The cost at which the run first reached a loss; None if it never did."""
         before: Point | None = None
         for point in self.points:
             if point.loss <= loss:
@@ -85,13 +85,13 @@ class Comparison:
     """Cost -> (of the baseline, of the other)."""
 
     def speedup(self, cost: str) -> float:
-        """As a share: 0.5 means that the baseline costs half as much again."""
+        """As a fraction: 0.5 means the baseline costs 1.5 times as much."""
         baseline, other = self.costs[cost]
         return baseline / other - 1.0
 
 
 def compare(baseline: Curve, other: Curve) -> Comparison:
-    """What two runs cost until the lowest loss that both of them reach."""
+    """The costs of two runs at the lowest loss that both reach."""
     loss = max(baseline.best_loss, other.best_loss)
     costs = {}
     for cost in COSTS:
@@ -122,7 +122,7 @@ def read_curve(name: str, path: Path) -> Curve:
         raise ConfigError([Problem(str(file), f"cannot be read ({reason})", "Name a run's job.dump_folder")]) from None
     points: list[Point] = []
     growths: list[Growth] = []
-    # The last line of a run that is going on, or was killed, may be half written.
+    # The last line may be half written: the run is still going, or was killed.
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             entry = json.loads(line)
@@ -151,7 +151,7 @@ def _finite(value: Any) -> float:
 
 
 def report(comparisons: Sequence[Comparison]) -> list[str]:
-    """What the comparisons come to, as lines of text."""
+    """The comparisons as lines of text."""
     lines = []
     for one in comparisons:
         lines.append(f"{one.other.name} against {one.baseline.name}, at validation loss {one.loss:.4f}:")
@@ -165,7 +165,7 @@ def report(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def weights_of(path: Path) -> str | None:
-    """What a run took its first weights from, when its counters began at zero all the same; None otherwise."""
+    """Where a run's initial weights came from, if its counters still began at zero; None otherwise."""
     try:
         table = tomli.loads((path / RECIPE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,24 +1,22 @@
-"""What watches a run on this rank: metrics with their sinks, the profiler, and the marks of the heartbeat.
+"""What observes a run on this rank: meter, recorder with its sinks, profiler, heartbeat marks.
 
-None of it changes the computation.
+None of it changes the computation. Callers use the public `meter`, `recorder` and `profiler` directly.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.distributed as dist
 
 from titan_growth.checkpoint.folder import StepFolder
-from titan_growth.checkpoint.history import GrowthEvent, Progress
+from titan_growth.checkpoint.history import Progress
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.heartbeat import Heartbeat
 from titan_growth.metrics import (
     ConsoleSink,
     JsonlSink,
-    Metrics,
     Profiler,
+    Recorder,
     Sink,
     TensorBoardSink,
     Throughput,
@@ -30,7 +28,7 @@ from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
 
 
 class Observers:
-    """Metrics and profiler, wired to a recipe. Only rank 0 writes, unless `metrics.save_for_all_ranks` is on."""
+    """Meter, recorder and profiler of a recipe. Only rank 0 writes, unless `metrics.save_for_all_ranks` is on."""
 
     def __init__(
         self,
@@ -60,7 +58,7 @@ class Observers:
                 sinks.append(WandbSink(folder.path / "wandb", config=recipe.model_dump()))
         if recipe.metrics.enable_tensorboard and not dry_run and (self.rank == 0 or recipe.metrics.save_for_all_ranks):
             sinks.append(TensorBoardSink(self._tensorboard_folder(), purge_step=start_step + 1))
-        self.metrics = Metrics(
+        self.recorder = Recorder(
             sinks=sinks,
             meter=self.meter,
             log_freq=recipe.metrics.log_freq,
@@ -69,7 +67,7 @@ class Observers:
             seconds_before=resumed.manifest.seconds if resumed is not None else 0.0,
         )
         if resumed is not None and self.jsonl is not None:
-            self.metrics.load_history(self.jsonl.path, resumed_at=start_step)
+            self.recorder.summary.load(self.jsonl.path, resumed_at=start_step)
         self.profiler = Profiler(
             **recipe.profiling.model_dump(),
             dump_folder=folder.path,
@@ -87,81 +85,27 @@ class Observers:
         """Bytes of metrics.jsonl so far; 0 on a rank that does not write it."""
         return self.jsonl.offset if self.jsonl is not None else 0
 
-    @property
-    def seconds(self) -> float:
-        """Wall-clock of the run until now."""
-        return self.metrics.seconds
-
     def start(self) -> None:
-        """The first step is about to begin."""
+        """Call right before the first step."""
         self.meter.start()
         self._mark("train")
 
-    def should_log(self, step: int) -> bool:
-        """Whether a step is logged; the same on every rank."""
-        return self.metrics.should_log(step)
-
-    def count_step(self, *, tokens: int, flops_per_token: int) -> None:
-        """A step is done."""
-        self.metrics.count_step(tokens=tokens, flops_per_token=flops_per_token)
-
-    def record_step(
-        self,
-        progress: Progress,
-        loss: float,
-        grad_norm: float,
-        lr: float,
-        num_layers: int,
-        digest: str | None,
-        skipped: str,
-    ) -> None:
-        """Logs a step; `skipped` says why it did not count, if it did not."""
-        self.metrics.record_step(
-            step=progress.step,
-            tokens=progress.tokens,
-            flops=progress.flops,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            num_layers=num_layers,
-            batch_hash=digest,
-            skipped=skipped or None,
-        )
-
-    def record_validation(self, progress: Progress, loss: float) -> None:
-        """Logs a validation."""
-        self.metrics.record_validation(
-            step=progress.step, tokens=progress.tokens, flops=progress.flops, validation_loss=loss
-        )
-
-    def record_growth(self, event: GrowthEvent) -> None:
-        """Logs a growth."""
-        self.metrics.record_growth(
-            step=event.step,
-            tokens=event.tokens,
-            flops=event.flops,
-            from_layers=event.from_layers,
-            to_layers=event.to_layers,
-            loss_before=math.nan if event.loss_before is None else event.loss_before,
-            loss_after=math.nan if event.loss_after is None else event.loss_after,
-        )
-
     def end_of_step(self) -> None:
-        """Everything that belongs to a step is done."""
+        """Call when a step and all that belongs to it is done."""
         self.profiler.step()
         self.steps_done += 1
         self._mark("train")
 
     def _mark(self, phase: str) -> None:
-        """Tells the others, should they ask, how far this rank has come."""
+        """Publishes how far this rank is, for hang diagnosis."""
         if self.heartbeat is not None:
             self.heartbeat.mark(phase, self.steps_done + 1)
 
     def summary(self, progress: Progress, last_saved: StepFolder | None, *, completed: bool) -> list[str]:
         """What the run did and where to look."""
-        self.metrics.reach(step=progress.step, tokens=progress.tokens, flops=progress.flops)
         tensorboard = self.recipe.metrics.enable_tensorboard
-        return self.metrics.closing_summary(
+        return self.recorder.closing_summary(
+            progress,
             verb="finished" if completed else "stopped",
             metrics_path=self.jsonl.path if self.jsonl is not None else None,
             tensorboard_folder=self.folder.path / self.recipe.metrics.save_tb_folder if tensorboard else None,
@@ -172,4 +116,4 @@ class Observers:
     def close(self) -> None:
         """Flushes and closes everything."""
         self.profiler.close()
-        self.metrics.close()
+        self.recorder.close()

@@ -1,11 +1,11 @@
 """Profiles of single steps: chrome traces of what ran when, and snapshots of CUDA memory.
 
-Profiling every step would slow the run and fill the disk. Instead, out of every `profile_freq` steps the last
-`profiler_active` are recorded, after `profiler_warmup` steps during which the profiler runs but keeps nothing (starting
-it is slow, and that slowness would otherwise be in the trace). Every rank writes its own file. A trace opens in
-Perfetto or chrome://tracing, a memory snapshot at pytorch.org/memory_viz.
+Profiling every step would slow the run and fill the disk. Of every `profile_freq` steps the last `profiler_active` are
+recorded, after `profiler_warmup` steps whose data is dropped (starting the profiler is slow, and must not show in the
+trace). Every rank writes its own file. Open a trace in Perfetto or chrome://tracing, a memory snapshot at
+pytorch.org/memory_viz.
 
-Profiles are a by-product: a trace that cannot be written is a logged warning, never the end of the run.
+A profile that cannot be written is a logged warning and never ends the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from titan_growth.tools.errors import Problem
 from titan_growth.tools.logs import logger
 
 _MAX_MEMORY_EVENTS = 100_000
-"""Allocations and frees that a memory snapshot reaches back; older ones are dropped by PyTorch."""
+"""Allocations and frees kept for a memory snapshot; PyTorch drops older ones."""
 
 
 def check(
@@ -63,15 +63,15 @@ def check(
 
 
 class Profiler:
-    """Records steps as the settings say. Call `step()` after every training step and `close()` at the end.
+    """Records steps as configured. Call `step()` after every training step and `close()` at the end.
 
-    As a context manager it also catches the moment that memory snapshots are for: when the block ends with CUDA out of
-    memory, one last snapshot is written (`iteration_<N>_exit`) and the error goes on.
+    As a context manager it also writes a last snapshot (`iteration_<N>_exit`) when the block ends with CUDA out of
+    memory; the error propagates.
 
-    The cycle of `profile_freq` steps starts at `start_step`, the step that a resumed run continues from. Files are
+    The cycle of `profile_freq` steps starts at `start_step`, where a resumed run continues. Files are
     `<dump_folder>/<save_traces_folder>/iteration_<N>/rank<R>_trace.json` and
-    `<dump_folder>/<save_memory_snapshot_folder>/iteration_<N>/rank<R>_memory_snapshot.pickle`, N being the step after
-    which the file was written. A run that ends while recording leaves a trace of what it had recorded.
+    `<dump_folder>/<save_memory_snapshot_folder>/iteration_<N>/rank<R>_memory_snapshot.pickle`, written after step N. A
+    run that ends while recording leaves a trace of what it has.
 
     Settings must have passed `check`.
     """
@@ -111,7 +111,7 @@ class Profiler:
         activities = [profiler.ProfilerActivity.CPU]
         if device_type == "cuda":
             activities.append(profiler.ProfilerActivity.CUDA)
-        # Told at every second cycle; it is exactly what separate traces per cycle are meant to be.
+        # Warned about in every second cycle, but intended: each cycle has its own trace.
         warnings.filterwarnings("ignore", message="Warning: Profiler clears events", category=UserWarning)
         profile = profiler.profile(
             activities=activities,
@@ -123,7 +123,7 @@ class Profiler:
         return profile
 
     def step(self) -> None:
-        """A training step has ended; writes a trace or a snapshot where one is due."""
+        """Call after every training step; writes a trace or snapshot that is due."""
         self._step += 1
         if self._profile is not None:
             self._profile.step()
@@ -151,7 +151,7 @@ class Profiler:
             import torch
 
             if isinstance(error, torch.OutOfMemoryError):
-                # The step under way is not counted yet.
+                # The current step is not counted yet.
                 self._write_snapshot(f"iteration_{self._step + 1}_exit")
         self.close()
 
@@ -160,7 +160,7 @@ class Profiler:
 
         def export() -> None:
             profile.export_chrome_trace(str(path))
-            # C++ code writes the file and keeps quiet about a full disk, so look whether the JSON came to its end.
+            # The C++ writer does not report a full disk, so check that the JSON is complete.
             with open(path, "rb") as file:
                 file.seek(max(0, path.stat().st_size - 64))
                 if not file.read().rstrip().endswith(b"}"):

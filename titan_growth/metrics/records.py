@@ -1,149 +1,258 @@
-"""What a run remembers of itself: the lines of `metrics.jsonl`.
+"""What a run records: one class per kind of line in `metrics.jsonl`, and how each field is shown.
 
-`metrics.jsonl` is the run's durable history and the file that two runs are compared by, so it holds three kinds of
-lines and nothing else: one per logged training step, one per validation and one per growth. Given the same recipe,
-every value except those named in `MEASURED` comes out bit for bit the same, before and after a resume; wall-clock
-facts that nobody compares runs by (step time, memory, what is left to go) are a `Timings` and stay out of the file.
+A new metric is two edits: its field here, and the place that measures it. Sinks take everything else from the record:
+keys and their order from the fields, console text and curves from each field's `metric`.
+
+`metrics.jsonl` is the run's durable history and the file two runs are compared by. It holds three kinds of lines: one
+per logged training step, one per validation, one per growth. Given the same recipe, all values except those marked
+`measured` come out bit for bit the same, before and after a resume. Fields with `file=False` stay out of it.
 
 Two rules make the lines comparable as text. A float is written with the shortest digits that read back as the same
-double, so equal lines mean equal numbers. And since JSON has no NaN and no infinity, a value that is not finite is
-written as `null`: the line stays readable by every JSON parser, and a `null` loss means exactly "it diverged here".
+double, so equal lines mean equal numbers. And since JSON has no NaN or infinity, a value that is not finite is written
+as `null`: every JSON parser can read the line, and a `null` loss means "diverged here".
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_type_hints
 
-MEASURED = ("seconds", "tokens_per_second", "mfu")
-"""The keys whose values no second run repeats."""
+from titan_growth.metrics.formatting import COLORS, format_duration
 
-
-def finite_or_none(value: float) -> float | None:
-    """Return `value` as a plain float, or None (JSON `null`) where it is NaN or infinite."""
-    number = float(value)
-    return number if math.isfinite(number) else None
+if TYPE_CHECKING:
+    from titan_growth.checkpoint.history import GrowthEvent
 
 
-class Record(ABC):
-    """A line of the file."""
+@dataclass(frozen=True)
+class Metric:
+    """How a field is shown."""
 
-    @abstractmethod
+    console: str = ""
+    """Text on the console, with attributes of the record and colours in braces; empty: not shown."""
+    tag: str = ""
+    """Curve in TensorBoard and W&B; empty: no curve."""
+    scale: float = 1.0
+    """Factor on the curve: 100 draws a fraction as percent."""
+    digits: int | None = None
+    """Decimals in `metrics.jsonl`; None writes the exact value."""
+    file: bool = True
+    """Whether it is written to `metrics.jsonl`."""
+    measured: bool = False
+    """Wall-clock and speed: no second run repeats the value."""
+
+
+def metric(**shown: Any) -> dict[str, Metric]:
+    """Metadata of a dataclass field; see `Metric` for the arguments."""
+    return {"metric": Metric(**shown)}
+
+
+@dataclass(frozen=True)
+class _Column:
+    name: str
+    kind: type
+    metric: Metric
+
+    def json_value(self, value: Any) -> object:
+        if value is None or self.kind is str:
+            return value
+        if self.kind is int:
+            return int(value)
+        number = float(value if self.metric.digits is None else round(value, self.metric.digits))
+        return number if math.isfinite(number) else None
+
+
+@functools.cache
+def columns(record: Any) -> tuple[_Column, ...]:
+    """The fields of a record class in their order."""
+    hints = get_type_hints(record)
+    found = []
+    for entry in fields(record):
+        hint = hints[entry.name]
+        kind, *_ = get_args(hint) or (hint,)  # of an optional type, the type itself
+        found.append(_Column(entry.name, kind, entry.metadata.get("metric", Metric())))
+    return tuple(found)
+
+
+class Totals(Protocol):
+    """Counters at one point of a run: `Progress`, or a `GrowthEvent`."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def flops(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A line of `metrics.jsonl`. The recorder fills in the four fields declared here.
+
+    `tokens` and `flops` are totals since the run began, over all ranks. `seconds` is the wall-clock of the loop until
+    here: validations, checkpoints and growths included; start-up, and what a kill or roll-back has undone, not.
+    """
+
+    event: ClassVar[str] = ""
+    """First key of the line, where set."""
+    console_head: ClassVar[str] = ""
+    """How the console line begins; fields follow."""
+    console_tail: ClassVar[str] = ""
+
+    step: int = 0
+    tokens: int = 0
+    flops: int = 0
+    seconds: float = field(default=math.nan, metadata=metric(digits=3, measured=True))
+
+    @property
+    def _columns(self) -> tuple[_Column, ...]:
+        kind: Any = type(self)  # mypy holds a dataclass type for unhashable
+        return columns(kind)
+
     def to_dict(self) -> dict[str, object]:
-        """The line's keys in their order, with plain JSON values (None for a number that is not finite)."""
+        """The line's keys in their order, with plain JSON values. An optional field that is None is left out."""
+        line: dict[str, object] = {"event": self.event} if self.event else {}
+        for column in self._columns:
+            value = getattr(self, column.name)
+            if column.metric.file and value is not None:
+                line[column.name] = column.json_value(value)
+        return line
 
     def to_line(self) -> str:
         """The JSON text of this record, without a line end. Never contains `NaN` or `Infinity`."""
         return json.dumps(self.to_dict(), allow_nan=False)
 
+    def console_line(self, color: bool = False) -> str:
+        """The record as one line of text for people."""
+        texts = [self.console_head, *(column.metric.console for column in self._columns), self.console_tail]
+        words = _Words(self, color)
+        return "  ".join(text.format_map(words) for text in texts if text)
 
-@dataclass(frozen=True)
+    def scalars(self) -> dict[str, float]:
+        """Tag and value of every curve that this record adds a point to."""
+        return {
+            column.metric.tag: column.metric.scale * float(getattr(self, column.name))
+            for column in self._columns
+            if column.metric.tag and getattr(self, column.name) is not None
+        }
+
+
+class _Words:
+    """What console texts may name: attributes of the record, and colours (empty unless wanted)."""
+
+    def __init__(self, record: Record, color: bool) -> None:
+        self.record = record
+        self.color = color
+
+    def __getitem__(self, name: str) -> object:
+        if name in COLORS:
+            return COLORS[name] if self.color else ""
+        return getattr(self.record, name)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepRecord(Record):
-    """One logged training step.
+    """One logged training step. The recorder fills in what it measures: speed, memory, time.
 
-    `tokens` and `flops` are totals since the run began, over all ranks; both are written as integers. `seconds` is the
-    wall-clock of the loop until here: validations, checkpoints and growths are in it, start-up is not, and neither is
-    what a kill or a roll-back has undone. `loss` is the step's mean over all ranks. `tokens_per_second` is of all ranks
-    together and `mfu` is a fraction of the hardware's peak (0.40 is 40 %); `MEASURED` are not reproducible.
-    `batch_hash`, where set, identifies the step's data, and `skipped` says why the step did not move the weights.
+    `loss` is the step's mean over all ranks. `batch_hash`, where set, identifies the step's data; `skipped` says why
+    the step did not move the weights.
     """
 
-    step: int
-    tokens: int
-    flops: float
-    seconds: float
-    loss: float
-    grad_norm: float
-    lr: float
-    tokens_per_second: float
-    mfu: float
-    num_layers: int
+    console_head = "{cyan}step {step}/{step_total}{end}  {percent_done:.1f}%"
+    console_tail = "flops {flops:.2e}  eta {eta}"
+
+    tokens: int = field(default=0, metadata=metric(tag="n_tokens_seen"))
+    flops: int = field(default=0, metadata=metric(tag="flops"))
+    loss: float = field(metadata=metric(console="{green}loss {loss:.4f}{end}", tag="loss_metrics/global_avg_loss"))
+    grad_norm: float = field(metadata=metric(console="grad_norm {grad_norm:.4f}", tag="grad_norm"))
+    lr: float = field(metadata=metric(console="lr {lr:.2e}", tag="lr"))
+    tokens_per_second: float = field(
+        default=math.nan,
+        metadata=metric(console="{blue}{tokens_per_second:,.0f} tok/s{end}", tag="throughput(tps)", measured=True),
+    )
+    """Of all ranks together."""
+    mfu: float = field(
+        default=math.nan, metadata=metric(console="{magenta}mfu {mfu:.1%}{end}", tag="mfu(%)", scale=100, measured=True)
+    )
+    """Fraction of the hardware's peak."""
+    num_layers: int = field(metadata=metric(tag="num_layers"))
     batch_hash: str | None = None
     skipped: str | None = None
 
-    def to_dict(self) -> dict[str, object]:
-        line: dict[str, object] = {
-            "step": int(self.step),
-            "tokens": int(self.tokens),
-            "flops": int(self.flops),
-            "seconds": finite_or_none(round(self.seconds, 3)),
-            "loss": finite_or_none(self.loss),
-            "grad_norm": finite_or_none(self.grad_norm),
-            "lr": finite_or_none(self.lr),
-            "tokens_per_second": finite_or_none(self.tokens_per_second),
-            "mfu": finite_or_none(self.mfu),
-            "num_layers": int(self.num_layers),
-        }
-        if self.batch_hash is not None:
-            line["batch_hash"] = self.batch_hash
-        if self.skipped is not None:
-            line["skipped"] = self.skipped
-        return line
+    step_seconds: float = field(default=math.nan, metadata=metric(tag="time_metrics/end_to_end(s)", file=False))
+    """Mean over the steps since the last log; so are the next two."""
+    data_seconds: float = field(default=math.nan, metadata=metric(tag="time_metrics/data_loading(s)", file=False))
+    data_share: float = field(
+        default=math.nan, metadata=metric(tag="time_metrics/data_loading(%)", scale=100, file=False)
+    )
+    """Fraction of the step spent waiting for data."""
+    memory_gib: float = field(default=math.nan, metadata=metric(console="mem {memory_gib:.2f} GiB", file=False))
+    peak_memory_gib: float = field(default=math.nan, metadata=metric(tag="memory/max_active(GiB)", file=False))
+    eta_seconds: float = field(default=math.nan, metadata=metric(file=False))
+    step_total: int = field(default=0, metadata=metric(file=False))
+    """The step the run ends at."""
+
+    @property
+    def percent_done(self) -> float:
+        """Steps done, of all."""
+        return 100.0 * self.step / self.step_total if self.step_total > 0 else 0.0
+
+    @property
+    def eta(self) -> str:
+        """`eta_seconds` as text."""
+        return format_duration(self.eta_seconds)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ValidationRecord(Record):
-    """The mean loss over the held-out set, with the weights as they stood after `step`."""
+    """The mean loss over the held-out set, with the weights as they were after `step`."""
 
-    step: int
-    tokens: int
-    flops: float
-    seconds: float
-    validation_loss: float
+    console_head = (
+        "{yellow}validation loss {validation_loss:.4f}{end}  at step {step}  tokens {tokens:,}  flops {flops:.2e}"
+    )
 
-    def to_dict(self) -> dict[str, object]:
-        return {
-            "step": int(self.step),
-            "tokens": int(self.tokens),
-            "flops": int(self.flops),
-            "seconds": finite_or_none(round(self.seconds, 3)),
-            "validation_loss": finite_or_none(self.validation_loss),
-        }
+    validation_loss: float = field(metadata=metric(tag="validation_metrics/loss"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GrowthRecord(Record):
-    """The model became deeper after `step`; both losses are of one held-out batch, right before and right after.
+    """The model grew after `step`; both losses are of one held-out batch, right before and right after.
 
     There is deliberately no `loss` key: a reader that plots every line with a `loss` must not draw this one.
     """
 
-    step: int
-    tokens: int
-    flops: float
-    seconds: float
+    event = "growth"
+    console_head = (
+        "{magenta}grown {from_layers} -> {to_layers} layers at step {step}{end}: "
+        "loss {loss_before:.2f} before, {loss_after:.2f} after (same held-out batch)"
+    )
+
     from_layers: int
-    to_layers: int
-    loss_before: float
-    loss_after: float
+    to_layers: int = field(metadata=metric(tag="growth/num_layers"))
+    loss_before: float = field(metadata=metric(tag="growth/loss_before"))
+    loss_after: float = field(metadata=metric(tag="growth/loss_after"))
 
-    def to_dict(self) -> dict[str, object]:
-        return {
-            "event": "growth",
-            "step": int(self.step),
-            "tokens": int(self.tokens),
-            "flops": int(self.flops),
-            "seconds": finite_or_none(round(self.seconds, 3)),
-            "from_layers": int(self.from_layers),
-            "to_layers": int(self.to_layers),
-            "loss_before": finite_or_none(self.loss_before),
-            "loss_after": finite_or_none(self.loss_after),
-        }
+    @classmethod
+    def of(cls, event: GrowthEvent) -> GrowthRecord:
+        """The record of a growth: every field that the event has too. A loss nobody measured is NaN."""
+        known: dict[str, Any] = {}
+        for entry in fields(cls):
+            if hasattr(event, entry.name):
+                value = getattr(event, entry.name)
+                known[entry.name] = math.nan if value is None else value
+        return cls(**known)
 
 
-@dataclass(frozen=True)
-class Timings:
-    """Wall-clock facts that go with a logged step to the console and TensorBoard, never to `metrics.jsonl`.
-
-    `step_seconds` is the mean time of a step since the last log and `data_seconds` the part of it spent waiting for
-    data. `eta_seconds` is NaN while no estimate exists. `step_total` is the step the run ends at.
-    """
-
-    step_seconds: float
-    data_seconds: float
-    memory_gib: float
-    peak_memory_gib: float
-    eta_seconds: float
-    step_total: int
+MEASURED = tuple(
+    dict.fromkeys(
+        column.name
+        for kind in (StepRecord, ValidationRecord, GrowthRecord)
+        for column in columns(kind)
+        if column.metric.measured
+    )
+)
+"""Keys of `metrics.jsonl` whose values no second run repeats."""

@@ -1,11 +1,10 @@
 """Where records go: the `Sink` protocol, the durable file and the console (see `boards` for TensorBoard and W&B).
 
-A sink takes the three kinds of records and is closed once. It belongs to one process and talks to no other rank.
+A sink belongs to one process and talks to no other rank.
 
-`metrics.jsonl` is special. A run that stops after its last checkpoint leaves lines of steps that the resumed run will
-take again; simply appending would leave those steps in the file twice. So a checkpoint stores the file's length at
-that moment (`JsonlSink.offset`) and the resumed run cuts the file back to it: the file then always reads as one
-unbroken run. A run that starts afresh never overwrites an older run's lines either: it moves them aside.
+`metrics.jsonl` must read as one unbroken run. A run killed after its last checkpoint leaves lines of steps that the
+resumed run repeats, so a checkpoint stores the file's length (`JsonlSink.offset`) and a resume cuts the file back to
+it. A fresh run moves an older run's lines aside.
 """
 
 from __future__ import annotations
@@ -16,32 +15,27 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
-from titan_growth.metrics.formatting import growth_line, step_line, validation_line
-from titan_growth.metrics.records import GrowthRecord, StepRecord, Timings, ValidationRecord
+from titan_growth.metrics.records import Record
 from titan_growth.tools.errors import RunFolderError
 from titan_growth.tools.logs import logger
 
 
 class Sink(Protocol):
-    """Takes records in the order they happen. `close()` is called once, after the last of them."""
+    """Takes records in order. `close()` is called once, after the last."""
 
-    def step(self, record: StepRecord, timings: Timings) -> None: ...
-
-    def validation(self, record: ValidationRecord) -> None: ...
-
-    def growth(self, record: GrowthRecord) -> None: ...
+    def record(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
 
 
 class JsonlSink:
-    """Appends every record to `path` as one JSON line, handed to the operating system before the call returns.
+    """Appends every record to `path` as one JSON line, written to the operating system before the call returns.
 
-    `resume_offset` says how the file that may already be there is taken:
+    `resume_offset` decides what happens to an existing file:
 
-    - None, a fresh run: lines of an older run are moved to `<name>.old-K`, K the smallest free number.
-    - bytes, a resumed run: the file is cut back to that length. A file that is missing, shorter, or whose line breaks
-      do not match keeps the whole lines it has up to there, and a warning says so.
+    - None, a fresh run: an older run's lines are moved to `<name>.old-K`, K the smallest free number.
+    - bytes, a resumed run: the file is cut back to that length. A file that is missing, shorter, or has no line end
+      there keeps its whole lines before that point, with a warning.
 
     Raises:
         RunFolderError: the file cannot be opened, moved, cut or written (permission, no space left).
@@ -56,7 +50,7 @@ class JsonlSink:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if resume_offset is None:
                 self._move_aside()
-            # Unbuffered, so that a full disk shows in the write itself and never again in some later close().
+            # Unbuffered, so that a full disk fails the write and not a later close().
             # "a+" because cutting back reads the bytes before the cut.
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (lives as long as the sink)
             if resume_offset is not None:
@@ -67,23 +61,11 @@ class JsonlSink:
 
     @property
     def offset(self) -> int:
-        """Length of the file in bytes, a line end included: what a checkpoint stores and a resume cuts back to."""
+        """Length of the file in bytes: stored in checkpoints, cut back to on resume."""
         return self._offset
 
-    def step(self, record: StepRecord, timings: Timings) -> None:
-        self._append(record.to_line())
-
-    def validation(self, record: ValidationRecord) -> None:
-        self._append(record.to_line())
-
-    def growth(self, record: GrowthRecord) -> None:
-        self._append(record.to_line())
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _append(self, line: str) -> None:
-        left = memoryview(f"{line}\n".encode())
+    def record(self, record: Record) -> None:
+        left = memoryview(f"{record.to_line()}\n".encode())
         length = len(left)
         try:
             while left:
@@ -93,8 +75,11 @@ class JsonlSink:
             raise self._unusable(error) from error
         self._offset += length
 
+    def close(self) -> None:
+        self._file.close()
+
     def _drop_torn_line(self) -> None:
-        """After a failed write, take the half line out again; a disk too broken even for that leaves it to a resume."""
+        """Removes the partial line after a failed write; if that fails too, a resume will."""
         try:
             self._file.truncate(self._offset)
         except OSError:
@@ -124,7 +109,7 @@ class JsonlSink:
             self._file.truncate(keep)
 
     def _end_of_last_line(self, end: int) -> int:
-        """The largest position not beyond `end` that directly follows a line end (0 where there is none)."""
+        """The last position up to `end` that directly follows a line end; 0 if there is none."""
         block = 4096
         while end > 0:
             begin = max(0, end - block)
@@ -146,34 +131,24 @@ class JsonlSink:
 class ConsoleSink:
     """One line per record through the logger `titan_growth` at INFO.
 
-    Colour codes are written only where every place the line ends up in is a terminal (a log file fed by the same
-    logger would otherwise fill with escape codes), and never when `disable_color` is true, when the environment
-    variable NO_COLOR is set (to anything but the empty text), or when TERM is `dumb`.
+    Colour needs every handler of the logger to write to a terminal, or a log file would fill with escape codes. It is
+    off when `disable_color` is true, NO_COLOR is set and not empty, or TERM is `dumb`.
     """
 
     def __init__(self, disable_color: bool = False) -> None:
         self._may_color = not disable_color and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
-    def step(self, record: StepRecord, timings: Timings) -> None:
-        logger.info("%s", step_line(record, timings, self._color()))
-
-    def validation(self, record: ValidationRecord) -> None:
-        logger.info("%s", validation_line(record, self._color()))
-
-    def growth(self, record: GrowthRecord) -> None:
-        logger.info("%s", growth_line(record, self._color()))
+    def record(self, record: Record) -> None:
+        # Colour is decided per line: handlers may be added (or a stream replaced) after the sink was built.
+        logger.info("%s", record.console_line(self._may_color and _all_terminals()))
 
     def close(self) -> None:
         for handler in _handlers_reached():
             handler.flush()
 
-    def _color(self) -> bool:
-        # Asked for every line: handlers may be added (or a stream replaced) after the sink was built.
-        return self._may_color and _all_terminals()
-
 
 def _handlers_reached() -> list[logging.Handler]:
-    """The handlers a record of our logger arrives at: its own and those of its parents while they propagate."""
+    """Handlers that get our logger's records: its own, and its parents' while they propagate."""
     handlers: list[logging.Handler] = []
     node: logging.Logger | None = logger
     while node is not None:
@@ -185,7 +160,7 @@ def _handlers_reached() -> list[logging.Handler]:
 def _all_terminals() -> bool:
     streams = [getattr(handler, "stream", None) for handler in _handlers_reached()]
     if not streams:
-        # Nothing configured: logging's own last resort writes to standard error.
+        # Nothing configured: logging's last resort writes to standard error.
         streams = [sys.stderr]
     for stream in streams:
         try:

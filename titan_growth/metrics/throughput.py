@@ -1,10 +1,9 @@
-"""How fast training goes: a meter that attributes every second of the run to one phase.
+"""Training speed: a meter that attributes every second of the run to one phase.
 
-A clock that simply runs from log to log reports a slump whenever a checkpoint or a validation falls in between. So the
-meter always knows which phase it is in. Time starts out as `train`; `with meter.data():` moves it to `data`, which
-still counts as training time (waiting for data is a cost of training worth seeing), while `with meter.pause(name):`
-moves it to a phase of its own that rates and step times leave out. Because each second lands in exactly one phase, the
-phases add up to the wall-clock, which is what the closing summary prints.
+Timing from log to log would report a slump whenever a checkpoint or validation falls in between. So the meter always
+knows its phase. Time is `train` by default; `with meter.data():` books it as `data`, which still counts as training
+time, because waiting for data is a cost of training; `with meter.pause(name):` books it under `name`, outside rates
+and step times. Each second lands in exactly one phase, so the phases add up to the wall-clock in the closing summary.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ TRAIN = "train"
 DATA = "data"
 
 _KEEP = 0.9
-"""How much of the smoothed step time each further step keeps: a memory of about ten steps."""
+"""Smoothing of the step time, per step: a memory of about ten steps."""
 
 
 @dataclass(frozen=True)
 class Window:
     """What happened between two logs. `seconds` excludes pauses and includes `data_seconds`; tokens are of all ranks.
 
-    `step_seconds` is the mean time of a step, `data_seconds_per_step` its part spent waiting for data; `mfu` is a
-    fraction. With no step in the window, or no time, the rates are 0.
+    `step_seconds` is the mean time of a step, `data_seconds_per_step` the part spent waiting for data, `data_share`
+    that part as a fraction. `mfu` is a fraction. Rates are 0 without steps or time.
     """
 
     num_steps: int
@@ -48,12 +47,16 @@ class Window:
     def data_seconds_per_step(self) -> float:
         return self.data_seconds / self.num_steps if self.num_steps else 0.0
 
+    @property
+    def data_share(self) -> float:
+        return self.data_seconds / self.seconds if self.seconds > 0 else 0.0
+
 
 class Throughput:
     """Counts tokens and seconds. `peak_flops` is one device's peak in FLOP/s, `num_devices` how many train together.
-    `on_phase` is told the name of each phase that begins, or goes on.
+    `on_phase` is called with the name of each phase that begins or resumes.
 
-    The clock runs from construction, or from `start()` where setting up takes place in between. Not thread-safe.
+    The clock runs from construction, or from `start()` if called later. Not thread-safe.
 
     Raises:
         ValueError: `peak_flops` or `num_devices` is not positive.
@@ -75,7 +78,7 @@ class Throughput:
         self.start()
 
     def start(self) -> None:
-        """Forget everything so far and start counting now: call it right before the first step."""
+        """Reset everything and start counting; call right before the first step."""
         self._phases: list[str] = [TRAIN]
         self._mark = self._clock()
         self._seconds: dict[str, float] = {TRAIN: 0.0, DATA: 0.0}
@@ -87,15 +90,15 @@ class Throughput:
         self._smoothed_steps = 0
 
     def count_step(self, *, tokens: int, flops_per_token: float) -> None:
-        """One training step is done. `tokens` of all ranks; `flops_per_token` of the model that did it."""
+        """Call after every training step, logged or not. `tokens` are of all ranks."""
         self._num_steps += 1
         self._tokens += tokens
-        # Summed per step, not multiplied at the end: a growth changes the FLOPs per token within a window.
+        # Summed per step: a growth changes the FLOPs per token within a window.
         self._flops += tokens * flops_per_token
 
     @contextmanager
     def data(self) -> Iterator[None]:
-        """Time spent waiting for training data. Within a pause it changes nothing: that time is the pause's."""
+        """Time spent waiting for training data. Inside a pause the time stays the pause's."""
         if self._phases[-1] != TRAIN:
             yield
             return
@@ -104,7 +107,7 @@ class Throughput:
 
     @contextmanager
     def pause(self, name: str) -> Iterator[None]:
-        """Time that is not training (`validation`, `checkpoint`, `growth`, ...): kept under `name`, out of the rates.
+        """Time that is not training (`validation`, `checkpoint`, `growth`, ...): booked under `name`, not in rates.
 
         Pauses nest; the innermost gets the time.
         """
@@ -130,14 +133,14 @@ class Throughput:
             self._on_phase(self._phases[-1])
 
     def _settle(self) -> None:
-        """Book the time since the last change of phase to the phase it was spent in."""
+        """Book the time since the last phase change."""
         now = self._clock()
         phase = self._phases[-1]
         self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._mark
         self._mark = now
 
     def take(self) -> Window:
-        """The window since the last `take()` (or the start), and begin the next one."""
+        """Returns the window since the last `take()` (or the start), and begins the next."""
         self._settle()
         data = self._seconds[DATA]
         now = (self._num_steps, self._tokens, self._flops, self._seconds[TRAIN] + data, data)
@@ -157,7 +160,7 @@ class Throughput:
     def _smooth(self, window: Window) -> None:
         if window.num_steps == 0:
             return
-        # The first step compiles, allocates and opens files; it may seed an estimate but must not linger in it.
+        # The first step compiles, allocates and opens files: it seeds the estimate, then is dropped from it.
         if self._smoothed is None or self._smoothed_steps <= 1:
             self._smoothed = window.step_seconds
         else:
@@ -166,11 +169,11 @@ class Throughput:
         self._smoothed_steps += window.num_steps
 
     def forget_step_time(self) -> None:
-        """The model changed (a growth): the next window alone decides how long a step takes from now on."""
+        """After a growth: estimate the step time anew from the next window alone."""
         self._smoothed_steps = 0
 
     def eta_seconds(self, num_steps_left: int) -> float:
-        """Estimated training seconds of `num_steps_left` more steps, pauses not included; NaN before any window."""
+        """Estimated training seconds for `num_steps_left` more steps, pauses excluded; NaN before any window."""
         return float("nan") if self._smoothed is None else self._smoothed * max(0, num_steps_left)
 
     @property
@@ -194,7 +197,7 @@ class Throughput:
         return self._flops / seconds / self._peak if seconds > 0 else 0.0
 
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds of each phase since the start: `train`, `data` and every pause so far. They sum to the wall-clock."""
+        """Seconds of each phase since the start: `train`, `data` and every pause. They sum to the wall-clock."""
         self._settle()
         return dict(self._seconds)
 

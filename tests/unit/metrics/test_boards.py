@@ -15,17 +15,13 @@ from titan_growth.metrics import (
     GrowthRecord,
     StepRecord,
     TensorBoardSink,
-    Timings,
     ValidationRecord,
     WandbSink,
 )
 from titan_growth.tools.errors import ConfigError, RunFolderError
 
-TIMINGS = Timings(
-    step_seconds=0.5, data_seconds=0.125, memory_gib=0.75, peak_memory_gib=1.5, eta_seconds=130.0, step_total=300
-)
 GROWTH = GrowthRecord(
-    step=2, tokens=8192, flops=3e9, seconds=1.0, from_layers=3, to_layers=12, loss_before=3.25, loss_after=4.5
+    step=2, tokens=8192, flops=int(3e9), seconds=1.0, from_layers=3, to_layers=12, loss_before=3.25, loss_after=4.5
 )
 
 
@@ -33,7 +29,7 @@ def step_record(step: int, loss: float = 6.0) -> StepRecord:
     return StepRecord(
         step=step,
         tokens=4096 * step,
-        flops=2.0**40,
+        flops=2**40,
         seconds=0.5 * step,
         loss=loss,
         grad_norm=1.25,
@@ -41,6 +37,13 @@ def step_record(step: int, loss: float = 6.0) -> StepRecord:
         tokens_per_second=4096.0,
         mfu=0.25,
         num_layers=3,
+        step_seconds=0.5,
+        data_seconds=0.125,
+        data_share=0.25,
+        memory_gib=0.75,
+        peak_memory_gib=1.5,
+        eta_seconds=130.0,
+        step_total=300,
     )
 
 
@@ -54,9 +57,9 @@ def read_back(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_metrics_tensorboard_tags_and_values_come_back(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
-    sink.step(step_record(1), TIMINGS)
-    sink.validation(ValidationRecord(step=1, tokens=4096, flops=1e9, seconds=1.0, validation_loss=5.5))
-    sink.growth(GROWTH)
+    sink.record(step_record(1))
+    sink.record(ValidationRecord(step=1, tokens=4096, flops=int(1e9), seconds=1.0, validation_loss=5.5))
+    sink.record(GROWTH)
     sink.close()
     assert read_back(tmp_path) == {
         "loss_metrics/global_avg_loss": [(1, 6.0)],
@@ -82,7 +85,7 @@ def test_metrics_tensorboard_marks_a_growth_with_a_sentence(tmp_path: Path) -> N
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     sink = TensorBoardSink(tmp_path)
-    sink.growth(GROWTH)
+    sink.record(GROWTH)
     sink.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -94,10 +97,10 @@ def test_metrics_tensorboard_marks_a_growth_with_a_sentence(tmp_path: Path) -> N
 def test_metrics_tensorboard_hides_the_steps_that_a_resume_takes_again(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path)
     for step in (1, 2, 3, 4):
-        sink.step(step_record(step, loss=1.0), TIMINGS)
+        sink.record(step_record(step, loss=1.0))
     sink.close()
     sink = TensorBoardSink(tmp_path, purge_step=3)
-    sink.step(step_record(3, loss=2.0), TIMINGS)
+    sink.record(step_record(3, loss=2.0))
     sink.close()
     assert read_back(tmp_path)["loss_metrics/global_avg_loss"] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
@@ -119,13 +122,13 @@ def test_metrics_tensorboard_on_a_full_disk_warns_once_and_goes_silent(
 ) -> None:
     before = threading.excepthook
     sink = TensorBoardSink(tmp_path)
-    sink.step(step_record(1), TIMINGS)
+    sink.record(step_record(1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (32 * 1024, hard))
     try:
         for step in range(2, 200):
-            sink.step(step_record(step), TIMINGS)
-        sink.growth(GROWTH)
+            sink.record(step_record(step))
+        sink.record(GROWTH)
         sink.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -145,7 +148,7 @@ def test_metrics_tensorboard_disk_that_fills_after_the_last_record_is_reported_b
     (event_file,) = folder.iterdir()
     event_file.unlink()
     folder.rmdir()
-    sink.validation(ValidationRecord(step=1, tokens=1, flops=1.0, seconds=1.0, validation_loss=1.0))
+    sink.record(ValidationRecord(step=1, tokens=1, flops=1, seconds=1.0, validation_loss=1.0))
     sink.close()
     assert len(caplog.records) == 1
     assert "No such file" in caplog.records[0].getMessage()
@@ -203,9 +206,9 @@ def test_metrics_wandb_gets_the_same_points_and_is_finished(tmp_path: Path, monk
 
     sink = WandbSink(tmp_path / "wb", project="p", run_name="r", config={"model": {"dim": 8}})
     assert (tmp_path / "wb").is_dir()
-    sink.step(step_record(4), TIMINGS)
-    sink.validation(ValidationRecord(step=4, tokens=1, flops=1.0, seconds=1.0, validation_loss=5.5))
-    sink.growth(GROWTH)
+    sink.record(step_record(4))
+    sink.record(ValidationRecord(step=4, tokens=1, flops=1, seconds=1.0, validation_loss=5.5))
+    sink.record(GROWTH)
     sink.close()
     init_call, step_call, *others = calls
     assert init_call == (

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from titan_growth.checkpoint.history import GrowthEvent, Progress
 from titan_growth.metrics import (
     MEASURED,
     GrowthRecord,
     JsonlSink,
-    Metrics,
+    Record,
+    Recorder,
     StepRecord,
     Throughput,
-    Timings,
     ValidationRecord,
 )
 
@@ -30,18 +31,15 @@ class ListSink:
     """Keeps what it is given."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[StepRecord, Timings]] = []
-        self.others: list[ValidationRecord | GrowthRecord] = []
+        self.steps: list[StepRecord] = []
+        self.others: list[Record] = []
         self.num_closed = 0
 
-    def step(self, record: StepRecord, timings: Timings) -> None:
-        self.steps.append((record, timings))
-
-    def validation(self, record: ValidationRecord) -> None:
-        self.others.append(record)
-
-    def growth(self, record: GrowthRecord) -> None:
-        self.others.append(record)
+    def record(self, record: Record) -> None:
+        if isinstance(record, StepRecord):
+            self.steps.append(record)
+        else:
+            self.others.append(record)
 
     def close(self) -> None:
         self.num_closed += 1
@@ -52,49 +50,69 @@ def clock() -> Clock:
     return Clock()
 
 
-def make(clock: Clock, *sinks: ListSink | JsonlSink, log_freq: int = 10, total_steps: int = 25) -> Metrics:
+def make(clock: Clock, *sinks: ListSink | JsonlSink, log_freq: int = 10, total_steps: int = 25) -> Recorder:
     meter = Throughput(peak_flops=1e6, clock=clock)
-    return Metrics(sinks=sinks, meter=meter, log_freq=log_freq, total_steps=total_steps)
+    return Recorder(sinks=sinks, meter=meter, log_freq=log_freq, total_steps=total_steps)
 
 
-def run_steps(metrics: Metrics, clock: Clock, first: int, last: int, loss: float = 2.5) -> None:
+def at(step: int) -> Progress:
+    return Progress(step=step, tokens=100 * step, flops=5000 * step)
+
+
+def run_steps(metrics: Recorder, clock: Clock, first: int, last: int, loss: float = 2.5) -> None:
     for step in range(first, last + 1):
         with metrics.meter.data():
             clock.now += 0.5
         clock.now += 1.5
-        metrics.count_step(tokens=100, flops_per_token=50.0)
-        metrics.record_step(
-            step=step,
-            tokens=100 * step,
-            flops=5000 * step,
-            loss=loss,
-            grad_norm=1.0,
-            lr=1e-3,
-            num_layers=3,
-            batch_hash=f"hash{step}",
-        )
+        metrics.meter.count_step(tokens=100, flops_per_token=50.0)
+        if metrics.should_log(step):
+            record = StepRecord(loss=loss, grad_norm=1.0, lr=1e-3, num_layers=3, batch_hash=f"hash{step}")
+            metrics.record(at(step), record)
+
+
+def validate(metrics: Recorder, step: int, loss: float) -> ValidationRecord:
+    return metrics.record(at(step), ValidationRecord(validation_loss=loss))
+
+
+def growth_event(step: int, to_layers: int, loss_before: float, loss_after: float | None) -> GrowthEvent:
+    return GrowthEvent(
+        step=step,
+        tokens=100 * step,
+        flops=5000 * step,
+        operator="stack",
+        stage={},
+        from_sizes={"n_layers": 3},
+        to_sizes={"n_layers": to_layers},
+        layer_map=(),
+        source=f"step-{step}",
+        mesh="",
+        num_ranks=1,
+        loss_before=loss_before,
+        loss_after=loss_after,
+        seconds=123.0,
+    )
 
 
 def test_metrics_first_every_nth_and_last_step_are_logged(clock: Clock) -> None:
     sink = ListSink()
     metrics = make(clock, sink)
     run_steps(metrics, clock, 1, 25)
-    assert [record.step for record, _ in sink.steps] == [1, 10, 20, 25]
+    assert [record.step for record in sink.steps] == [1, 10, 20, 25]
     assert [step for step in range(1, 26) if metrics.should_log(step)] == [1, 10, 20, 25]
 
 
 def test_metrics_a_resumed_run_logs_the_steps_of_an_unbroken_one(clock: Clock) -> None:
     sink = ListSink()
     run_steps(make(clock, sink), clock, 13, 25)
-    assert [record.step for record, _ in sink.steps] == [20, 25]
+    assert [record.step for record in sink.steps] == [20, 25]
 
 
 def test_metrics_step_records_carry_the_numbers_given_and_measured(clock: Clock) -> None:
     sink = ListSink()
     metrics = make(clock, sink)
     run_steps(metrics, clock, 1, 10)
-    record, timings = sink.steps[-1]
-    assert record == StepRecord(
+    record = sink.steps[-1]
+    expected = StepRecord(
         step=10,
         tokens=1000,
         flops=50000,
@@ -107,9 +125,10 @@ def test_metrics_step_records_carry_the_numbers_given_and_measured(clock: Clock)
         num_layers=3,
         batch_hash="hash10",
     )
-    assert (timings.step_seconds, timings.data_seconds, timings.eta_seconds) == (2.0, 0.5, 30.0)
-    assert timings.step_total == 25
-    assert timings.peak_memory_gib >= timings.memory_gib > 0.01
+    assert record.to_dict() == expected.to_dict()
+    assert (record.step_seconds, record.data_seconds, record.eta_seconds) == (2.0, 0.5, 30.0)
+    assert record.step_total == 25
+    assert record.peak_memory_gib >= record.memory_gib > 0.01
 
 
 def test_metrics_steps_between_logs_are_in_the_next_rate(clock: Clock) -> None:
@@ -118,26 +137,26 @@ def test_metrics_steps_between_logs_are_in_the_next_rate(clock: Clock) -> None:
     run_steps(metrics, clock, 1, 9)
     clock.now += 18.0  # nine more steps' worth of time, after eight unlogged steps
     run_steps(metrics, clock, 10, 10)
-    assert sink.steps[-1][0].tokens_per_second == pytest.approx(900 / 36.0)
+    assert sink.steps[-1].tokens_per_second == pytest.approx(900 / 36.0)
 
 
 def test_metrics_growth_restarts_the_eta(clock: Clock) -> None:
     sink = ListSink()
     metrics = make(clock, sink, log_freq=1, total_steps=20)
     run_steps(metrics, clock, 1, 10)
-    metrics.record_growth(step=10, tokens=1, flops=1, from_layers=3, to_layers=6, loss_before=2.0, loss_after=2.5)
+    event = growth_event(10, 6, 2.0, 2.5)
+    metrics.record(event, GrowthRecord.of(event))
     clock.now += 4.0  # step 11 takes 6 s instead of 2 s
     run_steps(metrics, clock, 11, 11)
-    assert sink.steps[-1][1].eta_seconds == pytest.approx(9 * 6.0)
+    assert sink.steps[-1].eta_seconds == pytest.approx(9 * 6.0)
 
 
 def test_metrics_all_sinks_get_everything_and_are_closed_once(clock: Clock) -> None:
     sinks = [ListSink(), ListSink()]
     metrics = make(clock, *sinks)
-    validation = metrics.record_validation(step=5, tokens=500, flops=25000, validation_loss=3.5)
-    growth = metrics.record_growth(
-        step=5, tokens=500, flops=25000, from_layers=3, to_layers=6, loss_before=2.0, loss_after=2.5
-    )
+    validation = validate(metrics, 5, 3.5)
+    event = growth_event(5, 6, 2.0, 2.5)
+    growth = metrics.record(event, GrowthRecord.of(event))
     metrics.close()
     metrics.close()
     for sink in sinks:
@@ -152,27 +171,27 @@ def test_metrics_refuse_a_log_frequency_of_zero(clock: Clock) -> None:
         make(clock, log_freq=0)
 
 
-def run_with_events(metrics: Metrics, clock: Clock) -> None:
-    metrics.record_validation(step=0, tokens=0, flops=0, validation_loss=10.5)
+def run_with_events(metrics: Recorder, clock: Clock) -> None:
+    validate(metrics, 0, 10.5)
     run_steps(metrics, clock, 1, 10)
     with metrics.meter.pause("validation"):
         clock.now += 10.0
-    metrics.record_validation(step=10, tokens=1000, flops=50000, validation_loss=4.25)
+    validate(metrics, 10, 4.25)
     with metrics.meter.pause("growth"):
         clock.now += 5.0
-    metrics.record_growth(
-        step=10, tokens=1000, flops=50000, from_layers=3, to_layers=12, loss_before=3.21, loss_after=4.56
-    )
+    event = growth_event(10, 12, 3.21, 4.56)
+    metrics.record(event, GrowthRecord.of(event))
     run_steps(metrics, clock, 11, 25)
     with metrics.meter.pause("checkpoint"):
         clock.now += 35.0
-    metrics.record_validation(step=25, tokens=2500, flops=125000, validation_loss=4.5)
+    validate(metrics, 25, 4.5)
 
 
 def test_metrics_closing_summary_tells_what_the_run_did_and_where_to_look(clock: Clock) -> None:
     metrics = make(clock, ListSink())
     run_with_events(metrics, clock)
     lines = metrics.closing_summary(
+        at(25),
         metrics_path="out/metrics.jsonl",
         tensorboard_folder="out/my tb",
         checkpoint=Path("out/checkpoint/step-25"),
@@ -192,7 +211,7 @@ def test_metrics_closing_summary_tells_what_the_run_did_and_where_to_look(clock:
 
 
 def test_metrics_closing_summary_says_nothing_of_what_did_not_happen(clock: Clock) -> None:
-    lines = make(clock, ListSink()).closing_summary()
+    lines = make(clock, ListSink()).closing_summary(Progress())
     assert lines == [
         "finished: step 0/25, 0 tokens, 0.00e+00 FLOPs, wall-clock 0s",
         "time: train 0s (0%), data 0s (0%)",
@@ -202,23 +221,24 @@ def test_metrics_closing_summary_says_nothing_of_what_did_not_happen(clock: Cloc
 def test_metrics_a_diverged_validation_is_not_the_best(clock: Clock) -> None:
     metrics = make(clock, ListSink())
     for step, loss in ((1, float("nan")), (2, 3.0), (3, float("nan"))):
-        metrics.record_validation(step=step, tokens=1, flops=1, validation_loss=loss)
-    assert "validation loss: first nan (step 1), last nan (step 3), best 3.0000 (step 2)" in metrics.closing_summary()
+        validate(metrics, step, loss)
+    lines = metrics.closing_summary(at(3))
+    assert "validation loss: first nan (step 1), last nan (step 3), best 3.0000 (step 2)" in lines
 
 
 def test_metrics_summary_after_a_resume_is_of_the_whole_run(tmp_path: Path, clock: Clock) -> None:
     path = tmp_path / "metrics.jsonl"
     first = make(clock, JsonlSink(path))
     run_with_events(first, clock)
-    first.record_validation(step=25, tokens=2500, flops=125000, validation_loss=float("nan"))
+    validate(first, 25, float("nan"))
     first.close()
     with open(path, "a") as file:
         file.write('{"step": "someone else\'s line"}\nnot JSON\n[]\n')
 
     second = make(clock, ListSink(), total_steps=27)
-    second.load_history(path, resumed_at=25)
+    second.summary.load(path, resumed_at=25)
     run_steps(second, clock, 26, 26)
-    lines = second.closing_summary()
+    lines = second.closing_summary(at(26))
     assert lines[0] == "finished: step 26/27 (resumed at step 25), 2,600 tokens, 1.30e+05 FLOPs, wall-clock 2s"
     assert lines[1] == "validation loss: first 10.5000 (step 0), last nan (step 25), best 4.2500 (step 10)"
     assert lines[2] == "growth: 3 -> 12 layers at step 10, loss 3.21 before, 4.56 after"
@@ -228,9 +248,9 @@ def test_metrics_history_that_cannot_be_read_is_a_warning(
     tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics = make(clock, ListSink())
-    metrics.load_history(tmp_path / "none.jsonl", resumed_at=3)
+    metrics.summary.load(tmp_path / "none.jsonl", resumed_at=3)
     assert "history cannot be read: No such file" in caplog.text
-    assert "(resumed at step 3)" in metrics.closing_summary()[0]
+    assert "(resumed at step 3)" in metrics.closing_summary(at(3))[0]
 
 
 def test_metrics_file_of_a_broken_and_resumed_run_equals_the_unbroken_one(tmp_path: Path) -> None:

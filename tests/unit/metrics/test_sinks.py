@@ -14,17 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from titan_growth.metrics import ConsoleSink, GrowthRecord, JsonlSink, StepRecord, Timings, ValidationRecord
+from titan_growth.metrics import ConsoleSink, GrowthRecord, JsonlSink, StepRecord, ValidationRecord
 from titan_growth.metrics.formatting import format_duration, format_rate
 from titan_growth.tools.errors import RunFolderError
 
 ROOT = Path(__file__).parents[3]
-TIMINGS = Timings(
-    step_seconds=0.5, data_seconds=0.1, memory_gib=0.92, peak_memory_gib=1.5, eta_seconds=130.0, step_total=300
-)
-VALIDATION = ValidationRecord(step=12, tokens=49152, flops=1.5e12, seconds=70.0, validation_loss=3.25)
+VALIDATION = ValidationRecord(step=12, tokens=49152, flops=int(1.5e12), seconds=70.0, validation_loss=3.25)
 GROWTH = GrowthRecord(
-    step=300, tokens=1228800, flops=3e14, seconds=71.0, from_layers=3, to_layers=12, loss_before=3.21, loss_after=4.56
+    step=300,
+    tokens=1228800,
+    flops=int(3e14),
+    seconds=71.0,
+    from_layers=3,
+    to_layers=12,
+    loss_before=3.21,
+    loss_after=4.56,
 )
 
 
@@ -40,6 +44,13 @@ def step_record(step: int = 12, **changes: object) -> StepRecord:
         "tokens_per_second": 4103.2,
         "mfu": 0.123,
         "num_layers": 3,
+        "step_seconds": 0.5,
+        "data_seconds": 0.1,
+        "data_share": 0.2,
+        "memory_gib": 0.92,
+        "peak_memory_gib": 1.5,
+        "eta_seconds": 130.0,
+        "step_total": 300,
     }
     return StepRecord(**(values | changes))  # type: ignore[arg-type]
 
@@ -95,11 +106,11 @@ def test_metrics_jsonl_is_on_disk_after_each_record_and_counts_its_bytes(tmp_pat
     path = tmp_path / "logs" / "metrics.jsonl"
     sink = JsonlSink(path)
     assert sink.offset == 0
-    sink.step(step_record(), TIMINGS)
+    sink.record(step_record())
     assert lines_of(path) == [step_record().to_dict()]
     assert sink.offset == path.stat().st_size
-    sink.validation(VALIDATION)
-    sink.growth(GROWTH)
+    sink.record(VALIDATION)
+    sink.record(GROWTH)
     assert lines_of(path)[1:] == [VALIDATION.to_dict(), GROWTH.to_dict()]
     assert sink.offset == path.stat().st_size
     sink.close()
@@ -109,18 +120,18 @@ def test_metrics_resumed_file_equals_that_of_an_unbroken_run(tmp_path: Path) -> 
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     sink = JsonlSink(whole)
     for step in range(1, 7):
-        sink.step(step_record(step), TIMINGS)
+        sink.record(step_record(step))
 
     sink = JsonlSink(broken)
     for step in range(1, 6):
-        sink.step(step_record(step), TIMINGS)
+        sink.record(step_record(step))
         if step == 3:
             checkpointed = sink.offset
     sink.close()
     sink = JsonlSink(broken, resume_offset=checkpointed)
     assert sink.offset == checkpointed
     for step in range(4, 7):
-        sink.step(step_record(step), TIMINGS)
+        sink.record(step_record(step))
     assert broken.read_bytes() == whole.read_bytes()
     assert [entry.name for entry in tmp_path.iterdir() if "old" in entry.name] == []
 
@@ -130,7 +141,7 @@ def test_metrics_fresh_run_moves_older_lines_aside(tmp_path: Path, caplog: pytes
     path.write_text("first\n")
     (tmp_path / "metrics.jsonl.old-1").write_text("even older\n")
     with caplog.at_level(logging.INFO, logger="titan_growth"):
-        JsonlSink(path).validation(VALIDATION)
+        JsonlSink(path).record(VALIDATION)
     assert (tmp_path / "metrics.jsonl.old-1").read_text() == "even older\n"
     assert (tmp_path / "metrics.jsonl.old-2").read_text() == "first\n"
     assert lines_of(path) == [VALIDATION.to_dict()]
@@ -166,7 +177,7 @@ def test_metrics_resume_of_a_file_that_does_not_match_keeps_whole_lines_and_warn
     assert path.read_bytes() == after
     assert sink.offset == len(after)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    sink.validation(VALIDATION)
+    sink.record(VALIDATION)
     assert path.read_bytes() == after + VALIDATION.to_line().encode() + b"\n"
 
 
@@ -183,7 +194,7 @@ def test_metrics_full_disk_is_a_one_line_run_folder_error(tmp_path: Path) -> Non
     path.symlink_to("/dev/full")
     sink = JsonlSink(path)
     with pytest.raises(RunFolderError, match="No space left") as caught:
-        sink.step(step_record(), TIMINGS)
+        sink.record(step_record())
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     sink.close()  # must not bring the same error up again
@@ -205,7 +216,7 @@ def test_metrics_a_line_that_did_not_fit_is_taken_out_again(tmp_path: Path, file
     path.write_bytes(start)
     sink = JsonlSink(path, resume_offset=len(start))
     with pytest.raises(RunFolderError, match="File too large"):
-        sink.validation(VALIDATION)
+        sink.record(VALIDATION)
     assert path.read_bytes() == start
     assert sink.offset == len(start)
 
@@ -250,9 +261,9 @@ def attach_stream(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO) -> io.St
 def test_metrics_console_lines_read_as_documented(console: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = attach_stream(monkeypatch, io.StringIO())
     sink = ConsoleSink()
-    sink.step(step_record(), TIMINGS)
-    sink.validation(VALIDATION)
-    sink.growth(GROWTH)
+    sink.record(step_record())
+    sink.record(VALIDATION)
+    sink.record(GROWTH)
     assert stream.getvalue().splitlines() == [
         "step 12/300  4.0%  loss 6.1234  grad_norm 1.2345  lr 8.00e-04  4,103 tok/s  mfu 12.3%  mem 0.92 GiB  "
         "flops 1.23e+13  eta 2m10s",
@@ -266,9 +277,9 @@ def test_metrics_console_colours_every_kind_of_line_on_a_terminal(
 ) -> None:
     stream = attach_stream(monkeypatch, FakeTerminal())
     sink = ConsoleSink()
-    sink.step(step_record(), TIMINGS)
-    sink.validation(VALIDATION)
-    sink.growth(GROWTH)
+    sink.record(step_record())
+    sink.record(VALIDATION)
+    sink.record(GROWTH)
     lines = stream.getvalue().splitlines()
     assert len(lines) == 3
     assert all("\x1b[" in line and line.count("\x1b[") == 2 * line.count("\x1b[0m") for line in lines)
@@ -281,7 +292,7 @@ def test_metrics_console_colour_can_be_refused(
     stream = attach_stream(monkeypatch, FakeTerminal())
     if how != "disable_color":
         monkeypatch.setenv(how, "dumb")
-    ConsoleSink(disable_color=how == "disable_color").step(step_record(), TIMINGS)
+    ConsoleSink(disable_color=how == "disable_color").record(step_record())
     assert "step 12/300" in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
 
@@ -292,7 +303,7 @@ def test_metrics_console_writes_no_colour_when_a_log_file_gets_the_same_lines(
     stream = FakeTerminal()
     log_file = logging.FileHandler(tmp_path / "log.txt")
     attach(monkeypatch, logging.StreamHandler(stream), log_file)
-    ConsoleSink().step(step_record(), TIMINGS)
+    ConsoleSink().record(step_record())
     log_file.close()
     assert (tmp_path / "log.txt").read_text() == stream.getvalue()
     assert "\x1b" not in stream.getvalue()

@@ -1,0 +1,85 @@
+"""What the closing summary remembers of a run: its validations and growths, those before a resume included."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from titan_growth.metrics.records import GrowthRecord, Record, ValidationRecord
+from titan_growth.tools.logs import logger
+
+
+class RunSummary:
+    """Validations and growths of the whole run, in their order."""
+
+    def __init__(self) -> None:
+        self.validations: list[ValidationRecord] = []
+        self.growths: list[GrowthRecord] = []
+        self.resumed_at: int | None = None
+
+    def add(self, record: Record) -> None:
+        """Remember a record, if the summary needs it."""
+        if isinstance(record, ValidationRecord):
+            self.validations.append(record)
+        elif isinstance(record, GrowthRecord):
+            self.growths.append(record)
+
+    def load(self, metrics_path: Path, *, resumed_at: int) -> None:
+        """After a resume, read what the run did before.
+
+        Call it on the rank that writes `metrics.jsonl`, once `JsonlSink` has cut the file back to the checkpoint. Lines
+        that are not a run's are skipped.
+        """
+        self.resumed_at = resumed_at
+        try:
+            lines = metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            logger.warning("%s: the run's history cannot be read: %s", metrics_path, error.strerror or error)
+            return
+        for line in lines:
+            try:
+                self._add_line(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def _add_line(self, line: dict[str, object]) -> None:
+        step = int(_number(line["step"]))
+        if line.get("event") == GrowthRecord.event:
+            record = GrowthRecord(
+                step=step,
+                from_layers=int(_number(line["from_layers"])),
+                to_layers=int(_number(line["to_layers"])),
+                loss_before=_number(line["loss_before"]),
+                loss_after=_number(line["loss_after"]),
+            )
+            self.growths.append(record)
+        elif "validation_loss" in line:
+            self.validations.append(ValidationRecord(step=step, validation_loss=_number(line["validation_loss"])))
+
+    def lines(self) -> list[str]:
+        """First, last and best validation, and every growth, one a line."""
+        lines = [self._validation_line()] if self.validations else []
+        return lines + [
+            f"growth: {growth.from_layers} -> {growth.to_layers} layers at step {growth.step}, "
+            f"loss {growth.loss_before:.2f} before, {growth.loss_after:.2f} after"
+            for growth in self.growths
+        ]
+
+    def _validation_line(self) -> str:
+        # NaN compares false with everything, so a diverged validation must not become the best.
+        best = min(
+            self.validations, key=lambda one: math.inf if math.isnan(one.validation_loss) else one.validation_loss
+        )
+        named = {"first": self.validations[0], "last": self.validations[-1], "best": best}
+        facts = [f"{name} {one.validation_loss:.4f} (step {one.step})" for name, one in named.items()]
+        return f"validation loss: {', '.join(facts)}"
+
+
+def _number(value: object) -> float:
+    """A number read back; `null` stands for one that is not finite. Raises TypeError for anything else."""
+    if value is None:
+        return math.nan
+    if isinstance(value, (int, float)):
+        return value
+    raise TypeError(f"not a number: {value!r}")
