@@ -45,6 +45,18 @@ def run(folder: Path, script: str, **values: Any) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def test_a_class_that_is_no_operator_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the page's own message."""
+    page = PAGE.read_text().replace("def grow(self", "def grown(self")
+    monkeypatch.setattr(Path, "read_text", lambda path, *args: page if path == PAGE else path.open().read())
+    status, found = run(tmp_path, "plan")
+    (line,) = re.findall(r"^```\n(error: .*)\n```$", page, re.MULTILINE)
+    assert status == 2
+    assert line in found
+
+
 @pytest.mark.slow
 def test_the_example_grows_a_run(tmp_path: Path) -> None:
     """2 ranks; 3 layers become 4, and since its copies are silent the loss does not change."""
