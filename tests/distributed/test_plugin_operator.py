@@ -25,8 +25,8 @@ def block(language: str) -> str:
     return text
 
 
-def run(folder: Path, script: str, **values: Any) -> tuple[int, str]:
-    (folder / "sandwich.py").write_text(block("python"))
+def run(folder: Path, script: str, text: str | None = None, **values: Any) -> tuple[int, str]:
+    (folder / "sandwich.py").write_text(text or block("python"))
     (folder / "recipe.toml").write_text(block("toml"))
     flags = {**BASE, "growth.base.n_layers": 3, "metrics.enable_tensorboard": False, **values}
     words = [
@@ -45,15 +45,12 @@ def run(folder: Path, script: str, **values: Any) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_class_that_is_no_operator_is_refused_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_that_is_no_operator_is_refused_before_anything_starts(tmp_path: Path) -> None:
     """With the page's own message."""
-    page = PAGE.read_text().replace("def grow(self", "def grown(self")
-    monkeypatch.setattr(Path, "read_text", lambda path, *args: page if path == PAGE else path.open().read())
-    status, found = run(tmp_path, "plan")
-    (line,) = re.findall(r"^```\n(error: .*)\n```$", page, re.MULTILINE)
-    assert status == 2
+    (line,) = re.findall(r"^```\n(error: .*)\n```$", PAGE.read_text(), re.MULTILINE)
+    text = block("python").replace("def grow(", "def grown(")
+    status, found = run(tmp_path, "plan", text=text)
+    assert status == 2, found
     assert line in found
 
 

@@ -339,9 +339,9 @@ def test_descriptions() -> None:
 
 def test_planning_needs_no_torch() -> None:
     code = (
-        "import sys; from titan_growth.config.schema.recipe import Parallelism; "
+        "import sys; from titan_growth.config.schema.recipe import ParallelismConfig; "
         "from titan_growth.layout.pipeline_layout import *; "
-        "print(plan_pipeline(Parallelism(pipeline_parallel_degree=16), 126, 64)[0].num_microbatches); "
+        "print(plan_pipeline(ParallelismConfig(pipeline_parallel_degree=16), 126, 64)[0].num_microbatches); "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
