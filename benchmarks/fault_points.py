@@ -53,7 +53,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.order import register_stage
 
 TENSORS_BEFORE = 5
 """How many tensors are in a shard, and how many have been read of a grown model, when it is half done."""
@@ -220,7 +221,7 @@ ACTIONS: dict[str, Callable[[int], None]] = {
 
 
 @register_stage
-class FaultPoints(StageDefaults):
+class FaultPoints(Stage):
     """The points of a step."""
 
     name: ClassVar[str] = "fault_points"
@@ -230,10 +231,10 @@ class FaultPoints(StageDefaults):
     def from_recipe(cls, recipe: Recipe) -> FaultPoints:
         return cls()
 
-    def enabled(self, context: StageContext) -> bool:
+    def enabled(self, context: PlanContext) -> bool:
         return FAULT is not None
 
-    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+    def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         _State.builds += 1
         if FAULT is not None and FAULT.point == "build" and FAULT.step == _State.builds - 1:
             at("build", FAULT.step)
@@ -243,7 +244,7 @@ class FaultPoints(StageDefaults):
         _State.step, _State.parts = step, parts
         at("forward", step)
 
-    def after_backward(self, parts: ModelParts, context: StageContext) -> None:
+    def after_backward(self, parts: ModelParts, context: BuildContext) -> None:
         at("backward", _State.step)
         if FAULT is not None and FAULT.point == "behind" and _State.step == FAULT.step + 1:
             (CONTROL / f"behind-{RANK}").touch()
@@ -256,7 +257,7 @@ class FaultPoints(StageDefaults):
     def after_optimizer_step(self, parts: ModelParts) -> None:
         at("update", _State.step)
 
-    def describe(self, context: StageContext) -> str:
+    def describe(self, context: PlanContext) -> str:
         return f"fault_points: {os.environ.get('TITAN_FAULT')}"
 
 

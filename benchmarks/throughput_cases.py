@@ -15,7 +15,7 @@ from pathlib import Path
 
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.layout.mesh import resolve_mesh
+from titan_growth.layout.mesh_shape import resolve_mesh
 from titan_growth.layout.pipeline_layout import SCHEDULES
 from titan_growth.run.plan import RunPlan, plan_run
 

@@ -24,11 +24,12 @@ import os
 import time
 from typing import ClassVar
 
-from titan_growth.stages.base import StageDefaults, register_stage
+from titan_growth.stages.base import Stage
+from titan_growth.stages.order import register_stage
 
 
 @register_stage
-class Sleeper(StageDefaults):
+class Sleeper(Stage):
     name: ClassVar[str] = "sleeper"
     after: ClassVar[tuple[str, ...]] = ()
 

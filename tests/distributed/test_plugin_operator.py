@@ -25,8 +25,8 @@ def block(language: str) -> str:
     return text
 
 
-def run(folder: Path, script: str, **values: Any) -> tuple[int, str]:
-    (folder / "sandwich.py").write_text(block("python"))
+def run(folder: Path, script: str, text: str | None = None, **values: Any) -> tuple[int, str]:
+    (folder / "sandwich.py").write_text(text or block("python"))
     (folder / "recipe.toml").write_text(block("toml"))
     flags = {**BASE, "growth.base.n_layers": 3, "metrics.enable_tensorboard": False, **values}
     words = [
@@ -43,6 +43,15 @@ def run(folder: Path, script: str, **values: Any) -> tuple[int, str]:
         del environment["WORLD_SIZE"]
     done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=200)
     return done.returncode, done.stdout + done.stderr
+
+
+def test_a_class_that_is_no_operator_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """With the page's own message."""
+    (line,) = re.findall(r"^```\n(error: .*)\n```$", PAGE.read_text(), re.MULTILINE)
+    text = block("python").replace("def grow(", "def grown(")
+    status, found = run(tmp_path, "plan", text=text)
+    assert status == 2, found
+    assert line in found
 
 
 @pytest.mark.slow

@@ -38,8 +38,8 @@ from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.plugins import load_plugins
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.run.plan import plan_run, stage_lines
-from titan_growth.stages import base
-from titan_growth.stages.base import registered_stages, resolve_order
+from titan_growth.stages import order
+from titan_growth.stages.order import registered_stages, resolve_order
 from titan_growth.tools.errors import ConfigError
 from titan_growth.train import main as train_main
 
@@ -71,7 +71,7 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registries of this test's own, with our own stages in them."""
-    monkeypatch.setattr(base, "_REGISTRY", dict(registered_stages()))
+    monkeypatch.setattr(order, "_REGISTRY", dict(registered_stages()))
     monkeypatch.setattr(plugins, "_TABLES", {})
     monkeypatch.setattr(plugins, "_extended", functools.cache(plugins._extended.__wrapped__))
 
@@ -190,7 +190,7 @@ def test_its_place_does_not_depend_on_what_is_imported_first(example: str, modul
     load_plugins(["logit_cap"])
     order = resolve_order(registered_stages())
     assert order[order.index("logit_cap") - 1] == "float8"
-    code = "import logit_cap; from titan_growth.stages.base import *; print(*resolve_order(registered_stages()))"
+    code = "import logit_cap; from titan_growth.stages.order import *; print(*resolve_order(registered_stages()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.split() == order, result.stderr
     named = re.search(r"The order of ours is (.*?) \(\[composition", PAGE.read_text(), re.DOTALL)
@@ -271,12 +271,13 @@ def said(rank: int, num_ranks: int, recipe: Recipe) -> list[str]:
 
 PROBE = """
 import contextlib
-from titan_growth.stages.base import StageDefaults, register_stage
+from titan_growth.stages.base import Stage
+from titan_growth.stages.order import register_stage
 
 events = []
 
 @register_stage
-class Probe(StageDefaults):
+class Probe(Stage):
     name = "probe"
 
     @classmethod

@@ -18,7 +18,7 @@ from tests.distributed.meshes import ONE_RANK, Case, mesh
 from tests.harness import WarmRanks
 from tests.runs import assert_parity, make_recipe, read_metrics, trainer_of
 from titan_growth.run.plan import plan_run
-from titan_growth.stages.base import registered_stages
+from titan_growth.stages.order import registered_stages
 
 Lines = list[dict[str, Any]]
 

@@ -22,14 +22,15 @@ from typing import ClassVar
 
 import torch
 
-from titan_growth.stages.base import StageDefaults, register_stage
+from titan_growth.stages.base import Stage
+from titan_growth.stages.order import register_stage
 
 MARKS = Path(os.environ["SPIKE_FOLDER"])
 AT, TIMES = int(os.environ["SPIKE_AT"]), int(os.environ["SPIKE_TIMES"])
 
 
 @register_stage
-class Spike(StageDefaults):
+class Spike(Stage):
     name: ClassVar[str] = "spike"
     after: ClassVar[tuple[str, ...]] = ()
 

@@ -175,7 +175,8 @@ TORCHTITAN = [
 STAGE = """from pydantic import Field
 from titan_growth.config.plugins import table_of
 from titan_growth.config.section import Section
-from titan_growth.stages.base import StageDefaults, register_stage
+from titan_growth.stages.base import Stage
+from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
 
 
@@ -184,7 +185,7 @@ class Table(Section):
 
 
 @register_stage
-class Mine(StageDefaults):
+class Mine(Stage):
     name = "mine"
     after = ("pipeline",)
     table = "mine"
@@ -218,12 +219,12 @@ def plugin(name: str, text: str) -> Setup:
 
     def setup(folder: Path, stack: ExitStack) -> None:
         from titan_growth.config import plugins
-        from titan_growth.stages import base
+        from titan_growth.stages import order
 
         writes(f"{name}.py", text.encode())(folder, stack)
         # Only for a launcher in this process; another one starts in the folder.
-        base.registered_stages()
-        for registry in (plugins._TABLES, base._REGISTRY):
+        order.registered_stages()
+        for registry in (plugins._TABLES, order._REGISTRY):
             stack.callback(registry.update, dict(registry))
             stack.callback(registry.clear)
         stack.callback(sys.modules.pop, name, None)

@@ -27,7 +27,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import StorageWriter
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -36,6 +36,7 @@ from torch.utils.serialization import config
 
 from titan_growth.checkpoint.folder import METADATA
 from titan_growth.tools.location import is_remote
+from titan_growth.tools.torch_private import StorageInfo
 
 _serialization: Any = config
 
@@ -97,7 +98,7 @@ class ShardWriter(StorageWriter):
                     with file.own_errors():
                         torch.save(_alone(values), cast(IO[bytes], file))
                     length = file.position - begin
-                    results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
+                    results.append(WriteResult(item.index, length, StorageInfo(name, begin, length)))
             self.entries[name] = file.entry
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from titan_growth.commands.check import report_problems
 from titan_growth.config.loader import dry_run_of, inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.layout.pipeline_layout import plan_pipeline, stage_table
+from titan_growth.layout.pipeline_layout import part_table, plan_pipeline
 from titan_growth.layout.pipeline_parts import Part
 from titan_growth.layout.shards import EMBEDDING, HEAD, LAYER, NORM, ModelShards
 from titan_growth.models.registry import family_module
@@ -271,7 +271,7 @@ def _pipeline(phase: Phase) -> tuple[list[str], list[tuple[Part, ...]]]:
     lines = [
         f"  schedule {layout.schedule}, {_many(layout.num_microbatches, 'microbatch')} of "
         f"{_many(recipe.parallelism.pipeline_parallel_microbatch_size, 'sequence')} in each accumulation step",
-        *(f"  {line}" for line in stage_table(layout)),
+        *(f"  {line}" for line in part_table(layout)),
     ]
     return lines, [layout.parts_of(place) for place in range(phase.mesh_shape.pp)]
 

@@ -40,7 +40,7 @@ def register_table(name: str, section: type[Section]) -> None:
     if name in Recipe.model_fields:
         raise ConfigError([Problem(name, "is a key of the recipe itself", "Give the plugin's table another name")])
     if name in _TABLES and not same_origin(_TABLES[name], section):
-        other = f"{_TABLES[name].__module__}.{_TABLES[name].__qualname__}"
+        other = origin_of(_TABLES[name])
         raise ConfigError([Problem(name, f"is the table of {other} already", "Give one of the two another name")])
     # Flags are written with "-" or "_", so "-" could not be told apart; and pydantic has attributes of its own.
     if not re.fullmatch("[a-z][a-z0-9_]*", name) or hasattr(Recipe, name):
@@ -57,9 +57,14 @@ def register_table(name: str, section: type[Section]) -> None:
     _TABLES[name] = section
 
 
+def origin_of(kind: type[Any]) -> str:
+    """Module and name of a class, as in `my_package.my_module.MyStage`."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def same_origin(one: type[Any], other: type[Any]) -> bool:
     """Whether two classes are one and the same, or come from the same line of a module that was imported twice."""
-    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+    return origin_of(one) == origin_of(other)
 
 
 def recipe_class() -> type[Recipe]:

@@ -2,7 +2,7 @@
 
     meta device -> stages in their declared order -> materialise -> weights
 
-It is a function without memory: whoever wants another depth or another mesh calls it again.
+It keeps nothing between calls: another depth or another mesh is another call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from titan_growth.layout.mesh import Mesh
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.registry import family_module
-from titan_growth.stages.base import Microbatch, ModelParts, Stage, StageContext, Transition
+from titan_growth.stages.base import BuildContext, Microbatch, ModelParts, Stage, Transition
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class BuiltModel:
     config: DecoderConfig
     parts: ModelParts
     stages: list[Stage]
-    context: StageContext
+    context: BuildContext
 
     @contextmanager
     def train_context(self) -> Iterator[None]:
@@ -83,7 +83,7 @@ def build(
         seed: of the initial weights; None leaves them uninitialised, for a model that is about to be loaded.
     """
     module = family_module(family)
-    context = StageContext(model_config, mesh.shape, device.type, seq_len, module, mesh, transition)
+    context = BuildContext(model_config, mesh.shape, device.type, seq_len, module, transition, mesh=mesh)
     with torch.device("meta"):
         whole = module.Decoder(model_config, seq_len).to(dtype)
     parts: ModelParts = [whole]

@@ -72,9 +72,8 @@ class Engine:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for loss_sum in self._loss_sums(counted()):
             totals[0] += loss_sum.double().sum()
-        mesh = self.model.context.mesh
         totals[0] *= float(self._counts)
-        totals[1] = float(num_tokens) if mesh is None or mesh.speaks_for_its_data else 0.0
+        totals[1] = float(num_tokens) if self.model.context.mesh.speaks_for_its_data else 0.0
         for part in self.model.parts:
             part.train()
         loss_sum, count = sum_over_ranks(totals).tolist()
@@ -84,8 +83,7 @@ class Engine:
     @property
     def _counts(self) -> bool:
         """Whether this rank's losses belong into the sum over all ranks: tensor-parallel ranks have the same ones."""
-        mesh = self.model.context.mesh
-        return self.holds_last and (mesh is None or mesh.rank_of("tp") == 0)
+        return self.holds_last and self.model.context.mesh.rank_of("tp") == 0
 
     def _accumulate(self, microbatches: Sequence[Microbatch], num_tokens: int) -> Tensor:
         """Forward and backward; the sum of this rank's losses, each divided by num_tokens."""
@@ -111,5 +109,5 @@ class Engine:
 
     def on_device(self, microbatch: Microbatch) -> Microbatch:
         """This rank's share of a microbatch, on the device of the computation."""
-        mine = self.model.prepare_microbatch(microbatch)
-        return {key: value.to(self.device, non_blocking=True) for key, value in mine.items()}
+        share = self.model.prepare_microbatch(microbatch)
+        return {key: value.to(self.device, non_blocking=True) for key, value in share.items()}

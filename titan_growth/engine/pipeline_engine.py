@@ -3,9 +3,9 @@
 The last part returns the sum of losses of a microbatch, divided here by the number of valid tokens of the whole global
 batch: gradients are those of an unsplit model, whatever the schedule (`scale_grads` is off).
 
-Shapes between parts are told to PyTorch (static metadata), so nothing is run or sent to find them out. Evaluation has
-stage and schedule objects of its own around the same modules: some schedules cannot leave out their backward passes,
-and validation may have other shapes.
+PyTorch is given the shapes between parts (static metadata), so nothing is run or sent to find them out. Evaluation has
+`PipelineStage` and schedule objects of its own around the same modules: some schedules cannot leave out their backward
+passes, and validation may have other shapes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining import schedules as torch_schedules
+from torch.distributed.pipelining.schedules import get_schedule_class
 
 from titan_growth.engine.build import BuiltModel
 from titan_growth.engine.engine import Engine, Microbatch
 from titan_growth.layout.pipeline_layout import PipelineLayout
 from titan_growth.stages.pipeline import Pipeline
+from titan_growth.tools.torch_private import answer_votes, drop_activations, forward_schedule_of, schedule_of
 
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.ERROR)  # it names the class at each build
 
@@ -36,7 +37,6 @@ class PipelineEngine(Engine):
         self.layout: PipelineLayout = stage.layout(model.context)
         self.microbatch_size = stage.parallelism.pipeline_parallel_microbatch_size
         self.compute_dtype = getattr(torch, stage.compute_dtype)
-        assert model.context.mesh is not None, "a pipeline needs process groups"
         self.group = model.context.mesh.group_of("pp")
         self.parts = self.layout.parts_of(model.context.mesh.rank_of("pp"))
         self.holds_first = any(part.first for part in self.parts)
@@ -72,8 +72,7 @@ class PipelineEngine(Engine):
             schedule = self._evaluations[shape]
             with self.model.train_context():
                 loss_sum = self._run(schedule.eval, batch)
-            for stage in schedule._stages:
-                stage.clear_runtime_states()  # it would keep the activations of all microbatches until its next pass
+            drop_activations(schedule)
             yield loss_sum
         self._evaluations.clear()  # with their receive buffers
 
@@ -97,48 +96,28 @@ class PipelineEngine(Engine):
     def _training_schedule(self, shape: tuple[int, ...]) -> Any:
         num_microbatches = self.layout.num_microbatches
         assert shape[0] == num_microbatches * self.microbatch_size, f"a batch of {shape[0]} sequences was not planned"
-        stages = self._stages(self.microbatch_size, shape[1])
-        options = {"loss_fn": self._divided, "scale_grads": False}
+        pipeline_stages = self._pipeline_stages(self.microbatch_size, shape[1])
+        options: dict[str, Any] = {"loss_fn": self._divided, "scale_grads": False}
         if self.layout.order:  # read from a file
-            schedule = torch_schedules._PipelineScheduleRuntime(stages, num_microbatches, **options)
-            kind_of = torch_schedules._ComputationType
-            schedule._prepare_schedule_with_comms(
-                {
-                    rank: [torch_schedules._Action(a.part, kind_of(a.kind), a.microbatch) for a in actions]
-                    for rank, actions in enumerate(self.layout.order)
-                }
-            )
-            return schedule
-        kind = torch_schedules.get_schedule_class(self.layout.schedule)
-        return kind(stages[0] if self.layout.is_single else stages, num_microbatches, **options)
+            return schedule_of(pipeline_stages, num_microbatches, self.layout.order, **options)
+        kind = get_schedule_class(self.layout.schedule)
+        return kind(pipeline_stages[0] if self.layout.is_single else pipeline_stages, num_microbatches, **options)
 
     def _evaluation_schedule(self, shape: tuple[int, ...]) -> Any:
         """Forward passes alone, all microbatches through one part and then through the rank's next."""
         size = self.microbatch_size if shape[0] % self.microbatch_size == 0 else 1
         num_microbatches = shape[0] // size
-        stages = self._stages(size, shape[1])
-        schedule = torch_schedules._PipelineScheduleRuntime(stages, num_microbatches, loss_fn=self._divided)
-        placement = dict(enumerate(self.layout.rank_of_part))
-        schedule.stage_index_to_group_rank = placement
-        for stage in stages:
-            stage.stage_index_to_group_rank = placement
-        forward = torch_schedules._ComputationType.FORWARD
-        actions = {
-            rank: torch_schedules._add_unshard_reshard(
-                [
-                    torch_schedules._Action(part.index, forward, microbatch)
-                    for part in self.layout.parts_of(rank)
-                    for microbatch in range(num_microbatches)
-                ]
-            )
+        microbatches = range(num_microbatches)
+        order = [
+            [(part.index, "F", microbatch) for part in self.layout.parts_of(rank) for microbatch in microbatches]
             for rank in range(self.model.context.mesh_shape.pp)
-        }
-        schedule.pipeline_order_with_comms = torch_schedules._add_send_recv(
-            actions, stage_to_rank=lambda part: placement[part], num_stages=len(self.layout.parts)
+        ]
+        pipeline_stages = self._pipeline_stages(size, shape[1])
+        return forward_schedule_of(
+            pipeline_stages, num_microbatches, order, self.layout.rank_of_part, loss_fn=self._divided
         )
-        return schedule
 
-    def _stages(self, num_sequences: int, num_tokens: int) -> list[PipelineStage]:
+    def _pipeline_stages(self, num_sequences: int, num_tokens: int) -> list[PipelineStage]:
         """PyTorch's objects around this rank's parts, for microbatches of (num_sequences, num_tokens)."""
         num_hidden = num_tokens // self.model.context.mesh_shape.tp  # sequence parallel: a piece for each rank
         with torch.device("meta"):
@@ -146,9 +125,8 @@ class PipelineEngine(Engine):
             size = (num_sequences, num_hidden, self.model.config.dim)
             hidden = torch.empty(size, dtype=self.compute_dtype, requires_grad=True)
             loss = torch.empty(1, dtype=torch.float32, requires_grad=True)
-        kind = _DryPart if dist.get_backend(self.group) == "fake" else PipelineStage
-        return [
-            kind(
+        pipeline_stages = [
+            PipelineStage(
                 module,
                 part.index,
                 len(self.layout.parts),
@@ -159,13 +137,7 @@ class PipelineEngine(Engine):
             )
             for part, module in zip(self.parts, self.model.parts, strict=True)
         ]
-
-
-class _DryPart(PipelineStage):
-    """A part in a dry run, where nobody answers: all parts have static metadata, so the vote on that is known."""
-
-    def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
-        return torch.ones(1, dtype=torch.int32)
-
-    def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
-        return torch.ones(1, dtype=torch.int32)
+        if dist.get_backend(self.group) == "fake":
+            for pipeline_stage in pipeline_stages:
+                answer_votes(pipeline_stage)
+        return pipeline_stages

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from titan_growth.engine.optimizer import Optimizer
+from titan_growth.tools.torch_private import unwrapped
 
 OPTIMIZER_PREFIX = "optimizer.state."
 
@@ -29,11 +29,9 @@ def plain(tensor: Tensor) -> Tensor:
     A checkpoint holds plain tensors, which any program reads without torchao.
     """
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if not is_traceable_wrapper_subclass(local):
+    values = unwrapped(local)
+    if values is None:
         return tensor
-    names, _ = local.__tensor_flatten__()
-    assert len(names) == 1, f"a {type(local).__name__} is more than one tensor"
-    values: Tensor = getattr(local, names[0])
     if not isinstance(tensor, DTensor):
         return values
     return DTensor.from_local(

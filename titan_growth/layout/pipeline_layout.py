@@ -170,7 +170,7 @@ def plan_pipeline(
     return PipelineLayout(schedule, parts, placement, num_microbatches, order), [], warnings
 
 
-def stage_table(layout: PipelineLayout) -> list[str]:
+def part_table(layout: PipelineLayout) -> list[str]:
     """One line a pp rank for a plan, such as `pp 0: part 0 (tok_embeddings, layers 0-3), part 4 (layers 15-17)`."""
     lines = []
     for rank in range(1 + max(layout.rank_of_part)):

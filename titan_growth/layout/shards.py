@@ -17,7 +17,7 @@ from itertools import product
 from math import prod
 from types import ModuleType
 
-from titan_growth.layout.mesh import MeshShape
+from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.layout.pipeline_parts import Part
 from titan_growth.models.config import DecoderConfig
 

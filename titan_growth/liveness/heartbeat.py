@@ -32,6 +32,7 @@ from titan_growth.liveness.exit_report import FAILED, ExitReport, caused_by_peer
 from titan_growth.liveness.hang import LONG_PHASES, Beat, HangError, Verdict, end_processes, judge
 from titan_growth.tools.collectives import timeout_in_force
 from titan_growth.tools.logs import say
+from titan_growth.tools.torch_private import default_store
 
 GRACE_SECONDS = 5.0
 """How much longer than the time limit a main thread may stand still: a collective that raises should do so first."""
@@ -93,7 +94,7 @@ class Heartbeat:
     def of_process_group(cls, **settings: Any) -> Heartbeat:
         """For the default process group; silent where nobody else is there."""
         alone = dist.get_world_size() == 1 or dist.get_backend() == "fake"
-        return cls(store=None if alone else dist.distributed_c10d._get_default_store(), **settings)
+        return cls(store=None if alone else default_store(), **settings)
 
     # ---- the main thread -----------------------------------------------------------------------------------------
 

@@ -99,9 +99,9 @@ class Profiler:
         self._profile: Any = None
         self._records_memory = enable_memory_snapshot
         if enable_memory_snapshot:
-            import torch
+            from titan_growth.tools.torch_private import record_memory_history
 
-            torch.cuda.memory._record_memory_history(max_entries=_MAX_MEMORY_EVENTS)
+            record_memory_history(_MAX_MEMORY_EVENTS)
         if enable_profiling:
             self._profile = self._started_profile(device_type, profiler_active, profiler_warmup)
 
@@ -136,10 +136,10 @@ class Profiler:
         if profile is not None:
             profile.stop()
         if self._records_memory:
-            import torch
+            from titan_growth.tools.torch_private import record_memory_history
 
             self._records_memory = False
-            torch.cuda.memory._record_memory_history(enabled=None)
+            record_memory_history(None)
 
     def __enter__(self) -> Profiler:
         return self
@@ -169,10 +169,10 @@ class Profiler:
         self._write(path, export)
 
     def _write_snapshot(self, name: str) -> None:
-        import torch
+        from titan_growth.tools.torch_private import dump_memory_snapshot
 
         path = self._snapshots / name / f"rank{self._rank}_memory_snapshot.pickle"
-        self._write(path, lambda: torch.cuda.memory._dump_snapshot(str(path)))
+        self._write(path, lambda: dump_memory_snapshot(str(path)))
 
     def _write(self, path: Path, act: Callable[[], object]) -> None:
         try:

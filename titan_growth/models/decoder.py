@@ -124,6 +124,8 @@ def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 class LossHead(nn.Module):
     """A head that computes the loss itself: `head(hidden_BSD, labels_BS)` is the sum of losses, shape (1,)."""
 
+    weight: Tensor
+
 
 class Decoder(nn.Module):
     """The whole model. A pipeline part is one with some layers, `tok_embeddings`, `norm` or `output` set to None.
@@ -150,7 +152,7 @@ class Decoder(nn.Module):
         self.tok_embeddings: nn.Embedding | None = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(layer): make_block(config) for layer in range(config.num_layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.output: nn.Module | None = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output: nn.Linear | LossHead | None = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tie_weights()
         self.rope_cos: Tensor
         self.rope_sin: Tensor

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from titan_growth.tools.torch_private import offset_of
 
 ROWS_PER_BLOCK = 256
 
@@ -44,8 +45,7 @@ def local_and_offset(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """This rank's box of a tensor, and where in the tensor it begins."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.dim()
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), tuple(offset)
+    return parameter.to_local(), offset_of(parameter)
 
 
 def draw(local: Tensor, offset: tuple[int, ...], shape: torch.Size, name: str, std: float | None, seed: int) -> None:

@@ -15,10 +15,11 @@ from titan_growth.config.checks import check_recipe
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import Chain
 from titan_growth.growth.operators.base import GrowthMap
-from titan_growth.layout.mesh import MeshShape, resolve_batch, resolve_mesh
+from titan_growth.layout.mesh_shape import MeshShape, resolve_batch, resolve_mesh
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module
-from titan_growth.stages.base import Stage, StageContext, Transition, stages_of
+from titan_growth.stages.base import PlanContext, Stage, Transition
+from titan_growth.stages.order import stages_of
 from titan_growth.tools.errors import Problem
 
 BATCH_KEYS = ("global_batch_size", "local_batch_size", "seq_len")
@@ -45,11 +46,11 @@ class Phase:
         """Target positions of one optimizer step on all ranks together, masked ones included."""
         return self.recipe.training.global_batch_size * self.recipe.training.seq_len
 
-    def context(self, device_type: str) -> StageContext:
+    def context(self, device_type: str) -> PlanContext:
         """The context that stages are checked and described in while nothing is running."""
         recipe, family = self.recipe, family_module(self.recipe.model.name)
         shape, seq_len = self.mesh_shape, recipe.training.seq_len
-        return StageContext(self.config, shape, device_type, seq_len, family, transition=self.transition(0))
+        return PlanContext(self.config, shape, device_type, seq_len, family, transition=self.transition(0))
 
     def transition(self, step: int) -> Transition | None:
         """The growth that came after a step, for the model of this phase."""

@@ -14,7 +14,7 @@ from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.schedule import GrowthPlan, plan_growth
-from titan_growth.layout.mesh import MeshShape, resolve_batch, resolve_mesh
+from titan_growth.layout.mesh_shape import MeshShape, resolve_batch, resolve_mesh
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.lr_schedule import LRSchedule

@@ -16,10 +16,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.schema.techniques import ActivationCheckpointConfig
-from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
+from titan_growth.tools.torch_private import expensive_operations
 
 
 class Checkpointed:
@@ -30,13 +36,11 @@ class Checkpointed:
         self.options = options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from torch.utils.checkpoint import checkpoint
-
         return checkpoint(self.function, *args, use_reentrant=False, **self.options, **kwargs)
 
 
 @register_stage
-class ActivationCheckpoint(StageDefaults):
+class ActivationCheckpoint(Stage):
     """Recomputation of layers, or of their cheap operations."""
 
     name: ClassVar[str] = "activation_checkpoint"
@@ -58,7 +62,7 @@ class ActivationCheckpoint(StageDefaults):
         compiles_model = recipe.compile.enable and "model" in recipe.compile.components
         return cls(recipe.activation_checkpoint, compiles_model)
 
-    def enabled(self, context: StageContext) -> bool:
+    def enabled(self, context: PlanContext) -> bool:
         return self.section.mode != "none"
 
     @property
@@ -66,19 +70,19 @@ class ActivationCheckpoint(StageDefaults):
         """Whether single operations are chosen."""
         return self.section.mode == "selective" and self.section.selective_ac_option == "op"
 
-    def check(self, context: StageContext) -> Iterator[Problem]:
+    def check(self, context: PlanContext) -> Iterator[Problem]:
         if self.per_op and self.compiles_model and context.mesh_shape.tp > 1:
             message = '"op" does not work inside compiled layers under tensor parallelism'
             hint = 'Use activation_checkpoint.mode = "full", every k-th layer, or no compile'
             yield Problem("activation_checkpoint.selective_ac_option", message, hint)
 
-    def warnings(self, context: StageContext) -> Iterator[Problem]:
+    def warnings(self, context: PlanContext) -> Iterator[Problem]:
         option, num_layers = self.section.selective_ac_option, context.model_config.num_layers
         if self.section.mode == "selective" and not self.per_op and int(option) > num_layers:
             message = f"{option} recomputes nothing in a model of {num_layers} layers"
             yield Problem("activation_checkpoint.selective_ac_option", message)
 
-    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+    def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         if self.section.mode == "memory_budget":
             return parts  # the compile stage passes it on
         options: dict[str, Any] = {
@@ -98,16 +102,16 @@ class ActivationCheckpoint(StageDefaults):
                     block.forward = Checkpointed(block.forward, **options)
         return parts
 
-    def _recomputed_shapes(self, part: Any) -> frozenset[tuple[int, ...]]:
+    def _recomputed_shapes(self, part: nn.Module) -> frozenset[tuple[int, ...]]:
         """Shapes of the weights whose products are recomputed: (in, out), as the product sees them."""
         patterns = self.section.per_op_sac_force_recompute_mm_shapes_by_fqns
         return frozenset(
             (module.in_features, module.out_features)
             for name, module in part.named_modules()
-            if hasattr(module, "in_features") and any(pattern in name for pattern in patterns)
+            if isinstance(module, nn.Linear) and any(pattern in name for pattern in patterns)
         )
 
-    def describe(self, context: StageContext) -> str:
+    def describe(self, context: PlanContext) -> str:
         if self.section.mode == "memory_budget":
             return f"activation_checkpoint: memory budget {self.section.memory_budget:g}, chosen by the compiler"
         if self.section.mode == "full":
@@ -127,9 +131,7 @@ def _per_operation(recomputed_shapes: frozenset[tuple[int, ...]]) -> Any:
 
     A function and not an object, because the compiler takes nothing else.
     """
-    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-
-    saved, products = _expensive_operations(), _products()
+    saved, products = expensive_operations(), {torch.ops.aten.mm.default, torch.ops.aten.linear.default}
     # Half of the products are kept: the memory of all of them would be close to no checkpointing at all.
     num_products = {False: 0, True: 0}
 
@@ -144,25 +146,3 @@ def _per_operation(recomputed_shapes: frozenset[tuple[int, ...]]) -> Any:
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
-
-
-def _products() -> set[Any]:
-    import torch
-
-    return {torch.ops.aten.mm.default, torch.ops.aten.linear.default}
-
-
-def _expensive_operations() -> set[Any]:
-    """Attention of every kind, scaled products, and reductions over ranks: what costs more to repeat than to keep."""
-    import torch
-
-    aten, functional = torch.ops.aten, torch.ops._c10d_functional
-    return {
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_mm.default,
-        aten.max.default,  # the scale of a Float8 tensor
-        functional.reduce_scatter_tensor.default,
-    }

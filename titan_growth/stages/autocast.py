@@ -1,16 +1,19 @@
 """Mixed precision where FSDP does not provide it: on one rank, matrix products run in bfloat16 through autocast.
 
-FSDP on one rank would cost 20-40 % of a small step for gathers that gather nothing (design.md section 6). On several
-ranks, and under Float8, it is FSDP's in any case: it casts each parameter once and all of them alike. The two do not
-round alike: autocast leaves the residual stream in float32.
+FSDP on one rank would cost 20-40 % of a small step for gathers that gather nothing. On several ranks, and under Float8,
+it is FSDP's in any case: it casts each parameter once and all of them alike. The two do not round alike: autocast
+leaves the residual stream in float32.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+
 from titan_growth.config.schema.recipe import ModelConfig, Recipe, TrainingConfig
-from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.order import register_stage
 
 
 def mixes_precision(training: TrainingConfig) -> bool:
@@ -24,7 +27,7 @@ def uses_float8(model: ModelConfig) -> bool:
 
 
 @register_stage
-class Autocast(StageDefaults):
+class Autocast(Stage):
     """bfloat16 computation over float32 parameters on a mesh without FSDP."""
 
     name: ClassVar[str] = "autocast"
@@ -38,18 +41,16 @@ class Autocast(StageDefaults):
     def from_recipe(cls, recipe: Recipe) -> Autocast:
         return cls(recipe.training, uses_float8(recipe.model))
 
-    def enabled(self, context: StageContext) -> bool:
+    def enabled(self, context: PlanContext) -> bool:
         if self.training.enable_cpu_offload and context.device_type != "cpu":
             return False  # that takes FSDP
         return mixes_precision(self.training) and context.mesh_shape.num_ranks == 1 and not self.float8
 
-    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
-        import torch
-
+    def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         for part in parts:
             autocast = torch.autocast(context.device_type, dtype=getattr(torch, self.training.mixed_precision_param))
-            part.forward = autocast(part.forward)
+            part.forward = autocast(part.forward)  # type: ignore[method-assign]
         return parts
 
-    def describe(self, context: StageContext) -> str:
+    def describe(self, context: PlanContext) -> str:
         return f"autocast: matrix products in {self.training.mixed_precision_param}"

@@ -11,24 +11,25 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.models.chunked_loss import chunked_cross_entropy_sum
 from titan_growth.models.decoder import LossHead
-from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.order import register_stage
 
 
 class ChunkedLossHead(LossHead):
     """A linear head that computes the loss chunk by chunk, or plain logits when there are no labels.
 
     Args:
-        weight: (V, D), a DTensor split over the vocabulary under tensor parallelism.
+        weight: a parameter (V, D), a DTensor split over the vocabulary under tensor parallelism.
         group: the tensor-parallel ranks.
     """
 
-    def __init__(self, weight: nn.Parameter, chunk_tokens: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, weight: Tensor, chunk_tokens: int, group: dist.ProcessGroup | None) -> None:
         super().__init__()
         self.weight = weight
         self.chunk_tokens = chunk_tokens
@@ -61,7 +62,7 @@ class ChunkedLossHead(LossHead):
 
 
 @register_stage
-class ChunkedLoss(StageDefaults):
+class ChunkedLoss(Stage):
     """Head and loss in chunks."""
 
     name: ClassVar[str] = "chunked_loss"
@@ -74,18 +75,15 @@ class ChunkedLoss(StageDefaults):
     def from_recipe(cls, recipe: Recipe) -> ChunkedLoss:
         return cls(recipe.training.loss_chunk_tokens)
 
-    def enabled(self, context: StageContext) -> bool:
+    def enabled(self, context: PlanContext) -> bool:
         return self.chunk_tokens > 0
 
-    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
-        group = None
-        if context.mesh_shape.tp > 1:
-            assert context.mesh is not None, "tensor parallelism needs process groups"
-            group = context.mesh.group_of("tp")
+    def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
+        group = context.mesh.group_of("tp") if context.mesh_shape.tp > 1 else None
         for part in parts:
             if part.output is not None:
                 part.output = ChunkedLossHead(part.output.weight, self.chunk_tokens, group)
         return parts
 
-    def describe(self, context: StageContext) -> str:
+    def describe(self, context: PlanContext) -> str:
         return f"chunked_loss: {self.chunk_tokens} positions at a time"

@@ -11,16 +11,21 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import torch
+from torch import nn
+
 from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.schema.techniques import ActivationCheckpointConfig, CompileConfig
 from titan_growth.stages.activation_checkpoint import Checkpointed
-from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
+from titan_growth.tools.torch_private import set_memory_budget
 
 
 @register_stage
-class Compile(StageDefaults):
+class Compile(Stage):
     """Compiled blocks and loss."""
 
     name: ClassVar[str] = "compile"
@@ -43,13 +48,11 @@ class Compile(StageDefaults):
     def from_recipe(cls, recipe: Recipe) -> Compile:
         return cls(recipe.compile, recipe.activation_checkpoint, recipe.job.dump_folder)
 
-    def enabled(self, context: StageContext) -> bool:
+    def enabled(self, context: PlanContext) -> bool:
         return self.section.enable
 
-    def check(self, context: StageContext) -> Iterator[Problem]:
-        import torch
-
-        backends = torch._dynamo.list_backends(exclude_tags=())
+    def check(self, context: PlanContext) -> Iterator[Problem]:
+        backends = torch.compiler.list_backends(exclude_tags=())
         if self.section.backend not in backends:
             # PyTorch knows two dozen, most of them for its own tests.
             hint = suggestion(self.section.backend, backends) or 'Use "inductor", or "aot_eager" without a compiler'
@@ -58,7 +61,7 @@ class Compile(StageDefaults):
             message = "inductor needs a C++ compiler on a CPU, and there is none"
             yield Problem("compile.backend", message, 'Install g++, set CXX, or use backend = "aot_eager"')
 
-    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+    def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         self._set_memory_budget()
         for part in parts:
             if "model" in self.section.components:
@@ -68,7 +71,7 @@ class Compile(StageDefaults):
                 part.loss = self._compiled(part.loss, fullgraph=False)
         return parts
 
-    def _compile_block(self, block: Any, context: StageContext) -> None:
+    def _compile_block(self, block: nn.Module, context: BuildContext) -> None:
         checkpointed = block.forward
         if isinstance(checkpointed, Checkpointed) and context.mesh_shape.tp > 1:
             # The compiler cannot trace a recomputation with DTensors in it, so there it goes around the compiled block.
@@ -77,25 +80,20 @@ class Compile(StageDefaults):
             block.forward = self._compiled(block.forward)
 
     def _compiled(self, function: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
-        import torch
-
         return torch.compile(function, backend=self.section.backend, fullgraph=fullgraph)
 
     def _set_memory_budget(self) -> None:
         """The budget is a setting of the whole process, so it is set at every build, also back to "keep everything"."""
-        import torch._functorch.config as functorch
-
-        budgeted = self.checkpointing.mode == "memory_budget"
-        # The objects without a size are process groups, which hold no tensors.
-        functorch.unsafe_treat_script_objects_as_zero_size = budgeted
-        functorch.activation_memory_budget = self.checkpointing.memory_budget if budgeted else 1.0
-        if budgeted and self.checkpointing.visualize_memory_budget_pareto:
+        if self.checkpointing.mode != "memory_budget":
+            set_memory_budget(None)
+            return
+        folder = None
+        if self.checkpointing.visualize_memory_budget_pareto:
             folder = os.path.join(self.dump_folder, "memory_budget_pareto")
             os.makedirs(folder, exist_ok=True)
-            functorch.visualize_memory_budget_pareto = True
-            functorch.memory_budget_pareto_dir = folder
+        set_memory_budget(self.checkpointing.memory_budget, folder)
 
-    def describe(self, context: StageContext) -> str:
+    def describe(self, context: PlanContext) -> str:
         what = {"model": "blocks", "loss": "loss"}
         return f"compile: {' and '.join(what[part] for part in self.section.components)} with {self.section.backend}"
 

@@ -18,14 +18,15 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 
 from titan_growth.config.schema.recipe import ParallelismConfig, Recipe
 from titan_growth.models.decoder import SequenceContext, SequenceLayout, documents_of
-from titan_growth.stages.base import Microbatch, ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.stages.base import BuildContext, Microbatch, ModelParts, PlanContext, Stage
+from titan_growth.stages.order import register_stage
 from titan_growth.stages.tensor_parallel import sequence_problems
 from titan_growth.tools.errors import Problem
+from titan_growth.tools.torch_private import all_gather_with_grad, ring_attention
 
 
 def positions_by_rank(num_tokens: int, degree: int, balancer: str) -> Tensor:
@@ -44,8 +45,7 @@ class GatheredContext(SequenceContext):
 
     def attend(self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> Tensor:
         both = torch.cat((k_BSKH, v_BSKH), dim=2).transpose(0, 1).contiguous()  # it gathers along the first dimension
-        gathered = collectives.all_gather_single_autograd(both, gather_dim=0, group=self.group)
-        k_BTKH, v_BTKH = collectives.wait_tensor(gathered).transpose(0, 1).chunk(2, dim=2)
+        k_BTKH, v_BTKH = all_gather_with_grad(both, self.group).transpose(0, 1).chunk(2, dim=2)
         return super().attend(q_BSNH, k_BTKH, v_BTKH)
 
 
@@ -88,7 +88,7 @@ class ShardedSequence(SequenceLayout):
 
 
 @register_stage
-class ContextParallel(StageDefaults):
+class ContextParallel(Stage):
     """Sequences divided between ranks."""
 
     name: ClassVar[str] = "context_parallel"
@@ -104,23 +104,22 @@ class ContextParallel(StageDefaults):
         validation = recipe.validation.seq_len if recipe.validation.enable else None
         return cls(recipe.parallelism, validation, recipe.data.document_mask)
 
-    def enabled(self, context: StageContext) -> bool:
+    def enabled(self, context: PlanContext) -> bool:
         return context.mesh_shape.cp > 1
 
-    def _rings(self, context: StageContext) -> bool:
+    def _rings(self, context: PlanContext) -> bool:
         return context.device_type == "cuda" and not self.document_mask
 
-    def check(self, context: StageContext) -> Iterator[Problem]:
+    def check(self, context: PlanContext) -> Iterator[Problem]:
         yield from sequence_problems(context, self.validation_seq_len)
 
-    def warnings(self, context: StageContext) -> Iterator[Problem]:
+    def warnings(self, context: PlanContext) -> Iterator[Problem]:
         if self.parallelism.context_parallel_rotate_method != "allgather" and not self._rings(context):
             reason = "with data.document_mask" if self.document_mask else "on a CPU"
             message = f"has no effect: {reason} keys and values are gathered, not rotated"
             yield Problem("parallelism.context_parallel_rotate_method", message)
 
-    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
-        assert context.mesh is not None, "context parallelism needs process groups"
+    def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         for part in parts:
             part.sequence = ShardedSequence(
                 context.mesh.rank_of("cp"),
@@ -132,37 +131,24 @@ class ContextParallel(StageDefaults):
             )
         return parts
 
-    def prepare_microbatch(self, microbatch: Microbatch, context: StageContext) -> Microbatch:
-        assert context.mesh is not None, "context parallelism needs process groups"
+    def prepare_microbatch(self, microbatch: Microbatch, context: BuildContext) -> Microbatch:
         by_rank = positions_by_rank(
             microbatch["input"].shape[1], context.mesh_shape.cp, self.parallelism.context_parallel_load_balancer
         )
         own_S = by_rank[context.mesh.rank_of("cp")]
         return microbatch | {key: microbatch[key][:, own_S].contiguous() for key in ("input", "labels")}
 
-    def train_context(self, context: StageContext) -> contextlib.AbstractContextManager[Any]:
-        return self._ring(context) if self._rings(context) else contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def _ring(self, context: StageContext) -> Iterator[None]:
-        """Ring attention for as long as a forward and backward pass takes."""
-        from torch.distributed.tensor.experimental import context_parallel
-        from torch.distributed.tensor.experimental._attention import _cp_options, set_rotate_method
-
-        assert context.mesh is not None, "context parallelism needs process groups"
-        set_rotate_method(self.parallelism.context_parallel_rotate_method)
-        _cp_options.enable_load_balance = self.parallelism.context_parallel_load_balancer == "headtail"
-        # It divides what it is given, and wants at least something; batches have been divided already.
-        something = torch.zeros(2 * context.mesh_shape.cp, device=context.device_type)
-        with context_parallel(
+    def train_context(self, context: BuildContext) -> contextlib.AbstractContextManager[Any]:
+        if not self._rings(context):
+            return contextlib.nullcontext()
+        return ring_attention(
             context.mesh.device_mesh["cp"],
-            buffers=[something],
-            buffer_seq_dims=[0],
-            no_restore_buffers={something},
-        ):
-            yield
+            rotate_method=self.parallelism.context_parallel_rotate_method,
+            balanced=self.parallelism.context_parallel_load_balancer == "headtail",
+            device_type=context.device_type,
+        )
 
-    def describe(self, context: StageContext) -> str:
+    def describe(self, context: PlanContext) -> str:
         if self._rings(context):
             how = f"ring attention ({self.parallelism.context_parallel_rotate_method})"
         else:

@@ -16,11 +16,16 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
+from torch import nn
+
 from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.schema.techniques import Float8Config
+from titan_growth.models.decoder import Split
 from titan_growth.stages.autocast import uses_float8
-from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
 from titan_growth.tools.logs import logger
 
@@ -29,7 +34,7 @@ MULTIPLE = 16
 
 
 @register_stage
-class Float8(StageDefaults):
+class Float8(Stage):
     """Linear layers become torchao's `Float8Linear`."""
 
     name: ClassVar[str] = "float8"
@@ -46,7 +51,7 @@ class Float8(StageDefaults):
     def from_recipe(cls, recipe: Recipe) -> Float8:
         return cls(recipe)
 
-    def enabled(self, context: StageContext) -> bool:
+    def enabled(self, context: PlanContext) -> bool:
         return uses_float8(self.model)
 
     @property
@@ -54,7 +59,7 @@ class Float8(StageDefaults):
         """The granularity in force."""
         return self.section.recipe_name or "tensorwise"
 
-    def check(self, context: StageContext) -> Iterator[Problem]:
+    def check(self, context: PlanContext) -> Iterator[Problem]:
         if "auto_filter_small_kn" in self.section.filter_fqns:
             message = '"auto_filter_small_kn" is not supported in this version'
             yield Problem("quantize.linear.float8.filter_fqns", message, "Name the layers that stay as they are")
@@ -77,7 +82,7 @@ class Float8(StageDefaults):
             message = "with training.loss_chunk_tokens the head computes the loss itself and cannot be a Float8 layer"
             yield Problem("quantize.linear.float8.filter_fqns", message, 'Add "output" to it')
 
-    def _token_problems(self, context: StageContext) -> Iterator[Problem]:
+    def _token_problems(self, context: PlanContext) -> Iterator[Problem]:
         """The gradient of a weight is a product over the tokens of a microbatch."""
         shape = context.mesh_shape
         size = self.microbatch_size if shape.pp > 1 else self.local_batch_size
@@ -90,7 +95,7 @@ class Float8(StageDefaults):
             )
             yield Problem("training.seq_len", message, f"A multiple of {MULTIPLE * shape.cp} fits any batch")
 
-    def warnings(self, context: StageContext) -> Iterator[Problem]:
+    def warnings(self, context: PlanContext) -> Iterator[Problem]:
         names = [every for name, *_ in linear_sizes(context) for every in _in_all_layers(name, context)]
         leaves = sorted({leaf for name in names for leaf in name.split(".") if not leaf.isdigit()})
         for pattern in self.section.filter_fqns:
@@ -101,20 +106,18 @@ class Float8(StageDefaults):
     def _filtered(self, name: str) -> bool:
         return any(pattern in name for pattern in self.section.filter_fqns)
 
-    def _keeps(self, name: str, context: StageContext) -> bool:
+    def _keeps(self, name: str, context: PlanContext) -> bool:
         """A tied head stays: its weight is the embedding's, which is looked up and not multiplied with."""
         tied = context.model_config.tie_word_embeddings and name == "output"
         return self._filtered(name) or tied
 
-    def emulates(self, context: StageContext) -> bool:
+    def emulates(self, context: PlanContext) -> bool:
         """Whether Float8 products are emulated. A plan without devices assumes that the GPUs have them."""
         if self.section.emulate or context.device_type == "cpu":
             return True
-        import torch
-
         return torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
 
-    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
+    def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         _import_torchao()
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
@@ -139,7 +142,7 @@ class Float8(StageDefaults):
             for part in parts:
                 precompute_float8_dynamic_scale_for_fsdp(part)
 
-    def describe(self, context: StageContext) -> str:
+    def describe(self, context: PlanContext) -> str:
         gather = ", gathered in Float8" if self.section.enable_fsdp_float8_all_gather else ""
         scales = ", scales precomputed" if self.section.precompute_float8_dynamic_scale_for_fsdp else ""
         how = ", emulated" if self.emulates(context) else ""
@@ -147,7 +150,7 @@ class Float8(StageDefaults):
         return f"float8: {self.recipe_name}{how}{gather}{scales}{kept}"
 
 
-def _in_all_layers(name: str, context: StageContext) -> list[str]:
+def _in_all_layers(name: str, context: PlanContext) -> list[str]:
     """A name in the first layer, in every layer; other names as they are."""
     if not name.startswith("layers.0."):
         return [name]
@@ -163,16 +166,11 @@ def _import_torchao() -> None:
         import torchao.float8  # noqa: F401
 
 
-def linear_sizes(context: StageContext) -> Iterator[tuple[str, int, int]]:
+def linear_sizes(context: PlanContext) -> Iterator[tuple[str, int, int]]:
     """(name, output channels, input channels) of every linear layer on one tensor-parallel rank.
 
     Channels that the ranks cannot share evenly count as 1, which no Float8 product takes.
     """
-    import torch
-    from torch import nn
-
-    from titan_growth.models.decoder import Split
-
     degree = context.mesh_shape.tp
     config = dataclasses.replace(context.model_config, num_layers=1)  # all layers are alike
     with torch.device("meta"):

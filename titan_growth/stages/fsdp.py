@@ -12,15 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+
 from titan_growth.config.schema.recipe import ParallelismConfig, Recipe, TrainingConfig
-from titan_growth.layout.mesh import MeshShape
+from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.stages.autocast import mixes_precision, uses_float8
-from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
 
 
 @register_stage
-class FSDP(StageDefaults):
+class FSDP(Stage):
     """Fully sharded data parallelism, per unit that the model family declares."""
 
     name: ClassVar[str] = "fsdp"
@@ -44,16 +48,16 @@ class FSDP(StageDefaults):
     def from_recipe(cls, recipe: Recipe) -> FSDP:
         return cls(recipe.parallelism, recipe.training, uses_float8(recipe.model))
 
-    def enabled(self, context: StageContext) -> bool:
+    def enabled(self, context: PlanContext) -> bool:
         shape = context.mesh_shape
         if shape.dp_degree * shape.cp > 1 or self.float8:
             return True
         return self._offloads(context) or (mixes_precision(self.training) and shape.num_ranks > 1)
 
-    def _offloads(self, context: StageContext) -> bool:
+    def _offloads(self, context: PlanContext) -> bool:
         return self.training.enable_cpu_offload and context.device_type != "cpu"
 
-    def parameter_device(self, context: StageContext) -> str | None:
+    def parameter_device(self, context: BuildContext) -> str | None:
         return "cpu" if self._offloads(context) else None
 
     def reshards(self, shape: MeshShape) -> bool:
@@ -61,15 +65,11 @@ class FSDP(StageDefaults):
         policy = self.parallelism.fsdp_reshard_after_forward
         return policy == "always" or (policy == "default" and shape.pp == 1)
 
-    def warnings(self, context: StageContext) -> Iterator[Problem]:
+    def warnings(self, context: PlanContext) -> Iterator[Problem]:
         if self.training.enable_cpu_offload and context.device_type == "cpu":
             yield Problem("training.enable_cpu_offload", "has no effect: on a CPU everything is in host memory")
 
-    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
-        import torch
-        from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-
-        assert context.mesh is not None, "FSDP needs process groups"
+    def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         shared: dict[str, Any] = {
             "mesh": context.mesh.fsdp_mesh,
             "mp_policy": MixedPrecisionPolicy(
@@ -96,7 +96,7 @@ class FSDP(StageDefaults):
                         module.set_force_sum_reduction_for_comms(True)
         return parts
 
-    def describe(self, context: StageContext) -> str:
+    def describe(self, context: PlanContext) -> str:
         shape = context.mesh_shape
         kind = "FSDP2" if shape.dp_replicate == 1 else "DDP" if shape.fsdp_degree == 1 else "HSDP"
         policy = self.parallelism.fsdp_reshard_after_forward

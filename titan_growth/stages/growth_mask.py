@@ -23,14 +23,16 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.axes import NEW
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.models.roles import RESIDUAL, Role, layer_of, role_of
-from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.order import register_stage
+from titan_growth.tools.torch_private import compile_with_hooks
 
 INPUT, OUTPUT = "growth_mask_of_input", "growth_mask_of_output"
 """Buffers of a masked module."""
 
 
 @register_stage
-class GrowthMask(StageDefaults):
+class GrowthMask(Stage):
     """Multiplies what the last growth has added by a mask that opens."""
 
     name: ClassVar[str] = "growth_mask"
@@ -40,18 +42,16 @@ class GrowthMask(StageDefaults):
     def from_recipe(cls, recipe: Recipe) -> GrowthMask:
         return cls()
 
-    def enabled(self, context: StageContext) -> bool:
+    def enabled(self, context: PlanContext) -> bool:
         return context.transition is not None and context.transition.growth.masked
 
-    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
-        import torch._dynamo.config as dynamo
-
+    def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         assert context.transition is not None
         self.transition = context.transition
         # Blocks share their compiled code, which by default does not look at hooks: a block with a mask would run as
         # one without, of the same model or of the one before.
-        dynamo.skip_nnmodule_hook_guards = False
-        tp_rank = context.mesh.rank_of("tp") if context.mesh is not None else 0
+        compile_with_hooks()
+        tp_rank = context.mesh.rank_of("tp") if context.mesh_shape.tp > 1 else 0
         for part in parts:
             for module, buffer, pattern in masked_modules(part, context.transition.growth, context.family.ROLES):
                 module.register_buffer(buffer, torch.empty(len(pattern)), persistent=False)
@@ -74,7 +74,7 @@ class GrowthMask(StageDefaults):
                         mask = torch.where(pattern, opening, 1.0)
                         setattr(module, buffer, mask.to(device=part.rope_cos.device, dtype=torch.float32))
 
-    def describe(self, context: StageContext) -> str:
+    def describe(self, context: PlanContext) -> str:
         assert context.transition is not None
         return f"growth_mask: what the last growth has added opens over {context.transition.mask_steps} steps"
 

@@ -11,16 +11,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.layout.pipeline_layout import PipelineLayout, plan_pipeline
-from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.models.decoder import LossHead
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
+from titan_growth.tools.gradients import reduced
 
 
 @register_stage
-class Pipeline(StageDefaults):
+class Pipeline(Stage):
     """The model in parts."""
 
     name: ClassVar[str] = "pipeline"
@@ -37,19 +45,19 @@ class Pipeline(StageDefaults):
     def from_recipe(cls, recipe: Recipe) -> Pipeline:
         return cls(recipe)
 
-    def enabled(self, context: StageContext) -> bool:
+    def enabled(self, context: PlanContext) -> bool:
         return context.mesh_shape.pp > 1
 
-    def layout(self, context: StageContext) -> PipelineLayout:
+    def layout(self, context: PlanContext) -> PipelineLayout:
         """Which part holds what, on which rank, for a recipe that has passed its checks."""
         layout, problems, _ = self._plan(context)
         assert layout is not None, f"the pipeline was not checked: {problems}"
         return layout
 
-    def _plan(self, context: StageContext) -> tuple[PipelineLayout | None, list[Problem], list[Problem]]:
+    def _plan(self, context: PlanContext) -> tuple[PipelineLayout | None, list[Problem], list[Problem]]:
         return plan_pipeline(self.parallelism, context.model_config.num_layers, self.local_batch_size)
 
-    def check(self, context: StageContext) -> Iterator[Problem]:
+    def check(self, context: PlanContext) -> Iterator[Problem]:
         layout, problems, _ = self._plan(context)
         yield from problems
         if layout is None or not layout.conditions.splits_backward:
@@ -68,15 +76,13 @@ class Pipeline(StageDefaults):
             hint = 'Use activation_checkpoint.mode = "full" or every k-th layer'
             yield Problem("activation_checkpoint.selective_ac_option", message, hint)
 
-    def warnings(self, context: StageContext) -> Iterator[Problem]:
+    def warnings(self, context: PlanContext) -> Iterator[Problem]:
         yield from self._plan(context)[2]
 
-    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
-        assert context.mesh is not None, "a pipeline needs process groups"
+    def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         (whole,) = parts
-        mine = self.layout(context).parts_of(context.mesh.rank_of("pp"))
         split = []
-        for part in mine:
+        for part in self.layout(context).parts_of(context.mesh.rank_of("pp")):
             module = copy.deepcopy(whole)
             for layer in list(module.layers):
                 if int(layer) not in part.layers:
@@ -88,11 +94,11 @@ class Pipeline(StageDefaults):
             split.append(module)
         return split
 
-    def after_backward(self, parts: ModelParts, context: StageContext) -> None:
+    def after_backward(self, parts: ModelParts, context: BuildContext) -> None:
         if context.model_config.tie_word_embeddings:
             _sum_tied_gradients(parts, self.layout(context), context)
 
-    def describe(self, context: StageContext) -> str:
+    def describe(self, context: PlanContext) -> str:
         layout = self.layout(context)
         return (
             f"pipeline: {context.mesh_shape.pp} ranks, {len(layout.parts)} parts, {layout.schedule}, "
@@ -100,17 +106,11 @@ class Pipeline(StageDefaults):
         )
 
 
-def _sum_tied_gradients(parts: ModelParts, layout: PipelineLayout, context: StageContext) -> None:
+def _sum_tied_gradients(parts: ModelParts, layout: PipelineLayout, context: BuildContext) -> None:
     """Gives the embedding on the first part and the head on the last one the sum of both gradients."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
 
-    from titan_growth.tools.gradients import reduced
-
-    assert context.mesh is not None, "a pipeline needs process groups"
-
-    def gradient_of(module: Any) -> torch.Tensor:
+    def gradient_of(module: nn.Embedding | nn.Linear | LossHead) -> Tensor:
+        assert module.weight.grad is not None
         module.weight.grad = gradient = reduced(module.weight.grad, module.weight)
         return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
@@ -121,16 +121,16 @@ def _sum_tied_gradients(parts: ModelParts, layout: PipelineLayout, context: Stag
         embedding.copy_(total)
         head.copy_(total)
         return
-    mine = embedding if embedding is not None else head
-    if mine is None:
+    own = embedding if embedding is not None else head
+    if own is None:
         return
     group = context.mesh.group_of("pp")
     place = layout.last_rank if embedding is not None else layout.first_rank
     peer = dist.get_global_rank(group, place)
-    theirs = torch.empty_like(mine)
-    exchange = [dist.P2POp(dist.isend, mine, peer, group), dist.P2POp(dist.irecv, theirs, peer, group)]
+    received = torch.empty_like(own)
+    exchange = [dist.P2POp(dist.isend, own, peer, group), dist.P2POp(dist.irecv, received, peer, group)]
     if embedding is None:
         exchange.reverse()  # both sides must name the two transfers in the same order
     for work in dist.batch_isend_irecv(exchange):
         work.wait()
-    mine.add_(theirs)
+    own.add_(received)

@@ -14,13 +14,28 @@ import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+
 from titan_growth.config.schema.recipe import ParallelismConfig, Recipe
-from titan_growth.stages.base import ModelParts, StageContext, StageDefaults, register_stage
+from titan_growth.models.decoder import Decoder, Split
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
+from titan_growth.tools.torch_private import overlap_tensor_parallel
 
 
 @register_stage
-class TensorParallel(StageDefaults):
+class TensorParallel(Stage):
     """DTensor tensor and sequence parallelism, with loss parallel."""
 
     name: ClassVar[str] = "tensor_parallel"
@@ -36,7 +51,7 @@ class TensorParallel(StageDefaults):
         validation = recipe.validation.seq_len if recipe.validation.enable else None
         return cls(recipe.parallelism, validation, recipe.training.loss_chunk_tokens > 0)
 
-    def enabled(self, context: StageContext) -> bool:
+    def enabled(self, context: PlanContext) -> bool:
         return context.mesh_shape.tp > 1
 
     @property
@@ -44,7 +59,7 @@ class TensorParallel(StageDefaults):
         """Whether the loss is computed on logits that are split over the vocabulary."""
         return not self.parallelism.disable_loss_parallel and not self.chunked_loss
 
-    def check(self, context: StageContext) -> Iterator[Problem]:
+    def check(self, context: PlanContext) -> Iterator[Problem]:
         config, degree = context.model_config, context.mesh_shape.tp
         key = "parallelism.tensor_parallel_degree"
         sizes = (
@@ -63,15 +78,12 @@ class TensorParallel(StageDefaults):
             message = "needs CUDA (symmetric memory between GPUs), and this run is on the CPU"
             yield Problem("parallelism.enable_async_tensor_parallel", message, "Set it to false")
 
-    def warnings(self, context: StageContext) -> Iterator[Problem]:
+    def warnings(self, context: PlanContext) -> Iterator[Problem]:
         if self.chunked_loss and self.parallelism.disable_loss_parallel:
             message = "has no effect: with training.loss_chunk_tokens the vocabulary is always split"
             yield Problem("parallelism.disable_loss_parallel", message)
 
-    def apply(self, parts: ModelParts, context: StageContext) -> ModelParts:
-        from torch.distributed.tensor.parallel import parallelize_module
-
-        assert context.mesh is not None, "tensor parallelism needs process groups"
+    def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         mesh = context.mesh.device_mesh["tp"]
         for part in parts:
             plan = context.family.tensor_parallel_plan(part)
@@ -82,24 +94,12 @@ class TensorParallel(StageDefaults):
             part.tie_weights()  # each module was given a parameter of its own
             part.sequence.hidden_shards = context.mesh_shape.tp
         if self.parallelism.enable_async_tensor_parallel:
-            import torch._inductor.config
-            from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-            torch._inductor.config._micro_pipeline_tp = True
-            enable_symm_mem_for_group(mesh.get_group().group_name)
+            overlap_tensor_parallel(mesh.get_group())
         return parts
 
-    def _style(self, part: Any, name: str, split: Any, plan: dict[str, Any], context: StageContext) -> Any:
-        from torch.distributed.tensor import Replicate, Shard
-        from torch.distributed.tensor.parallel import (
-            ColwiseParallel,
-            PrepareModuleInput,
-            RowwiseParallel,
-            SequenceParallel,
-        )
-
-        from titan_growth.models.decoder import Split
-
+    def _style(
+        self, part: Decoder, name: str, split: Split, plan: dict[str, Split], context: BuildContext
+    ) -> ParallelStyle:
         columns, rows, gather = ColwiseParallel, RowwiseParallel, PrepareModuleInput
         extra: dict[str, Any] = {}
         # gloo cannot carry Float8 tensors, so on a CPU the casts stay behind the collectives.
@@ -132,20 +132,16 @@ class TensorParallel(StageDefaults):
                 )
         raise AssertionError(f"no style for {split}")
 
-    def train_context(self, context: StageContext) -> contextlib.AbstractContextManager[Any]:
-        if not self.loss_parallel:
-            return contextlib.nullcontext()
-        from torch.distributed.tensor.parallel import loss_parallel
+    def train_context(self, context: BuildContext) -> contextlib.AbstractContextManager[Any]:
+        return loss_parallel() if self.loss_parallel else contextlib.nullcontext()
 
-        return loss_parallel()
-
-    def describe(self, context: StageContext) -> str:
+    def describe(self, context: PlanContext) -> str:
         loss = "loss on the split vocabulary" if self.loss_parallel or self.chunked_loss else "logits gathered"
         overlap = ", collectives overlapped with products" if self.parallelism.enable_async_tensor_parallel else ""
         return f"tensor_parallel: {context.mesh_shape.tp} ranks, sequence parallel, {loss}{overlap}"
 
 
-def _owned(_module: Any, _inputs: Any, output: Any) -> Any:
+def _owned(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     """The embedding's output as a tensor of its own.
 
     DTensor hands on a view of a collective's result. Compiled blocks lose the gradient of such an input (torch 2.13:
@@ -154,7 +150,7 @@ def _owned(_module: Any, _inputs: Any, output: Any) -> Any:
     return output.clone()
 
 
-def sequence_problems(context: StageContext, validation_seq_len: int | None) -> Iterator[Problem]:
+def sequence_problems(context: PlanContext, validation_seq_len: int | None) -> Iterator[Problem]:
     """Sequences that cannot be divided evenly over the tensor- and context-parallel ranks."""
     shape = context.mesh_shape
     pieces = shape.tp * (2 * shape.cp if shape.cp > 1 else 1)
@@ -169,13 +165,11 @@ def sequence_problems(context: StageContext, validation_seq_len: int | None) -> 
             yield Problem(key, message, f"{fitting} would fit")
 
 
-def _float8_linears(part: Any, name: str, split: Any, plan: dict[str, Any]) -> list[str]:
+def _float8_linears(part: Decoder, name: str, split: Split, plan: dict[str, Split]) -> list[str]:
     """The Float8 tensorwise layers that a module is or, for one whose input is gathered, that read that input.
 
     Empty unless all of them are: an input cannot be gathered in Float8 for some of its readers.
     """
-    from titan_growth.models.decoder import Split
-
     if split in (Split.COLUMNS, Split.ROWS):
         names = [name]
     elif split is Split.GATHER_INPUT:

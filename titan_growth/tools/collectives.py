@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from titan_growth.tools.errors import ConfigError, TitanGrowthError
+from titan_growth.tools.torch_private import FakeStore, process_groups, set_group_timeout
 
 Result = TypeVar("Result")
 
@@ -41,8 +42,6 @@ def init_process_group(device_type: str, timeout_seconds: int, *, fake: bool = F
     timeout = timedelta(seconds=timeout_seconds)
     _remember_timeout(timeout_seconds)
     if fake:
-        from torch.testing._internal.distributed.fake_pg import FakeStore
-
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
         return
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
@@ -72,7 +71,7 @@ def saving_group() -> dist.ProcessGroup | None:
     """
     if dist.get_world_size() == 1 or dist.get_backend() == "fake":
         return None
-    for group in dist.distributed_c10d._world.pg_map:
+    for group in process_groups():
         if group.group_desc == _SAVING:
             return group
     timeout = timedelta(seconds=_SAVING_TIMEOUT_SECONDS)
@@ -82,13 +81,9 @@ def saving_group() -> dist.ProcessGroup | None:
 def set_timeout(timeout_seconds: int) -> None:
     """Changes the time limit of collectives of every process group of this process but that of the saves."""
     _remember_timeout(timeout_seconds)
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if dist.get_backend(group) == "fake" or group.group_desc == _SAVING:
-            continue
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
-        if "nccl" in dist.get_backend_config(group):
-            on_device = group._get_backend(torch.device("cuda"))
-            on_device._set_default_timeout(timedelta(seconds=timeout_seconds + DEVICE_MARGIN_SECONDS))
+    for group in process_groups():
+        if dist.get_backend(group) != "fake" and group.group_desc != _SAVING:
+            set_group_timeout(group, timeout_seconds, timeout_seconds + DEVICE_MARGIN_SECONDS)
 
 
 def _remember_timeout(timeout_seconds: int) -> None:

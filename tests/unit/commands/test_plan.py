@@ -22,7 +22,8 @@ from titan_growth.config.schema.recipe import ModelConfig
 from titan_growth.engine.build import build
 from titan_growth.engine.optimizer import Optimizer
 from titan_growth.engine.state import model_tensors, optimizer_tensors
-from titan_growth.layout.mesh import Mesh, MeshShape
+from titan_growth.layout.mesh import Mesh
+from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.layout.pipeline_layout import plan_pipeline
 from titan_growth.layout.pipeline_parts import Part
 from titan_growth.layout.shards import LAYER, ModelShards, chunk_size

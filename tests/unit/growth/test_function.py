@@ -15,11 +15,12 @@ from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import Rules
 from titan_growth.growth.verify import verify_growth
-from titan_growth.layout.mesh import MeshShape
+from titan_growth.layout.mesh import Mesh
+from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.registry import family_module
-from titan_growth.stages.base import StageContext, Transition
+from titan_growth.stages.base import BuildContext, Transition
 from titan_growth.stages.growth_mask import GrowthMask
 
 SIZES = {"dim": 48, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "hidden_dim": 80}
@@ -87,7 +88,9 @@ def masked(model: nn.Module, case: str, growth: GrowthMap, step: int) -> nn.Modu
     """The model under the mask of a growth at step 100 that opens over 10 steps, as it is at a step."""
     family, _ = CONFIGS[case]
     transition = Transition(growth, 10, 100)
-    context = StageContext(growth.after, MeshShape(), "cpu", SEQ_LEN, family_module(family), None, transition)
+    context = BuildContext(
+        growth.after, MeshShape(), "cpu", SEQ_LEN, family_module(family), transition, mesh=Mesh(MeshShape(), "cpu")
+    )
     stage = GrowthMask()
     assert stage.enabled(context)
     stage.apply([model], context)

@@ -13,10 +13,11 @@ from titan_growth.growth import schedule
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.operators import base as operators_module
 from titan_growth.growth.operators.base import GrowthMap, operators, register_operator
+from titan_growth.growth.operators.depth import DepthOperator
 from titan_growth.growth.points import advise, law_tokens
 from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.models.config import DecoderConfig
-from titan_growth.tools.errors import Problem
+from titan_growth.tools.errors import ConfigError, Problem
 
 TARGET = DecoderConfig(
     dim=32, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, rope_theta=123.0
@@ -79,12 +80,64 @@ def test_a_plugins_operator_is_one_class(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [(p.key, p.hint) for p in problems] == [
         ("growth.stages.0.options.upsidedown", "Did you mean 'upside_down'?")
     ]
-    with pytest.raises(AssertionError, match="two operators are called 'mine'"):
-        register_operator("mine")(type("Other", (Mine,), {}))
-    with pytest.raises(AssertionError, match="'other' lacks grow, grows"):
-        register_operator("other")(type("Other", (), {"base": None}))
     operators().clear()
     assert "mine" in operators(), "callers can change the registry"
+
+
+def new_operator(without: tuple[str, ...] = (), **attributes: Any) -> type:
+    """A complete operator class of a plugin, but for what is left out or changed."""
+    methods = {"base": lambda self, after, stage: after, "grow": lambda self, before, stage: "no"}
+    body = {"__module__": "my_plugin", "__qualname__": "Mine", "grows": frozenset({"depth"}), **methods, **attributes}
+    return type("Mine", (), {key: value for key, value in body.items() if key not in without})
+
+
+def a_function() -> None: ...
+
+
+WRONG_OPERATORS = [
+    ("mine", new_operator(__qualname__="Other"), "my_plugin.Other: my_plugin.Mine is called 'mine' already. Give one"),
+    ("stack", new_operator(), "my_plugin.Mine: titan_growth.growth.operators.depth.Stack is called 'stack' already"),
+    ("", new_operator(), "my_plugin.Mine: needs a name of lower-case letters, digits and _, has ''. Write @register_"),
+    (None, new_operator(), "my_plugin.Mine: needs a name of lower-case letters, digits and _, has None"),
+    ("new", new_operator(without=("grow",)), "my_plugin.Mine: lacks grow. Write def grow(self, before, stage)"),
+    ("new", new_operator(base=None), "my_plugin.Mine: lacks base. Write def base(self, after, stage)"),
+    ("new", new_operator(grow=lambda self, before: "no"), "my_plugin.Mine: grow(self, before) cannot be called with"),
+    ("new", new_operator(base=staticmethod(lambda after: after)), "my_plugin.Mine: base(after) cannot be called with"),
+    ("new", new_operator(without=("grows",)), "my_plugin.Mine: `grows` must say what the operator changes, is None"),
+    ("new", new_operator(grows=frozenset({"height"})), "my_plugin.Mine: `grows` must say what the operator changes"),
+    ("new", new_operator(options="steps"), "my_plugin.Mine: `options` must be a set of names, is 'steps'. Write opti"),
+    ("new", new_operator(__init__=lambda self, size: None), "my_plugin.Mine: cannot be made without arguments. Give"),
+    ("new", type("Deep", (DepthOperator,), {"__module__": "my_plugin"}), "my_plugin.Deep: lacks pattern. Write these"),
+    ("new", a_function, "tests.unit.growth.test_schedule.a_function: is not a class. Write @register_operator('new')"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "message"), WRONG_OPERATORS, ids=[line for *_, line in WRONG_OPERATORS])
+def test_a_class_that_cannot_be_an_operator(
+    name: str, kind: type, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One message that names the class and says what to write, and nothing is registered."""
+    monkeypatch.setattr(operators_module, "_OPERATORS", dict(operators()))
+    register_operator("mine")(new_operator())
+    before = operators()
+    with pytest.raises(ConfigError) as caught:
+        register_operator(name)(kind)
+    assert str(caught.value).startswith(message)
+    assert len(caught.value.problems) == 1
+    assert operators() == before
+
+
+def test_an_operator_that_is_registered_without_a_name() -> None:
+    with pytest.raises(
+        ConfigError, match=r"my_plugin\.Mine: is registered without a name\. Write @register_operator\("
+    ):
+        register_operator(new_operator())  # type: ignore[arg-type]
+
+
+def test_all_flaws_of_an_operator_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        register_operator("stack")(new_operator(without=("grow", "grows", "base")))
+    assert len(caught.value.problems) == 4
 
 
 # ---- the chain -------------------------------------------------------------------------------------------------------

@@ -26,9 +26,9 @@ from titan_growth.layout.pipeline_layout import (
     Part,
     PipelineLayout,
     ScheduleConditions,
+    part_table,
     plan_pipeline,
     schedule_conditions,
-    stage_table,
 )
 from titan_growth.layout.schedule_csv import KEY, Action, read_schedule_csv
 from titan_growth.tools.errors import Problem
@@ -324,14 +324,14 @@ def test_parts_lie_where_torch_expects_them(schedule: str, pp: int) -> None:
 
 def test_descriptions() -> None:
     layout = laid_out(4, 16, schedule="Interleaved1F1B")
-    assert stage_table(layout) == [
+    assert part_table(layout) == [
         "pp 0: part 0 (tok_embeddings, layers 0-1), part 4 (layers 9-10)",
         "pp 1: part 1 (layers 2-4), part 5 (layers 11-12)",
         "pp 2: part 2 (layers 5-6), part 6 (layers 13-14)",
         "pp 3: part 3 (layers 7-8), part 7 (layer 15, norm, output)",
     ]
-    assert stage_table(laid_out(2, 1)) == ["pp 0: part 0 (tok_embeddings, layer 0)", "pp 1: part 1 (norm, output)"]
-    assert stage_table(laid_out(2, 4, schedule="ZBVZeroBubble", first_less=2)) == [
+    assert part_table(laid_out(2, 1)) == ["pp 0: part 0 (tok_embeddings, layer 0)", "pp 1: part 1 (norm, output)"]
+    assert part_table(laid_out(2, 4, schedule="ZBVZeroBubble", first_less=2)) == [
         "pp 0: part 0 (tok_embeddings), part 3 (norm, output)",
         "pp 1: part 1 (layers 0-1), part 2 (layers 2-3)",
     ]
@@ -339,9 +339,9 @@ def test_descriptions() -> None:
 
 def test_planning_needs_no_torch() -> None:
     code = (
-        "import sys; from titan_growth.config.schema.recipe import Parallelism; "
+        "import sys; from titan_growth.config.schema.recipe import ParallelismConfig; "
         "from titan_growth.layout.pipeline_layout import *; "
-        "print(plan_pipeline(Parallelism(pipeline_parallel_degree=16), 126, 64)[0].num_microbatches); "
+        "print(plan_pipeline(ParallelismConfig(pipeline_parallel_degree=16), 126, 64)[0].num_microbatches); "
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -582,7 +582,7 @@ def test_a_file_places_parts_as_it_likes(tmp_path: Path) -> None:
     layout = laid_out(2, 7, 1, csv=path)
     assert layout.rank_of_part == (0, 0, 1)
     assert layout.conditions == ScheduleConditions(v_shaped=True)  # neighbours on one rank
-    assert stage_table(layout) == [
+    assert part_table(layout) == [
         "pp 0: part 0 (tok_embeddings, layers 0-1), part 1 (layers 2-4)",
         "pp 1: part 2 (layers 5-6, norm, output)",
     ]

@@ -11,9 +11,10 @@ from torch import nn
 
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.layout.mesh import MeshShape
+from titan_growth.layout.mesh import Mesh
+from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.models.registry import family_module, model_config_of
-from titan_growth.stages.base import StageContext
+from titan_growth.stages.base import BuildContext
 from titan_growth.stages.float8 import Float8, linear_sizes
 
 SIZES = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 128, "vocab_size": 272}
@@ -30,16 +31,16 @@ def recipe_of(**values: object) -> Recipe:
     return recipe
 
 
-def stage_and_context(device_type: str = "cpu", tp: int = 1, **values: object) -> tuple[Float8, StageContext]:
+def stage_and_context(device_type: str = "cpu", tp: int = 1, **values: object) -> tuple[Float8, BuildContext]:
     recipe = recipe_of(**values)
     config, _ = model_config_of(recipe.model)
     assert config is not None
-    return Float8.from_recipe(recipe), StageContext(
-        config, MeshShape(tp=tp), device_type, 32, family_module(recipe.model.name)
-    )
+    shape, family = MeshShape(tp=tp), family_module(recipe.model.name)
+    mesh = Mesh(shape, device_type)
+    return Float8.from_recipe(recipe), BuildContext(config, shape, device_type, 32, family, mesh=mesh)
 
 
-def converted(stage: Float8, context: StageContext) -> set[str]:
+def converted(stage: Float8, context: BuildContext) -> set[str]:
     with torch.device("meta"):
         model = context.family.Decoder(context.model_config, 32)
     stage.apply([model], context)

@@ -14,9 +14,11 @@ from titan_growth.config.loader import load_recipe
 from titan_growth.config.plugins import recipe_class, register_table
 from titan_growth.config.schema.recipe import ParallelismConfig
 from titan_growth.config.section import Section
-from titan_growth.layout.mesh import AXES, Mesh, MeshShape, resolve_batch, resolve_mesh
-from titan_growth.stages import base
-from titan_growth.stages.base import StageDefaults, register_stage, registered_stages, resolve_order, stages_of
+from titan_growth.layout.mesh import Mesh
+from titan_growth.layout.mesh_shape import AXES, MeshShape, resolve_batch, resolve_mesh
+from titan_growth.stages import order
+from titan_growth.stages.base import Stage
+from titan_growth.stages.order import register_stage, registered_stages, resolve_order, stages_of
 from titan_growth.tools.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "order.txt"
@@ -177,7 +179,7 @@ def test_every_stage_keeps_the_protocol() -> None:
     for name, kind in registered_stages().items():
         assert kind.name == name
         found = kind.from_recipe(load_recipe([]))
-        assert isinstance(found, base.Stage)
+        assert isinstance(found, Stage)
 
 
 def test_a_stage_of_our_own_is_called_like_its_module() -> None:
@@ -189,7 +191,7 @@ def test_a_stage_of_our_own_is_called_like_its_module() -> None:
 @pytest.fixture
 def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Registries of this test's own."""
-    monkeypatch.setattr(base, "_REGISTRY", dict(registered_stages()))
+    monkeypatch.setattr(order, "_REGISTRY", dict(registered_stages()))
     monkeypatch.setattr(plugins, "_TABLES", {})
 
 
@@ -203,7 +205,7 @@ def new_stage(qualname: str = "Mine", without: tuple[str, ...] = (), **attribute
     """A complete stage class of a plugin, but for what is left out or changed."""
     methods = {name: lambda *_: None for name in ("from_recipe", "enabled", "apply", "describe")}
     body = {"name": "mine", "__module__": "my_plugin", "__qualname__": qualname, **methods, **attributes}
-    return type("Mine", (StageDefaults,), {key: value for key, value in body.items() if key not in without})
+    return type("Mine", (Stage,), {key: value for key, value in body.items() if key not in without})
 
 
 @pytest.mark.usefixtures("_registries")
@@ -229,8 +231,17 @@ REFUSED = [
         "my_plugin.Mine: `after` must be a tuple of names, is 'fsdp'. Write after = (\"pipeline\",)",
     ),
     (new_stage(after=(1,)), "my_plugin.Mine: `after` must be a tuple of names, is (1,)"),
-    (new_stage(without=("apply", "describe")), "my_plugin.Mine: lacks apply, describe. Derive it from StageDefaults"),
+    (new_stage(without=("apply", "describe")), "my_plugin.Mine: lacks apply, describe. Derive it from Stage"),
     (new_stage(check=3), "my_plugin.Mine: lacks check. Derive it"),
+    (
+        type("Mine", (), {"name": "mine", "__module__": "my_plugin"}),
+        "my_plugin.Mine: lacks from_recipe, enabled, check",
+    ),
+    (
+        type("Mine", (), {**vars(Stage), **vars(new_stage()), "__module__": "my_plugin"}),
+        "my_plugin.Mine: is not derived from titan_growth.stages.base.Stage. Write class Mine(Stage)",
+    ),
+    (3, "register_stage: takes a class, got 3. Write @register_stage above a class"),
     (new_stage(settings=Table), "my_plugin.Mine: has `settings` but no `table`. Give both"),
     (new_stage(table="my_table"), "my_plugin.Mine: has `table` but no `settings`. Give both"),
     (new_stage(table="training", settings=Table), "training: is a key of the recipe itself"),

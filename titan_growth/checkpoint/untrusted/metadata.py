@@ -17,7 +17,6 @@ from math import prod
 from typing import Any, TypeGuard
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -32,6 +31,7 @@ from titan_growth.checkpoint.untrusted.archive import DTYPES
 from titan_growth.checkpoint.untrusted.files import is_plain_name
 from titan_growth.checkpoint.untrusted.pickles import Record, RefusedError, Symbol, read_pickle
 from titan_growth.checkpoint.untrusted.tiling import gap
+from titan_growth.tools.torch_private import StorageInfo
 
 MAX_NAME = 1000
 MAX_DIMS = 32
@@ -121,7 +121,7 @@ class _Conversion:
             if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
                 raise RefusedError(f"lists something under the name {_brief(name)}")
             self.entries[name] = self.entry(name, entry)
-        storage: dict[MetadataIndex, _StorageInfo] = {}
+        storage: dict[MetadataIndex, StorageInfo] = {}
         for key, info in _dict(table, "storage_data").items():
             index = self.index(key)
             if index in storage:
@@ -188,7 +188,7 @@ class _Conversion:
             raise RefusedError(f"contradicts itself about {_brief(name)}: places a piece that it does not have")
         return MetadataIndex(name, offsets, hint)
 
-    def info(self, name: str, record: Any) -> _StorageInfo:
+    def info(self, name: str, record: Any) -> StorageInfo:
         table = _table(record, "_StorageInfo", name)
         file, begin, length = (table.get(key) for key in ("relative_path", "offset", "length"))
         if not isinstance(file, str) or (file not in self.file_sizes and not _is_shard_name(file)):
@@ -202,7 +202,7 @@ class _Conversion:
         there = self.file_sizes[file]
         if there is not None and begin + length > there:
             raise RefusedError(f"places {_brief(name)} beyond the end of {file}")
-        return _StorageInfo(file, begin, length)
+        return StorageInfo(file, begin, length)
 
     def sizes(self, value: Any, name: str) -> torch.Size:
         """Few of them differ, so each is made once. What is in a tuple is looked at before anything is done with it."""
@@ -243,7 +243,7 @@ def _dict(table: Mapping[Any, Any], key: str) -> dict[Any, Any]:
     return value
 
 
-def _require_apart(storage: Mapping[MetadataIndex, _StorageInfo]) -> None:
+def _require_apart(storage: Mapping[MetadataIndex, StorageInfo]) -> None:
     """No two pieces have the same bytes: a small file could otherwise be read a million times over."""
     places = sorted((info.relative_path, info.offset, info.length, index.fqn) for index, info in storage.items())
     for (file, begin, length, name), (next_file, next_begin, _, next_name) in itertools.pairwise(places):

@@ -11,15 +11,19 @@ The operators of this package are in `depth.py`, `width.py` and `learn.py`. A pl
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol, TypeVar
 
+from titan_growth.config.plugins import origin_of, same_origin
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.axes import AxisMap
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.roles import Role
+from titan_growth.tools.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,7 @@ class GrowthMap:
     masked: bool = False
     """Everything new is multiplied by a mask that opens from 0 to 1 over `mask_steps` of the stage."""
     learned: bool = False
-    """The map is only where a learning phase starts from (`growth/learn.py`)."""
+    """The map is only where a learning phase starts from (`growth/ligo.py`)."""
     tolerance: float | None = None
     """Largest change of the loss, relative, that the operator allows itself: 0 for a model that computes bit for bit
     the same, a small number for one that does up to rounding, None for an operator that preserves nothing."""
@@ -92,29 +96,88 @@ _OPERATORS: dict[str, Operator] = {}
 Kind = TypeVar("Kind", bound=type)
 
 
+_OWN = tuple(f"titan_growth.growth.operators.{module}" for module in ("depth", "width", "learn"))
+"""The modules of the operators of this package."""
+
+
 def register_operator(name: str) -> Callable[[Kind], Kind]:
     """Class decorator: makes an operator known to recipes under a name. The class is instantiated without arguments.
 
     A module that is imported again replaces its own operator; another one's name cannot be taken.
+
+    Raises:
+        ConfigError: with everything that keeps the class from being an operator. Nothing has been registered then.
     """
+    if isinstance(name, type):
+        hint = 'Write @register_operator("my_operator") above the class'
+        raise ConfigError([Problem(origin_of(name), "is registered without a name", hint)])
 
     def register(kind: Kind) -> Kind:
-        other = type(_OPERATORS[name]) if name in _OPERATORS else None
-        same = other is None or (other.__module__, other.__qualname__) == (kind.__module__, kind.__qualname__)
-        assert same, f"two operators are called {name!r}"
-        lacking = [wanted for wanted in ("base", "grow", "grows") if not hasattr(kind, wanted)]
-        assert not lacking, f"the operator {name!r} lacks {', '.join(lacking)}"
+        if getattr(kind, "__module__", None) not in _OWN:
+            operators()  # so that the names of our own are taken
+        if problems := list(_flaws(name, kind)):
+            raise ConfigError(problems)
         _OPERATORS[name] = kind()
         return kind
 
     return register
 
 
+def _flaws(name: str, kind: type) -> Iterator[Problem]:
+    """What is wrong with a class that wants to be an operator, for the author of a plugin."""
+    if not isinstance(kind, type):
+        where = ".".join(str(getattr(kind, key, "?")) for key in ("__module__", "__qualname__"))
+        yield Problem(where, "is not a class", f"Write @register_operator({name!r}) above a class")
+        return
+    where = origin_of(kind)
+    if not (isinstance(name, str) and re.fullmatch("[a-z][a-z0-9_]*", name)):
+        message = f"needs a name of lower-case letters, digits and _, has {name!r}"
+        yield Problem(where, message, 'Write @register_operator("my_operator") above the class')
+    elif name in _OPERATORS and not same_origin(type(_OPERATORS[name]), kind):
+        other = origin_of(type(_OPERATORS[name]))
+        yield Problem(where, f"{other} is called {name!r} already", "Give one of the two another name")
+    grows: object = getattr(kind, "grows", None)
+    options: object = getattr(kind, "options", frozenset())
+    if not (isinstance(grows, Set) and grows and grows <= {"depth", "width"}):
+        hint = 'Write grows = frozenset({"depth"}), {"width"} or both'
+        yield Problem(where, f"`grows` must say what the operator changes, is {grows!r}", hint)
+    if not (isinstance(options, Set) and all(isinstance(option, str) for option in options)):
+        hint = 'Write options = frozenset({"my_option"}), or leave it out'
+        yield Problem(where, f"`options` must be a set of names, is {options!r}", hint)
+    yield from _method_flaws(where, kind)
+
+
+def _method_flaws(where: str, kind: type) -> Iterator[Problem]:
+    """Methods that are missing, or cannot be called as they are."""
+    missing: frozenset[str] = getattr(kind, "__abstractmethods__", frozenset())
+    for method, first in (("base", "after"), ("grow", "before")):
+        hint = f"Write def {method}(self, {first}, stage)"
+        function = getattr(kind, method, None)
+        if method in missing or not callable(function):
+            yield Problem(where, f"lacks {method}", hint)
+            continue
+        bound = isinstance(inspect.getattr_static(kind, method), staticmethod | classmethod)
+        arguments = (first, "stage") if bound else ("self", first, "stage")
+        if not _takes(function, arguments):
+            yield Problem(where, f"{method}{inspect.signature(function)} cannot be called with {first} and stage", hint)
+    if others := sorted(missing - {"base", "grow"}):
+        yield Problem(where, f"lacks {', '.join(others)}", "Write these methods")
+    elif not missing and not _takes(kind, ()):
+        yield Problem(where, "cannot be made without arguments", "Give those of __init__ default values")
+
+
+def _takes(function: Callable[..., object], arguments: tuple[str, ...]) -> bool:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
 def operators() -> dict[str, Operator]:
     """All operators by name, those of this package included."""
-    own = [f"titan_growth.growth.operators.{module}" for module in ("depth", "width", "learn")]
-    for module in own:
+    for module in _OWN:
         importlib.import_module(module)  # registers them
-    place = {module: number for number, module in enumerate(own)}
-    ordered = sorted(_OPERATORS.items(), key=lambda item: place.get(type(item[1]).__module__, len(own)))
+    place = {module: number for number, module in enumerate(_OWN)}
+    ordered = sorted(_OPERATORS.items(), key=lambda item: place.get(type(item[1]).__module__, len(_OWN)))
     return dict(ordered)

@@ -1,0 +1,114 @@
+"""How the ranks are divided, by arithmetic: the degrees of a mesh, and whether they and the batch fit the ranks.
+
+The axes are always `pp, dp_replicate, dp_shard, cp, tp`, outermost first, so ranks of one node share the axes that talk
+the most. The process groups are in `mesh.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from titan_growth.config.schema.recipe import ParallelismConfig
+from titan_growth.tools.errors import Problem
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Degrees of the five axes. Their product is the number of ranks."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """The degrees in the order of `AXES`."""
+        return (self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp)
+
+    @property
+    def dp_degree(self) -> int:
+        """Ranks that see different sequences."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def fsdp_degree(self) -> int:
+        """Ranks that FSDP shards over: context-parallel ranks hold the same weights, so they share them too."""
+        return self.dp_shard * self.cp
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the whole mesh."""
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    def __str__(self) -> str:
+        named = [f"{axis} {degree}" for axis, degree in zip(AXES, self.degrees, strict=True) if degree > 1]
+        return " x ".join(named) if named else "1 rank"
+
+
+def resolve_mesh(section: ParallelismConfig, num_ranks: int) -> tuple[MeshShape | None, list[Problem]]:
+    """The mesh shape of a `[parallelism]` table on this number of ranks, or what does not fit."""
+    key = "parallelism.data_parallel_shard_degree"
+    shard = section.data_parallel_shard_degree
+    if shard == 0:
+        return None, [Problem(key, "must be -1 (all ranks that are left) or at least 1, got 0", "Leave it at -1")]
+    fixed = {
+        "pipeline_parallel_degree": section.pipeline_parallel_degree,
+        "data_parallel_replicate_degree": section.data_parallel_replicate_degree,
+        "context_parallel_degree": section.context_parallel_degree,
+        "tensor_parallel_degree": section.tensor_parallel_degree,
+    }
+    if shard == -1:
+        taken = prod(fixed.values())
+        if num_ranks % taken:
+            named = {name: degree for name, degree in fixed.items() if degree > 1}
+            largest = max(named, key=lambda name: named[name])
+            product = " x ".join(f"{_AXIS_OF[name]} {degree}" for name, degree in named.items())
+            message = f"{taken} does not divide the {'1 rank' if num_ranks == 1 else f'{num_ranks} ranks'}"
+            if len(named) > 1:
+                message = f"{product} = {message}"
+            hint = "Set it to a divisor, or NGPU to a multiple"
+            return None, [Problem(f"parallelism.{largest}", message, hint)]
+        shard = num_ranks // taken
+    shape = MeshShape(
+        pp=section.pipeline_parallel_degree,
+        dp_replicate=section.data_parallel_replicate_degree,
+        dp_shard=shard,
+        cp=section.context_parallel_degree,
+        tp=section.tensor_parallel_degree,
+    )
+    if shape.num_ranks != num_ranks:
+        there_are = "there is 1 rank" if num_ranks == 1 else f"there are {num_ranks} ranks"
+        named_axes = zip(AXES, shape.degrees, strict=True)
+        product = " x ".join(f"{axis} {n}" for axis, n in named_axes if n > 1 or axis.startswith("dp"))
+        message = f"{product} = {shape.num_ranks}, but {there_are}"
+        return None, [Problem(key, message, f"Set it to -1 to use all that are left, or NGPU to {shape.num_ranks}")]
+    return shape, []
+
+
+_AXIS_OF = {
+    "pipeline_parallel_degree": "pp",
+    "data_parallel_replicate_degree": "dp_replicate",
+    "context_parallel_degree": "cp",
+    "tensor_parallel_degree": "tp",
+}
+
+
+def resolve_batch(global_batch_size: int, local_batch_size: int, shape: MeshShape) -> tuple[int, int, list[Problem]]:
+    """(global batch size, gradient accumulation steps, problems) on a mesh; -1 becomes local x data-parallel degree."""
+    per_step = local_batch_size * shape.dp_degree
+    if global_batch_size == -1:
+        return per_step, 1, []
+    if global_batch_size % per_step:
+        message = (
+            f"{global_batch_size} is not a multiple of training.local_batch_size {local_batch_size} x data-parallel "
+            f"degree {shape.dp_degree} = {per_step}"
+        )
+        below = global_batch_size // per_step * per_step
+        fitting = f"{below} or {below + per_step}" if below else str(per_step)
+        return global_batch_size, 1, [Problem("training.global_batch_size", message, f"{fitting} would fit")]
+    return global_batch_size, global_batch_size // per_step, []

@@ -1,0 +1,244 @@
+"""PyTorch's private and experimental names: all that this package uses, each with the reason.
+
+They may change with any release of PyTorch, so they are used here and nowhere else
+(tests/unit/tools/test_torch_private.py): an upgrade begins with this file. Imports inside functions are of what loads
+the compiler, which takes half a second that most commands do not need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch._functorch.config
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo  # where a chunk is stored, in .metadata
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor.experimental._attention import _cp_options, set_rotate_method
+from torch.testing._internal.distributed.fake_pg import FakeStore  # of the `fake` backend, for dry runs
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
+
+__all__ = ["FakeStore", "StorageInfo"]
+
+
+# ---- process groups --------------------------------------------------------------------------------------------------
+
+
+def process_groups() -> list[ProcessGroup]:
+    """Every process group of this process. Public functions know only groups that one holds already."""
+    return list(dist.distributed_c10d._world.pg_map)
+
+
+def set_group_timeout(group: ProcessGroup, seconds: float, nccl_seconds: float) -> None:
+    """Changes the time limit of a group's collectives; publicly it is fixed when the group is made."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+    if "nccl" in dist.get_backend_config(group):
+        backend: Any = group._get_backend(torch.device("cuda"))
+        backend._set_default_timeout(timedelta(seconds=nccl_seconds))
+
+
+def default_store() -> dist.Store:
+    """The store of the default process group, for messages beside the collectives; there is no public way to it."""
+    return dist.distributed_c10d._get_default_store()
+
+
+# ---- meshes and DTensors ---------------------------------------------------------------------------------------------
+
+
+def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """All axes of a mesh as one; `fully_shard` takes one sharded axis, and has no public way to make it of two."""
+    return mesh._flatten(name)
+
+
+def concatenated(meshes: Sequence[DeviceMesh]) -> DeviceMesh:
+    """The axes of several meshes side by side; slicing by name cannot mix flattened axes with others."""
+    return DeviceMesh._concatenate(list(meshes))
+
+
+def offset_of(tensor: DTensor) -> tuple[int, ...]:
+    """Where in the whole tensor this rank's shard begins; the public API gives the shard only."""
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(offset)
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Euclidean norms in one kernel, summed in `dtype`, which `torch.nn.utils.get_total_norm` cannot."""
+    return list(torch._foreach_norm(list(tensors), 2.0, dtype=dtype))
+
+
+def unwrapped(tensor: Tensor) -> Tensor | None:
+    """The one tensor inside a wrapper subclass such as torchao's; None for a plain one. Wrappers have no public API."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return None
+    names, _ = tensor.__tensor_flatten__()
+    assert len(names) == 1, f"a {type(tensor).__name__} is more than one tensor"
+    values: Tensor = getattr(tensor, names[0])
+    return values
+
+
+def all_gather_with_grad(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """The ranks' tensors joined along the first dimension; `dist.all_gather` has no backward pass."""
+    gathered = functional_collectives.all_gather_single_autograd(tensor, gather_dim=0, group=group)
+    return functional_collectives.wait_tensor(gathered)
+
+
+@contextlib.contextmanager
+def ring_attention(mesh: DeviceMesh, *, rotate_method: str, balanced: bool, device_type: str) -> Iterator[None]:
+    """Makes scaled-dot-product attention pass keys and values around `mesh`. All of it is experimental."""
+    set_rotate_method(rotate_method)
+    _cp_options.enable_load_balance = balanced
+    # It divides the buffers it is given, and wants at least one; batches have been divided already.
+    buffer = torch.zeros(2 * mesh.size(), device=device_type)
+    with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0], no_restore_buffers={buffer}):
+        yield
+
+
+def expensive_operations() -> set[Any]:
+    """Attention of every kind, scaled products, and reductions over ranks: what costs more to repeat than to keep.
+
+    The dispatcher's names of what `F.scaled_dot_product_attention` and the collectives end in.
+    """
+    aten, collectives = torch.ops.aten, torch.ops._c10d_functional
+    return {
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_mm.default,
+        aten.max.default,  # the scale of a Float8 tensor
+        collectives.reduce_scatter_tensor.default,
+    }
+
+
+# ---- compiler --------------------------------------------------------------------------------------------------------
+
+
+def overlap_tensor_parallel(group: ProcessGroup) -> None:
+    """Lets the compiler overlap collectives with products ("async tensor parallel"), which is experimental."""
+    import torch._inductor.config
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(group.group_name)
+
+
+def set_memory_budget(budget: float | None, pareto_folder: str | None = None) -> None:
+    """The share of activations that compiled code keeps, None for all; the setting is documented but has no API.
+
+    Args:
+        pareto_folder: where the compiler draws what other budgets would cost.
+    """
+    config = torch._functorch.config
+    # The objects without a size are process groups, which hold no tensors.
+    config.unsafe_treat_script_objects_as_zero_size = budget is not None
+    config.activation_memory_budget = 1.0 if budget is None else budget
+    if pareto_folder is not None:
+        config.visualize_memory_budget_pareto = True
+        config.memory_budget_pareto_dir = pareto_folder
+
+
+def compile_with_hooks() -> None:
+    """Compiled code that several modules share is chosen by their hooks too, which by default it is not."""
+    import torch._dynamo.config
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+
+
+# ---- memory snapshots ------------------------------------------------------------------------------------------------
+
+
+def record_memory_history(max_entries: int | None) -> None:
+    """Records allocations on CUDA, or with None stops. PyTorch documents these two under their private names."""
+    if max_entries is None:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    else:
+        torch.cuda.memory._record_memory_history(max_entries=max_entries)
+
+
+def dump_memory_snapshot(path: str) -> None:
+    """Writes the recorded allocations to a file."""
+    torch.cuda.memory._dump_snapshot(path)
+
+
+# ---- pipelines -------------------------------------------------------------------------------------------------------
+
+Order = Sequence[Sequence[tuple[int, str, int]]]
+"""For each pipeline rank, its (part, "F" | "B" | "I" | "W", microbatch) in order."""
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def schedule_of(
+    pipeline_stages: list[PipelineStage],
+    num_microbatches: int,
+    order: Order,
+    *,
+    loss_fn: LossFunction,
+    scale_grads: bool,
+) -> Any:
+    """A schedule of these actions. Publicly PyTorch takes them from a file only."""
+    from torch.distributed.pipelining import schedules
+
+    schedule = schedules._PipelineScheduleRuntime(
+        pipeline_stages, num_microbatches, loss_fn=loss_fn, scale_grads=scale_grads
+    )
+    schedule._prepare_schedule_with_comms(_actions(order))
+    return schedule
+
+
+def forward_schedule_of(
+    pipeline_stages: list[PipelineStage],
+    num_microbatches: int,
+    order: Order,
+    rank_of_part: Sequence[int],
+    *,
+    loss_fn: LossFunction,
+) -> Any:
+    """A schedule of forward passes alone: some of PyTorch's schedules cannot leave out their backward passes."""
+    from torch.distributed.pipelining import schedules
+
+    schedule = schedules._PipelineScheduleRuntime(pipeline_stages, num_microbatches, loss_fn=loss_fn)
+    placement = dict(enumerate(rank_of_part))
+    schedule.stage_index_to_group_rank = placement
+    for pipeline_stage in pipeline_stages:
+        pipeline_stage.stage_index_to_group_rank = placement
+    gathered = {rank: schedules._add_unshard_reshard(row) for rank, row in _actions(order).items()}
+    schedule.pipeline_order_with_comms = schedules._add_send_recv(
+        gathered, stage_to_rank=lambda part: placement[part], num_stages=len(placement)
+    )
+    return schedule
+
+
+def _actions(order: Order) -> dict[int, list[Any]]:
+    from torch.distributed.pipelining.schedules import _Action, _ComputationType
+
+    return {
+        rank: [_Action(part, _ComputationType(kind), microbatch) for part, kind, microbatch in row]
+        for rank, row in enumerate(order)
+    }
+
+
+def drop_activations(schedule: Any) -> None:
+    """Frees what a schedule would otherwise keep of all microbatches until its next pass."""
+    for pipeline_stage in schedule._stages:
+        pipeline_stage.clear_runtime_states()
+
+
+def answer_votes(pipeline_stage: PipelineStage) -> None:
+    """For a dry run, where no other rank answers: all parts have static metadata, so the vote on that is known."""
+    for vote in ("_warmup_forward_vote", "_warmup_backward_result"):
+        setattr(pipeline_stage, vote, lambda *_args, **_kwargs: torch.ones(1, dtype=torch.int32))
