@@ -88,8 +88,8 @@ def _recipe(argv: list[str]) -> Recipe:
     if recipe is None:
         raise ConfigError(problems)
     recipe = dry_run_of(recipe)
+    _, more, _ = plan_run(recipe, num_ranks=_num_ranks(), device_type=_device_type())
     if problems:
-        _, more, _ = plan_run(recipe, num_ranks=_num_ranks(), device_type=_device_type())
         known = {problem.key for problem in problems}
         raise ConfigError(problems + [problem for problem in more if problem.key not in known])
     for warning in warnings:

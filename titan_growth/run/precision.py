@@ -14,8 +14,8 @@ import torch
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.metrics.formatting import format_rate
 from titan_growth.metrics.hardware import peak_flops_per_second
-from titan_growth.tools.device import has_amx
 from titan_growth.tools.errors import Problem
+from titan_growth.tools.torch_private import has_amx
 
 KEY = "training.mixed_precision_param"
 

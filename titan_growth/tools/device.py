@@ -8,11 +8,6 @@ from dataclasses import dataclass
 import torch
 
 
-def has_amx() -> bool:
-    """Whether the CPU has matrix units for bfloat16."""
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
 @dataclass(frozen=True)
 class Device:
     """A device and what is known about it."""

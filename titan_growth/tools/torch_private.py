@@ -242,3 +242,11 @@ def answer_votes(pipeline_stage: PipelineStage) -> None:
     """For a dry run, where no other rank answers: all parts have static metadata, so the vote on that is known."""
     for vote in ("_warmup_forward_vote", "_warmup_backward_result"):
         setattr(pipeline_stage, vote, lambda *_args, **_kwargs: torch.ones(1, dtype=torch.int32))
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+
+def has_amx() -> bool:
+    """Whether the CPU has matrix units for bfloat16 (Intel's AMX); there is no public question for it."""
+    return bool(torch.cpu._is_amx_tile_supported())
