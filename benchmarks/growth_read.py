@@ -139,7 +139,7 @@ def measured(rank: int, num_ranks: int, recipe: Any, repeats: int) -> dict[str, 
             if watched is peak:
                 read_grown(manager.root / "step-1", tensors, rules.of, std_of=std_of, seed=1)
             else:
-                _, wrong = verify_growth(manager.root / "step-1", tensors, rules.of, std_of=std_of)
+                wrong = verify_growth(manager.root / "step-1", tensors, rules.of, std_of=std_of)
                 assert not wrong, wrong
     for _ in range(repeats):
         dist.barrier()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +37,7 @@ from titan_growth.checkpoint.untrusted.json_types import (
     table_of_toml,
 )
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
-from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.errors import RefusedCheckpointError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import folder_at, is_remote
 
@@ -145,27 +145,31 @@ class StepFolder:
         """Of all its files but the manifest."""
         return sum(entry["bytes"] for entry in self.manifest.files.values())
 
+    def refused(self, reason: str) -> RefusedCheckpointError:
+        """The error for a checkpoint that is not loaded."""
+        return RefusedCheckpointError(self.path.name, reason)
+
     def recipe_table(self) -> dict[str, Any]:
         """The recipe the checkpoint was written with.
 
         Raises:
-            CheckpointError: when it cannot be read.
+            RefusedCheckpointError: when it cannot be read.
         """
         try:
             return table_of_toml(read_plain(self.path / RECIPE, _MAX_BYTES[RECIPE]))
         except (OSError, RefusedError) as error:
-            raise CheckpointError(f"{self.path.name} refused: its recipe cannot be read ({error})") from None
+            raise self.refused(f"its recipe cannot be read ({error})") from None
 
     def lineage(self) -> Lineage:
         """The growths behind the checkpoint.
 
         Raises:
-            CheckpointError: when it cannot be read.
+            RefusedCheckpointError: when it cannot be read.
         """
         try:
             lineage = Lineage.from_dict(table_of_json(read_plain(self.path / LINEAGE)))
         except (OSError, RefusedError) as error:
-            raise CheckpointError(f"{self.path.name} refused: its lineage cannot be read ({error})") from None
+            raise self.refused(f"its lineage cannot be read ({error})") from None
         if self.manifest.roll_back is None:
             return lineage
         return replace(lineage, roll_backs=(*lineage.roll_backs, RollBack(**self.manifest.roll_back)))
@@ -205,20 +209,20 @@ def open_step(path: Path) -> StepFolder | None:
     """The committed checkpoint in a folder, or None when nothing was committed there.
 
     Raises:
-        CheckpointError: when there is a manifest but it cannot be used.
+        RefusedCheckpointError: when there is a manifest but it cannot be used.
     """
     try:
         text = read_plain(path / MANIFEST).decode()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError, RefusedError) as error:
-        raise CheckpointError(f"{path.name} refused: {MANIFEST} cannot be read ({error})") from None
+        raise RefusedCheckpointError(path.name, f"{MANIFEST} cannot be read ({error})") from None
     if not text.endswith("}\n"):
         return None  # the process died while writing it: not committed
     try:
         return StepFolder(path, Manifest.from_json(text))
     except RefusedError as error:
-        raise CheckpointError(f"{path.name} refused: {MANIFEST} is not valid ({error})") from None
+        raise RefusedCheckpointError(path.name, f"{MANIFEST} is not valid ({error})") from None
 
 
 def root_of(folder: str, dump_folder: Path) -> Path:
@@ -250,40 +254,49 @@ def step_numbers(root: Path) -> list[int]:
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
-def committed_steps(root: Path) -> tuple[list[StepFolder], list[str]]:
-    """(committed checkpoints with whole files, newest first; one line for each that was refused).
+@dataclass(frozen=True)
+class CommittedSteps:
+    """The committed checkpoints of a run, newest first."""
+
+    usable: list[StepFolder]
+    refused: list[RefusedCheckpointError]
+
+
+def committed_steps(root: Path) -> CommittedSteps:
+    """The committed checkpoints in a folder; usable are those with whole files.
 
     Whole means that sizes are right, and so is the content of what is read before a run starts: recipe and lineage.
     """
-    good, refused = [], []
+    usable: list[StepFolder] = []
+    refused: list[RefusedCheckpointError] = []
     for step in step_numbers(root):
         try:
             folder = open_step(step_path(root, step))
-        except CheckpointError as error:
-            refused.append(str(error))
+        except RefusedCheckpointError as error:
+            refused.append(error)
             continue
         if folder is None:
             continue
         damage = f"its manifest is that of step {folder.step}" if folder.step != step else None
         damage = damage or folder.damage(checksums=False) or folder.damage(checksums=True, names=(RECIPE, LINEAGE))
         if damage:
-            refused.append(f"{folder.path.name} refused: {damage}")
+            refused.append(folder.refused(damage))
         else:
-            good.append(folder)
-    return good, refused
+            usable.append(folder)
+    return CommittedSteps(usable, refused)
 
 
-def no_such_step(root: Path, step: int, refused: list[str]) -> str:
+def no_such_step(root: Path, step: int, refused: Sequence[RefusedCheckpointError]) -> str:
     """The message for a `checkpoint.load_step` that cannot be had."""
-    why = next((line for line in refused if line.startswith(f"step-{step} ")), "")
+    why = next((str(error) for error in refused if error.folder == f"step-{step}"), "")
     there = ", ".join(f"step-{found}" for found in step_numbers(root)) or "no checkpoint"
     return f"there is no usable step-{step} in {root}{f' ({why})' if why else ''}; it holds {there}"
 
 
-def none_usable(root: Path, refused: list[str]) -> str:
+def none_usable(root: Path, refused: Sequence[RefusedCheckpointError]) -> str:
     """The message for a run whose checkpoints are all damaged."""
     return (
-        f"{root} holds checkpoints, but none can be used: {'; '.join(refused)}. "
+        f"{root} holds checkpoints, but none can be used: {'; '.join(map(str, refused))}. "
         "Restore one, or name another job.dump_folder to start from scratch"
     )
 

@@ -27,7 +27,7 @@ from titan_growth.checkpoint.untrusted.archive import StoredValues, find_values
 from titan_growth.checkpoint.untrusted.files import MAX_METADATA_BYTES, open_plain, read_plain, size_of_file
 from titan_growth.checkpoint.untrusted.metadata import parse_metadata
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
-from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
 
 
 @dataclass(frozen=True)
@@ -82,22 +82,23 @@ class SafeReader(FileSystemReader):
             try:
                 data = read_plain(self.folder / ".metadata", MAX_METADATA_BYTES)
             except FileNotFoundError:
-                raise self._refused("it has no .metadata") from None
+                raise self.refused("it has no .metadata") from None
             except OSError as error:
-                raise self._refused(f".metadata cannot be read ({error.strerror or error})") from None
+                raise self.refused(f".metadata cannot be read ({error.strerror or error})") from None
             except RefusedError as error:
-                raise self._refused(str(error)) from None
+                raise self.refused(str(error)) from None
             try:
                 self._stored = parse_metadata(data, self._size_of)
             except RefusedError as error:
-                raise self._refused(f"its metadata {error}") from None
+                raise self.refused(f"its metadata {error}") from None
         return self._stored
 
     def _size_of(self, name: str) -> int | None:
         return size_of_file(self.folder / name)
 
-    def _refused(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder.name} refused: {reason}")
+    def refused(self, reason: str) -> RefusedCheckpointError:
+        """The error for a folder that is not read."""
+        return RefusedCheckpointError(self.folder.name, reason)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Serves all requests of this rank, reading each stored chunk once."""
@@ -177,9 +178,9 @@ class SafeReader(FileSystemReader):
         try:
             complete = _read_into(file, buffer.numpy())
         except OSError as error:
-            raise self._refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
         if not complete:
-            raise self._refused(f"{chunk.file} ends too early")
+            raise self.refused(f"{chunk.file} ends too early")
 
     def check_chunks(self, chunks: Iterable[StoredChunk]) -> None:
         """Looks whether the files hold the pieces as the metadata says, without reading their values.
@@ -195,22 +196,22 @@ class SafeReader(FileSystemReader):
         try:
             return open_plain(self.folder / chunk.file)
         except FileNotFoundError:
-            raise self._refused(f"{chunk.file} is missing") from None
+            raise self.refused(f"{chunk.file} is missing") from None
         except OSError as error:
-            raise self._refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
         except RefusedError as error:
-            raise self._refused(str(error)) from None
+            raise self.refused(str(error)) from None
 
     def _find(self, file: IO[bytes], chunk: StoredChunk) -> StoredValues:
         """Where the values of a piece are; they are what the metadata says."""
         try:
             found = find_values(file, chunk.begin, chunk.length)
         except OSError as error:
-            raise self._refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
         except RefusedError as error:
-            raise self._refused(f"{chunk.file}, where {chunk.name} should be, {error}") from None
+            raise self.refused(f"{chunk.file}, where {chunk.name} should be, {error}") from None
         if found.size != tuple(chunk.sizes) or found.dtype != chunk.dtype:
-            raise self._refused(f"{chunk.file} does not hold {chunk.name} as it says")
+            raise self.refused(f"{chunk.file} does not hold {chunk.name} as it says")
         return found
 
     def tensor_entries(self) -> dict[str, TensorStorageMetadata]:
@@ -269,7 +270,7 @@ def misplaced(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         pieces.sort(key=lambda piece: (piece.file, piece.begin))
         reader.check_chunks(pieces[share[0] :: share[1]])
     except CheckpointError as error:
-        return str(error).removeprefix(f"{path.name} refused: ")
+        return error.reason
     return None
 
 

@@ -52,8 +52,8 @@ class Retention:
         self.wait()
         doomed = []
         if self.keep_latest_k:
-            good = [folder for folder in committed_steps(self.root)[0] if folder.step <= saved_step]
-            passing = [folder for folder in good if not folder.manifest.permanent]
+            usable = [folder for folder in committed_steps(self.root).usable if folder.step <= saved_step]
+            passing = [folder for folder in usable if not folder.manifest.permanent]
             doomed = [folder.path for folder in passing[self.keep_latest_k :]]
         for path in doomed:
             # The manifest goes first: a half-removed checkpoint is then not a committed one.

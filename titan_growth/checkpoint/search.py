@@ -15,7 +15,7 @@ from titan_growth.checkpoint.folder import StepFolder, committed_steps, no_such_
 from titan_growth.checkpoint.reader import misplaced
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.collectives import gather_objects, on_rank0, place
-from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
 
 Vet = Callable[[StepFolder], str | None]
 """What is wrong with a checkpoint, or None."""
@@ -32,8 +32,8 @@ class Found:
 
     checkpoint: StepFolder | None = None
     """None when the run has no checkpoint."""
-    refused: list[str] = field(default_factory=list)
-    """A line for each newer checkpoint that was passed over."""
+    refused: list[RefusedCheckpointError] = field(default_factory=list)
+    """The newer checkpoints that were passed over."""
 
 
 def find_checkpoint(
@@ -53,9 +53,10 @@ def find_checkpoint(
     """
     if not section.enable:
         return Found()
-    candidates, refused = on_rank0(lambda: committed_steps(root))
+    found = on_rank0(lambda: committed_steps(root))
+    refused = list(found.refused)
     wanted = section.load_step
-    for folder in candidates:
+    for folder in found.usable:
         if wanted not in (-1, folder.step):
             continue
         damage = on_rank0(functools.partial(vet, folder))
@@ -63,7 +64,7 @@ def find_checkpoint(
             damage = damage_of(folder)
         if damage is None:
             return Found(folder, refused if wanted == -1 else [])
-        refused.append(f"{folder.path.name} refused: {damage}")
+        refused.append(folder.refused(damage))
     if wanted != -1:
         raise CheckpointError(f"checkpoint.load_step: {no_such_step(root, wanted, refused)}")
     if refused:

@@ -225,9 +225,7 @@ def _verify(source: SafeReader, target: Path, tensors: dict[str, Tensor], rules:
     chunks = written.chunks()
     for name in sorted(tensors, key=lambda one: rules.of(one).source or ""):
         (chunk,) = chunks[name]
-        _, wrong = verify_growth(
-            source.folder, {name: written.read_chunk(chunk)}, rules.of, std_of=std_of, reader=stored
-        )
+        wrong = verify_growth(source.folder, {name: written.read_chunk(chunk)}, rules.of, std_of=std_of, reader=stored)
         if wrong:
             raise GrowthError(f"the grown model is wrong: {wrong[0]}")
 

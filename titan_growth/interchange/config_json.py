@@ -19,7 +19,7 @@ from titan_growth.config.schema.model import ModelConfig
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.hugging_face import HuggingFaceLayout
 from titan_growth.models.registry import FAMILIES, family_module, model_config_of
-from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
 
 _SIZES = {
     "hidden_size": "dim",
@@ -76,8 +76,8 @@ def model_table(table: Mapping[str, Any], folder: str) -> tuple[ModelConfig, Dec
             no sense.
     """
 
-    def refused(why: str) -> CheckpointError:
-        return CheckpointError(f"{folder} refused: {why}")
+    def refused(reason: str) -> RefusedCheckpointError:
+        return RefusedCheckpointError(folder, reason)
 
     model_type = table.get("model_type")
     if not isinstance(model_type, str) or model_type not in layouts():

@@ -95,15 +95,11 @@ class HuggingFaceReader(SafeReader):
 
     def _require_same(self, opened: HuggingFaceFolder) -> None:
         if self.family is not None and opened.section.name != self.family:
-            raise CheckpointError(
-                f"{self.folder.name} refused: it is of the family {opened.section.name}, the recipe of {self.family}"
-            )
+            raise self.refused(f"it is of the family {opened.section.name}, the recipe of {self.family}")
         for field, key in _MUST_AGREE.items() if self.config is not None else ():
             theirs, ours = getattr(opened.config, field), getattr(self.config, field)
             if theirs != ours:
-                raise CheckpointError(
-                    f"{self.folder.name} refused: it is of another model: {key} is {theirs} there and {ours} here"
-                )
+                raise self.refused(f"it is of another model: {key} is {theirs} there and {ours} here")
 
     def differences(self) -> list[str]:
         """Settings of the recipe that make another function of the same weights, a line each."""
@@ -193,7 +189,7 @@ class HuggingFaceReader(SafeReader):
                     for row, at in enumerate(range(0, len(target), part_bytes)):
                         fill(file, piece.offset + begin + row * row_bytes, target[at : at + part_bytes])
         except OSError as error:
-            raise self._refused(f"{piece.relative_path} cannot be read ({error.strerror or error})") from None
+            raise self.refused(f"{piece.relative_path} cannot be read ({error.strerror or error})") from None
         self.num_bytes_read += len(target)
         self.num_chunks_read += 1
 
@@ -216,7 +212,7 @@ class HuggingFaceReader(SafeReader):
         try:
             return self._file(chunk.file)
         except OSError as error:
-            raise self._refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
 
     def _find(self, file: IO[bytes], chunk: StoredChunk) -> StoredValues:
         """The values are where the header says; around them is nothing."""

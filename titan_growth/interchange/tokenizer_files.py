@@ -26,7 +26,7 @@ from titan_growth.data.tokenizers import (
 from titan_growth.interchange.folder import CONFIG
 from titan_growth.interchange.safetensors_file import parse_json
 from titan_growth.interchange.tokenizer_json import of_bytes, of_sentencepiece
-from titan_growth.tools.errors import CheckpointError, DataError
+from titan_growth.tools.errors import CheckpointError, DataError, RefusedCheckpointError
 
 TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 GENERATION = "generation_config.json"
@@ -65,11 +65,11 @@ def checked_assets(source: Path, names: Sequence[str]) -> dict[str, Path]:
     for name in names:
         path = (source / name).resolve()
         if path.parent != root and path.parent != root.parent.parent / "blobs":
-            raise CheckpointError(f"{source.name} refused: its {name} is a link that leads out of it")
+            raise RefusedCheckpointError(source.name, f"its {name} is a link that leads out of it")
         if path.stat().st_size > _MAX_BYTES:
-            raise CheckpointError(f"{source.name} refused: its {name} has {path.stat().st_size:,} bytes")
+            raise RefusedCheckpointError(source.name, f"its {name} has {path.stat().st_size:,} bytes")
         if name.endswith(".json"):
-            parse_json(path.read_bytes(), f"{source.name} refused: its {name}")
+            parse_json(path.read_bytes(), source.name, f"its {name}")
         found[name] = path
     return found
 
@@ -148,7 +148,7 @@ def _copied(folder: Path, said: str) -> ExportedTokenizer:
     """The tokenizer files of a Hugging Face folder, and the special tokens that its config.json names."""
     found = ExportedTokenizer(said, checked_assets(folder, assets_in(folder)))
     if (folder / CONFIG).is_file():
-        table = parse_json((folder / CONFIG).read_bytes(), f"{folder.name} refused: its {CONFIG}")
+        table = parse_json((folder / CONFIG).read_bytes(), folder.name, f"its {CONFIG}")
         found.tokens = {key: table[key] for key in _TOKENS if key in table}
     return found
 

@@ -22,7 +22,7 @@ from titan_growth.run.precision import Precision, decide_precision
 from titan_growth.run.resume import compare, decided_before, num_growths_of
 from titan_growth.run.vet import problem_of
 from titan_growth.tools.collectives import on_rank0
-from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
 from titan_growth.tools.run_folder import RunFolder
@@ -69,8 +69,8 @@ class RunStart:
     site: Site
     load_step: int
     """`checkpoint.load_step` as given, also when the run has gone back to it before."""
-    refused: tuple[str, ...]
-    """A line for each newer checkpoint that was passed over."""
+    refused: tuple[RefusedCheckpointError, ...]
+    """The newer checkpoints that were passed over."""
     warnings: tuple[Problem, ...]
     changes: tuple[str, ...]
     """A line for each setting that takes effect and that the checkpoint was not written with."""
@@ -79,8 +79,8 @@ class RunStart:
 
     def log(self) -> None:
         """Says what is worth a line about this start."""
-        for line in self.refused:
-            logger.error("%s", line)
+        for error in self.refused:
+            logger.error("%s", error)
         for warning in self.warnings:
             logger.warning("%s", warning)
         for line in self.changes:
@@ -126,7 +126,11 @@ def resolve(recipe: Recipe, site: Site, *, most_bytes: int | None = None) -> Run
 
 
 def start_from(
-    checkpoint: StepFolder | None, recipe: Recipe, site: Site, load_step: int = -1, refused: tuple[str, ...] = ()
+    checkpoint: StepFolder | None,
+    recipe: Recipe,
+    site: Site,
+    load_step: int = -1,
+    refused: tuple[RefusedCheckpointError, ...] = (),
 ) -> RunStart:
     """The start from a checkpoint that has been chosen, or from scratch.
 
@@ -193,7 +197,7 @@ def decide(recipe: Recipe, site: Site, checkpoint: StepFolder | None) -> Decisio
 def _require_not_left(before: Recipe, recipe: Recipe, folder: RunFolder) -> None:
     if not before.checkpoint.enable or before.checkpoint.folder == recipe.checkpoint.folder:
         return
-    left, _ = committed_steps(root_of(before.checkpoint.folder, folder.path))
+    left = committed_steps(root_of(before.checkpoint.folder, folder.path)).usable
     if left:
         message = (
             f"there is no checkpoint in {root_of(recipe.checkpoint.folder, folder.path)}, but this run has some in "
