@@ -107,9 +107,9 @@ def listing_problem(folder: StepFolder) -> str | None:
     """
     from titan_growth.checkpoint.reader import SafeReader
 
-    metadata = SafeReader(folder.path).read_metadata()
-    tensors = SafeReader.tensors_of(metadata)
-    if others := sorted(metadata.state_dict_metadata.keys() - tensors.keys()):
+    reader = SafeReader(folder.path)
+    metadata = reader.read_metadata()
+    if others := sorted(metadata.state_dict_metadata.keys() - reader.tensor_entries().keys()):
         return f"it holds {others[0]}, which is no tensor"
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
