@@ -14,7 +14,7 @@ import torch
 
 from titan_growth.checkpoint.untrusted.files import is_plain_name
 from titan_growth.config.schema.model import ModelConfig
-from titan_growth.interchange.config_json import layout_of, model_table
+from titan_growth.interchange.config_json import described_model, layout_of
 from titan_growth.interchange.safetensors_file import StoredTensor, parse_json, read_header
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.hugging_face import HuggingFaceLayout, parameter_shapes
@@ -63,12 +63,13 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     """
     try:
         table = _json(path, CONFIG, _MAX_CONFIG_BYTES)
-        section, config = model_table(table, path.name)
+        model = described_model(table, path.name)
         stored = _stored(path)
     except OSError as error:
         where = f"{Path(error.filename).name}: " if error.filename else ""
         raise RefusedCheckpointError(path.name, f"{where}{error.strerror or error}") from None
-    return HuggingFaceFolder(path, section, config, _parameters(path, section.name, config, stored))
+    tensors = _parameters(path, model.section.name, model.config, stored)
+    return HuggingFaceFolder(path, model.section, model.config, tensors)
 
 
 def _json(path: Path, name: str, max_bytes: int) -> dict[str, Any]:
