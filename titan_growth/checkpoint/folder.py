@@ -37,6 +37,7 @@ from titan_growth.checkpoint.untrusted.json_types import (
     table_of_toml,
 )
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
+from titan_growth.liveness.waits import STORAGE, waiting_for
 from titan_growth.tools.errors import RefusedCheckpointError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import folder_at, is_remote
@@ -174,6 +175,7 @@ class StepFolder:
             return lineage
         return replace(lineage, roll_backs=(*lineage.roll_backs, RollBack(**self.manifest.roll_back)))
 
+    @waiting_for(STORAGE)
     def damage(
         self, *, checksums: bool, share: tuple[int, int] = (0, 1), names: Collection[str] | None = None
     ) -> str | None:
@@ -262,6 +264,7 @@ class CommittedSteps:
     refused: list[RefusedCheckpointError]
 
 
+@waiting_for(STORAGE)
 def committed_steps(root: Path) -> CommittedSteps:
     """The committed checkpoints in a folder; usable are those with whole files.
 

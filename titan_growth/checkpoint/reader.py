@@ -28,6 +28,7 @@ from titan_growth.checkpoint.untrusted.archive import StoredValues, find_values
 from titan_growth.checkpoint.untrusted.files import MAX_METADATA_BYTES, open_plain, read_plain, size_of_file
 from titan_growth.checkpoint.untrusted.metadata import parse_metadata
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
+from titan_growth.liveness.waits import STORAGE, waiting_for
 from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
 
 
@@ -154,6 +155,7 @@ class SafeReader(StorageReader):
                 found.setdefault(index.fqn, []).append(_stored_chunk(metadata, index, sizes))
         return found
 
+    @waiting_for(STORAGE)
     def read_chunk(self, chunk: StoredChunk, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The values of a stored piece.
 
@@ -199,6 +201,7 @@ class SafeReader(StorageReader):
         if not complete:
             raise self.refused(f"{chunk.file} ends too early")
 
+    @waiting_for(STORAGE)
     def check_chunks(self, chunks: Iterable[StoredChunk]) -> None:
         """Looks whether the files hold the pieces as the metadata says, without reading their values.
 
