@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 
 from titan_growth.checkpoint.folder import (
     CommittedSteps,
-    Manifest,
     StepFolder,
     committed_steps,
     is_step_name,
@@ -29,6 +28,7 @@ from titan_growth.checkpoint.folder import (
     root_of,
     write_manifest,
 )
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import NamesOf, SafeReader
 from titan_growth.checkpoint.retention import Retention, set_aside_after
 from titan_growth.checkpoint.rewind import RollBackError

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from titan_growth.checkpoint.folder import Manifest, root_of
+from titan_growth.checkpoint.folder import root_of
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.tools.errors import TitanGrowthError

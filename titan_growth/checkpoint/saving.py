@@ -27,15 +27,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from titan_growth.checkpoint.folder import (
-    LINEAGE,
-    RECIPE,
-    Manifest,
-    StepFolder,
-    file_entry,
-    step_path,
-    write_manifest,
-)
+from titan_growth.checkpoint.folder import LINEAGE, RECIPE, StepFolder, file_entry, step_path, write_manifest
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.retention import Retention
 from titan_growth.checkpoint.staging import HostCopies, StagedPlanner
 from titan_growth.checkpoint.writer import ShardWriter

@@ -23,15 +23,9 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from titan_growth.checkpoint.folder import (
-    LINEAGE,
-    RECIPE,
-    Manifest,
-    StepFolder,
-    file_entry,
-    write_manifest,
-)
+from titan_growth.checkpoint.folder import LINEAGE, RECIPE, StepFolder, file_entry, write_manifest
 from titan_growth.checkpoint.history import GrowthEvent, Lineage
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.checkpoint.writer import ShardWriter
 from titan_growth.commands.args import STAGE_WORDS, map_of, parse_words, stage_of

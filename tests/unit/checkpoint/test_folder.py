@@ -11,17 +11,16 @@ import pytest
 
 from titan_growth.checkpoint.folder import (
     CommittedSteps,
-    Manifest,
     committed_steps,
     file_entry,
     open_step,
-    sealed,
     sha256_of,
     step_numbers,
     step_path,
     write_manifest,
 )
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
+from titan_growth.checkpoint.manifest import Manifest, sealed
 from titan_growth.tools.errors import CheckpointError
 
 MANIFEST = Manifest(

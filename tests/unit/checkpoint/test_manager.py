@@ -12,9 +12,10 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.harness import run_ranks
-from titan_growth.checkpoint.folder import Manifest, StepFolder, committed_steps, open_step, step_numbers
+from titan_growth.checkpoint.folder import StepFolder, committed_steps, open_step, step_numbers
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.errors import CheckpointError
