@@ -32,8 +32,8 @@ class Found:
 
     checkpoint: StepFolder | None = None
     """None when the run has no checkpoint."""
-    refused: list[RefusedCheckpointError] = field(default_factory=list)
-    """The newer checkpoints that were passed over."""
+    refused: list[str] = field(default_factory=list)
+    """A line for each newer checkpoint that was passed over."""
 
 
 def find_checkpoint(
@@ -63,7 +63,7 @@ def find_checkpoint(
         if damage is None and reads_shards(folder):
             damage = damage_of(folder)
         if damage is None:
-            return Found(folder, refused if wanted == -1 else [])
+            return Found(folder, [str(error) for error in refused] if wanted == -1 else [])
         refused.append(folder.refused(damage))
     if wanted != -1:
         raise CheckpointError(f"checkpoint.load_step: {_no_such_step(root, wanted, refused)}")

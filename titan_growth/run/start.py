@@ -23,7 +23,7 @@ from titan_growth.run.precision import Precision, decide_precision
 from titan_growth.run.resume import compare, decided_before, num_growths_of
 from titan_growth.run.vet import problem_of
 from titan_growth.tools.collectives import on_rank0
-from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError
+from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.logs import logger
 from titan_growth.tools.run_folder import RunFolder
 
@@ -66,8 +66,8 @@ class RunStart:
     site: Site
     load_step: int
     """`checkpoint.load_step` as given, also when the run has gone back to it before."""
-    refused: tuple[RefusedCheckpointError, ...]
-    """The newer checkpoints that were passed over."""
+    refused: tuple[str, ...]
+    """A line for each newer checkpoint that was passed over."""
     warnings: tuple[Problem, ...]
     changes: tuple[str, ...]
     """A line for each setting that takes effect and that the checkpoint was not written with."""
@@ -76,8 +76,8 @@ class RunStart:
 
     def log(self) -> None:
         """Says what is worth a line about this start."""
-        for error in self.refused:
-            logger.error("%s", error)
+        for line in self.refused:
+            logger.error("%s", line)
         for warning in self.warnings:
             logger.warning("%s", warning)
         for line in self.changes:
@@ -123,11 +123,7 @@ def resolve(recipe: Recipe, site: Site, *, most_bytes: int | None = None) -> Run
 
 
 def start_from(
-    checkpoint: StepFolder | None,
-    recipe: Recipe,
-    site: Site,
-    load_step: int = -1,
-    refused: tuple[RefusedCheckpointError, ...] = (),
+    checkpoint: StepFolder | None, recipe: Recipe, site: Site, load_step: int = -1, refused: tuple[str, ...] = ()
 ) -> RunStart:
     """The start from a checkpoint that has been chosen, or from scratch.
 
