@@ -34,9 +34,9 @@ import torch.distributed as dist  # noqa: E402
 
 from tests.harness import run_ranks  # noqa: E402
 from tests.runs import make_recipe  # noqa: E402
-from titan_growth.checkpoint.folder import Manifest  # noqa: E402
 from titan_growth.checkpoint.history import Lineage, Progress  # noqa: E402
 from titan_growth.checkpoint.manager import CheckpointManager  # noqa: E402
+from titan_growth.checkpoint.manifest import Manifest  # noqa: E402
 from titan_growth.engine.build import build  # noqa: E402
 from titan_growth.engine.optimizer import Optimizer  # noqa: E402
 from titan_growth.engine.state import model_tensors, optimizer_tensors  # noqa: E402
@@ -139,7 +139,7 @@ def measured(rank: int, num_ranks: int, recipe: Any, repeats: int) -> dict[str, 
             if watched is peak:
                 read_grown(manager.root / "step-1", tensors, rules.of, std_of=std_of, seed=1)
             else:
-                _, wrong = verify_growth(manager.root / "step-1", tensors, rules.of, std_of=std_of)
+                wrong = verify_growth(manager.root / "step-1", tensors, rules.of, std_of=std_of)
                 assert not wrong, wrong
     for _ in range(repeats):
         dist.barrier()

@@ -34,9 +34,9 @@ import torch.distributed as dist  # noqa: E402
 
 from tests.harness import run_ranks  # noqa: E402
 from tests.runs import make_recipe, trainer_of  # noqa: E402
-from titan_growth.checkpoint.folder import Manifest  # noqa: E402
 from titan_growth.checkpoint.history import Lineage, Progress  # noqa: E402
 from titan_growth.checkpoint.manager import CheckpointManager  # noqa: E402
+from titan_growth.checkpoint.manifest import Manifest  # noqa: E402
 from titan_growth.config.schema.recipe import CheckpointConfig  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "saving.md"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from titan_growth.checkpoint.manager import CheckpointManager
-from titan_growth.checkpoint.rewind import RollBackError
+from titan_growth.checkpoint.rewind import RollBackError, remember_load_step
 from titan_growth.config.loader import to_json, to_toml
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.exit_report import DONE, FAILED, REQUEUE, RESIZE, Outcome
@@ -21,7 +21,7 @@ from titan_growth.liveness.heartbeat import Heartbeat
 from titan_growth.liveness.stop_signal import StopSignal
 from titan_growth.metrics.observers import Observers
 from titan_growth.run.data import RunData
-from titan_growth.run.start import RunStart, remember_load_step
+from titan_growth.run.start import RunStart
 from titan_growth.run.state import RunState
 from titan_growth.tools.collectives import on_rank0, set_timeout, timeout_in_force
 from titan_growth.tools.device import Device

@@ -33,11 +33,11 @@ GROWING = {**RUN, "growth__stages": '[{at = "4 steps", operator = "stack", facto
 
 def shards_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Step -> sizes and checksums of the files with its tensors."""
-    good, refused = committed_steps(folder / "checkpoint")
-    assert not refused
+    found = committed_steps(folder / "checkpoint")
+    assert not found.refused
     return {
         one.path.name: {name: entry for name, entry in one.manifest.files.items() if name.endswith(".distcp")}
-        for one in good
+        for one in found.usable
     }
 
 
@@ -192,5 +192,5 @@ def test_permanent_checkpoints_stay(tmp_path: Path) -> None:
     """Every `permanent_interval` steps one is saved and kept, besides the latest k."""
     settings = {**RUN, "training__steps": 11, "checkpoint__keep_latest_k": 2, "checkpoint__permanent_interval": 3}
     run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
-    kept = [step.step for step in committed_steps(tmp_path / "run" / "checkpoint")[0]]
+    kept = [step.step for step in committed_steps(tmp_path / "run" / "checkpoint").usable]
     assert kept == [11, 10, 9, 6, 3]

@@ -33,11 +33,11 @@ RUN: dict[str, Any] = {
 
 def entries(root: Any) -> dict[str, Any]:
     """Step -> sizes and checksums of the shards."""
-    good, refused = committed_steps(root)
-    assert not refused
+    found = committed_steps(root)
+    assert not found.refused
     return {
         one.path.name: {name: entry for name, entry in one.manifest.files.items() if name.endswith(".distcp")}
-        for one in good
+        for one in found.usable
     }
 
 
@@ -145,7 +145,7 @@ def _no_answer(rank: int, folder: Path) -> None:
     checkpoints.saver.retention.prune(6)
     checkpoints.saver.retention.wait()
     storage.BucketFileSystem.info = honest
-    assert [found.step for found in committed_steps(root)[0]] == [4, 2]
+    assert [found.step for found in committed_steps(root).usable] == [4, 2]
 
 
 def test_a_store_that_does_not_answer_loses_no_checkpoint(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_our_checkpoint_has_their_names(weights: dict[str, torch.Tensor], tmp_pa
 
 def _tied_copies(rank: int, num_ranks: int, recipe: Recipe) -> list[torch.Tensor]:
     with trainer_of(recipe, num_ranks) as trainer:
-        tensors = [part.state_dict() for part in trainer.engine.model.parts]
+        tensors = [part.state_dict() for part in trainer.runtime.engine.model.parts]
     return [state[name] for state in tensors for name in ("tok_embeddings.weight", "output.weight") if name in state]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.unit.hostile import CASES, NOT_FOR_A_START, Bomb, case
-from titan_growth.checkpoint.folder import sealed
+from titan_growth.checkpoint.manifest import sealed
 
 __all__ = ["CASES", "NOT_FOR_A_START"]
 

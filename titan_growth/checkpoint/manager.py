@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from titan_growth.checkpoint.folder import (
-    Manifest,
+    CommittedSteps,
     StepFolder,
     committed_steps,
     is_step_name,
@@ -28,14 +28,15 @@ from titan_growth.checkpoint.folder import (
     root_of,
     write_manifest,
 )
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import NamesOf, SafeReader
 from titan_growth.checkpoint.retention import Retention, set_aside_after
 from titan_growth.checkpoint.rewind import RollBackError
-from titan_growth.checkpoint.saving import Saver, Tensors, root_cause
+from titan_growth.checkpoint.saving import Saver, Tensors, cause_of, root_cause
 from titan_growth.checkpoint.search import damage_of
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.collectives import fail_together, on_rank0
-from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.logs import logger
 
@@ -137,22 +138,24 @@ class CheckpointManager:
         return self.saver.last_saved
 
     def _way_back(self, back: RollBackError) -> StepFolder:
-        refused: list[str] = []
         source = back.source
         if source is None:
-            candidates, refused = on_rank0(lambda: committed_steps(self.root))
+            found = on_rank0(lambda: committed_steps(self.root))
         elif not is_step_name(source):
             raise CheckpointError(f"{back.what} cannot be taken back: {source} is no checkpoint of this run")
         else:
             named = on_rank0(lambda: open_step(self.root / source))
-            candidates = [named] if named is not None else []
-        for folder in candidates:
+            found = CommittedSteps([named] if named is not None else [], [])
+        refused = list(found.refused)
+        for folder in found.usable:
             damage = damage_of(folder)
             if damage is None:
                 return folder
-            refused.append(f"{folder.path.name} refused: {damage}")
-        none = f"{source} refused: it is not there" if source else "there is no checkpoint to go back to"
-        raise CheckpointError(f"{back.what} cannot be taken back: {'; '.join(refused) or none}")
+            refused.append(folder.refused(damage))
+        if source and not refused:
+            refused.append(RefusedCheckpointError(source, "it is not there"))
+        why = "; ".join(map(str, refused)) or "there is no checkpoint to go back to"
+        raise CheckpointError(f"{back.what} cannot be taken back: {why}")
 
     # ---- loading -------------------------------------------------------------------------------------------------
 
@@ -183,8 +186,9 @@ class CheckpointManager:
         try:
             dcp.load(dict(tensors), storage_reader=reader, planner=DefaultLoadPlanner())
         except (Exception, CheckpointException) as error:  # DCP wraps whatever happened on any rank
-            cause = root_cause(error)
-            errors = [cause if cause.startswith(f"{path.name} refused: ") else f"{path.name} refused: {cause}"]
+            cause = cause_of(error, OSError, CheckpointError)
+            known = isinstance(cause, RefusedCheckpointError)
+            errors = [str(cause if known else RefusedCheckpointError(path.name, root_cause(error)))]
         fail_together(errors, CheckpointError)
         return reader
 
@@ -212,7 +216,7 @@ def misfits(reader: SafeReader, tensors: Mapping[str, Tensor], *, casts: bool = 
     if not wrong:
         return []
     more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
-    return [f"{reader.folder.name} refused: it is of another model: {'; '.join(wrong[:2])}{more}"]
+    return [str(reader.refused(f"it is of another model: {'; '.join(wrong[:2])}{more}"))]
 
 
 def _shape(size: torch.Size) -> str:

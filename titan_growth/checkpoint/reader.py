@@ -1,7 +1,7 @@
 """Reading DCP folders: nothing stored in them is run, and each stored chunk is read once.
 
 DCP's own reader unpickles `.metadata`, which runs whatever a stranger put there, and loads tensors through archives
-that may ask for any amount of memory. This one reads both as data (metadata.py, archive.py) and the values straight
+that may ask for any amount of memory. This one reads both as data (`checkpoint/untrusted/`) and the values straight
 into their place. It also takes `names_of`, a function that says under which names a stored tensor should appear: with
 it an embedding is read as the head that is tied to it, too. Since one stored chunk may so feed two tensors, requests
 are grouped by chunk; DCP's reader would load it again for each. Growth plans its own read (growth/read.py), from
@@ -11,6 +11,7 @@ are grouped by chunk; DCP's reader would load it again for each. Growth plans it
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint import StorageReader
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
@@ -27,7 +28,8 @@ from titan_growth.checkpoint.untrusted.archive import StoredValues, find_values
 from titan_growth.checkpoint.untrusted.files import MAX_METADATA_BYTES, open_plain, read_plain, size_of_file
 from titan_growth.checkpoint.untrusted.metadata import parse_metadata
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
-from titan_growth.tools.errors import CheckpointError
+from titan_growth.liveness.waits import STORAGE, waiting_for
+from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,10 @@ NamesOf = Callable[[str], list[str]]
 """Stored name -> the names it is served under."""
 
 
-class SafeReader(FileSystemReader):
+class SafeReader(StorageReader):
     """A DCP storage reader for one step folder. Its metadata is read once, when it is first needed."""
 
     def __init__(self, path: Path, names_of: NamesOf | None = None) -> None:
-        super().__init__(str(path))  # for the parts of it that are not used here
         self.folder = path
         self.names_of = names_of
         self.num_bytes_read = 0
@@ -64,6 +65,27 @@ class SafeReader(FileSystemReader):
         self.num_chunks_read = 0
         self._stored: Metadata | None = None
         self._served: Metadata | None = None
+
+    # ---- what DCP asks for ---------------------------------------------------------------------------------------
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing to forget: a reader serves one folder."""
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to set up: it is this reader's own metadata."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether DCP may choose this reader by a path: never, it is always given."""
+        return False
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The folder's metadata, under the names that `names_of` gives.
@@ -74,7 +96,6 @@ class SafeReader(FileSystemReader):
         if self._served is None:
             stored = self._read_stored()
             self._served = stored if self.names_of is None else renamed(stored, self.names_of)
-        self._served.storage_meta = StorageMeta(load_id=self.load_id)
         return self._served
 
     def _read_stored(self) -> Metadata:
@@ -82,22 +103,20 @@ class SafeReader(FileSystemReader):
             try:
                 data = read_plain(self.folder / ".metadata", MAX_METADATA_BYTES)
             except FileNotFoundError:
-                raise self._refused("it has no .metadata") from None
+                raise self.refused("it has no .metadata") from None
             except OSError as error:
-                raise self._refused(f".metadata cannot be read ({error.strerror or error})") from None
+                raise self.refused(f".metadata cannot be read ({error.strerror or error})") from None
             except RefusedError as error:
-                raise self._refused(str(error)) from None
+                raise self.refused(str(error)) from None
             try:
-                self._stored = parse_metadata(data, self._size_of)
+                self._stored = parse_metadata(data, lambda name: size_of_file(self.folder / name))
             except RefusedError as error:
-                raise self._refused(f"its metadata {error}") from None
+                raise self.refused(f"its metadata {error}") from None
         return self._stored
 
-    def _size_of(self, name: str) -> int | None:
-        return size_of_file(self.folder / name)
-
-    def _refused(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.folder.name} refused: {reason}")
+    def refused(self, reason: str) -> RefusedCheckpointError:
+        """The error for a folder that is not read."""
+        return RefusedCheckpointError(self.folder.name, reason)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Serves all requests of this rank, reading each stored chunk once."""
@@ -136,6 +155,7 @@ class SafeReader(FileSystemReader):
                 found.setdefault(index.fqn, []).append(_stored_chunk(metadata, index, sizes))
         return found
 
+    @waiting_for(STORAGE)
     def read_chunk(self, chunk: StoredChunk, buffer: torch.Tensor | None = None) -> torch.Tensor:
         """The values of a stored piece.
 
@@ -177,10 +197,11 @@ class SafeReader(FileSystemReader):
         try:
             complete = _read_into(file, buffer.numpy())
         except OSError as error:
-            raise self._refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
         if not complete:
-            raise self._refused(f"{chunk.file} ends too early")
+            raise self.refused(f"{chunk.file} ends too early")
 
+    @waiting_for(STORAGE)
     def check_chunks(self, chunks: Iterable[StoredChunk]) -> None:
         """Looks whether the files hold the pieces as the metadata says, without reading their values.
 
@@ -195,32 +216,27 @@ class SafeReader(FileSystemReader):
         try:
             return open_plain(self.folder / chunk.file)
         except FileNotFoundError:
-            raise self._refused(f"{chunk.file} is missing") from None
+            raise self.refused(f"{chunk.file} is missing") from None
         except OSError as error:
-            raise self._refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
         except RefusedError as error:
-            raise self._refused(str(error)) from None
+            raise self.refused(str(error)) from None
 
     def _find(self, file: IO[bytes], chunk: StoredChunk) -> StoredValues:
         """Where the values of a piece are; they are what the metadata says."""
         try:
             found = find_values(file, chunk.begin, chunk.length)
         except OSError as error:
-            raise self._refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
         except RefusedError as error:
-            raise self._refused(f"{chunk.file}, where {chunk.name} should be, {error}") from None
+            raise self.refused(f"{chunk.file}, where {chunk.name} should be, {error}") from None
         if found.size != tuple(chunk.sizes) or found.dtype != chunk.dtype:
-            raise self._refused(f"{chunk.file} does not hold {chunk.name} as it says")
+            raise self.refused(f"{chunk.file} does not hold {chunk.name} as it says")
         return found
 
     def tensor_entries(self) -> dict[str, TensorStorageMetadata]:
-        """Name -> size and dtype of every stored tensor, under the names of `names_of`."""
-        return self.tensors_of(self.read_metadata())
-
-    @staticmethod
-    def tensors_of(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
-        """The entries that are tensors; others hold pickles, and are never read."""
-        entries = metadata.state_dict_metadata.items()
+        """Name -> size and dtype of every stored tensor, under the names of `names_of`; pickles are left out."""
+        entries = self.read_metadata().state_dict_metadata.items()
         return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -269,7 +285,7 @@ def misplaced(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         pieces.sort(key=lambda piece: (piece.file, piece.begin))
         reader.check_chunks(pieces[share[0] :: share[1]])
     except CheckpointError as error:
-        return str(error).removeprefix(f"{path.name} refused: ")
+        return error.reason
     return None
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from threading import Thread
 
 from titan_growth.checkpoint.folder import MANIFEST, committed_steps, step_numbers, step_path
+from titan_growth.liveness.waits import STORAGE, waiting_for
 from titan_growth.tools.files import move_folder, remove_folder
 
 
+@waiting_for(STORAGE)
 def set_aside_after(root: Path, step: int, label: str) -> list[str]:
     """Renames every committed checkpoint of a later step to `label-N`; returns the new names."""
     moved = []
@@ -52,8 +54,8 @@ class Retention:
         self.wait()
         doomed = []
         if self.keep_latest_k:
-            good = [folder for folder in committed_steps(self.root)[0] if folder.step <= saved_step]
-            passing = [folder for folder in good if not folder.manifest.permanent]
+            usable = [folder for folder in committed_steps(self.root).usable if folder.step <= saved_step]
+            passing = [folder for folder in usable if not folder.manifest.permanent]
             doomed = [folder.path for folder in passing[self.keep_latest_k :]]
         for path in doomed:
             # The manifest goes first: a half-removed checkpoint is then not a committed one.
@@ -67,7 +69,8 @@ class Retention:
     def wait(self) -> None:
         """Returns when nothing is being removed any more."""
         if self._remover is not None:
-            self._remover.join()
+            with waiting_for(STORAGE):
+                self._remover.join()
             self._remover = None
 
 

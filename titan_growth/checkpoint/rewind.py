@@ -1,15 +1,26 @@
-"""Going back to an earlier checkpoint in the middle of a run: whoever finds the need raises, `train.run` obeys.
+"""Going back to an earlier checkpoint: because the run asks for it, or because the user does (`checkpoint.load_step`).
 
-What the run shall do differently the second time is written into the manifest of the checkpoint that it goes back to.
-So a run that is killed right afterwards, or resumed on another mesh, does the same.
+In the middle of a run the code that finds the need raises `RollBackError`, and the session obeys. What the run shall do
+differently the second time is written into the manifest of the checkpoint that it goes back to. So a run that is killed
+right afterwards, or resumed on another mesh, does the same.
+
+A `load_step` is obeyed once: the same command, given again after a stop, must go on and not go back again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from titan_growth.checkpoint.folder import Manifest
+from titan_growth.checkpoint.folder import root_of
+from titan_growth.checkpoint.manifest import Manifest
+from titan_growth.config.loader import with_values
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.tools.errors import TitanGrowthError
+from titan_growth.tools.files import write_atomic
+from titan_growth.tools.run_folder import RunFolder
+
+_DONE_FILE = "gone-back-to"
+"""In the checkpoint folder: the `load_step` that the run has gone back to."""
 
 
 class RollBackError(TitanGrowthError):
@@ -26,3 +37,27 @@ class RollBackError(TitanGrowthError):
         self.what = what
         self.change = change
         self.source = source
+
+
+def load_step_once(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe without its `checkpoint.load_step` when the run has already gone back to that step.
+
+    Naming another step, or none in between, goes back again.
+    """
+    wanted = recipe.checkpoint.load_step
+    if wanted == -1:
+        return recipe
+    try:
+        done = int((root_of(recipe.checkpoint.folder, folder.path) / _DONE_FILE).read_text())
+    except (OSError, ValueError):
+        done = -1
+    return with_values(recipe, {"checkpoint.load_step": -1}) if done == wanted else recipe
+
+
+def remember_load_step(load_step: int, recipe: Recipe, folder: RunFolder) -> None:
+    """Writes down which `load_step` the run has gone back to, or forgets it when there is none (-1)."""
+    file = root_of(recipe.checkpoint.folder, folder.path) / _DONE_FILE
+    if load_step != -1:
+        write_atomic(file, f"{load_step}\n")
+    else:
+        file.unlink(missing_ok=True)

@@ -27,19 +27,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from titan_growth.checkpoint.folder import (
-    LINEAGE,
-    RECIPE,
-    Manifest,
-    StepFolder,
-    file_entry,
-    step_path,
-    write_manifest,
-)
+from titan_growth.checkpoint.folder import LINEAGE, RECIPE, StepFolder, file_entry, step_path, write_manifest
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.retention import Retention
 from titan_growth.checkpoint.staging import HostCopies, StagedPlanner
 from titan_growth.checkpoint.writer import ShardWriter
 from titan_growth.config.schema.recipe import CheckpointConfig
+from titan_growth.liveness.waits import LAST_SAVE, STORAGE, waiting_for
 from titan_growth.tools.collectives import describe_os_error, fail_together, gather_objects, on_rank0, saving_group
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
 from titan_growth.tools.files import free_bytes, remove_folder, sync_folder, write_atomic
@@ -134,7 +128,8 @@ class Saver:
             RuntimeError: of its collective, when it has failed because another rank is gone.
         """
         if self._thread is not None:
-            self._thread.join()
+            with waiting_for(STORAGE):
+                self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
@@ -246,7 +241,8 @@ class Saver:
                 nobody's way: without its manifest it is no checkpoint.
         """
         if self._thread is not None:
-            self._thread.join(most_seconds)
+            with waiting_for(LAST_SAVE):
+                self._thread.join(most_seconds)
             if self._thread.is_alive():
                 logger.warning("a checkpoint was still being written, and is given up")
                 return

@@ -7,15 +7,15 @@ the newest checkpoint that passes, so the preflight promises what the ranks will
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from titan_growth.checkpoint.folder import StepFolder, committed_steps, no_such_step, none_usable
+from titan_growth.checkpoint.folder import StepFolder, committed_steps, step_numbers
 from titan_growth.checkpoint.reader import misplaced
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.collectives import gather_objects, on_rank0, place
-from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
 
 Vet = Callable[[StepFolder], str | None]
 """What is wrong with a checkpoint, or None."""
@@ -53,21 +53,22 @@ def find_checkpoint(
     """
     if not section.enable:
         return Found()
-    candidates, refused = on_rank0(lambda: committed_steps(root))
+    found = on_rank0(lambda: committed_steps(root))
+    refused = list(found.refused)
     wanted = section.load_step
-    for folder in candidates:
+    for folder in found.usable:
         if wanted not in (-1, folder.step):
             continue
         damage = on_rank0(functools.partial(vet, folder))
         if damage is None and reads_shards(folder):
             damage = damage_of(folder)
         if damage is None:
-            return Found(folder, refused if wanted == -1 else [])
-        refused.append(f"{folder.path.name} refused: {damage}")
+            return Found(folder, [str(error) for error in refused] if wanted == -1 else [])
+        refused.append(folder.refused(damage))
     if wanted != -1:
-        raise CheckpointError(f"checkpoint.load_step: {no_such_step(root, wanted, refused)}")
+        raise CheckpointError(f"checkpoint.load_step: {_no_such_step(root, wanted, refused)}")
     if refused:
-        raise CheckpointError(none_usable(root, refused))
+        raise CheckpointError(_none_usable(root, refused))
     return Found()
 
 
@@ -79,3 +80,18 @@ def damage_of(folder: StepFolder) -> str | None:
     share = place()
     damage = folder.damage(checksums=True, share=share) or misplaced(folder.path, share)
     return next((found for found in gather_objects(damage) if found), None)
+
+
+def _no_such_step(root: Path, step: int, refused: Sequence[RefusedCheckpointError]) -> str:
+    """The message for a `checkpoint.load_step` that cannot be had."""
+    why = next((str(error) for error in refused if error.folder == f"step-{step}"), "")
+    there = ", ".join(f"step-{found}" for found in step_numbers(root)) or "no checkpoint"
+    return f"there is no usable step-{step} in {root}{f' ({why})' if why else ''}; it holds {there}"
+
+
+def _none_usable(root: Path, refused: Sequence[RefusedCheckpointError]) -> str:
+    """The message for a run whose checkpoints are all damaged."""
+    return (
+        f"{root} holds checkpoints, but none can be used: {'; '.join(map(str, refused))}. "
+        "Restore one, or name another job.dump_folder to start from scratch"
+    )

@@ -22,7 +22,7 @@ from titan_growth.growth.chain import Chain, stage_problems
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.models.config import DecoderConfig
 from titan_growth.run.vet import history_of, problem_of, whole_problem
-from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, one_line
+from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError, one_line
 
 STAGE_WORDS = ("operator", "factor", "layer_map", "n_layers", "dim", "n_heads", "n_kv_heads", "hidden_dim", "noise",
                "optimizer_state", "optimizer_step", "options")  # fmt: skip
@@ -63,22 +63,20 @@ def open_source(path: Path, plugins: Sequence[str] = ()) -> Source:
         raise ConfigError([Problem("--from", f"{path}: no such folder", "Name a step-N folder")])
     folder = open_step(path)
     if folder is None:
-        raise CheckpointError(f"{path} refused: it has no manifest, so it was never committed")
+        raise RefusedCheckpointError(str(path), "it has no manifest, so it was never committed")
     if damage := folder.damage(checksums=True, names=(RECIPE, LINEAGE)):
-        raise CheckpointError(f"{path.name} refused: {damage}")
+        raise folder.refused(damage)
     if missing := [name for name in _plugins_of(folder) if name not in plugins]:
         message = f"{path} was written with plugins, and its recipe means nothing without them"
         raise ConfigError([Problem("--plugins", message, f"If you trust them, give --plugins {','.join(missing)}")])
     if damage := problem_of(folder) or whole_problem(folder):
-        raise CheckpointError(f"{path.name} refused: {damage}")
+        raise folder.refused(damage)
     recipe, chain, lineage = history_of(folder)
     if lineage.events:
         last = lineage.events[-1]
         mask_steps = last.stage.get("mask_steps")
         if folder.step < last.step + (mask_steps if isinstance(mask_steps, int) else 0):
-            raise CheckpointError(
-                f"{path.name} refused: the mask of its last growth is still opening. Take a later step"
-            )
+            raise folder.refused("the mask of its last growth is still opening. Take a later step")
     return Source(folder, recipe, chain, lineage)
 
 
@@ -86,7 +84,7 @@ def _plugins_of(folder: StepFolder) -> list[str]:
     """The modules that a checkpoint's recipe names."""
     named = folder.recipe_table().get(PLUGINS_KEY, [])
     if not isinstance(named, list) or not all(isinstance(name, str) and len(name) < 200 for name in named):
-        raise CheckpointError(f"{folder.path.name} refused: its recipe cannot be read (plugins are no list of names)")
+        raise folder.refused("its recipe cannot be read (plugins are no list of names)")
     return [one_line(name) for name in named]
 
 

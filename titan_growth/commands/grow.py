@@ -23,15 +23,9 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from titan_growth.checkpoint.folder import (
-    LINEAGE,
-    RECIPE,
-    Manifest,
-    StepFolder,
-    file_entry,
-    write_manifest,
-)
+from titan_growth.checkpoint.folder import LINEAGE, RECIPE, StepFolder, file_entry, write_manifest
 from titan_growth.checkpoint.history import GrowthEvent, Lineage
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.checkpoint.writer import ShardWriter
 from titan_growth.commands.args import STAGE_WORDS, map_of, parse_words, stage_of
@@ -225,9 +219,7 @@ def _verify(source: SafeReader, target: Path, tensors: dict[str, Tensor], rules:
     chunks = written.chunks()
     for name in sorted(tensors, key=lambda one: rules.of(one).source or ""):
         (chunk,) = chunks[name]
-        _, wrong = verify_growth(
-            source.folder, {name: written.read_chunk(chunk)}, rules.of, std_of=std_of, reader=stored
-        )
+        wrong = verify_growth(source.folder, {name: written.read_chunk(chunk)}, rules.of, std_of=std_of, reader=stored)
         if wrong:
             raise GrowthError(f"the grown model is wrong: {wrong[0]}")
 

@@ -32,7 +32,14 @@ from titan_growth.config.loader import to_toml, with_values
 from titan_growth.interchange.folder import CONFIG, is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.interchange.tokenizer_files import assets_in, checked_assets, copy_assets
-from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, TitanGrowthError, print_error
+from titan_growth.tools.errors import (
+    CheckpointError,
+    ConfigError,
+    Problem,
+    RefusedCheckpointError,
+    TitanGrowthError,
+    print_error,
+)
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.run_folder import gib
 
@@ -75,7 +82,7 @@ def import_folder(source: Path, target: Path) -> str:
     if (source / ".metadata").exists():
         raise ConfigError([Problem("--from", f"{source} is a step folder already", "Name a Hugging Face folder")])
     if not is_hugging_face(source):
-        raise CheckpointError(f"{source.name} refused: it has no {CONFIG}")
+        raise RefusedCheckpointError(source.name, f"it has no {CONFIG}")
     opened = open_hugging_face(source)
     require_new(target, source)
     assets = checked_assets(source, [CONFIG, *assets_in(source)])

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from titan_growth.checkpoint.folder import Manifest, StepFolder
+from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import Lineage, Progress
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.commands.args import Source, open_source
 from titan_growth.config.loader import with_values

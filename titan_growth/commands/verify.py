@@ -16,7 +16,7 @@ from titan_growth.checkpoint.folder import StepFolder, open_step, step_numbers, 
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.growth.rules import OPTIMIZER_PREFIX
 from titan_growth.run.vet import problem_of, whole_problem
-from titan_growth.tools.errors import CheckpointError, TitanGrowthError, one_line, print_error
+from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError, TitanGrowthError, one_line, print_error
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.run_folder import gib
 
@@ -62,10 +62,10 @@ def verified(path: Path) -> Iterator[str]:
         raise CheckpointError(f"{path}: no such folder")
     folder = open_step(path)
     if folder is None:
-        raise CheckpointError(f"{path} refused: it has no manifest, so it was never committed")
+        raise RefusedCheckpointError(str(path), "it has no manifest, so it was never committed")
     # In this order: what a stranger may have made absurdly large is read once it is known to be what it should.
     if damage := folder.damage(checksums=False) or problem_of(folder) or whole_problem(folder):
-        raise CheckpointError(f"{path.name} refused: {damage}")
+        raise folder.refused(damage)
     manifest = folder.manifest
     num_bytes = sum(entry["bytes"] for entry in manifest.files.values())
     ranks = f"{manifest.num_ranks} rank{'s' if manifest.num_ranks != 1 else ''}"
@@ -84,7 +84,7 @@ def _tensors(folder: StepFolder) -> str:
         for piece in pieces:
             for values in reader.values_in_parts(piece):
                 if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-                    raise CheckpointError(f"{folder.path.name} refused: {name} is not finite")
+                    raise folder.refused(f"{name} is not finite")
     num_rng = sum(name.startswith("rng.") for name in chunks)
     num_state = sum(name.startswith(OPTIMIZER_PREFIX) for name in chunks)
     state = f"and {num_state:,} of the optimizer" if num_state else "and no optimizer state"

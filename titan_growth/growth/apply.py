@@ -19,7 +19,7 @@ from titan_growth.growth.rules import Rules
 from titan_growth.growth.verify import verify_growth
 from titan_growth.models.registry import family_module
 from titan_growth.tools.collectives import describe_os_error, fail_together, gather_objects
-from titan_growth.tools.errors import CheckpointError, GrowthError
+from titan_growth.tools.errors import CheckpointError, GrowthError, RefusedCheckpointError
 from titan_growth.tools.logs import logger
 
 Result = TypeVar("Result")
@@ -34,7 +34,7 @@ def _read_together(source: Path, read: Callable[[], Result]) -> Result:
     except CheckpointError as error:
         errors = [str(error)]
     except OSError as error:
-        errors = [f"{source.name} refused: {describe_os_error(error)}"]
+        errors = [str(RefusedCheckpointError(source.name, describe_os_error(error)))]
     fail_together(errors, CheckpointError)
     assert result is not None, "a rank without an error has read something"
     return result
@@ -130,11 +130,11 @@ def carry_out(
 
     done = _read_together(source, lambda: read_grown(source, tensors, rules.of, std_of=std_of, seed=seed))
     try:
-        num_compared, wrong = verify_growth(source, tensors, rules.of, std_of=std_of)
+        wrong = verify_growth(source, tensors, rules.of, std_of=std_of)
     except (CheckpointError, OSError) as error:
-        num_compared, wrong = 0, [str(error)]
+        wrong = [str(error)]
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     fail_together([f"the grown model is wrong: {wrong[0]}{more}"] if wrong else [], GrowthError)
-    logger.info("every tensor is what its source makes of it (%d compared on this rank)", num_compared)
+    logger.info("every tensor is what its source makes of it (%d compared on this rank)", len(tensors))
     each = gather_objects((done.num_bytes, done.num_chunks, done.largest_chunk))
     return BytesRead(sum(one[0] for one in each), sum(one[1] for one in each), max(one[2] for one in each))

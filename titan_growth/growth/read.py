@@ -23,7 +23,6 @@ from titan_growth.growth.axes import NEW
 from titan_growth.growth.place import place
 from titan_growth.growth.rules import OPTIMIZER_PREFIX, Rule
 from titan_growth.models.initialize import ROWS_PER_BLOCK, draw, local_and_offset
-from titan_growth.tools.errors import CheckpointError
 
 StdOf = Callable[[str], float | None]
 """Parameter name -> deviation of its initial distribution in the grown model, None for ones."""
@@ -111,13 +110,13 @@ def read_grown(
             box.local.zero_()
             continue
         if box.rule.source not in chunks:
-            raise CheckpointError(f"{folder.name} refused: it has no {box.rule.source}, which {name} comes from")
+            raise stored.refused(f"it has no {box.rule.source}, which {name} comes from")
         if any(NEW in positions for positions in box.positions if not isinstance(positions, range)):
             box.local.zero_()
         for chunk in chunks[box.rule.source]:
             if chunk.dtype != box.local.dtype:
                 message = f"{box.rule.source} is stored as {chunk.dtype}, and {name} is {box.local.dtype}"
-                raise CheckpointError(f"{folder.name} refused: {message}")
+                raise stored.refused(message)
             if box.overlaps(chunk.offsets, chunk.sizes):
                 wanted.setdefault(chunk, []).append(box)
     done = BytesRead()

@@ -35,14 +35,14 @@ def verify_growth(
     *,
     std_of: StdOf,
     reader: SafeReader | None = None,
-) -> tuple[int, list[str]]:
+) -> list[str]:
     """Compares this rank's shards of a grown model with the checkpoint it was made from.
 
     Args:
         reader: of the folder, when the caller has one.
 
     Returns:
-        (number of tensors compared, what is wrong with them).
+        What is wrong, a line for each tensor.
     """
     stored = reader or SafeReader(folder)
     chunks = stored.chunks()
@@ -64,7 +64,7 @@ def verify_growth(
                 span = _span(box)
                 dense = _dense(stored, chunks[source], span, box.local.dtype, buffer)
             wrong += _compare_parts(name, box, dense, span[0] if span is not None else (), std)
-    return len(tensors), wrong
+    return wrong
 
 
 def _compare_parts(name: str, box: Box, dense: Tensor | None, starts: Sequence[int], std: float | None) -> list[str]:

@@ -11,6 +11,7 @@ from 5 on. All of them are read, in the order that transformers 5 gives them, an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,7 +20,7 @@ from titan_growth.config.schema.model import ModelConfig
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.hugging_face import HuggingFaceLayout
 from titan_growth.models.registry import FAMILIES, family_module, model_config_of
-from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
 
 _SIZES = {
     "hidden_size": "dim",
@@ -47,14 +48,10 @@ _LLAMA3 = {
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAMA3}
 
 
-def layouts() -> dict[str, tuple[str, HuggingFaceLayout]]:
-    """`model_type` -> (family, its layout)."""
-    found = {}
-    for family in FAMILIES:
-        layout = getattr(family_module(family), "HUGGING_FACE", None)
-        if layout is not None:
-            found[layout.model_type] = (family, layout)
-    return found
+def _families() -> dict[str, str]:
+    """`model_type` -> the family that has its layout."""
+    layouts = {family: getattr(family_module(family), "HUGGING_FACE", None) for family in FAMILIES}
+    return {layout.model_type: family for family, layout in layouts.items() if layout is not None}
 
 
 def layout_of(family: str) -> HuggingFaceLayout:
@@ -65,8 +62,17 @@ def layout_of(family: str) -> HuggingFaceLayout:
     return layout
 
 
-def model_table(table: Mapping[str, Any], folder: str) -> tuple[ModelConfig, DecoderConfig]:
-    """The `[model]` table of a config.json, every size spelled out, and the model that it makes.
+@dataclass(frozen=True)
+class DescribedModel:
+    """What a config.json describes."""
+
+    section: ModelConfig
+    """The `[model]` table that means the same, every size spelled out."""
+    config: DecoderConfig
+
+
+def described_model(table: Mapping[str, Any], folder: str) -> DescribedModel:
+    """The model of a config.json.
 
     Args:
         folder: its name, for messages.
@@ -76,13 +82,15 @@ def model_table(table: Mapping[str, Any], folder: str) -> tuple[ModelConfig, Dec
             no sense.
     """
 
-    def refused(why: str) -> CheckpointError:
-        return CheckpointError(f"{folder} refused: {why}")
+    def refused(reason: str) -> RefusedCheckpointError:
+        return RefusedCheckpointError(folder, reason)
 
     model_type = table.get("model_type")
-    if not isinstance(model_type, str) or model_type not in layouts():
-        raise refused(f"its config.json has the model_type {model_type!r:.60}; known: {', '.join(layouts())}")
-    family, layout = layouts()[model_type]
+    families = _families()
+    if not isinstance(model_type, str) or model_type not in families:
+        raise refused(f"its config.json has the model_type {model_type!r:.60}; known: {', '.join(families)}")
+    family = families[model_type]
+    layout = layout_of(family)
     if table.get("quantization_config") is not None:
         raise refused("it is quantised (quantization_config in its config.json). Take the unquantised model")
     architectures = table.get("architectures")
@@ -110,7 +118,7 @@ def model_table(table: Mapping[str, Any], folder: str) -> tuple[ModelConfig, Dec
     config, problems = model_config_of(section)
     if config is None:
         raise refused(f"its config.json makes no model ({problems[0]})")
-    return section.model_copy(update=_spelled_out(config)), config
+    return DescribedModel(section.model_copy(update=_spelled_out(config)), config)
 
 
 def _rope(table: Mapping[str, Any], layout: HuggingFaceLayout, refused: Any) -> dict[str, Any]:

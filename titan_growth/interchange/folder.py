@@ -14,12 +14,12 @@ import torch
 
 from titan_growth.checkpoint.untrusted.files import is_plain_name
 from titan_growth.config.schema.model import ModelConfig
-from titan_growth.interchange.config_json import layout_of, model_table
+from titan_growth.interchange.config_json import described_model, layout_of
 from titan_growth.interchange.safetensors_file import StoredTensor, parse_json, read_header
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.hugging_face import HuggingFaceLayout, parameter_shapes
 from titan_growth.models.registry import family_module
-from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.errors import RefusedCheckpointError
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _MAX_CONFIG_BYTES, _MAX_INDEX_BYTES = 10_000_000, 1_000_000_000
@@ -63,21 +63,22 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     """
     try:
         table = _json(path, CONFIG, _MAX_CONFIG_BYTES)
-        section, config = model_table(table, path.name)
+        model = described_model(table, path.name)
         stored = _stored(path)
     except OSError as error:
         where = f"{Path(error.filename).name}: " if error.filename else ""
-        raise CheckpointError(f"{path.name} refused: {where}{error.strerror or error}") from None
-    return HuggingFaceFolder(path, section, config, _parameters(path, section.name, config, stored))
+        raise RefusedCheckpointError(path.name, f"{where}{error.strerror or error}") from None
+    tensors = _parameters(path, model.section.name, model.config, stored)
+    return HuggingFaceFolder(path, model.section, model.config, tensors)
 
 
 def _json(path: Path, name: str, max_bytes: int) -> dict[str, Any]:
     file = path / name
     if not file.is_file():
-        raise CheckpointError(f"{path.name} refused: it has no {name}")
+        raise RefusedCheckpointError(path.name, f"it has no {name}")
     if file.stat().st_size > max_bytes:
-        raise CheckpointError(f"{path.name} refused: its {name} has {file.stat().st_size:,} bytes")
-    return parse_json(file.read_bytes(), f"{path.name} refused: its {name}")
+        raise RefusedCheckpointError(path.name, f"its {name} has {file.stat().st_size:,} bytes")
+    return parse_json(file.read_bytes(), path.name, f"its {name}")
 
 
 def _stored(path: Path) -> dict[str, StoredTensor]:
@@ -91,26 +92,26 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
             why = f"its weights are pickled ({pickled}), which can run anything when read. Convert them to safetensors"
         else:
             why = f"it has neither {SINGLE} nor {INDEX}"
-        raise CheckpointError(f"{path.name} refused: {why}")
+        raise RefusedCheckpointError(path.name, why)
     weight_map = _json(path, INDEX, _MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path.name} refused: its {INDEX} has no weight_map")
+        raise RefusedCheckpointError(path.name, f"its {INDEX} has no weight_map")
     files = sorted(set(weight_map.values()))
     for name in files:
         if not is_plain_name(name) or name.startswith(".") or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path.name} refused: its {INDEX} names the file {name!a:.100}")
+            raise RefusedCheckpointError(path.name, f"its {INDEX} names the file {name!a:.100}")
         if not (path / name).is_file():
-            raise CheckpointError(f"{path.name} refused: it has no {name}, which its {INDEX} names")
+            raise RefusedCheckpointError(path.name, f"it has no {name}, which its {INDEX} names")
     stored: dict[str, StoredTensor] = {}
     for name in files:
         for tensor, where in read_header(path / name).items():
             if weight_map.get(tensor) != name:
                 said = f"in {weight_map[tensor]}" if tensor in weight_map else "nowhere"
-                raise CheckpointError(f"{path.name} refused: {_shown(tensor)} is in {name}, and {said} by its {INDEX}")
+                raise RefusedCheckpointError(path.name, f"{_shown(tensor)} is in {name}, and {said} by its {INDEX}")
             stored[tensor] = where
     if missing := sorted(weight_map.keys() - stored.keys()):
         file = weight_map[missing[0]]
-        raise CheckpointError(f"{path.name} refused: {file} has no {_shown(missing[0])}, which its {INDEX} says")
+        raise RefusedCheckpointError(path.name, f"{file} has no {_shown(missing[0])}, which its {INDEX} says")
     return stored
 
 
@@ -125,26 +126,24 @@ def _parameters(
     """Our parameters and where they are. Raises CheckpointError for what is missing, does not fit, or is too much."""
     layout = layout_of(family)
     if config.num_layers > len(stored):
-        raise CheckpointError(
-            f"{path.name} refused: its config.json has {config.num_layers:,} layers, its files {len(stored):,} tensors"
+        raise RefusedCheckpointError(
+            path.name, f"its config.json has {config.num_layers:,} layers, its files {len(stored):,} tensors"
         )
     found: dict[str, StoredTensor] = {}
     for parameter, shape in parameter_shapes(config, family_module(family).ROLES):
         name = layout.name_of(config.tied.get(parameter, parameter))
         tensor = stored.get(name)
         if tensor is None:
-            raise CheckpointError(f"{path.name} refused: it has no {name}")
+            raise RefusedCheckpointError(path.name, f"it has no {name}")
         if tensor.shape != shape:
             sizes = [" x ".join(f"{size:,}" for size in sizes) or "a scalar" for sizes in (tensor.shape, shape)]
-            raise CheckpointError(f"{path.name} refused: {name} is {sizes[0]}, and {sizes[1]} by its config.json")
+            raise RefusedCheckpointError(path.name, f"{name} is {sizes[0]}, and {sizes[1]} by its config.json")
         if tensor.dtype not in _FLOATS:
-            raise CheckpointError(f"{path.name} refused: {name} is stored as {tensor.dtype}, which is quantised")
+            raise RefusedCheckpointError(path.name, f"{name} is stored as {tensor.dtype}, which is quantised")
         found[parameter] = tensor
     known = {tensor.name for tensor in found.values()} | {layout.name_of(copy) for copy in config.tied}
     unknown = sorted(name for name in stored.keys() - known if not name.endswith(layout.ignored))
     if unknown:
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise CheckpointError(
-            f"{path.name} refused: it has {_shown(unknown[0])}{more}, for which there is no place here"
-        )
+        raise RefusedCheckpointError(path.name, f"it has {_shown(unknown[0])}{more}, for which there is no place here")
     return found

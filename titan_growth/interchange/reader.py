@@ -63,6 +63,19 @@ class _Piece:
     """Rows of a head, where the order in it is another."""
     first_row: int
 
+    @property
+    def row_bytes(self) -> int:
+        return self.tensor.num_bytes // self.tensor.shape[0]
+
+    @property
+    def offsets(self) -> torch.Size:
+        """Where the piece begins in its tensor."""
+        return torch.Size((self.first_row, *(0 for _ in self.tensor.shape[1:])))
+
+    @property
+    def sizes(self) -> torch.Size:
+        return torch.Size((self.length // self.row_bytes, *self.tensor.shape[1:]))
+
 
 class HuggingFaceReader(SafeReader):
     """Reads a folder when it is first asked for something; a folder that is refused raises CheckpointError then.
@@ -95,15 +108,11 @@ class HuggingFaceReader(SafeReader):
 
     def _require_same(self, opened: HuggingFaceFolder) -> None:
         if self.family is not None and opened.section.name != self.family:
-            raise CheckpointError(
-                f"{self.folder.name} refused: it is of the family {opened.section.name}, the recipe of {self.family}"
-            )
+            raise self.refused(f"it is of the family {opened.section.name}, the recipe of {self.family}")
         for field, key in _MUST_AGREE.items() if self.config is not None else ():
             theirs, ours = getattr(opened.config, field), getattr(self.config, field)
             if theirs != ours:
-                raise CheckpointError(
-                    f"{self.folder.name} refused: it is of another model: {key} is {theirs} there and {ours} here"
-                )
+                raise self.refused(f"it is of another model: {key} is {theirs} there and {ours} here")
 
     def differences(self) -> list[str]:
         """Settings of the recipe that make another function of the same weights, a line each."""
@@ -128,9 +137,8 @@ class HuggingFaceReader(SafeReader):
             for name, tensor in self.opened.tensors.items():
                 chunks = []
                 for piece in self._pieces_of(name, tensor):
-                    offsets, sizes = _box(piece)
-                    chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-                    storage[MetadataIndex(name, torch.Size(offsets))] = piece
+                    chunks.append(ChunkStorageMetadata(piece.offsets, piece.sizes))
+                    storage[MetadataIndex(name, piece.offsets)] = piece
                 properties = TensorProperties(dtype=tensor.dtype)
                 entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
             self._stored = Metadata(entries, storage_data=storage)
@@ -170,7 +178,7 @@ class HuggingFaceReader(SafeReader):
         """A box of a piece: whole heads are read where their rows have another order, and no other columns."""
         dtype, group = piece.tensor.dtype, piece.group or 1
         first, stop = starts[0] // group * group, -(-(starts[0] + lengths[0]) // group) * group
-        row_bytes = piece.length // _box(piece)[1][0]
+        row_bytes = piece.row_bytes
         column, num_columns = (starts[1], lengths[1]) if len(starts) > 1 else (0, 1)
         # A disk reads a piece of a row as fast as a row; a request to a store for each would take for ever.
         whole_rows = not isinstance(self.folder, Path)
@@ -193,7 +201,7 @@ class HuggingFaceReader(SafeReader):
                     for row, at in enumerate(range(0, len(target), part_bytes)):
                         fill(file, piece.offset + begin + row * row_bytes, target[at : at + part_bytes])
         except OSError as error:
-            raise self._refused(f"{piece.relative_path} cannot be read ({error.strerror or error})") from None
+            raise self.refused(f"{piece.relative_path} cannot be read ({error.strerror or error})") from None
         self.num_bytes_read += len(target)
         self.num_chunks_read += 1
 
@@ -216,7 +224,7 @@ class HuggingFaceReader(SafeReader):
         try:
             return self._file(chunk.file)
         except OSError as error:
-            raise self._refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
 
     def _find(self, file: IO[bytes], chunk: StoredChunk) -> StoredValues:
         """The values are where the header says; around them is nothing."""
@@ -225,13 +233,6 @@ class HuggingFaceReader(SafeReader):
 
 
 _ONLY_SCALED = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
-
-
-def _box(piece: _Piece) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(offsets, sizes) of a piece in its tensor."""
-    num_rows, *others = piece.tensor.shape
-    rows = piece.length // (piece.tensor.num_bytes // num_rows)
-    return (piece.first_row, *(0 for _ in others)), (rows, *others)
 
 
 def in_pairs(values: Tensor, group: int | None) -> Tensor:

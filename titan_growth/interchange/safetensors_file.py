@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.errors import RefusedCheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
 """As the library has it."""
@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by name.
 
     Raises:
-        CheckpointError: when the header is damaged, or does not fit the file.
+        RefusedCheckpointError: when the header is damaged, or does not fit the file.
         OSError: when the file cannot be read.
     """
     num_bytes = path.stat().st_size
@@ -72,7 +72,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, num_bytes - 8):
             raise _refused(path, f"a header of {length:,} bytes in a file of {num_bytes:,}")
-        table = parse_json(file.read(length), f"{path.parent.name} refused: the header of {path.name}")
+        table = parse_json(file.read(length), path.parent.name, f"the header of {path.name}")
     table.pop("__metadata__", None)
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in table.items()}
     end = 8 + length
@@ -87,7 +87,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _tensor(path: Path, name: str, entry: Any, data_begin: int) -> StoredTensor:
-    def bad(why: str) -> CheckpointError:
+    def bad(why: str) -> RefusedCheckpointError:
         return _refused(path, f"{name!a:.100} {why}")
 
     if not isinstance(entry, dict):
@@ -108,12 +108,12 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < _MAX_SIZE for size in value)
 
 
-def _refused(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{path.parent.name} refused: {path.name} is not a valid safetensors file ({why})")
+def _refused(path: Path, why: str) -> RefusedCheckpointError:
+    return RefusedCheckpointError(path.parent.name, f"{path.name} is not a valid safetensors file ({why})")
 
 
-def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object that names no key twice. Raises CheckpointError that says `what` is not one."""
+def parse_json(data: bytes, folder: str, what: str) -> dict[str, Any]:
+    """A JSON object that names no key twice. Refuses the folder, saying that `what` is not one."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -124,9 +124,10 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     try:
         table = json.loads(data.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not valid JSON ({' '.join(str(error).split())[:100]})") from None
+        why = " ".join(str(error).split())[:100]
+        raise RefusedCheckpointError(folder, f"{what} is not valid JSON ({why})") from None
     if not isinstance(table, dict):
-        raise CheckpointError(f"{what} is not a JSON object")
+        raise RefusedCheckpointError(folder, f"{what} is not a JSON object")
     return table
 
 

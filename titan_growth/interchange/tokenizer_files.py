@@ -26,7 +26,7 @@ from titan_growth.data.tokenizers import (
 from titan_growth.interchange.folder import CONFIG
 from titan_growth.interchange.safetensors_file import parse_json
 from titan_growth.interchange.tokenizer_json import of_bytes, of_sentencepiece
-from titan_growth.tools.errors import CheckpointError, DataError
+from titan_growth.tools.errors import CheckpointError, DataError, RefusedCheckpointError
 
 TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 GENERATION = "generation_config.json"
@@ -65,11 +65,11 @@ def checked_assets(source: Path, names: Sequence[str]) -> dict[str, Path]:
     for name in names:
         path = (source / name).resolve()
         if path.parent != root and path.parent != root.parent.parent / "blobs":
-            raise CheckpointError(f"{source.name} refused: its {name} is a link that leads out of it")
+            raise RefusedCheckpointError(source.name, f"its {name} is a link that leads out of it")
         if path.stat().st_size > _MAX_BYTES:
-            raise CheckpointError(f"{source.name} refused: its {name} has {path.stat().st_size:,} bytes")
+            raise RefusedCheckpointError(source.name, f"its {name} has {path.stat().st_size:,} bytes")
         if name.endswith(".json"):
-            parse_json(path.read_bytes(), f"{source.name} refused: its {name}")
+            parse_json(path.read_bytes(), source.name, f"its {name}")
         found[name] = path
     return found
 
@@ -117,9 +117,10 @@ def tokenizer_of(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
 
 def _looked_for(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
     wanted = folder.manifest.data.get("tokenizer")
-    tokenizer, path = _find(recipe, wanted)
-    if tokenizer is None:
+    found = _find(recipe, wanted)
+    if found is None:
         return ExportedTokenizer("without tokenizer: the recipe names none, and the one it trained is not in the cache")
+    tokenizer, path = found.tokenizer, found.path
     if wanted is not None and tokenizer.fingerprint()[: len(wanted)] != wanted:
         return ExportedTokenizer(f"without tokenizer: {path} is not the one that the model was trained with")
     if path is not None and path.is_dir() and isinstance(tokenizer, HuggingFaceTokenizer):
@@ -127,28 +128,35 @@ def _looked_for(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
     return _made(tokenizer, recipe)
 
 
-def _find(recipe: Recipe, wanted: str | None) -> tuple[Tokenizer | None, Path | None]:
+@dataclass(frozen=True)
+class _Found:
+    tokenizer: Tokenizer
+    path: Path | None = None
+    """None for one that has no files."""
+
+
+def _find(recipe: Recipe, wanted: str | None) -> _Found | None:
     data = recipe.data
     if data.tokenizer == "bytes":
-        return BytesTokenizer(), None
+        return _Found(BytesTokenizer())
     named = data.tokenizer_path or recipe.model.hf_assets_path
     if named is not None and (data.tokenizer_path is not None or Path(named).expanduser().exists()):
         path = Path(named).expanduser()
-        return load_tokenizer(path, data.tokenizer), path
+        return _Found(load_tokenizer(path, data.tokenizer), path)
     root = cache_root(Path(data.cache_dir).expanduser() if data.cache_dir else None) / "tokenizers"
     if wanted is not None:
         for path in sorted(root.glob("*.model")):
             tokenizer = SentencePieceTokenizer(path)
             if tokenizer.fingerprint()[: len(wanted)] == wanted:
-                return tokenizer, path
-    return None, None
+                return _Found(tokenizer, path)
+    return None
 
 
 def _copied(folder: Path, said: str) -> ExportedTokenizer:
     """The tokenizer files of a Hugging Face folder, and the special tokens that its config.json names."""
     found = ExportedTokenizer(said, checked_assets(folder, assets_in(folder)))
     if (folder / CONFIG).is_file():
-        table = parse_json((folder / CONFIG).read_bytes(), f"{folder.name} refused: its {CONFIG}")
+        table = parse_json((folder / CONFIG).read_bytes(), folder.name, f"its {CONFIG}")
         found.tokens = {key: table[key] for key in _TOKENS if key in table}
     return found
 
@@ -175,10 +183,9 @@ def _made(tokenizer: Tokenizer, recipe: Recipe) -> ExportedTokenizer:
             settings["tokenizer_class"] = "LlamaTokenizer"
             found.said = f"the {tokenizer.name} as it is: AutoTokenizer may read it differently"
         else:
-            text, special = made
             found.said = f"the {tokenizer.name} as {TOKENIZER_JSON}"
-            found.files[TOKENIZER_JSON] = text.encode()
-            settings |= special
+            found.files[TOKENIZER_JSON] = made.text.encode()
+            settings |= made.special_tokens
     settings["model_max_length"] = recipe.model.max_seq_len or recipe.training.seq_len
     found.files[TOKENIZER_CONFIG] = (json.dumps(settings, indent=2) + "\n").encode()
     return found

@@ -7,12 +7,10 @@ exact is not taken for granted: both encode a few difficult texts, and one diffe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from titan_growth.data.tokenizers import SentencePieceTokenizer, Tokenizer
-
-TokenizerJson = tuple[str, dict[str, str]]
-"""(text of tokenizer.json, special tokens by the keys of tokenizer_config.json)."""
 
 _SPACE = "\u2581"
 _BPE = 2
@@ -28,6 +26,16 @@ _DIFFICULT = (
     "The quick brown fox jumps over the lazy dog, 1234567890 times;\nthe dog does not care at all.",
     "is no end, nor is [INST] or <0x41>",
 )
+
+
+@dataclass(frozen=True)
+class TokenizerJson:
+    """A tokenizer as Hugging Face has it."""
+
+    text: str
+    """Of tokenizer.json."""
+    special_tokens: dict[str, str]
+    """By the keys of tokenizer_config.json."""
 
 
 def of_sentencepiece(tokenizer: SentencePieceTokenizer, *, adds_bos: bool) -> TokenizerJson | None:
@@ -128,4 +136,4 @@ def _finished(made: Any, original: Tokenizer, special: dict[str, str], adds_bos:
         made.post_processor = TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, original.bos_id)]
         )
-    return made.to_str(pretty=True), special
+    return TokenizerJson(made.to_str(pretty=True), special)

@@ -104,11 +104,6 @@ def timed_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def failed_together(error: BaseException | None) -> bool:
-    """Whether an error is that of something that the ranks did together, so that they can do nothing more."""
-    return error is not None and (caused_by_peer(error) or timed_out(error))
-
-
 class ExitReport:
     """One rank's pen for the report. It never raises: a full disk must not hide the error that is being reported."""
 

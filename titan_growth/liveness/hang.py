@@ -1,8 +1,8 @@
-"""Who is to blame for a hang: a verdict from what all ranks wrote down, looked at twice.
+"""Who is to blame for a hang: a diagnosis from what all ranks wrote down, looked at twice.
 
-A rank that waits in a collective knows only that somebody did not come. The beats (`tools.heartbeat`) tell who: ranks
-pass the same marks in the same order, so whoever has passed fewer is behind; and a rank whose beats do not count on is
-frozen or gone. Only counters are compared, never clocks, which differ between machines.
+A rank that waits in a collective knows only that another did not come. The beats (`liveness.heartbeat`) tell which:
+ranks pass the same marks in the same order, so the one that has passed fewer is behind; and a rank whose beats do not
+count on is frozen or gone. Only counters are compared, never clocks, which differ between machines.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from titan_growth.liveness.waits import LAST_SAVE
 from titan_growth.tools.errors import TitanGrowthError
-
-LEAVING = "close of checkpoint/saving.py"
-"""Where a rank is that has failed by itself, and lets a save in the background end before it says so."""
 
 LONG_PHASES = ("validation", "checkpoint", "growth")
 """Phases in which ranks may be far apart without anything being wrong."""
@@ -61,6 +59,8 @@ class Beat:
     """It is inside a collective, as far as its stack shows."""
     left: str = ""
     """Why it beats no more: "done" (in good order, or because it gave up on others) or "failed"."""
+    waits_for: str = ""
+    """What else than a collective it waits for, as far as that is marked (`liveness.waits`)."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -82,7 +82,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """Which ranks are to blame, and in what words."""
 
     kind: str
@@ -91,8 +91,10 @@ class Verdict:
     message: str
 
 
-def judge(first: Mapping[int, Beat], second: Mapping[int, Beat], num_ranks: int, mine: int, waited: float) -> Verdict:
-    """The verdict of one rank.
+def diagnose(
+    first: Mapping[int, Beat], second: Mapping[int, Beat], num_ranks: int, mine: int, waited: float
+) -> Diagnosis:
+    """The diagnosis of one rank.
 
     Args:
         first, second: the beats of all ranks by rank, seconds apart; a rank that never wrote is missing.
@@ -107,18 +109,18 @@ def judge(first: Mapping[int, Beat], second: Mapping[int, Beat], num_ranks: int,
         has = "have" if len(frozen) > 1 else "has"
         where = _stopped(frozen)
         message = f"{_names(frozen)} {has} not answered {for_so_long}, {where}; the other ranks waited in a collective"
-        return Verdict("frozen", tuple(frozen), message)
+        return Diagnosis("frozen", tuple(frozen), message)
     if missing:
         ranks = ", ".join(map(str, missing[:NAMED]))
         message = f"rank{'s' if len(missing) > 1 else ''} {ranks} never answered; the other ranks waited {for_so_long}"
-        return Verdict("frozen", (), message)
-    ended = [beat for beat in second.values() if beat.left == "failed" or beat.place == LEAVING]
-    if ended and second[mine].place != LEAVING:
-        return Verdict("ended", tuple(ended), f"{_names(ended)} ended {ended[0].at}; its own message tells why")
+        return Diagnosis("frozen", (), message)
+    ended = [beat for beat in second.values() if beat.left == "failed" or beat.waits_for == LAST_SAVE]
+    if ended and second[mine].waits_for != LAST_SAVE:
+        return Diagnosis("ended", tuple(ended), f"{_names(ended)} ended {ended[0].at}; its own message tells why")
     moving = [beat for beat in there if beat.rank in first and first[beat.rank].moves != beat.moves]
     patient = not second[mine].waits or second[mine].phase in LONG_PHASES
     if patient and any(beat.rank != mine for beat in moving):
-        return Verdict("moving", (), "the others get on")
+        return Diagnosis("moving", (), "the others get on")
     lowest = min(beat.position for beat in second.values())
     # Also one that has given up before this rank did: it is still the one that the others waited for.
     hindmost = [beat for beat in second.values() if beat.position == lowest]
@@ -130,12 +132,12 @@ def judge(first: Mapping[int, Beat], second: Mapping[int, Beat], num_ranks: int,
         message = (
             f"{_names(behind)} {is_} behind: {behind[0].at} while the other ranks have waited for it {for_so_long}"
         )
-        return Verdict("behind", tuple(behind), message)
+        return Diagnosis("behind", tuple(behind), message)
     message = (
         f"nothing has moved {for_so_long} {second[mine].at}, and no rank is behind: all {num_ranks} answer and have "
         "come to the same place. Look at the network and the devices"
     )
-    return Verdict("none", (), message)
+    return Diagnosis("none", (), message)
 
 
 def _names(beats: Sequence[Beat]) -> str:

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -29,7 +30,8 @@ from typing import Any
 import torch.distributed as dist
 
 from titan_growth.liveness.exit_report import FAILED, ExitReport, caused_by_peer, process_status, timed_out
-from titan_growth.liveness.hang import LONG_PHASES, Beat, HangError, Verdict, end_processes, judge
+from titan_growth.liveness.hang import LONG_PHASES, Beat, Diagnosis, HangError, diagnose, end_processes
+from titan_growth.liveness.waits import wait_of
 from titan_growth.tools.collectives import timeout_in_force
 from titan_growth.tools.logs import say
 from titan_growth.tools.torch_private import default_store
@@ -70,7 +72,6 @@ class Heartbeat:
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self.interval_seconds = interval_seconds or max(1.0, self.num_ranks / RANKS_PER_SECOND)
         self.phase, self.step = "start", 0
-        self._place = ""
         self._long_seconds = long_seconds
         self.last_checkpoint: Callable[[], str] = lambda: "Run the same command again"
         """Says what the run can go on from, to end a message with."""
@@ -128,18 +129,18 @@ class Heartbeat:
         asking = self._now(waits=True)
         with self._lock:
             self._asking = asking
-        verdict = self._look(waited, LOOK_BEATS)
+        diagnosis = self._look(waited, LOOK_BEATS)
         checkpoint = self.last_checkpoint()
-        if verdict is None or (lost and verdict.kind not in ("frozen", "ended")):
+        if diagnosis is None or (lost and diagnosis.kind not in ("frozen", "ended")):
             reason = str(error).strip().split("\n")[0]
             return HangError(f"rank {self.rank} lost another rank: {reason}. {checkpoint}", secondary=lost)
         if lost:
             # Whoever saw that process end knows better how it did; on another machine this is all there is to know.
-            named = " and ".join(beat.name for beat in verdict.culprits[:2]) or "another rank"
+            named = " and ".join(beat.name for beat in diagnosis.culprits[:2]) or "another rank"
             return HangError(f"rank {self.rank} lost {named}. {checkpoint}", secondary=True)
-        if verdict.kind == "ended":
-            return HangError(f"{verdict.message}. {checkpoint}", secondary=True)
-        return HangError(f"{verdict.message}. {checkpoint}", pids=self._killable(verdict.culprits))
+        if diagnosis.kind == "ended":
+            return HangError(f"{diagnosis.message}. {checkpoint}", secondary=True)
+        return HangError(f"{diagnosis.message}. {checkpoint}", pids=self._killable(diagnosis.culprits))
 
     # ---- the thread ----------------------------------------------------------------------------------------------
 
@@ -152,20 +153,20 @@ class Heartbeat:
 
     def _speak_for_main_thread(self) -> None:
         at_leisure = self.phase in LONG_PHASES
-        verdict = self._look(self._stalled_seconds, 4 * LOOK_BEATS if at_leisure else LOOK_BEATS)
+        diagnosis = self._look(self._stalled_seconds, 4 * LOOK_BEATS if at_leisure else LOOK_BEATS)
         if self._asking is not None or self._closed.is_set() or self._stalled_seconds == 0:
             return  # the main thread has come back, with an error or without
-        saving = self.phase == "checkpoint" or " of checkpoint" in self._place
-        ended = verdict is not None and verdict.kind == "ended"
-        if ended and verdict is not None:
-            saving = saving or not any(beat.left for beat in verdict.culprits)  # it is still there, and saves
+        saving = self.phase == "checkpoint" or wait_of(self._main) != ""
+        ended = diagnosis is not None and diagnosis.kind == "ended"
+        if ended and diagnosis is not None:
+            saving = saving or not any(beat.left for beat in diagnosis.culprits)  # it is still there, and saves
         enough = SAVING_SECONDS if saving else self._long_seconds if at_leisure else 0.0
         patient = self._stalled_seconds < enough
-        if verdict is not None and (verdict.kind == "moving" or (patient and verdict.kind != "frozen")):
+        if diagnosis is not None and (diagnosis.kind == "moving" or (patient and diagnosis.kind != "frozen")):
             self._patient_until = self._stalled_seconds + AGAIN_SECONDS
             return
-        said = verdict.message if verdict is not None else f"rank {self.rank} hangs {self._now().at}"
-        culprits = verdict.culprits if verdict is not None and not ended else ()
+        said = diagnosis.message if diagnosis is not None else f"rank {self.rank} hangs {self._now().at}"
+        culprits = diagnosis.culprits if diagnosis is not None and not ended else ()
         error = HangError(f"{said}. {self.last_checkpoint()}", pids=self._killable(culprits))
         self._leave("done")
         self._on_stall(error)
@@ -178,12 +179,10 @@ class Heartbeat:
 
     def _now(self, *, waits: bool | None = None, left: str = "") -> Beat:
         """Where this rank is; counts a beat."""
-        frame = sys._current_frames().get(self._main or 0)
-        seen, place, in_collective = _stack(frame)
-        del frame
-        self._place = place
+        stack = _stack(sys._current_frames().get(self._main or 0))
+        waits_for = wait_of(self._main)
         with self._lock:
-            seen = (self._position, *seen)
+            seen = (self._position, *stack.seen)
             if seen != self._seen:
                 self._seen, self._last_stalled_seconds = seen, self._stalled_seconds
                 self._stalled_seconds = self._patient_until = 0.0
@@ -201,9 +200,10 @@ class Heartbeat:
                 position=self._position,
                 step=self.step,
                 phase=self.phase,
-                place=place if fixed is None else fixed.place,
-                waits=(in_collective if waits is None else waits) if fixed is None else fixed.waits,
+                place=stack.place if fixed is None else fixed.place,
+                waits=(stack.in_collective if waits is None else waits) if fixed is None else fixed.waits,
                 left=left,
+                waits_for=waits_for if fixed is None else fixed.waits_for,
             )
 
     def _leave(self, how: str) -> None:
@@ -215,8 +215,8 @@ class Heartbeat:
 
     # ---- looking at the others -----------------------------------------------------------------------------------
 
-    def _look(self, waited: float, num_beats: int) -> Verdict | None:
-        """The verdict from two looks so many beats apart, or None when the store does not answer."""
+    def _look(self, waited: float, num_beats: int) -> Diagnosis | None:
+        """The diagnosis from two looks so many beats apart, or None when the store does not answer."""
         try:
             first = self._read()
             for _ in range(num_beats):
@@ -226,7 +226,7 @@ class Heartbeat:
             second = self._read()
         except (RuntimeError, OSError, ValueError, TypeError):
             return None
-        return judge(first, second, self.num_ranks, self.rank, waited)
+        return diagnose(first, second, self.num_ranks, self.rank, waited)
 
     def _read(self) -> dict[int, Beat]:
         assert self._store is not None
@@ -270,18 +270,27 @@ def _parent(pid: int) -> int | None:
         return None
 
 
-def _stack(frame: FrameType | None) -> tuple[tuple[int, ...], str, bool]:
-    """(a print of a stack that changes when its thread moves, the innermost function of ours, inside a collective?)."""
+@dataclass(frozen=True)
+class _Stack:
+    seen: tuple[int, ...]
+    """Changes when the thread moves."""
+    place: str
+    """The innermost function of this package."""
+    in_collective: bool
+
+
+def _stack(frame: FrameType | None) -> _Stack:
+    """What the stack of a thread shows."""
     seen: list[int] = []
-    place, waits = "", False
+    place, in_collective = "", False
     depth = 0
     while frame is not None:
         code = frame.f_code
         seen += (id(code), frame.f_lasti)
         # Collectives are C++ under a few wrappers. A pipeline schedule computes in deeper frames than its own.
         if depth < 4 and _COLLECTIVES in code.co_filename and (depth == 0 or "c10d" in code.co_filename):
-            waits = True
+            in_collective = True
         if not place and code.co_filename.startswith(_PACKAGE) and code.co_filename != __file__:
             place = f"{code.co_name} of {code.co_filename[len(_PACKAGE) :]}"
         frame, depth = frame.f_back, depth + 1
-    return tuple(seen), place, waits
+    return _Stack(tuple(seen), place, in_collective)

@@ -103,7 +103,7 @@ def open_initial(section: CheckpointConfig, growth: GrowthPlan) -> Initial:
     initial = on_rank0(lambda: initial_state(section, checksums=False))
     folder = on_rank0(lambda: open_step(initial.path))
     if folder is not None and (damage := damage_of(folder)):
-        raise CheckpointError(f"{initial.path.name} refused: {damage}")
+        raise folder.refused(damage)
     check_same_growths(initial.path, initial.lineage, growth)
     return initial
 
@@ -134,7 +134,7 @@ def initial_state(section: CheckpointConfig, *, checksums: bool) -> Initial:
         raise CheckpointError(f"{key}: is not a checkpoint (it has no .metadata). Name a step-N folder")
     folder = open_step(path)
     if folder is not None and (damage := folder.damage(checksums=checksums)):
-        raise CheckpointError(f"{path.name} refused: {damage}")
+        raise folder.refused(damage)
     if section.initial_load_model_only:
         return Initial(path, Progress(), Lineage(ancestors=_ancestors(folder)))
     return _whole_state(path, folder, key)
@@ -180,6 +180,6 @@ def check_initial(plan: RunPlan) -> None:
         return  # its files hold no archives, and have been looked into
     folder = open_step(path)
     if folder is not None and (problem := listing_problem(folder)):
-        raise CheckpointError(f"{path.name} refused: {problem}")
+        raise folder.refused(problem)
     chunks = reader.chunks()
     reader.check_chunks(chunk for name in wanted for chunk in chunks.get(name, ()))

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_growth.checkpoint.folder import Manifest
 from titan_growth.checkpoint.history import Progress
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.rewind import RollBackError
 from titan_growth.config.schema.stability import StabilityConfig
 from titan_growth.engine.optimizer import Optimizer

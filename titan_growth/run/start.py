@@ -13,6 +13,7 @@ import secrets
 from dataclasses import dataclass
 
 from titan_growth.checkpoint.folder import StepFolder, committed_steps, root_of
+from titan_growth.checkpoint.rewind import load_step_once
 from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
@@ -23,12 +24,8 @@ from titan_growth.run.resume import compare, decided_before, num_growths_of
 from titan_growth.run.vet import problem_of
 from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.errors import ConfigError, Problem
-from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
 from titan_growth.tools.run_folder import RunFolder
-
-GONE_BACK_FILE = "gone-back-to"
-"""In the checkpoint folder: the `load_step` that the run has gone back to."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +190,7 @@ def decide(recipe: Recipe, site: Site, checkpoint: StepFolder | None) -> Decisio
 def _require_not_left(before: Recipe, recipe: Recipe, folder: RunFolder) -> None:
     if not before.checkpoint.enable or before.checkpoint.folder == recipe.checkpoint.folder:
         return
-    left, _ = committed_steps(root_of(before.checkpoint.folder, folder.path))
+    left = committed_steps(root_of(before.checkpoint.folder, folder.path)).usable
     if left:
         message = (
             f"there is no checkpoint in {root_of(recipe.checkpoint.folder, folder.path)}, but this run has some in "
@@ -201,31 +198,6 @@ def _require_not_left(before: Recipe, recipe: Recipe, folder: RunFolder) -> None
         )
         hint = "Name that folder, or copy the newest here; another job.dump_folder starts a new run"
         raise ConfigError([Problem("checkpoint.folder", message, hint)])
-
-
-def load_step_once(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """The recipe as it is to be read now: a `checkpoint.load_step` that has been gone back to is done with.
-
-    The same command must go on, not go back, when it is given again after a stop; naming another step, or none in
-    between, goes back again.
-    """
-    wanted = recipe.checkpoint.load_step
-    if wanted == -1:
-        return recipe
-    try:
-        done = int((root_of(recipe.checkpoint.folder, folder.path) / GONE_BACK_FILE).read_text())
-    except (OSError, ValueError):
-        done = -1
-    return with_values(recipe, {"checkpoint.load_step": -1}) if done == wanted else recipe
-
-
-def remember_load_step(load_step: int, recipe: Recipe, folder: RunFolder) -> None:
-    """Remembers which `load_step` has been gone back to, or forgets it when the recipe names none."""
-    file = root_of(recipe.checkpoint.folder, folder.path) / GONE_BACK_FILE
-    if load_step != -1:
-        write_atomic(file, f"{load_step}\n")
-    else:
-        file.unlink(missing_ok=True)
 
 
 def is_finished(recipe: Recipe, checkpoint: StepFolder) -> bool:

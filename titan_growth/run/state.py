@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_growth.checkpoint.folder import Manifest, StepFolder
+from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.config.loader import to_toml
 from titan_growth.engine.state import rng_tensors, set_rng, stored_rng
 from titan_growth.run.data import RunData

@@ -36,24 +36,21 @@ def history_of(folder: StepFolder) -> tuple[Recipe, Chain, Lineage]:
     """
     lineage = folder.lineage()
     recipe = recipe_of(folder)
-    name = folder.path.name
     if too_large := next(_too_large(recipe.model_dump(include={"model", "growth"})), None):
-        raise CheckpointError(f"{name} refused: its recipe cannot be used ({too_large})")
+        raise folder.refused(f"its recipe cannot be used ({too_large})")
     try:
         target, problems = model_config_of(recipe.model)
         chain, more = chain_of(recipe.growth, target) if target is not None else (None, [])
     except (ArithmeticError, ValueError, TypeError, KeyError, IndexError) as error:  # sizes that nobody would write
-        raise CheckpointError(f"{name} refused: its recipe cannot be used ({type(error).__name__})") from None
+        raise folder.refused(f"its recipe cannot be used ({type(error).__name__})") from None
     if chain is None:
-        raise CheckpointError(
-            f"{name} refused: its recipe makes no model ({one_line(str([*problems, *more][0]), 300)})"
-        )
+        raise folder.refused(f"its recipe makes no model ({one_line(str([*problems, *more][0]), 300)})")
     if len(lineage.events) >= len(chain.configs):
-        raise CheckpointError(f"{name} refused: it has more growths behind it than its recipe has stages")
+        raise folder.refused("it has more growths behind it than its recipe has stages")
     num_layers = chain.configs[len(lineage.events)].num_layers
     if num_layers != folder.manifest.num_layers:
         told = f"its manifest says {folder.manifest.num_layers:,} layers, recipe and lineage {num_layers:,}"
-        raise CheckpointError(f"{name} refused: {told}")
+        raise folder.refused(told)
     return recipe, chain, lineage
 
 
@@ -70,7 +67,7 @@ def recipe_of(folder: StepFolder) -> Recipe:
         reason = first_problem(error)
     except (ValueError, TypeError, RecursionError) as error:
         reason = one_line(str(error), 200)
-    raise CheckpointError(f"{folder.path.name} refused: its recipe cannot be read ({reason})")
+    raise folder.refused(f"its recipe cannot be read ({reason})")
 
 
 def model_of(folder: StepFolder) -> tuple[DecoderConfig, str]:
@@ -90,7 +87,7 @@ def problem_of(folder: StepFolder) -> str | None:
         config, family = model_of(folder)
         return listing_problem(folder) or _tensor_problem(folder, config, family)
     except CheckpointError as error:
-        return _reason(folder, error)
+        return error.reason
 
 
 def whole_problem(folder: StepFolder) -> str | None:
@@ -110,9 +107,9 @@ def listing_problem(folder: StepFolder) -> str | None:
     """
     from titan_growth.checkpoint.reader import SafeReader
 
-    metadata = SafeReader(folder.path).read_metadata()
-    tensors = SafeReader.tensors_of(metadata)
-    if others := sorted(metadata.state_dict_metadata.keys() - tensors.keys()):
+    reader = SafeReader(folder.path)
+    metadata = reader.read_metadata()
+    if others := sorted(metadata.state_dict_metadata.keys() - reader.tensor_entries().keys()):
         return f"it holds {others[0]}, which is no tensor"
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
@@ -159,7 +156,3 @@ def _too_large(value: Any, key: str = "") -> Iterator[str]:
             yield from _too_large(item, key)
     elif isinstance(value, int) and abs(value) > (LARGEST >> 6 if key.endswith("layers") else LARGEST):
         yield f"{key} is {value:.3e}" if abs(value) < 10**300 else f"{key} is beyond all measure"
-
-
-def _reason(folder: StepFolder, error: CheckpointError) -> str:
-    return str(error).removeprefix(f"{folder.path.name} refused: ")

@@ -75,10 +75,30 @@ def one_line(text: str, max_length: int = 2000) -> str:
 
 
 class CheckpointError(TitanGrowthError):
-    """A checkpoint that cannot be written, is incomplete, or does not belong to this run. Always one line."""
+    """A checkpoint that cannot be written, is incomplete, or does not belong to this run. Always one line.
+
+    Attributes:
+        reason: what is wrong, without the name of a folder that was refused.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+        self.reason = str(self)
+
+
+class RefusedCheckpointError(CheckpointError):
+    """A folder that is not loaded, and why.
+
+    Attributes:
+        folder: its name or path, as messages show it.
+    """
+
+    def __init__(self, folder: str, reason: str) -> None:
+        super().__init__(f"{folder} refused: {reason}")
+        self.folder, self.reason = folder, one_line(reason)
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.folder, self.reason)  # errors travel between ranks
 
 
 class GrowthError(TitanGrowthError):

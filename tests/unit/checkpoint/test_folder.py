@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from titan_growth.checkpoint.folder import (
-    Manifest,
+    CommittedSteps,
     committed_steps,
     file_entry,
     open_step,
-    sealed,
     sha256_of,
     step_numbers,
     step_path,
     write_manifest,
 )
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
+from titan_growth.checkpoint.manifest import Manifest, sealed
 from titan_growth.tools.errors import CheckpointError
 
 MANIFEST = Manifest(
@@ -93,7 +93,7 @@ def test_a_manifest_cut_anywhere_is_not_committed_or_refused(tmp_path: Path) -> 
     (path / "manifest.json").unlink()
     assert open_step(path) is None
     assert open_step(tmp_path / "nowhere") is None
-    assert committed_steps(tmp_path) == ([], [])
+    assert committed_steps(tmp_path) == CommittedSteps([], [])
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ".", "", "a\\b"])
@@ -203,9 +203,9 @@ def test_steps_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "step-300").write_text("a file")
     (tmp_path / "step-400").mkdir()  # not committed
     assert step_numbers(tmp_path) == [400, 100, 99, 10, 9, 1]
-    good, refused = committed_steps(tmp_path)
-    assert [folder.step for folder in good] == [100, 99, 10, 9, 1]
-    assert refused == []
+    found = committed_steps(tmp_path)
+    assert [folder.step for folder in found.usable] == [100, 99, 10, 9, 1]
+    assert found.refused == []
     assert step_numbers(tmp_path / "nowhere") == []
 
 
@@ -214,8 +214,9 @@ def test_the_newest_whole_one_is_found_and_the_damaged_are_named(tmp_path: Path)
         commit(tmp_path, step)
     (tmp_path / "step-15" / "recipe.toml").unlink()
     (tmp_path / "step-10" / "manifest.json").write_text('{"format": 2}\n')
-    good, refused = committed_steps(tmp_path)
-    assert [folder.step for folder in good] == [5]
+    found = committed_steps(tmp_path)
+    assert [folder.step for folder in found.usable] == [5]
+    refused = [str(error) for error in found.refused]
     assert refused[0] == "step-15 refused: recipe.toml is missing"
     assert refused[1].startswith("step-10 refused: manifest.json is not valid (written by another version)")
 

@@ -12,9 +12,10 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.harness import run_ranks
-from titan_growth.checkpoint.folder import Manifest, StepFolder, committed_steps, open_step, step_numbers
+from titan_growth.checkpoint.folder import StepFolder, committed_steps, open_step, step_numbers
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.errors import CheckpointError
@@ -226,18 +227,18 @@ def _retention(rank: int, folder: Path) -> None:
         save(checkpoints, step, permanent=step in (1, 9))
     for step in (11, 12):  # two dead saves: they must not push out good ones
         (checkpoints.root / f"step-{step}").mkdir()
-    assert [found.step for found in committed_steps(checkpoints.root)[0]] == [10, 9, 2, 1]
+    assert [found.step for found in committed_steps(checkpoints.root).usable] == [10, 9, 2, 1]
     save(checkpoints, 13)
     checkpoints.close()
-    assert [found.step for found in committed_steps(checkpoints.root)[0]] == [13, 10, 9, 1]
+    assert [found.step for found in committed_steps(checkpoints.root).usable] == [13, 10, 9, 1]
     for step in (14, 15):
         save(checkpoints, step)
         checkpoints.close()
-    assert [found.step for found in committed_steps(checkpoints.root)[0]] == [15, 14, 9, 1]
+    assert [found.step for found in committed_steps(checkpoints.root).usable] == [15, 14, 9, 1]
     assert not (checkpoints.root / "step-2").exists()
     everything = manager(folder, keep_latest_k=0)
     save(everything, 16)
-    assert [found.step for found in committed_steps(checkpoints.root)[0]] == [16, 15, 14, 9, 1]
+    assert [found.step for found in committed_steps(checkpoints.root).usable] == [16, 15, 14, 9, 1]
 
 
 def test_the_newest_k_committed_and_the_permanent_are_kept(on_one_rank: Any) -> None:
@@ -296,7 +297,7 @@ def _permanent(rank: int, folder: Path) -> None:
     for step in (2, 3, 4):
         save(checkpoints, step)
     checkpoints.close()
-    assert [found.step for found in committed_steps(checkpoints.root)[0]] == [4, 3, 1]
+    assert [found.step for found in committed_steps(checkpoints.root).usable] == [4, 3, 1]
     assert open_step(kept.path) == kept
     assert kept.damage(checksums=True) is None
 

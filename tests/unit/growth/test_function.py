@@ -73,7 +73,7 @@ def grown(folder: Path, case: str, **settings: Any) -> tuple[nn.Module, nn.Modul
         return module.init_rule(growth.after, name)
 
     read_grown(folder, state_of(large), rules.of, std_of=std_of, seed=11)
-    _, wrong = verify_growth(folder, state_of(large), rules.of, std_of=std_of)
+    wrong = verify_growth(folder, state_of(large), rules.of, std_of=std_of)
     assert wrong == []
     return small, large, growth
 

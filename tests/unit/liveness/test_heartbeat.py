@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
-from titan_growth.liveness.hang import Beat, HangError, Verdict, judge
+from titan_growth.liveness.hang import Beat, Diagnosis, HangError, diagnose
+from titan_growth.liveness.waits import LAST_SAVE, STORAGE, waiting_for
 from titan_growth.tools import collectives as distributed
 
 
@@ -28,64 +30,75 @@ def later(first: dict[int, Beat], but: tuple[int, ...] = (), moved: tuple[int, .
     }
 
 
-def verdict(first: dict[int, Beat], mine: int = 0, **of_later: Any) -> Verdict:
-    return judge(first, later(first, **of_later), len(first), mine, 30.4)
+def diagnosis(first: dict[int, Beat], mine: int = 0, **of_later: Any) -> Diagnosis:
+    return diagnose(first, later(first, **of_later), len(first), mine, 30.4)
 
 
 def test_a_rank_without_a_new_beat_is_frozen() -> None:
-    found = verdict(beats(), but=(2,))
+    found = diagnosis(beats(), but=(2,))
     assert found.kind == "frozen"
     assert found.message == (
         "rank 2 (pid 102 on node-a) has not answered for 30 s, stopped at step 17 (train); "
         "the other ranks waited in a collective"
     )
-    many = verdict(beats(9), but=(2, 3, 4, 5, 6, 7))
+    many = diagnosis(beats(9), but=(2, 3, 4, 5, 6, 7))
     assert "rank 5 (pid 105 on node-a) and 2 more have not answered" in many.message
 
 
 def test_a_rank_that_left_is_not_frozen() -> None:
     """The first that gives up stops beating; the others must not blame it."""
     ranks = beats(rank1={"left": "done"})
-    assert verdict(ranks, but=(1, 2)).culprits == (later(ranks, but=(1, 2))[2],)
-    failed = verdict(beats(rank1={"left": "failed"}), but=(1,))
+    assert diagnosis(ranks, but=(1, 2)).culprits == (later(ranks, but=(1, 2))[2],)
+    failed = diagnosis(beats(rank1={"left": "failed"}), but=(1,))
     assert failed.kind == "ended"
     assert "rank 1 (pid 101 on node-a) ended at step 17" in failed.message
 
 
+def test_a_rank_that_waits_for_its_last_save_has_ended() -> None:
+    leaving = {"position": 58, "place": "close of anywhere.py", "waits": False, "waits_for": LAST_SAVE}
+    found = diagnosis(beats(rank1=leaving))
+    assert found.kind == "ended"
+    assert found.message == (
+        "rank 1 (pid 101 on node-a) ended at step 17 (train, in close of anywhere.py); its own message tells why"
+    )
+    assert diagnosis(beats(rank1=leaving), mine=1).kind == "behind"  # it asks for itself
+    assert diagnosis(beats(rank1={**leaving, "waits_for": STORAGE})).kind == "behind"
+
+
 def test_a_rank_with_fewer_marks_is_behind() -> None:
     late = {"position": 58, "phase": "data", "place": "next_batch of data/loader.py", "waits": False}
-    found = verdict(beats(rank3=late))
+    found = diagnosis(beats(rank3=late))
     assert found.kind == "behind"
     assert found.message == (
         "rank 3 (pid 103 on node-a) is behind: at step 17 (data, in next_batch of data/loader.py) "
         "while the other ranks have waited for it for 30 s"
     )
     # One that is late only because it waits for the late one is not to blame.
-    assert [beat.rank for beat in verdict(beats(rank3=late, rank2={"position": 58})).culprits] == [3]
+    assert [beat.rank for beat in diagnosis(beats(rank3=late, rank2={"position": 58})).culprits] == [3]
 
 
 def test_on_a_level_the_one_that_is_not_in_the_collective_is_behind() -> None:
-    assert [beat.rank for beat in verdict(beats(rank0={"waits": False}), mine=1).culprits] == [0]
+    assert [beat.rank for beat in diagnosis(beats(rank0={"waits": False}), mine=1).culprits] == [0]
 
 
 def test_nobody_is_blamed_without_a_reason() -> None:
-    found = verdict(beats())
+    found = diagnosis(beats())
     assert found.kind == "none"
     assert found.culprits == ()
     assert "no rank is behind: all 4 answer" in found.message
     unseen = {f"rank{rank}": {"waits": False} for rank in range(4)}  # on a device stacks do not show who waits
-    assert verdict(beats(**unseen)).kind == "none"
+    assert diagnosis(beats(**unseen)).kind == "none"
 
 
 def test_a_slow_step_is_no_hang_while_others_get_on() -> None:
     busy = beats(rank0={"waits": False})
-    assert verdict(busy, moved=(2,)).kind == "moving"
+    assert diagnosis(busy, moved=(2,)).kind == "moving"
 
 
 def test_a_rank_that_never_wrote_is_named() -> None:
     ranks = beats()
     there = {rank: beat for rank, beat in ranks.items() if rank != 3}
-    assert judge(there, later(there), 4, 0, 5.0).message == "rank 3 never answered; the other ranks waited for 5 s"
+    assert diagnose(there, later(there), 4, 0, 5.0).message == "rank 3 never answered; the other ranks waited for 5 s"
 
 
 def heartbeat(**settings: Any) -> Any:
@@ -160,6 +173,28 @@ def test_a_main_thread_that_does_not_move_is_noticed_without_a_collective() -> N
     for said in run_ranks(stand_still, 2):
         assert "rank 1 (pid " in said
         assert "is behind: at step 5 (train" in said
+
+
+def wait_for_storage(rank: int) -> list[str]:
+    """Both ranks stand still for longer than the time limit, in a slow read that is marked, or is not."""
+    from titan_growth.liveness import heartbeat as module
+
+    module.GRACE_SECONDS = 0.2
+    messages: list[str] = []
+    distributed.set_timeout(1)
+    for mark in (waiting_for(STORAGE), contextlib.nullcontext()):
+        with heartbeat(on_stall=lambda error: messages.append(str(error))) as pulse, mark:
+            pulse.mark("train", 5)
+            time.sleep(3.5)
+        messages.append("done")
+    distributed.set_timeout(60)
+    return messages
+
+
+def test_a_marked_wait_for_storage_is_no_stall() -> None:
+    for first, *others in run_ranks(wait_for_storage, 2):
+        assert first == "done"
+        assert len(others) == 2
 
 
 def pause(rank: int) -> int:

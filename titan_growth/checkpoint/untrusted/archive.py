@@ -2,7 +2,7 @@
 
 `torch.load(weights_only=True)` runs no code of the archive, but it allocates what the archive asks for: compressed
 records that expand a thousandfold, `bytearray(10**11)` in its pickle, a terabyte made of one value by strides of zero.
-So nothing is loaded. The archive's directory and its pickle, both of a few hundred bytes, are read as data (inert.py),
+So nothing is loaded. The archive's directory and its pickle, a few hundred bytes each, are read as data (pickles.py),
 and must describe one dense tensor whose values lie uncompressed in the file. The values are then read from there into
 their place, and not one byte more than metadata, archive and file all say there is.
 """

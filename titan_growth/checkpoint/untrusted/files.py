@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
+from titan_growth.liveness.waits import STORAGE, waiting_for
 
 MAX_METADATA_BYTES = 1 << 30
 """Of a `.metadata`: seven million pieces. Reading takes some ten times as much memory."""
@@ -55,6 +56,7 @@ def open_plain(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
+@waiting_for(STORAGE)
 def read_plain(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     """The content of a plain file.
 

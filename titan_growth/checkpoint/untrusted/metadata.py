@@ -1,6 +1,6 @@
 """DCP's `.metadata`: read without running it, and checked in full before anything is done with it.
 
-    bytes -> records that are inert (inert.py) -> one pass over them, which checks -> DCP's own classes
+    bytes -> records that are inert (pickles.py) -> one pass over them, which checks -> DCP's own classes
 
 What has passed is true to itself: names are names, every piece lies inside its tensor and the pieces make it up, each
 of them has a place of its own in a file of this folder, and no number is larger than what it counts can be. Whether the

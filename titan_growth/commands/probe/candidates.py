@@ -22,7 +22,7 @@ from titan_growth.growth.chain import chain_of
 from titan_growth.growth.operators.base import operators
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.phases import recipe_in_phase
-from titan_growth.tools.errors import CheckpointError, ConfigError, Problem
+from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError
 
 SHARED = (*STAGE_WORDS, "mask_steps", "lr_policy", "lr", "warmup_steps", "global_batch_size", "local_batch_size",
           "seq_len")  # fmt: skip
@@ -121,7 +121,7 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: 
     """
     recipe, step, num_growths = source.recipe, source.folder.step, len(source.lineage.events)
     if source.folder.manifest.model_only:
-        raise CheckpointError(f"{source.folder.path} refused: it holds only weights, and a probe goes on training")
+        raise RefusedCheckpointError(str(source.folder.path), "it holds only weights, and a probe goes on training")
     now = recipe_in_phase(recipe, num_growths)
     moved: dict[str, Any] = {"parallelism": None, "num_ranks": None, "local_batch_size": None}
     stages = [stage.model_copy(update=moved) for stage in recipe.growth.active_stages[:num_growths]]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from titan_growth.checkpoint.folder import Manifest
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.models.config import DecoderConfig
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from titan_growth.checkpoint.folder import LINEAGE, MANIFEST, RECIPE, Manifest, file_entry, step_path, write_manifest
+from titan_growth.checkpoint.folder import LINEAGE, MANIFEST, RECIPE, file_entry, step_path, write_manifest
 from titan_growth.checkpoint.history import Lineage
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.commands.args import Source
 from titan_growth.commands.probe.candidates import Candidate, candidate_recipe
 from titan_growth.commands.probe.report import Outcome, outcome_of

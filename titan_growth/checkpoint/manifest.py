@@ -1,0 +1,99 @@
+"""`manifest.json`: what a step folder holds, with the size and SHA-256 of each of its files, and of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from titan_growth.checkpoint.history import Progress, RollBack, StabilityState
+from titan_growth.checkpoint.untrusted.files import is_plain_name
+from titan_growth.checkpoint.untrusted.json_types import STRICT, Count, Number, Size, Text, from_json, table_of_json
+from titan_growth.checkpoint.untrusted.pickles import RefusedError
+
+FORMAT = 1
+_SEAL = "sha256"
+"""Key of the manifest's checksum of itself."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` holds."""
+
+    __pydantic_config__ = STRICT
+
+    progress: Progress
+    num_layers: Count
+    num_ranks: Count
+    mesh: Text
+    model_only: bool
+    permanent: bool
+    """Kept by retention: taken at a growth."""
+    metrics_offset: Size
+    """Bytes of metrics.jsonl when the checkpoint was taken; a resume cuts the file back to it."""
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Wall-clock of the run's loop when the checkpoint was taken, over all processes that led to it."""
+    held_out_loss: Number | None = None
+    """Of one fixed batch, when the model grows from here: the growth then needs the small model itself no more."""
+    roll_back: dict[str, Any] | None = None
+    """The growth from this checkpoint that the watchdog has taken back (`history.RollBack`)."""
+    recent_losses: list[Number] = field(default_factory=list)
+    """The last training losses, when a growth depends on their slope."""
+    stability: dict[str, Any] = field(default_factory=dict)
+    """What `titan_growth.run.stability` goes by (`history.StabilityState`)."""
+    data: dict[str, Text] = field(default_factory=dict)
+    """Fingerprints of corpus and tokenizer."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> {"bytes": n, "sha256": hex} of every file of the checkpoint but the manifest."""
+
+    def to_json(self) -> str:
+        table = asdict(self)
+        return sealed({"format": FORMAT, **table.pop("progress"), **table})
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Raises RefusedError when it is not a manifest."""
+        table = table_of_json(text)
+        if not isinstance(table, dict) or "format" not in table:
+            raise RefusedError("it has no 'format'")
+        if table.pop("format") != FORMAT:
+            raise RefusedError("written by another version")
+        seal = table.pop(_SEAL, None)  # the first manifests had none
+        if seal is not None and seal != _digest({"format": FORMAT, **table}):
+            raise RefusedError("it does not match its own checksum")
+        counters = ("step", "tokens", "flops", "samples")
+        if missing := [key for key in (*counters, "files") if key not in table]:
+            raise RefusedError(f"it has no '{missing[0]}'")
+        progress = {key: table.pop(key) for key in counters}
+        manifest = from_json(cls, json.dumps({**table, "progress": progress}))
+        for name, entry in manifest.files.items():
+            if not is_plain_name(name):
+                raise RefusedError(f"names a file outside its folder: {name[:300]!r}")
+            if entry.keys() != {"bytes", "sha256"} or not _is_entry(entry["bytes"], entry["sha256"]):
+                raise RefusedError(f"does not say the size and the checksum of {name}")
+        if manifest.roll_back is not None:
+            from_json(RollBack, json.dumps(manifest.roll_back))
+        from_json(StabilityState, json.dumps(manifest.stability))
+        return manifest
+
+
+def sealed(table: dict[str, Any]) -> str:
+    """The text of a manifest: the table, and a checksum of it.
+
+    The other checksums are in the manifest, so its own has to be there as well: a bit that flips in the data cursor
+    would otherwise send a run on over other data.
+    """
+    table = {key: value for key, value in table.items() if key != _SEAL}
+    return json.dumps({**table, _SEAL: _digest(table)}, indent=1) + "\n"
+
+
+def _digest(table: dict[str, Any]) -> str:
+    """SHA-256 of what a table says, however it is written down."""
+    return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _is_entry(num_bytes: Any, sha256: Any) -> bool:
+    return type(num_bytes) is int and 0 <= num_bytes < 1 << 63 and type(sha256) is str and len(sha256) <= 64
