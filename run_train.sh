@@ -46,7 +46,7 @@ import sys
 if sys.version_info < (3, 10):
     sys.exit("old")
 from importlib.util import find_spec
-sys.exit("torch" if find_spec("torch") is None else "package" if find_spec("titan_growth") is None else 0)
+sys.exit("package" if find_spec("titan_growth") is None else 0)
 '
 missing="$("$python" -c "$probe" 2>&1)" || true
 case "$missing" in
@@ -54,9 +54,6 @@ case "$missing" in
     package) export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}" ;;
     old)
         echo "run_train.sh: $python is older than Python 3.10. Run $checkout/setup.sh train: it finds a newer one" >&2
-        exit 2 ;;
-    torch)
-        echo "run_train.sh: torch is not installed for $python. Run $checkout/setup.sh train: it installs it" >&2
         exit 2 ;;
     *)
         echo "run_train.sh: $python does not work (${missing##*$'\n'}). Run $checkout/setup.sh train" >&2

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Install what titan_growth needs, then train or test. Needs Python 3.10 or newer and nothing else.
 #
-#   ./setup.sh train [run_train.sh arguments]      install, then ./run_train.sh
+#   ./setup.sh train [run_train.sh arguments]      install with every extra, then ./run_train.sh
 #   ./setup.sh test  [pytest arguments]            install with the development tools, then pytest
 #   ./setup.sh in-env COMMAND [ARGUMENT ...]       the same installation as test, then any command (used by .ci/run)
 #
 # An active virtual or conda environment is used as it is; otherwise .venv beside this script is made and used. The
-# system's Python is never installed into. What is installed already is not looked at again until pyproject.toml changes.
+# system's Python is never installed into. Versions are those of constraints.txt. What is installed already is not looked
+# at again until that file or pyproject.toml changes.
 set -euo pipefail
 
 script="${BASH_SOURCE[0]}"
@@ -112,9 +113,9 @@ give_pip() {
             fail "pip in $environment is too old and could not be updated (see above)"; }
 }
 
-# Which pyproject.toml, checkout and extra (`$1`) an installation is of.
+# Which pyproject.toml, constraints.txt, checkout and extra (`$1`) an installation is of.
 key_of() {
-    { cat "$checkout/pyproject.toml"; echo "$checkout $1"; } | "$python" -c \
+    { cat "$checkout/pyproject.toml" "$checkout/constraints.txt"; echo "$checkout $1"; } | "$python" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
 }
 
@@ -136,9 +137,8 @@ install() {
     # Without its stamp an installation that is interrupted here is done again next time.
     rm -f "$stamp"
     echo "setup.sh: installing titan_growth into $environment (minutes, the first time)" >&2
-    local what="$checkout"
-    if [[ "$extra" != run ]]; then what+="[$extra]"; fi
-    if ! "$python" -m pip install --quiet --editable "$what" >"$work/pip.log" 2>&1 </dev/null; then
+    if ! "$python" -m pip install --quiet --constraint "$checkout/constraints.txt" --editable "$checkout[$extra]" \
+        >"$work/pip.log" 2>&1 </dev/null; then
         tail -n 30 "$work/pip.log" >&2
         fail "the installation failed (see above). Once that is settled, the same command goes on from here"
     fi
@@ -165,8 +165,8 @@ python="$environment/bin/python"
 if ! installed dev torch titan_growth pytest ruff mypy; then
     if [[ "$verb" != train ]]; then
         install dev
-    elif ! installed run torch titan_growth; then
-        install run
+    elif ! installed all torch titan_growth; then
+        install all
     fi
 fi
 exec 9<&-

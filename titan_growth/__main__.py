@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from titan_growth.tools.packages import require_core
 from titan_growth.version import __version__
 
 USAGE = """usage: python -m titan_growth COMMAND [--job.config_file FILE] [--section.key value ...]
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if command == "--version":
         print(__version__)
         return 0
+    require_core()
     if command == "train":
         from titan_growth.train import main as train
 

@@ -13,6 +13,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from titan_growth.tools.packages import require_core
+
+if __name__ == "__main__":
+    require_core()  # the imports below fail without
+
 from titan_growth.commands.check import report_problems
 from titan_growth.config.fields import section_names
 from titan_growth.config.help import help_text

@@ -13,6 +13,7 @@ from typing import Any
 
 from titan_growth.metrics.curves import COSTS, Curve, compare, read_curve, report, weights_of
 from titan_growth.tools.errors import ConfigError, Problem, print_error
+from titan_growth.tools.packages import missing_package
 
 USAGE = """usage: python -m titan_growth plot NAME=RUN [NAME=RUN ...] [--to FILE] [--title TEXT]
 
@@ -82,6 +83,8 @@ def _arguments(argv: list[str]) -> tuple[list[tuple[str, Path]], Path | None, st
         problems.append(Problem("--to", f"{target} must end in {', '.join(SUFFIXES)}"))
     elif target is not None and not target.parent.is_dir():
         problems.append(Problem("--to", f"there is no folder {target.parent}"))
+    elif target is not None and (problem := missing_package("--to", "matplotlib", "leave it out")):
+        problems.append(problem)
     if problems:
         raise ConfigError(problems)
     return runs, target, options.get("--title", "")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from titan_growth.data.readers import (
     KINDS,
+    PARQUET,
     TEXT,
     Document,
     Skip,
@@ -33,6 +34,7 @@ from titan_growth.data.readers import (
 from titan_growth.data.remote import Remote, list_remote, place_of
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.logs import logger
+from titan_growth.tools.packages import missing_package
 
 STDLIB = "stdlib"
 _NOT_STDLIB_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -111,11 +113,17 @@ def _open_path(spec: CorpusSpec, path: Path) -> Corpus:
         from titan_growth.data.hub import load_saved
 
         return load_saved(spec, path)
-    return FileCorpus(str(path), find_files(path, _forced_kind(spec)), spec.text_key)
+    return _of_files(spec, path, find_files(path, _forced_kind(spec)))
 
 
 def _open_remote(spec: CorpusSpec, place: Remote) -> Corpus:
-    return FileCorpus(str(place.url), find_remote_files(place, _forced_kind(spec)), spec.text_key)
+    return _of_files(spec, place.url, find_remote_files(place, _forced_kind(spec)))
+
+
+def _of_files(spec: CorpusSpec, origin: object, files: list[SourceFile]) -> FileCorpus:
+    if any(file.kind == PARQUET for file in files) and (problem := missing_package(spec.key, "pyarrow")):
+        raise DataError(str(problem))
+    return FileCorpus(str(origin), files, spec.text_key)
 
 
 def _forced_kind(spec: CorpusSpec) -> str | None:

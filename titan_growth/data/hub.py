@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from titan_growth.data.corpora import Corpus, CorpusSpec
 from titan_growth.data.readers import Document, missing_key
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.packages import missing_package
 
 _BATCH_ROWS = 256
 
@@ -63,8 +65,7 @@ class HubCorpus(Corpus):
 
 def load_from_hub(spec: CorpusSpec) -> Corpus:
     """The dataset that `spec.dataset` names, as a whole on disk. Raises DataError if it cannot be had."""
-    import datasets
-
+    datasets = _library(spec.key.removesuffix("_path"))
     origin = f"dataset {spec.dataset!r}"
     name, usual_subset, own_split = _SHORT_NAMES.get(spec.dataset, (spec.dataset, None, None))
     subset, split = spec.subset or usual_subset, own_split or spec.split
@@ -82,8 +83,7 @@ def load_from_hub(spec: CorpusSpec) -> Corpus:
 
 def load_saved(spec: CorpusSpec, path: Path) -> Corpus:
     """The dataset in a folder written by `save_to_disk`. Raises DataError if it is damaged or lacks the split."""
-    import datasets
-
+    datasets = _library(spec.key)
     try:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # a damaged folder can fail anywhere in the library
@@ -93,6 +93,13 @@ def load_saved(spec: CorpusSpec, path: Path) -> Corpus:
             raise DataError(f"{path}: no split {spec.split!r}; it has: {', '.join(dataset)}. Set split to one of them")
         dataset = dataset[spec.split]
     return HubCorpus(str(path), dataset, spec.text_key, f"saved-{spec.split}")
+
+
+def _library(key: str) -> Any:
+    """The package `datasets`. Raises DataError, which names the key that needs it, when it is not installed."""
+    if problem := missing_package(key, "datasets", "name files of text or JSON"):
+        raise DataError(str(problem))
+    return import_module("datasets")
 
 
 def _first_line(error: Exception) -> str:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from titan_growth.metrics.records import Record
-from titan_growth.tools.errors import ConfigError, Problem, RunFolderError
+from titan_growth.tools.errors import ConfigError, RunFolderError
 from titan_growth.tools.logs import logger
+from titan_growth.tools.packages import missing_package
 
 
 class TensorBoardSink:
@@ -112,12 +113,9 @@ class WandbSink:
         run_name: str | None = None,
         config: Mapping[str, object] | None = None,
     ) -> None:
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            hint = "Run pip install 'titan_growth[wandb]', or set it to false"
-            problem = Problem("metrics.enable_wandb", "needs the package wandb, which is not installed", hint)
-            raise ConfigError([problem]) from error
+        if problem := missing_package("metrics.enable_wandb", "wandb", "set it to false"):
+            raise ConfigError([problem])
+        wandb = importlib.import_module("wandb")
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:

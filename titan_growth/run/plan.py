@@ -19,8 +19,10 @@ from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.lr_schedule import LRSchedule
 from titan_growth.run.phases import Phase, phases_of, recipe_in_phase
+from titan_growth.stages.autocast import uses_float8
 from titan_growth.stages.base import Stage
 from titan_growth.tools.errors import Problem
+from titan_growth.tools.packages import missing_package
 
 
 @dataclass(frozen=True)
@@ -250,13 +252,11 @@ def _device_problems(recipe: Recipe, device_type: str) -> list[Problem]:
 
 
 def _machine_problems(recipe: Recipe) -> list[Problem]:
-    """What this machine lacks."""
-    problems = []
+    """Packages that the recipe needs and this machine lacks. Those of a corpus show when it is opened."""
+    wanted = []
     if recipe.metrics.enable_wandb:
-        from importlib.util import find_spec
-
-        if find_spec("wandb") is None:
-            message = "needs the package wandb, which is not installed"
-            hint = "Run pip install 'titan_growth[wandb]', or set it to false"
-            problems.append(Problem("metrics.enable_wandb", message, hint))
-    return problems
+        wanted.append(missing_package("metrics.enable_wandb", "wandb", "set it to false"))
+    if uses_float8(recipe.model):
+        alternative = 'take "quantize.linear.float8" out of it'
+        wanted.append(missing_package("model.converters", "torchao", alternative))
+    return [problem for problem in wanted if problem is not None]

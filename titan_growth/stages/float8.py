@@ -162,7 +162,7 @@ def _import_torchao() -> None:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", module=r"torchao(\.|$)")
         import torchao.float8  # noqa: F401
 
 

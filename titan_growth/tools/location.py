@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from titan_growth.tools.errors import LocationError
+from titan_growth.tools.packages import install_line, missing_package
 
 if TYPE_CHECKING:
     from upath import UPath
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(://|::)")
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
-"""Scheme -> our extra that installs its package."""
+_MODULES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+"""Scheme -> its package, where an extra installs it."""
 
 
 def is_remote(place: str | Path | UPath) -> bool:
@@ -39,11 +40,14 @@ def location(text: str) -> Path | UPath:
     match = _URL.match(text)
     if match is None:
         return Path(text).expanduser()
+    scheme = match[1]
+    for module in ("fsspec", "upath"):
+        if problem := missing_package("", module):
+            raise LocationError(f"{text}: {problem.message}", problem.hint)
     # Imported here: recipes without URLs must not pay for it.
     import fsspec
     from upath import UPath
 
-    scheme = match[1]
     try:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:
@@ -81,8 +85,8 @@ def folder_at(text: str) -> Path:
 def _how_to_install(scheme: str) -> str:
     from fsspec.registry import known_implementations
 
-    if scheme in _EXTRAS:
-        return f"Install it: pip install 'titan_growth[{_EXTRAS[scheme]}]'"
+    if scheme in _MODULES:
+        return f"Install it: {install_line(_MODULES[scheme])}"
     known = known_implementations.get(scheme, {})
     package = known.get("class", "").split(".")[0]
     if package and package != "fsspec":

@@ -40,7 +40,6 @@ from titan_growth.run.vet import problem_of
 from titan_growth.tools.errors import TitanGrowthError
 
 REFUSED = re.compile(r"step-\d+ refused: [^\n]+")
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,6 @@ STORED = {
 }
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-
 class Bomb:
     """Makes a file when it is unpickled."""
 

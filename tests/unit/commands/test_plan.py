@@ -316,7 +316,7 @@ def test_a_problem_is_said_in_one_line(words: list[str], message: str, capsys: A
 
 
 def test_what_this_machine_lacks_is_only_warned_about(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(["plan", "--metrics.enable_wandb"]) == 0
     assert "warning: metrics.enable_wandb: needs the package wandb" in capsys.readouterr().err
     recipe, _, _ = inspect_recipe(["--metrics.enable_wandb"])
