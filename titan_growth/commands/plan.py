@@ -41,9 +41,9 @@ def command_line() -> CommandLine:
         statuses="0 a plan, 2 problems",
         recipe=True,
     )
-    ranks, key = "Ranks of the run. Default: $WORLD_SIZE, else 1.", "--world-size or WORLD_SIZE"
+    ranks, key = "Ranks of the run; without it, $WORLD_SIZE counts.", "--world-size or WORLD_SIZE"
     device = f"{' or '.join(DEVICES)}: what the run will have; this machine need not have it."
-    line.option("--world-size", "N", ranks, _num_ranks, key=key)
+    line.option("--world-size", "N", ranks, _num_ranks, default=os.environ.get("WORLD_SIZE", "1"), key=key)
     line.option("--device", "NAME", device, _device, default=DEVICES[0])
     return line
 
@@ -86,7 +86,7 @@ def _report(line: CommandLine, argv: list[str]) -> list[str]:
     Raises:
         ConfigError: with all problems of the command line, the recipe, and the recipe on this number of ranks.
     """
-    args = line.read([f"--world-size={os.environ.get('WORLD_SIZE', '1')}", *argv])
+    args = line.read(argv)
     recipe, found, warnings = inspect_recipe(args.recipe)
     problems = [*line.problems, *found]
     plan = None

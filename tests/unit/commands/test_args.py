@@ -109,6 +109,19 @@ def test_the_words_of_a_recipe_are_left_to_it() -> None:
     assert args.recipe == [*words.replace("--world_size=2 ", "").split(), "--x y"]
 
 
+def test_a_plan_asks_the_environment_for_ranks(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert main(["plan"]) == 2
+    assert (
+        "error: --world-size or WORLD_SIZE: expected a number of ranks, at least 1, got 'many'"
+        in capsys.readouterr().err
+    )
+    assert main(["plan", "--world-size", "2"]) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["plan"]) == 0
+    assert capsys.readouterr().out.count("= 2 ranks") == 2
+
+
 def test_commands_are_looked_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["grwo"]) == 2
     assert capsys.readouterr().err == "error: unknown command 'grwo'. Did you mean 'grow'?\n"
