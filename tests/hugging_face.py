@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from titan_growth.checkpoint.reader import SafeReader
-from titan_growth.commands.args import open_source
-from titan_growth.commands.source import whole_tensor
+from titan_growth.commands.source import open_source, whole_tensor
 from titan_growth.models.registry import family_module
 
 SIZES = {

@@ -1,155 +1,192 @@
-"""Growths given on a command line (`grow`, `probe`): their words, and the checkpoint that they start from."""
+"""The command line of a command: arguments, `--help`, and one line for each problem.
+
+argparse reads the words. What all commands share is here: the look of the help, `--some_name` for `--some-name`, and
+errors in the style of the package, all at once instead of argparse's first one and its usage.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import argparse
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from pydantic import ValidationError
+from titan_growth.config.fields import suggestion
+from titan_growth.tools.errors import ConfigError, Problem, TitanGrowthError, print_error
 
-from titan_growth.checkpoint.folder import LINEAGE, RECIPE, StepFolder, open_step
-from titan_growth.checkpoint.history import Lineage
-from titan_growth.checkpoint.reader import SafeReader
-from titan_growth.config.fields import parse_text, suggestion
-from titan_growth.config.plugins import PLUGINS_KEY
-from titan_growth.config.schema.growth import PlannedGrowth
-from titan_growth.config.schema.recipe import Recipe
-from titan_growth.growth.chain import Chain, stage_problems
-from titan_growth.growth.operators.base import GrowthMap, operators
-from titan_growth.models.config import DecoderConfig
-from titan_growth.run.vet import history_of, problem_of, whole_problem
-from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError, one_line
-
-STAGE_WORDS = ("operator", "factor", "layer_map", "n_layers", "dim", "n_heads", "n_kv_heads", "hidden_dim", "noise",
-               "optimizer_state", "optimizer_step", "options")  # fmt: skip
-"""The settings of a stage that mean something without a run."""
+_WIDTH = 100
+_RECIPE_HELP = """\
+--job.config_file FILE    The recipe, a TOML file. (default: every key has its default)
+--section.key VALUE       Any key of the recipe, laid over the file.
+python -m titan_growth train --help lists every key with its text and default."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """A committed checkpoint of ours, ready to be grown."""
-
-    folder: StepFolder
-    recipe: Recipe
-    """What it was written with."""
-    chain: Chain
-    lineage: Lineage
-
-    @property
-    def config(self) -> DecoderConfig:
-        """The model that it holds."""
-        return self.chain.configs[len(self.lineage.events)]
-
-    def reader(self) -> SafeReader:
-        """Of its tensors."""
-        return SafeReader(self.folder.path)
+def given(text: str) -> str:
+    """Any text but none."""
+    if not text:
+        raise ValueError("needs a value")
+    return text
 
 
-def open_source(path: Path, plugins: Sequence[str] = ()) -> Source:
-    """A step folder, checked in full.
-
-    Args:
-        plugins: that have been loaded. What a stored recipe names is not imported for that alone.
-
-    Raises:
-        ConfigError: when it is not there, or its recipe needs plugins that have not been loaded.
-        CheckpointError: when it was never committed, is damaged, or cannot be grown from at this step.
-    """
-    if not path.is_dir():
-        raise ConfigError([Problem("--from", f"{path}: no such folder", "Name a step-N folder")])
-    folder = open_step(path)
-    if folder is None:
-        raise RefusedCheckpointError(str(path), "it has no manifest, so it was never committed")
-    if damage := folder.damage(checksums=True, names=(RECIPE, LINEAGE)):
-        raise folder.refused(damage)
-    if missing := [name for name in _plugins_of(folder) if name not in plugins]:
-        message = f"{path} was written with plugins, and its recipe means nothing without them"
-        raise ConfigError([Problem("--plugins", message, f"If you trust them, give --plugins {','.join(missing)}")])
-    if damage := problem_of(folder) or whole_problem(folder):
-        raise folder.refused(damage)
-    recipe, chain, lineage = history_of(folder)
-    if lineage.events:
-        last = lineage.events[-1]
-        mask_steps = last.stage.get("mask_steps")
-        if folder.step < last.step + (mask_steps if isinstance(mask_steps, int) else 0):
-            raise folder.refused("the mask of its last growth is still opening. Take a later step")
-    return Source(folder, recipe, chain, lineage)
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"expected a positive whole number, got '{text}'")
+    return int(text)
 
 
-def _plugins_of(folder: StepFolder) -> list[str]:
-    """The modules that a checkpoint's recipe names."""
-    named = folder.recipe_table().get(PLUGINS_KEY, [])
-    if not isinstance(named, list) or not all(isinstance(name, str) and len(name) < 200 for name in named):
-        raise folder.refused("its recipe cannot be read (plugins are no list of names)")
-    return [one_line(name) for name in named]
+def names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name for name in given(text).split(",") if name]
 
 
-def parse_words(argv: Sequence[str], known: Collection[str], *, command: str) -> dict[str, list[str]]:
-    """Name -> values, in their order, of `--some-name value` and `--some_name=value`.
-
-    Raises:
-        ConfigError: for words that are no arguments of the command, or have no value.
-    """
-    given: dict[str, list[str]] = {}
-    words = iter(argv)
-    problems = []
-    for word in words:
-        name, has_value, text = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not word.startswith("--") or name not in known:
-            hint = suggestion(name, tuple(known)) or f"python -m titan_growth {command} --help lists the arguments"
-            problems.append(Problem(word, "is no argument of this command", hint))
-            continue
-        value = text if has_value else next(words, None)
-        if value is None or value.startswith("--"):
-            problems.append(Problem(word, "needs a value"))
-            break
-        given.setdefault(name, []).append(value)
-    if problems:
-        raise ConfigError(problems)
-    return given
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        """No brackets around values: `nargs="?"` only lets a missing one through, to be refused with the rest."""
+        return str(action.metavar or default_metavar)
 
 
-def stage_of(words: Mapping[str, str], **defaults: Any) -> PlannedGrowth:
-    """The stage that words of a command line, all known, make up.
+class CommandLine:
+    """The arguments of one command; reads one list of words."""
 
-    Args:
-        defaults: values of settings that the words do not give.
+    def __init__(self, command: str, about: str, *, example: str, statuses: str, recipe: bool = False) -> None:
+        """A command line without arguments.
 
-    Raises:
-        ConfigError: for values that a stage does not take.
-    """
-    fields = PlannedGrowth.model_fields
-    settings = {name: parse_text(text, fields[name].annotation) for name, text in words.items()}
-    if "options" in settings:
-        with contextlib.suppress(ValueError):
-            settings["options"] = json.loads(words["options"])
-    return checked_stage({**defaults, **settings})
+        Args:
+            about: one paragraph.
+            example: what may follow the command.
+            statuses: what its exit statuses mean.
+            recipe: words that are no argument are the recipe's, and left in `Namespace.recipe`.
+        """
+        self.prog, self.recipe = f"python -m titan_growth {command}", recipe
+        self.problems: list[Problem] = []
+        self._parser = argparse.ArgumentParser(
+            prog=self.prog,
+            description=textwrap.fill(" ".join(about.split()), _WIDTH),
+            epilog=f"example:\n  {self.prog} {example}\n\nexit status: {statuses}",
+            formatter_class=partial(_Formatter, max_help_position=28, width=_WIDTH),
+            allow_abbrev=False,
+            add_help=False,
+        )
+        self._group = self._parser.add_argument_group("arguments")
+        self._flags: list[str] = []
+        self._words: list[str] = []
+        self._required: dict[str, Problem] = {}
+        self._usage: list[str] = []
 
+    def option(
+        self,
+        flag: str,
+        metavar: str,
+        text: str,
+        convert: Callable[[str], Any] = given,
+        *,
+        default: Any = None,
+        required: bool = False,
+        repeated: bool = False,
+        dest: str = "",
+        key: str = "",
+    ) -> None:
+        """Adds `--flag VALUE`.
 
-def checked_stage(settings: Mapping[str, Any]) -> PlannedGrowth:
-    """A stage of settings; when it happens is left to the caller. Raises ConfigError for values it does not take."""
-    try:
-        return PlannedGrowth.model_validate({"at": "1 step", **settings})
-    except ValidationError as error:
-        raise ConfigError(
-            [Problem("--" + ".".join(map(str, one["loc"])), one["msg"]) for one in error.errors()]
-        ) from None
+        Args:
+            convert: makes a value of the text, which is empty where none follows; raises ValueError with a message.
+            repeated: keep every value instead of the last.
+            dest: attribute of the namespace, where it is not the flag.
+            key: name in messages, where it is not the flag.
+        """
+        dest = dest or flag.removeprefix("--").replace("-", "_")
+        if required:
+            self._required[dest] = Problem(flag, "is missing")
+            self._usage.append(f"{flag} {metavar}")
+        if default not in (None, []):
+            text += f" (default: {default})"
+        self._flags.append(flag)
+        self._group.add_argument(
+            flag,
+            metavar=metavar,
+            dest=dest,
+            help=text.replace("%", "%%"),
+            nargs="?",
+            const="",
+            type=partial(self._converted, key or flag, convert),
+            default=[] if repeated else default,
+            action="append" if repeated else "store",
+        )
 
+    def words(self, metavar: str, text: str, *, dest: str, many: bool, missing: Problem | None = None) -> None:
+        """Adds the words without a flag: exactly one, or at least one."""
+        self._words.append(dest)
+        self._required[dest] = missing or Problem(metavar, "is missing")
+        self._usage.append(f"{metavar} [{metavar} ...]" if many else metavar)
+        self._group.add_argument(dest, metavar=metavar, help=text, nargs="*" if many else "?")
 
-def map_of(before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap:
-    """What a stage makes of a model. Raises ConfigError when it does not fit the model."""
-    known = operators()
-    if stage.operator not in known:
-        message = f"unknown operator '{stage.operator}'; known: {', '.join(known)}"
-        raise ConfigError([Problem("--operator", message, suggestion(stage.operator, known))])
-    if problems := list(stage_problems("", stage, known[stage.operator])):
-        raise ConfigError(problems)
-    growth = known[stage.operator].grow(before, stage)
-    if isinstance(growth, str):
-        raise ConfigError([Problem("--operator", f"{stage.operator}: {growth}")])
-    return growth
+    def source_and_target(self, source: str, target: str) -> None:
+        """Adds `--from` and `--to`, both required."""
+        self.option("--from", "FOLDER", source, required=True, dest="source")
+        self.option("--to", "FOLDER", f"{target} Must not exist, or be empty.", required=True, dest="target")
+
+    def plugins(self) -> None:
+        """Adds `--plugins`."""
+        text = "Modules to load: those of the checkpoint's recipe, and others with operators."
+        self.option("--plugins", "a,b", text, names, default=[])
+
+    def prints_help(self, argv: Sequence[str]) -> bool:
+        """Whether the words ask for help; prints it then."""
+        if "--help" not in argv and "-h" not in argv:
+            return False
+        some_optional = len(self._flags) + len(self._words) > len(self._required)
+        recipe = ["[--job.config_file FILE] [--section.key VALUE ...]"] if self.recipe else []
+        self._parser.usage = " ".join([self.prog, *self._usage, *(["[options]"] if some_optional else []), *recipe])
+        if self.recipe:
+            self._parser.add_argument_group("recipe", _RECIPE_HELP)
+        print(self._parser.format_help(), end="")
+        return True
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The values of the words. What is wrong with them is in `problems`; such a value is None."""
+        parse = self._parser.parse_known_intermixed_args if self._words else self._parser.parse_known_args
+        args, rest = parse([self._with_dashes(word) for word in argv])
+        if self.recipe:
+            args.recipe = rest
+        elif unknown := list(self._unknown(rest)):
+            self.problems[:] = unknown
+            return args
+        wrong = {problem.key for problem in self.problems}
+        missing = [problem for dest, problem in self._required.items() if not getattr(args, dest)]
+        self.problems[:0] = [problem for problem in missing if problem.key not in wrong]
+        return args
+
+    def run(self, argv: Sequence[str], body: Callable[[argparse.Namespace], int]) -> int:
+        """Answers `--help`, or calls the command with its arguments; prints errors and returns the exit status."""
+        if self.prints_help(argv):
+            return 0
+        try:
+            args = self.read(argv)
+            if self.problems:
+                raise ConfigError(self.problems)
+            return body(args)
+        except TitanGrowthError as error:
+            return print_error(error)
+
+    def _with_dashes(self, word: str) -> str:
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        return f"{flag}{equals}{value}" if flag in self._flags else word
+
+    def _converted(self, key: str, convert: Callable[[str], Any], text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError as error:
+            self.problems.append(Problem(key, str(error)))
+            return None
+
+    def _unknown(self, words: Sequence[str]) -> Iterator[Problem]:
+        """A problem for each word that means nothing here, but none for the value of an unknown option."""
+        known = [flag.removeprefix("--") for flag in self._flags]
+        for before, word in zip(["", *words], words, strict=False):
+            if before.startswith("--") and "=" not in before and not word.startswith("-"):
+                continue
+            near = suggestion(word.removeprefix("--").partition("=")[0].replace("_", "-"), known)
+            yield Problem(word, "is no argument of this command", near or f"{self.prog} --help lists the arguments")

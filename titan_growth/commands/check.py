@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from titan_growth.checkpoint.folder import root_of
+from titan_growth.commands.args import CommandLine
 from titan_growth.config.loader import dry_run_of, inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.exit_report import NOTHING_TO_DO
@@ -24,8 +25,22 @@ READ_BYTES = 2 << 30
 to the ranks, which divide the reading."""
 
 
+def command_line() -> CommandLine:
+    """The arguments of `check`."""
+    return CommandLine(
+        "check",
+        """Checks a recipe as the ranks will see it, and prepares its data, without training: recipe, sizes, run folder,
+        checkpoint, corpus. The environment variable WORLD_SIZE is the number of ranks (default: 1).""",
+        example="--job.config_file train_configs/debug_model.toml",
+        statuses=f"0 a run can start, 2 problems, {NOTHING_TO_DO} the run is finished already",
+        recipe=True,
+    )
+
+
 def main(argv: list[str]) -> int:
     """Checks a recipe as the ranks will see it; returns 0, 2 or `NOTHING_TO_DO`."""
+    if command_line().prints_help(argv):
+        return 0
     setup_logging(0)
     try:
         return _check(argv)

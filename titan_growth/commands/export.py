@@ -1,7 +1,5 @@
 """`python -m titan_growth export`: a step folder becomes a Hugging Face folder.
 
-    python -m titan_growth export --from outputs/checkpoint/step-5000 --to exported
-
 A checkpoint of any mesh will do: each tensor is put together from its stored pieces, written and let go, so the largest
 tensor is what has to fit into memory. config.json comes last; without it nobody takes the folder for a model.
 """
@@ -9,6 +7,7 @@ tensor is what has to fit into memory. config.json comes last; without it nobody
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
-from titan_growth.commands.args import Source, open_source, parse_words
-from titan_growth.commands.source import whole_tensor
+from titan_growth.commands.args import CommandLine
+from titan_growth.commands.source import Source, open_source, whole_tensor
 from titan_growth.commands.target import emptied, failure, require_new, require_space
 from titan_growth.config.plugins import load_plugins
 from titan_growth.interchange.config_json import config_json, layout_of
@@ -29,23 +28,10 @@ from titan_growth.interchange.safetensors_file import total_bytes, write_file
 from titan_growth.interchange.tokenizer_files import tokenizer_of
 from titan_growth.models.hugging_face import parameter_shapes
 from titan_growth.models.registry import family_module
-from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, TitanGrowthError, print_error
+from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, TitanGrowthError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.run_folder import gib
-
-USAGE = """usage: python -m titan_growth export --from STEP_FOLDER --to HF_FOLDER [--dtype TYPE]
-
-Makes a Hugging Face folder of a checkpoint's weights: config.json, safetensors, and the tokenizer's files. Moments and
-counters stay behind. transformers, vLLM and lm-eval read it.
-
-  --from FOLDER    a committed step folder, written on any mesh
-  --to FOLDER      the folder to write; must not exist, or be empty
-  --dtype TYPE     float32, bfloat16 or float16; default: as stored
-  --plugins a,b    modules to load: those of the checkpoint's recipe
-
-Exit status: 0 written and read back, 1 failed, 2 wrong arguments.
-"""
 
 MAX_FILE_BYTES = 2 * 2**30
 """Of a safetensors file, unless one tensor has more."""
@@ -55,25 +41,36 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
+def command_line() -> CommandLine:
+    """The arguments of `export`."""
+    line = CommandLine(
+        "export",
+        """Makes a Hugging Face folder of a checkpoint's weights: config.json, safetensors, and the tokenizer's files.
+        Moments and counters stay behind. transformers, vLLM and lm-eval read it.""",
+        example="--from outputs/checkpoint/step-5000 --to exported",
+        statuses="0 written and read back, 1 failed, 2 wrong arguments",
+    )
+    line.source_and_target("A committed step folder, written on any mesh.", "The folder to write.")
+    line.option("--dtype", "TYPE", f"{', '.join(_DTYPES)}. Default: as stored.", _dtype)
+    line.plugins()
+    return line
+
+
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    if not argv or "--help" in argv or "-h" in argv:
-        print(USAGE, end="")
-        return 0
-    try:
-        given = parse_words(argv, ("from", "to", "dtype", "plugins"), command="export")
-        problems = [Problem(f"--{name}", "is missing") for name in ("from", "to") if name not in given]
-        dtype = given.get("dtype", [None])[-1]
-        if dtype is not None and dtype not in _DTYPES:
-            problems.append(Problem("--dtype", f"expected one of {', '.join(_DTYPES)}, got '{dtype}'"))
-        if problems:
-            raise ConfigError(problems)
-        plugins = [name for name in given.get("plugins", [""])[-1].split(",") if name]
-        load_plugins(plugins)
-        print(export_folder(folder_at(given["from"][-1]), Path(given["to"][-1]), dtype=dtype, plugins=plugins))
-    except TitanGrowthError as error:
-        return print_error(error)
+    return command_line().run(argv or ["--help"], _export)
+
+
+def _export(args: Namespace) -> int:
+    load_plugins(args.plugins)
+    print(export_folder(folder_at(args.source), Path(args.target), dtype=args.dtype, plugins=args.plugins))
     return 0
+
+
+def _dtype(text: str) -> str:
+    if text not in _DTYPES:
+        raise ValueError(f"expected one of {', '.join(_DTYPES)}, got '{text}'")
+    return text
 
 
 @dataclass(frozen=True)
@@ -98,11 +95,11 @@ def export_folder(
     plugins: Sequence[str] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> str:
-    """Writes a Hugging Face folder; returns what has been done, in a line.
+    """Writes a Hugging Face folder; returns one line about it.
 
     Args:
         dtype: of the weights; None keeps them as stored.
-        plugins: that have been loaded.
+        plugins: those already loaded.
 
     Raises:
         ConfigError: when the source is not there, or the target in the way.

@@ -1,9 +1,7 @@
 """`python -m titan_growth grow`: grow a checkpoint on disk, in one process and bounded memory.
 
-    python -m titan_growth grow --from outputs/checkpoint/step-5000 --operator stack --factor 4 --to grown/step-5000
-
 The same operators, rules and reader as in a run. Tensors are made one at a time while they are written, so a model
-needs no more memory than its largest tensor and what that is made of. What comes out is a step folder: another
+needs no more memory than its largest tensor and what that is made of. The result is a step folder: another
 run starts from it with `checkpoint.initial_load_path`, and its lineage names the checkpoint that it was grown from.
 """
 
@@ -11,6 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,8 @@ from titan_growth.checkpoint.history import GrowthEvent, Lineage
 from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.checkpoint.writer import ShardWriter
-from titan_growth.commands.args import STAGE_WORDS, map_of, parse_words, stage_of
+from titan_growth.commands.args import CommandLine
+from titan_growth.commands.growth_args import SETTINGS, add_settings, growth_map, planned_growth, settings_of
 from titan_growth.commands.source import open_any
 from titan_growth.commands.target import failure, require_new, require_space
 from titan_growth.config.loader import to_toml, with_values
@@ -42,82 +42,69 @@ from titan_growth.growth.verify import verify_growth
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.run.phases import recipe_in_phase
-from titan_growth.tools.errors import ConfigError, GrowthError, Problem, TitanGrowthError, print_error
+from titan_growth.tools.errors import ConfigError, GrowthError, Problem
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.run_folder import gib
 
-USAGE = """usage: python -m titan_growth grow --from STEP_FOLDER --to STEP_FOLDER --operator NAME [--factor N] [...]
 
-Grows a checkpoint without a run. The settings are those of [[growth.stages]], written --optimizer-state or
---optimizer_state; moments are copied unless --optimizer-state says otherwise ("reset" leaves them out).
-
-  --from FOLDER      a committed step folder, or a Hugging Face folder
-  --to FOLDER        the step folder to write; must not exist, or be empty
-  --operator NAME    stack, interpose, middle, map, zero_depth, split_width, zero_width
-  --factor N         or --layer-map 0,1,1,2, or sizes: --n-layers, --dim, --n-heads, --n-kv-heads, --hidden-dim
-  --noise X          noise on copies, as a share of the initial deviation
-  --seed N           of new values; default 0
-  --plugins a,b      modules to load: those of the checkpoint's recipe, and others with operators of your own
-  --options JSON     settings of such an operator
-
-Exit status: 0 grown and verified, 1 failed, 2 wrong arguments.
-"""
-
-_OWN = ("from", "to", "seed", "plugins")
+def command_line() -> CommandLine:
+    """The arguments of `grow`."""
+    line = CommandLine(
+        "grow",
+        """Grows a checkpoint on disk, without a run. The settings are those of [[growth.stages]]; moments are copied
+        unless --optimizer-state says otherwise ("reset" leaves them out).""",
+        example="--from outputs/checkpoint/step-5000 --operator stack --factor 4 --to grown/step-5000",
+        statuses="0 grown and verified, 1 failed, 2 wrong arguments",
+    )
+    operators = "stack, interpose, middle, map, zero_depth, split_width, zero_width, or one of a plugin."
+    line.source_and_target("A committed step folder, or a Hugging Face folder.", "The step folder to write.")
+    line.option("--operator", "NAME", operators, required=True)
+    add_settings(line, SETTINGS, optimizer_state="copy")
+    line.option("--seed", "N", "Seed of new values.", _seed, default=0)
+    line.plugins()
+    return line
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    if not argv or "--help" in argv or "-h" in argv:
-        print(USAGE, end="")
-        return 0
-    try:
-        given, stage = _arguments(argv)
-        source, target = folder_at(given["from"]), Path(given["to"])
-        done = grow_checkpoint(source, target, stage, seed=int(given.get("seed", "0")), plugins=_plugins(given))
-    except TitanGrowthError as error:
-        return print_error(error)
-    print(done)
+    return command_line().run(argv or ["--help"], _grow)
+
+
+def _grow(args: Namespace) -> int:
+    load_plugins(args.plugins)
+    planned = planned_growth({"operator": args.operator, **settings_of(args, SETTINGS)})
+    source, target = folder_at(args.source), Path(args.target)
+    print(grow_checkpoint(source, target, planned, seed=args.seed, plugins=args.plugins))
     return 0
 
 
-def _arguments(argv: list[str]) -> tuple[dict[str, str], PlannedGrowth]:
-    """(the command's own arguments, the stage) of a command line."""
-    given = {name: values[-1] for name, values in parse_words(argv, (*_OWN, *STAGE_WORDS), command="grow").items()}
-    problems = [Problem(f"--{name}", "is missing") for name in ("from", "to", "operator") if name not in given]
-    if not given.get("seed", "0").isdecimal():
-        problems.append(Problem("--seed", f"expected a whole number, got '{given['seed']}'"))
-    if problems:
-        raise ConfigError(problems)
-    load_plugins(_plugins(given))
-    return given, stage_of({name: given[name] for name in STAGE_WORDS if name in given}, optimizer_state="copy")
-
-
-def _plugins(given: dict[str, str]) -> list[str]:
-    return [name for name in given.get("plugins", "").split(",") if name]
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"expected a whole number, got '{text}'")
+    return int(text)
 
 
 def grow_checkpoint(
-    source: Path, target: Path, stage: PlannedGrowth, *, seed: int = 0, plugins: Sequence[str] = ()
+    source: Path, target: Path, planned: PlannedGrowth, *, seed: int = 0, plugins: Sequence[str] = ()
 ) -> str:
-    """Writes the grown model of a step folder into another one; returns what has been done, in a line.
+    """Writes the grown model of a step folder into another one; returns one line about it.
 
     Args:
-        plugins: that have been loaded.
+        plugins: those already loaded.
 
     Raises:
-        ConfigError: when the stage does not fit the model, or the target is in the way.
+        ConfigError: when the growth does not fit the model, or the target is in the way.
         CheckpointError: when the source cannot be used or the target not written.
         GrowthError: when what was written is not what it should be. Nothing is committed then.
     """
     began = time.perf_counter()
     opened = open_any(source, plugins)
     folder, recipe = opened.folder, opened.recipe
-    growth = _map(opened.config, stage)
+    growth = _map(opened.config, planned)
     require_new(target, source)
     module = family_module(recipe.model.name)
-    rules = Rules(growth, stage, module.ROLES, growth.after.tied)
+    rules = Rules(growth, planned, module.ROLES, growth.after.tied)
     std_of: Callable[[str], float | None] = lambda name: module.init_rule(growth.after, name)  # noqa: E731
     with_state = rules.reads_state() and not folder.manifest.model_only
     stored = opened.reader()
@@ -133,7 +120,7 @@ def grow_checkpoint(
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
         _verify(opened.reader(), target, tensors, rules, std_of)
-        event = _event(folder, stage, growth, time.perf_counter() - began, reader.num_bytes_read)
+        event = _event(folder, planned, growth, time.perf_counter() - began, reader.num_bytes_read)
         files = writer.entries
         _commit(folder, recipe, target, growth, event, files=files, model_only=not with_state, plugins=plugins)
     except (OSError, CheckpointException) as error:
@@ -144,10 +131,10 @@ def grow_checkpoint(
     )
 
 
-def _map(before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap:
-    growth = map_of(before, stage)
+def _map(before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap:
+    growth = growth_map(before, planned)
     if growth.masked or growth.learned:
-        message = f"'{stage.operator}' goes on during training, so it cannot be done on disk"
+        message = f"'{planned.operator}' goes on during training, so it cannot be done on disk"
         raise ConfigError([Problem("--operator", message, "Name it in [[growth.stages]] of a run")])
     return growth
 
@@ -224,14 +211,16 @@ def _verify(source: SafeReader, target: Path, tensors: dict[str, Tensor], rules:
             raise GrowthError(f"the grown model is wrong: {wrong[0]}")
 
 
-def _event(folder: StepFolder, stage: PlannedGrowth, growth: GrowthMap, seconds: float, num_bytes: int) -> GrowthEvent:
+def _event(
+    folder: StepFolder, planned: PlannedGrowth, growth: GrowthMap, seconds: float, num_bytes: int
+) -> GrowthEvent:
     progress = folder.manifest.progress
     return GrowthEvent(
         step=progress.step,
         tokens=progress.tokens,
         flops=progress.flops,
-        operator=stage.operator,
-        stage=stage.model_dump(exclude_defaults=True, exclude={"at"}),
+        operator=planned.operator,
+        stage=planned.model_dump(exclude_defaults=True, exclude={"at"}),
         from_sizes=growth.before.sizes,
         to_sizes=growth.after.sizes,
         layer_map=growth.layers,
@@ -262,7 +251,7 @@ def _commit(
     given_lrs = [stage.lr for stage in recipe.growth.active_stages[:num_growths] if stage.lr is not None]
     if given_lrs:
         now = with_values(now, {"optimizer.lr": given_lrs[-1]})
-    grown = _recipe_of(now, growth.after, plugins)
+    grown = _recipe_grown(now, growth.after, plugins)
     write_atomic(target / RECIPE, to_toml(grown))
     write_atomic(target / LINEAGE, ancestors.to_json())
     manifest = Manifest(
@@ -280,8 +269,8 @@ def _commit(
     write_manifest(target, manifest)
 
 
-def _recipe_of(recipe: Recipe, config: DecoderConfig, plugins: Sequence[str]) -> Recipe:
-    """The recipe of a run of the grown model: as that of the checkpoint was at that step, without its growths."""
+def _recipe_grown(recipe: Recipe, config: DecoderConfig, plugins: Sequence[str]) -> Recipe:
+    """The recipe of a run with the grown model: the checkpoint's own at that step, without its growths."""
     grown = with_values(
         recipe,
         {

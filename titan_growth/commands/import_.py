@@ -1,8 +1,6 @@
 """`python -m titan_growth import`: a Hugging Face folder becomes a step folder.
 
-    python -m titan_growth import --from Llama-3.2-1B --to imported/step-0
-
-What comes out is a checkpoint of ours with weights only: a run starts from it (`checkpoint.initial_load_path`), `grow`
+The result is a checkpoint with weights only: a run starts from it (`checkpoint.initial_load_path`), `grow`
 grows it, `verify` reads it. Weights keep their type and, but for the order of the rows of wq and wk, their bytes.
 Its config.json and tokenizer files lie in the step folder, under its checksums; the recipe's `model.hf_assets_path`
 names that folder.
@@ -11,6 +9,7 @@ names that folder.
 from __future__ import annotations
 
 import warnings
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -25,53 +24,43 @@ from titan_growth.checkpoint.folder import LINEAGE, RECIPE, file_entry, write_ma
 from titan_growth.checkpoint.history import Lineage
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.checkpoint.writer import ShardWriter
-from titan_growth.commands.args import parse_words
+from titan_growth.commands.args import CommandLine
 from titan_growth.commands.source import HuggingFaceSource, new_manifest, open_hugging_face, whole_tensor
 from titan_growth.commands.target import emptied, failure, require_new, require_space
 from titan_growth.config.loader import to_toml, with_values
 from titan_growth.interchange.folder import CONFIG, is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.interchange.tokenizer_files import assets_in, checked_assets, copy_assets
-from titan_growth.tools.errors import (
-    CheckpointError,
-    ConfigError,
-    Problem,
-    RefusedCheckpointError,
-    TitanGrowthError,
-    print_error,
-)
+from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, RefusedCheckpointError, TitanGrowthError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.run_folder import gib
 
-USAGE = """usage: python -m titan_growth import --from HF_FOLDER --to STEP_FOLDER
 
-Makes a step folder (weights only) of a Hugging Face folder: config.json, safetensors in one file or many, tokenizer
-files. Llama and Qwen3 (dense). Nothing in the folder is run, and pickled weights are not read.
-
-  --from FOLDER    a Hugging Face folder on this machine
-  --to FOLDER      the step folder to write; must not exist, or be empty
-
-Exit status: 0 written and verified, 1 failed, 2 wrong arguments.
-"""
+def command_line() -> CommandLine:
+    """The arguments of `import`."""
+    line = CommandLine(
+        "import",
+        """Makes a step folder (weights only) of a Hugging Face folder: config.json, safetensors in one file or many,
+        tokenizer files. Llama and Qwen3 (dense). Nothing in the folder is run, and pickled weights are not read.""",
+        example="--from Llama-3.2-1B --to imported/step-0",
+        statuses="0 written and verified, 1 failed, 2 wrong arguments",
+    )
+    line.source_and_target("A Hugging Face folder on this machine.", "The step folder to write.")
+    return line
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    if not argv or "--help" in argv or "-h" in argv:
-        print(USAGE, end="")
-        return 0
-    try:
-        given = parse_words(argv, ("from", "to"), command="import")
-        if missing := [name for name in ("from", "to") if name not in given]:
-            raise ConfigError([Problem(f"--{name}", "is missing") for name in missing])
-        print(import_folder(Path(given["from"][-1]), Path(given["to"][-1])))
-    except TitanGrowthError as error:
-        return print_error(error)
+    return command_line().run(argv or ["--help"], _import)
+
+
+def _import(args: Namespace) -> int:
+    print(import_folder(Path(args.source), Path(args.target)))
     return 0
 
 
 def import_folder(source: Path, target: Path) -> str:
-    """Writes a step folder; returns what has been done, in a line.
+    """Writes a step folder; returns one line about it.
 
     Raises:
         ConfigError: when the source is not there, or the target in the way.
@@ -90,14 +79,14 @@ def import_folder(source: Path, target: Path) -> str:
     try:
         require_space(target, num_bytes, "the model")
         entries = _write(opened.opened, target)
-        said = _commit(opened, target, assets, entries)
+        tokenizer = _commit(opened, target, assets, entries)
     except (OSError, CheckpointException, TitanGrowthError) as error:
         emptied(target)
         raise failure(target, error) from error
     config = opened.config
     return (
         f"{target}: {config.num_layers} layers of width {config.dim}, {config.num_params:,} parameters, "
-        f"{gib(num_bytes)} written and verified; {said}"
+        f"{gib(num_bytes)} written and verified; {tokenizer}"
     )
 
 
@@ -141,16 +130,17 @@ def _write(reader: HuggingFaceReader, target: Path) -> FileEntries:
 
 
 def _commit(source: HuggingFaceSource, target: Path, assets: dict[str, Path], entries: FileEntries) -> str:
+    """Writes recipe, lineage, tokenizer files and manifest; returns what became of the tokenizer, in words."""
     copy_assets(assets, target)
     recipe = source.recipe
-    said = "it has no tokenizer"
+    tokenizer = "it has no tokenizer"
     if recipe.model.hf_assets_path is not None:
         recipe = with_values(recipe, {"model.hf_assets_path": str(target.resolve())})
-        said = "tokenizer files beside it"
+        tokenizer = "tokenizer files beside it"
     write_atomic(target / RECIPE, to_toml(recipe))
     write_atomic(target / LINEAGE, Lineage().to_json())
     manifest = new_manifest(source.opened.opened)
     manifest.files.update({name: file_entry(target / name) for name in (*assets, RECIPE, LINEAGE)})
     manifest.files.update(entries)
     write_manifest(target, manifest)
-    return said
+    return tokenizer

@@ -1,29 +1,39 @@
-"""`python -m titan_growth lineage CHECKPOINT`: what a checkpoint has come from, oldest first."""
+"""`python -m titan_growth lineage CHECKPOINT`: the growths behind a checkpoint, oldest first."""
 
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 from titan_growth.checkpoint.folder import StepFolder, open_step
 from titan_growth.checkpoint.history import GrowthEvent, RollBack
+from titan_growth.commands.args import CommandLine
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
 from titan_growth.tools.location import folder_at
 
-USAGE = """usage: python -m titan_growth lineage STEP_FOLDER
 
-Prints the growths behind a checkpoint: when, by which operator, from which checkpoint and on which mesh.
-"""
+def command_line() -> CommandLine:
+    """The arguments of `lineage`."""
+    line = CommandLine(
+        "lineage",
+        "Prints the growths behind a checkpoint: when, by which operator, from which checkpoint and on which mesh.",
+        example="outputs/checkpoint/step-5000",
+        statuses="0 printed, 1 no such checkpoint, 2 wrong arguments",
+    )
+    line.words("STEP_FOLDER", "A committed step folder.", dest="folder", many=False)
+    return line
 
 
 def main(argv: list[str]) -> int:
     """Prints the lineage of a step folder; returns 0, or 1 when there is none."""
-    if len(argv) != 1 or argv[0] in ("--help", "-h"):
-        print(USAGE, end="", file=sys.stdout if argv and argv[0] in ("--help", "-h") else sys.stderr)
-        return 0 if argv and argv[0] in ("--help", "-h") else 2
+    return command_line().run(argv, _lineage)
+
+
+def _lineage(args: Namespace) -> int:
     try:
-        print("\n".join(lineage_lines(folder_at(argv[0]))))
+        print("\n".join(lineage_lines(folder_at(args.folder))))
     except TitanGrowthError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

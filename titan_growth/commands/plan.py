@@ -1,4 +1,4 @@
-"""`python -m titan_growth plan`: what a recipe comes to on so many ranks, on paper.
+"""`python -m titan_growth plan`: the run plan, what a recipe resolves to on N ranks.
 
 Model, mesh, batch, stages, which rank holds what and how many bytes of it, and how the run grows: everything that
 follows from the recipe and a number of ranks. Nothing is started, read or written (but the recipe, and a pipeline
@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from titan_growth.commands.args import CommandLine
 from titan_growth.commands.check import report_problems
 from titan_growth.config.loader import dry_run_of, inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
@@ -24,33 +25,37 @@ from titan_growth.layout.shards import EMBEDDING, HEAD, LAYER, NORM, ModelShards
 from titan_growth.models.registry import family_module
 from titan_growth.run.phases import Phase
 from titan_growth.run.plan import RunPlan, plan_run, stage_lines
-from titan_growth.tools.errors import ConfigError, Problem, TitanGrowthError
+from titan_growth.tools.errors import ConfigError, TitanGrowthError
 from titan_growth.tools.logs import say, setup_logging
-
-USAGE = """usage: python -m titan_growth plan [--world-size N] [--device cuda|cpu]
-                                     [--job.config_file FILE] [--section.key value ...]
-
-Prints what the recipe comes to, or everything that is wrong with it, without starting anything. Needs no GPU, no data
-and no tokenizer. Exit status: 0 a plan, 2 problems.
-
-  --world-size N     ranks of the run; default $WORLD_SIZE, else 1
-  --device NAME      cuda (default) or cpu: the device that the run will have, which this machine need not have
-
-python -m titan_growth train --help lists every key of a recipe.
-"""
 
 DEVICES = ("cuda", "cpu")
 
 
+def command_line() -> CommandLine:
+    """The arguments of `plan`."""
+    line = CommandLine(
+        "plan",
+        """Prints what the recipe resolves to on N ranks, or everything that is wrong with it. Starts nothing, and
+        needs no GPU, no data and no tokenizer.""",
+        example="--world-size 512 --job.config_file train_configs/llama3_405b.toml",
+        statuses="0 a plan, 2 problems",
+        recipe=True,
+    )
+    ranks, key = "Ranks of the run; without it, $WORLD_SIZE counts.", "--world-size or WORLD_SIZE"
+    device = f"{' or '.join(DEVICES)}: what the run will have; this machine need not have it."
+    line.option("--world-size", "N", ranks, _num_ranks, default=os.environ.get("WORLD_SIZE", "1"), key=key)
+    line.option("--device", "NAME", device, _device, default=DEVICES[0])
+    return line
+
+
 def main(argv: list[str]) -> int:
     """Prints the plan of a recipe; returns 0, or 2 when there is none."""
-    if "--help" in argv or "-h" in argv:
-        print(USAGE, end="")
+    line = command_line()
+    if line.prints_help(argv):
         return 0
     setup_logging(0)
     try:
-        num_ranks, device_type, words, found = _own_flags(argv)
-        report = _report(words, num_ranks, device_type, found)
+        report = _report(line, argv)
     except ConfigError as error:
         report_problems(error)
         return error.exit_status
@@ -63,53 +68,41 @@ def main(argv: list[str]) -> int:
     os._exit(0)
 
 
-def _own_flags(argv: list[str]) -> tuple[int, str, list[str], list[Problem]]:
-    """(number of ranks, device, the words of the recipe, problems) of a command line."""
-    given = {"world-size": os.environ.get("WORLD_SIZE", "1"), "device": DEVICES[0]}
-    words: list[str] = []
-    problems: list[Problem] = []
-    rest = iter(argv)
-    for word in rest:
-        name, has_value, text = word.removeprefix("--").partition("=")
-        name = name.replace("_", "-")
-        if not word.startswith("--") or name not in given:
-            words.append(word)
-            continue
-        given[name] = text if has_value else next(rest, "")
-    number = given["world-size"]
-    if not (number.isdecimal() and 0 < int(number) < 2**31):
-        problems.append(
-            Problem("--world-size or WORLD_SIZE", f"expected a number of ranks, at least 1, got '{number}'")
-        )
-        number = "1"
-    if given["device"] not in DEVICES:
-        problems.append(Problem("--device", f"must be one of {', '.join(DEVICES)}, got '{given['device']}'"))
-        given["device"] = DEVICES[0]
-    return int(number), given["device"], words, problems
+def _num_ranks(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) < 2**31):
+        raise ValueError(f"expected a number of ranks, at least 1, got '{text}'")
+    return int(text)
 
 
-def _report(words: list[str], num_ranks: int, device_type: str, problems: list[Problem]) -> list[str]:
-    """The report of a recipe; its warnings are said on the way.
+def _device(text: str) -> str:
+    if text not in DEVICES:
+        raise ValueError(f"must be one of {', '.join(DEVICES)}, got '{text}'")
+    return text
+
+
+def _report(line: CommandLine, argv: list[str]) -> list[str]:
+    """The report of a recipe; its warnings are printed on the way.
 
     Raises:
         ConfigError: with all problems of the command line, the recipe, and the recipe on this number of ranks.
     """
-    own = list(problems)
-    recipe, found, warnings = inspect_recipe(words)
-    problems = own + found
+    args = line.read(argv)
+    recipe, found, warnings = inspect_recipe(args.recipe)
+    problems = [*line.problems, *found]
     plan = None
     if recipe is not None:
         recipe = dry_run_of(recipe)
-        plan, more, others = plan_run(recipe, num_ranks=num_ranks, device_type=device_type, elsewhere=True)
+        ranks, device = args.world_size or 1, args.device or DEVICES[0]
+        plan, more, others = plan_run(recipe, num_ranks=ranks, device_type=device, elsewhere=True)
         known = {problem.key for problem in problems}
-        # Without a number of ranks or a device of its own, the plan's complaints are about the default in its place.
-        problems += [problem for problem in more if problem.key not in known] if not own else []
+        # With defaults for wrong arguments, the plan's problems would be about the defaults.
+        problems += [problem for problem in more if problem.key not in known] if not line.problems else []
         warnings = warnings + others
     for warning in warnings:
         say(f"warning: {warning}")
     if problems or plan is None:
         raise ConfigError(problems)
-    return report_lines(plan, device_type)
+    return report_lines(plan, args.device)
 
 
 def report_lines(plan: RunPlan, device_type: str) -> list[str]:

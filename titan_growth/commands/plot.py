@@ -1,30 +1,21 @@
 """`python -m titan_growth plot`: validation loss against FLOPs, tokens and seconds, and the speedup at equal loss.
 
-    python -m titan_growth plot scratch=outputs/scratch grown=outputs/grown --to curves.png
-
 The first run is what the others are compared with. Everything comes from the `metrics.jsonl` of the runs.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titan_growth.commands.args import CommandLine, given
 from titan_growth.metrics.curves import COSTS, Curve, compare, read_curve, report, weights_of
-from titan_growth.tools.errors import ConfigError, Problem, print_error
+from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.packages import missing_package
-
-USAGE = """usage: python -m titan_growth plot NAME=RUN [NAME=RUN ...] [--to FILE] [--title TEXT]
-
-RUN is a run's job.dump_folder, or a metrics.jsonl. The first run is the baseline: for each other one it prints the
-speedup at the lowest validation loss that both reach, in FLOPs, tokens and seconds.
-
-  --to FILE      draw the curves into a .png, .svg or .pdf, growths marked
-  --title TEXT   above the picture
-
-Exit status: 0, or 2 for wrong arguments.
-"""
 
 SUFFIXES = (".png", ".svg", ".pdf")
 LABELS = {"flops": "training FLOPs", "tokens": "training tokens", "seconds": "seconds"}
@@ -32,66 +23,72 @@ LABELS = {"flops": "training FLOPs", "tokens": "training tokens", "seconds": "se
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run to be drawn."""
+
+    name: str
+    path: Path
+    """Its folder, or a metrics.jsonl."""
+
+
+def command_line() -> CommandLine:
+    """The arguments of `plot`."""
+    line = CommandLine(
+        "plot",
+        """Compares runs by their validation loss. The first run is the baseline: for each other one it prints the
+        speedup at the lowest loss that both reach, in FLOPs, tokens and seconds.""",
+        example="scratch=outputs/scratch grown=outputs/grown --to curves.png",
+        statuses="0 printed, 2 wrong arguments",
+    )
+    run = "A run's job.dump_folder, or a metrics.jsonl."
+    missing = Problem("", "no run is named", "Name at least one, as NAME=FOLDER")
+    line.words("NAME=RUN", run, dest="runs", many=True, missing=missing)
+    line.option("--to", "FILE", f"Draw the curves into a {', '.join(SUFFIXES)}, with growths marked.", _picture)
+    line.option("--title", "TEXT", "Printed above the picture.")
+    return line
+
+
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
-    if not argv or "--help" in argv or "-h" in argv:
-        print(USAGE, end="")
-        return 0
-    try:
-        runs, target, title = _arguments(argv)
-        curves = [read_curve(name, path) for name, path in runs]
-        lines = report([compare(curves[0], other) for other in curves[1:]])
-        for curve in curves:
-            if not curve.has("seconds"):
-                lines.append(f"{curve.name} was written by a version that counted no seconds")
-        for name, path in runs:
-            if start := weights_of(path):
-                lines.append(f"{name} started from the weights of {start}; what those cost is not in its curve")
-        if target is not None:
-            draw(curves, target, title)
-            lines.append(f"drawn: {target}")
-    except ConfigError as error:
-        return print_error(error)
+    return command_line().run(argv or ["--help"], _plot)
+
+
+def _plot(args: Namespace) -> int:
+    runs = [_run(word) for word in args.runs]
+    if twice := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
+        raise ConfigError([Problem(name, "is given twice") for name in twice])
+    curves = [read_curve(run.name, run.path) for run in runs]
+    lines = report([compare(curves[0], other) for other in curves[1:]])
+    for curve in curves:
+        if not curve.has("seconds"):
+            lines.append(f"{curve.name} was written by a version that counted no seconds")
+    for run in runs:
+        if start := weights_of(run.path):
+            lines.append(f"{run.name} started from the weights of {start}; what those cost is not in its curve")
+    if args.to is not None:
+        draw(curves, args.to, args.title or "")
+        lines.append(f"drawn: {args.to}")
     print("\n".join(lines))
     return 0
 
 
-def _arguments(argv: list[str]) -> tuple[list[tuple[str, Path]], Path | None, str]:
-    runs: list[tuple[str, Path]] = []
-    options: dict[str, str] = {}
-    problems = []
-    words = iter(argv)
-    for word in words:
-        if word.startswith("--"):
-            name, has_value, text = word.partition("=")
-            value = text if has_value else next(words, None)
-            if name not in ("--to", "--title"):
-                problems.append(Problem(word, "is no argument of this command", "It takes NAME=RUN, --to and --title"))
-            elif value is None:
-                problems.append(Problem(word, "needs a value"))
-            else:
-                options[name] = value
-            continue
-        name, has_name, path = word.partition("=")
-        named = has_name and not Path(word).exists()  # a folder may well be called lr=3e-4
-        runs.append((name, Path(path)) if named else (Path(word).resolve().name, Path(word)))
-    if not runs:
-        problems.append(Problem("", "no run is named", "Name at least one, as NAME=FOLDER"))
-    problems += [Problem(name, "is given twice") for name in {name for name, _ in runs} if _times(name, runs) > 1]
-    target = Path(options["--to"]) if "--to" in options else None
-    if target is not None and target.suffix.lower() not in SUFFIXES:
-        problems.append(Problem("--to", f"{target} must end in {', '.join(SUFFIXES)}"))
-    elif target is not None and not target.parent.is_dir():
-        problems.append(Problem("--to", f"there is no folder {target.parent}"))
-    elif target is not None and (problem := missing_package("--to", "matplotlib", "leave it out")):
-        problems.append(problem)
-    if problems:
-        raise ConfigError(problems)
-    return runs, target, options.get("--title", "")
+def _run(word: str) -> Run:
+    name, equals, path = word.partition("=")
+    if equals and not Path(word).exists():  # a folder may well be called lr=3e-4
+        return Run(name, Path(path))
+    return Run(Path(word).resolve().name, Path(word))
 
 
-def _times(name: str, runs: Sequence[tuple[str, Path]]) -> int:
-    return sum(one == name for one, _ in runs)
+def _picture(text: str) -> Path:
+    path = Path(given(text))
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent}")
+    if problem := missing_package("--to", "matplotlib", "leave it out"):
+        raise ValueError(f"{problem.message}. {problem.hint}")
+    return path
 
 
 def draw(curves: Sequence[Curve], target: Path, title: str = "") -> None:

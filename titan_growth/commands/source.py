@@ -1,4 +1,4 @@
-"""A model to be grown or written: a step folder of ours, or a Hugging Face folder as if it were one."""
+"""The model that a command reads: a step folder, or a Hugging Face folder as if it were one."""
 
 from __future__ import annotations
 
@@ -9,20 +9,82 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from titan_growth.checkpoint.folder import StepFolder
+from titan_growth.checkpoint.folder import LINEAGE, RECIPE, StepFolder, open_step
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
-from titan_growth.commands.args import Source, open_source
 from titan_growth.config.loader import with_values
+from titan_growth.config.plugins import PLUGINS_KEY
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.growth.chain import chain_of
+from titan_growth.growth.chain import Chain, chain_of
 from titan_growth.interchange.folder import HuggingFaceFolder, is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
+from titan_growth.models.config import DecoderConfig
+from titan_growth.run.vet import history_of, problem_of, whole_problem
+from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError, one_line
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk that can be grown or written: here, a committed checkpoint."""
+
+    folder: StepFolder
+    recipe: Recipe
+    """What it was written with."""
+    chain: Chain
+    lineage: Lineage
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model that it holds."""
+        return self.chain.configs[len(self.lineage.events)]
+
+    def reader(self) -> SafeReader:
+        """A reader of its tensors."""
+        return SafeReader(self.folder.path)
+
+
+def open_source(path: Path, plugins: Sequence[str] = ()) -> Source:
+    """A step folder, checked in full.
+
+    Args:
+        plugins: those already loaded. A stored recipe cannot cause an import.
+
+    Raises:
+        ConfigError: when it is not there, or its recipe needs plugins that have not been loaded.
+        CheckpointError: when it was never committed, is damaged, or cannot be grown from at this step.
+    """
+    if not path.is_dir():
+        raise ConfigError([Problem("--from", f"{path}: no such folder", "Name a step-N folder")])
+    folder = open_step(path)
+    if folder is None:
+        raise RefusedCheckpointError(str(path), "it has no manifest, so it was never committed")
+    if damage := folder.damage(checksums=True, names=(RECIPE, LINEAGE)):
+        raise folder.refused(damage)
+    if missing := [name for name in _plugins_of(folder) if name not in plugins]:
+        message = f"{path} was written with plugins, and its recipe means nothing without them"
+        raise ConfigError([Problem("--plugins", message, f"If you trust them, give --plugins {','.join(missing)}")])
+    if damage := problem_of(folder) or whole_problem(folder):
+        raise folder.refused(damage)
+    recipe, chain, lineage = history_of(folder)
+    if lineage.events:
+        last = lineage.events[-1]
+        mask_steps = last.stage.get("mask_steps")
+        if folder.step < last.step + (mask_steps if isinstance(mask_steps, int) else 0):
+            raise folder.refused("the mask of its last growth is still opening. Take a later step")
+    return Source(folder, recipe, chain, lineage)
+
+
+def _plugins_of(folder: StepFolder) -> list[str]:
+    """The modules that a checkpoint's recipe names."""
+    named = folder.recipe_table().get(PLUGINS_KEY, [])
+    if not isinstance(named, list) or not all(isinstance(name, str) and len(name) < 200 for name in named):
+        raise folder.refused("its recipe cannot be read (plugins are no list of names)")
+    return [one_line(name) for name in named]
 
 
 class _NeverRun(StepFolder):
-    """What stands for a step folder where there is none: nothing has been trained here."""
+    """In place of a step folder: weights that no run has written."""
 
     def lineage(self) -> Lineage:
         return Lineage()
@@ -39,7 +101,7 @@ class HuggingFaceSource(Source):
 
 
 def open_any(path: Path, plugins: Sequence[str] = ()) -> Source:
-    """A folder of either kind, told by its files and checked in full.
+    """Opens a folder of either kind, told apart by its files and checked in full.
 
     Raises:
         ConfigError: as `open_source`.
@@ -51,7 +113,7 @@ def open_any(path: Path, plugins: Sequence[str] = ()) -> Source:
 def open_hugging_face(path: Path) -> HuggingFaceSource:
     """A Hugging Face folder. Raises CheckpointError when it is refused."""
     reader = HuggingFaceReader(path)
-    recipe = recipe_of(reader.opened)
+    recipe = recipe_for(reader.opened)
     chain, problems = chain_of(recipe.growth, reader.opened.config)
     assert chain is not None, f"a recipe without growths has no chain: {problems}"
     return HuggingFaceSource(_NeverRun(path, new_manifest(reader.opened)), recipe, chain, Lineage(), reader)
@@ -70,8 +132,8 @@ def new_manifest(opened: HuggingFaceFolder) -> Manifest:
     )
 
 
-def recipe_of(opened: HuggingFaceFolder) -> Recipe:
-    """The recipe of a run of this model: its sizes and its tokenizer; all else is as by default."""
+def recipe_for(opened: HuggingFaceFolder) -> Recipe:
+    """The recipe of a run with this model: its sizes and tokenizer, and the defaults of all other keys."""
     types = {tensor.dtype for tensor in opened.tensors.values()}
     base = Recipe()
     has_tokenizer = any((opened.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
@@ -85,7 +147,7 @@ def recipe_of(opened: HuggingFaceFolder) -> Recipe:
 
 
 def whole_tensor(reader: SafeReader, chunks: Sequence[StoredChunk], shape: tuple[int, ...]) -> Tensor:
-    """A stored tensor, put together from its pieces."""
+    """Assembles a stored tensor from its chunks."""
     if len(chunks) == 1:
         return reader.read_chunk(chunks[0])
     whole = torch.empty(shape, dtype=chunks[0].dtype)

@@ -1,12 +1,12 @@
-"""`python -m titan_growth verify FOLDER ...`: is a checkpoint whole, and what does it hold?
+"""`python -m titan_growth verify FOLDER ...`: is a checkpoint complete, and what does it hold?
 
-Reads everything: sizes and SHA-256 sums of all files, the metadata (nothing in it is run), whether the stored pieces of
-every tensor make it up and can be read, whether recipe and lineage can, and whether all weights of the model are there.
+Reads everything: sizes and SHA-256 sums of all files, the metadata (nothing in it is run), that the stored chunks
+of every tensor tile it and can be read, recipe and lineage, and that no weight of the model is missing.
 """
 
 from __future__ import annotations
 
-import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,28 +14,34 @@ import torch
 
 from titan_growth.checkpoint.folder import StepFolder, open_step, step_numbers, step_path
 from titan_growth.checkpoint.reader import SafeReader
+from titan_growth.commands.args import CommandLine
 from titan_growth.growth.rules import OPTIMIZER_PREFIX
 from titan_growth.run.vet import problem_of, whole_problem
 from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError, TitanGrowthError, one_line, print_error
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.run_folder import gib
 
-USAGE = """usage: python -m titan_growth verify FOLDER [FOLDER ...]
 
-Checks step folders in full; a folder of step folders stands for all of them. Nothing in a checkpoint is run.
-
-Exit status: 0 all are whole, 1 one or more are not, 2 wrong arguments.
-"""
+def command_line() -> CommandLine:
+    """The arguments of `verify`."""
+    line = CommandLine(
+        "verify",
+        "Checks step folders in full: every file, every tensor. Nothing in a checkpoint is run.",
+        example="outputs/checkpoint",
+        statuses="0 all are complete, 1 one or more are not, 2 wrong arguments",
+    )
+    line.words("FOLDER", "A step folder, or a folder of them to check them all.", dest="folders", many=True)
+    return line
 
 
 def main(argv: list[str]) -> int:
     """Checks the folders; returns the exit status."""
-    if not argv or any(word.startswith("-") for word in argv):
-        asked = bool(argv) and argv[0] in ("--help", "-h")
-        print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+    return command_line().run(argv, _verify)
+
+
+def _verify(args: Namespace) -> int:
     status = 0
-    for word in argv:
+    for word in args.folders:
         try:
             path = folder_at(word)
             folders = [step_path(path, step) for step in sorted(step_numbers(path))] or [path]
@@ -46,7 +52,7 @@ def main(argv: list[str]) -> int:
             try:
                 print("\n".join(verified(folder)), flush=True)
             except TitanGrowthError as error:
-                place = f" (in {path.parent})" if len(argv) > 1 else ""
+                place = f" (in {path.parent})" if len(args.folders) > 1 else ""
                 print(f"error: {one_line(str(error))}{place}", flush=True)
                 status = status or 1
     return status
@@ -63,7 +69,7 @@ def verified(path: Path) -> Iterator[str]:
     folder = open_step(path)
     if folder is None:
         raise RefusedCheckpointError(str(path), "it has no manifest, so it was never committed")
-    # In this order: what a stranger may have made absurdly large is read once it is known to be what it should.
+    # In this order: an untrusted file may be absurdly large, and is read only once its size is known to be right.
     if damage := folder.damage(checksums=False) or problem_of(folder) or whole_problem(folder):
         raise folder.refused(damage)
     manifest = folder.manifest
@@ -77,7 +83,7 @@ def verified(path: Path) -> Iterator[str]:
 
 
 def _tensors(folder: StepFolder) -> str:
-    """What the tensors are, once each of their pieces has been read."""
+    """Counts the tensors, once every chunk has been read."""
     reader = SafeReader(folder.path)
     chunks = reader.chunks()
     for name, pieces in chunks.items():

@@ -13,9 +13,9 @@ from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, train
 from titan_growth.checkpoint.folder import open_step
 from titan_growth.checkpoint.reader import SafeReader
-from titan_growth.commands.args import open_source
 from titan_growth.commands.grow import main as grow_main
 from titan_growth.commands.lineage import main as lineage_main
+from titan_growth.commands.source import open_source
 from titan_growth.models.roles import layer_of, with_layer
 
 

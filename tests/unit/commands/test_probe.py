@@ -14,11 +14,11 @@ from tests.harness import run_ranks
 from tests.runs import make_recipe, train
 from titan_growth.checkpoint.folder import file_entry, open_step, write_manifest
 from titan_growth.checkpoint.history import Progress
-from titan_growth.commands.args import Source, open_source
 from titan_growth.commands.probe.candidates import Candidate, candidate_recipe, candidates_of, doubts
 from titan_growth.commands.probe.command import main as probe_main
 from titan_growth.commands.probe.report import Outcome, outcome_of, report
 from titan_growth.commands.probe.runs import linked
+from titan_growth.commands.source import Source, open_source
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.chain import chain_of
 from titan_growth.models.registry import model_config_of
@@ -173,7 +173,7 @@ def test_the_learning_rate_is_that_of_the_run(grows: str, tmp_path: Path) -> Non
         schedule = LRSchedule(
             recipe.lr_scheduler, lr=recipe.optimizer.lr, steps=recipe.training.steps, growth=recipe.growth
         )
-        grown_at = [2] if candidate.stage else []
+        grown_at = [2] if candidate.planned else []
         assert [schedule(step, grown_at) for step in (3, 7)] == [own(step) for step in (3, 7)]
 
 
@@ -185,30 +185,26 @@ def test_a_width_rounded_by_the_recipe_is_no_obstacle(tmp_path: Path) -> None:
 
 def test_candidates_take_the_shared_settings_that_mean_something_to_them(source: Path) -> None:
     layers = ", ".join(str(layer % 4) for layer in range(90))
-    given = {
-        "operator": ["learn", "stack", "random_depth"],
-        "stage": [
-            'operator = "learn", n_layers = 6, options = {steps = 5}',
-            '{operator = "stack", factor = 3, parallelism = {tensor_parallel_degree = 2}}',
-            f'operator = "map", layer_map = [{layers}]',
-        ],
-        "factor": ["2"],
-        "mask_steps": ["20"],
-        "options": ['{"lr": 0.5}'],
-        "warmup_steps": ["9"],
-    }
-    small, learn, stack, masked, own, split, long = candidates_of(given, open_source(source))
-    stages = [one.stage for one in (learn, stack, masked, own, split, long)]
-    assert small.stage is None
-    assert [stage.options for stage in stages if stage] == [{"lr": 0.5}, {}, {}, {"steps": 5}, {}, {}]
-    assert [stage.mask_steps for stage in stages if stage] == [None, None, 20, None, None, None]
-    assert [stage.factor for stage in stages if stage] == [2, 2, 2, None, 3, None]
-    assert split.stage is not None
-    assert split.stage.parallelism is not None
-    assert split.stage.parallelism.tensor_parallel_degree == 2
-    said = list(doubts(open_source(source), [small, learn, stack, masked], 5))
-    assert sum("warmup of 9 steps is longer than the probe" in line for line in said) == 3
-    assert "random_depth: after 5 steps its mask is 25% open" in said
+    tables = [
+        'operator = "learn", n_layers = 6, options = {steps = 5}',
+        '{operator = "stack", factor = 3, parallelism = {tensor_parallel_degree = 2}}',
+        f'operator = "map", layer_map = [{layers}]',
+    ]
+    shared = {"factor": 2, "mask_steps": 20, "options": {"lr": 0.5}, "warmup_steps": 9}
+    small, learn, stack, masked, own, split, long = candidates_of(
+        ["learn", "stack", "random_depth"], tables, shared, open_source(source)
+    )
+    growths = [one.planned for one in (learn, stack, masked, own, split, long)]
+    assert small.planned is None
+    assert [growth.options for growth in growths if growth] == [{"lr": 0.5}, {}, {}, {"steps": 5}, {}, {}]
+    assert [growth.mask_steps for growth in growths if growth] == [None, None, 20, None, None, None]
+    assert [growth.factor for growth in growths if growth] == [2, 2, 2, None, 3, None]
+    assert split.planned is not None
+    assert split.planned.parallelism is not None
+    assert split.planned.parallelism.tensor_parallel_degree == 2
+    lines = list(doubts(open_source(source), [small, learn, stack, masked], 5))
+    assert sum("warmup of 9 steps is longer than the probe" in line for line in lines) == 3
+    assert "random_depth: after 5 steps its mask is 25% open" in lines
 
 
 def test_plugins_of_a_checkpoint_are_named_and_not_imported(

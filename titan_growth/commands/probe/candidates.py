@@ -1,4 +1,4 @@
-"""What is to be tried: the candidates of a command line, and the recipe of a candidate's run.
+"""The candidates of a command line, and the recipe of each candidate's run.
 
 A candidate must differ from the run that the checkpoint is from in nothing but its growth. So its recipe is that of the
 checkpoint as it holds at that step: the growths that have happened stay in it (the schedule of the learning rate counts
@@ -8,13 +8,14 @@ not change what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tomli
 
-from titan_growth.commands.args import STAGE_WORDS, Source, checked_stage, map_of, stage_of
+from titan_growth.commands.growth_args import SETTINGS, growth_map, planned_growth
+from titan_growth.commands.source import Source
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.growth import SIZES, PlannedGrowth
 from titan_growth.config.schema.recipe import Recipe
@@ -24,9 +25,9 @@ from titan_growth.models.registry import model_config_of
 from titan_growth.run.phases import recipe_in_phase
 from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError
 
-SHARED = (*STAGE_WORDS, "mask_steps", "lr_policy", "lr", "warmup_steps", "global_batch_size", "local_batch_size",
+SHARED = (*SETTINGS, "mask_steps", "lr_policy", "lr", "warmup_steps", "global_batch_size", "local_batch_size",
           "seq_len")  # fmt: skip
-"""Settings of a stage that may be given for all candidates."""
+"""Settings that may be given for all candidates."""
 
 CHANGEABLE = ("parallelism.", "compile.", "activation_checkpoint.", "training.local_batch_size", "comm.")
 """Keys of a recipe, or beginnings of them, that change where and how a candidate is computed, and not what."""
@@ -39,22 +40,25 @@ class Candidate:
     """A growth to try; None for the small model as it is."""
 
     name: str
-    stage: PlannedGrowth | None
+    planned: PlannedGrowth | None
 
 
-def candidates_of(given: dict[str, list[str]], source: Source) -> list[Candidate]:
-    """The small model, then every growth, in the order they were given.
+def candidates_of(
+    operator_names: Sequence[str], tables: Sequence[str], shared: Mapping[str, Any], source: Source
+) -> list[Candidate]:
+    """The small model, then every growth in the order given.
 
     Args:
-        given: `--operator` and `--stage`, and shared settings.
+        operator_names: a candidate each.
+        tables: TOML, a candidate each.
+        shared: settings of all candidates that do not set them.
 
     Raises:
         ConfigError: when there is none, two are the same, or one does not fit the model.
     """
-    shared = {name: given[name][-1] for name in SHARED if name in given and name != "operator"}
-    common = stage_of({**shared, "operator": "stack"}).model_dump(exclude_unset=True, exclude={"at", "operator"})
-    settings: list[dict[str, Any]] = [{"operator": name} for name in given.get("operator", [])]
-    settings += [_inline(text) for text in given.get("stage", [])]
+    common = planned_growth(shared).model_dump(exclude_unset=True, exclude={"at"})
+    settings: list[dict[str, Any]] = [{"operator": name} for name in operator_names]
+    settings += [_inline(text) for text in tables]
     if not settings:
         raise ConfigError([Problem("--operator", "is missing: which growths are to be tried", "Give it several times")])
     candidates = [Candidate("(not grown)", None)]
@@ -63,28 +67,28 @@ def candidates_of(given: dict[str, list[str]], source: Source) -> list[Candidate
         if any(one.name == name for one in candidates):
             raise ConfigError([Problem(f"'{name}'", "is given twice")])
         try:
-            candidates.append(Candidate(name, _stage(own, common, source)))
+            candidates.append(Candidate(name, _planned(own, common, source)))
         except ConfigError as error:
             found = [Problem(f"'{name}' {one.key}".strip(), one.message, one.hint) for one in error.problems]
             raise ConfigError(found) from None
     return candidates
 
 
-def _stage(own: dict[str, Any], common: dict[str, Any], source: Source) -> PlannedGrowth:
-    """A candidate's stage: its own settings, and those of the shared ones that mean something to it."""
+def _planned(own: dict[str, Any], common: dict[str, Any], source: Source) -> PlannedGrowth:
+    """A candidate's growth: its own settings, and the shared ones that its operator knows."""
     operator = operators().get(str(own["operator"]))
     known: frozenset[str] = getattr(operator, "options", frozenset())
     taken = {key: value for key, value in common.items() if not (_HOW_LARGE & own.keys() and key in _HOW_LARGE)}
     if "options" in taken:
         taken["options"] = {key: value for key, value in taken["options"].items() if key in known}
-    stage = checked_stage({**taken, **own})
-    growth = map_of(source.config, stage)
-    if growth.masked and stage.mask_steps is None:
-        message = f"'{stage.operator}' has a mask, and no mask_steps to open it over"
+    planned = planned_growth({**taken, **own})
+    growth = growth_map(source.config, planned)
+    if growth.masked and planned.mask_steps is None:
+        message = f"'{planned.operator}' has a mask, and no mask_steps to open it over"
         raise ConfigError([Problem("", message, "Give --mask-steps, or mask_steps in its --stage")])
     if not growth.masked and "mask_steps" not in own:
-        stage = stage.model_copy(update={"mask_steps": None})
-    return stage
+        planned = planned.model_copy(update={"mask_steps": None})
+    return planned
 
 
 def _inline(text: str) -> dict[str, Any]:
@@ -126,9 +130,9 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: 
     moved: dict[str, Any] = {"parallelism": None, "num_ranks": None, "local_batch_size": None}
     stages = [stage.model_copy(update=moved) for stage in recipe.growth.active_stages[:num_growths]]
     model = source.config
-    if candidate.stage is not None:
-        stages.append(candidate.stage.model_copy(update={"at": f"{step} steps"}))
-        model = map_of(source.config, candidate.stage).after
+    if candidate.planned is not None:
+        stages.append(candidate.planned.model_copy(update={"at": f"{step} steps"}))
+        model = growth_map(source.config, candidate.planned).after
     values: dict[str, Any] = {
         "plugins": sorted({*recipe.plugins, *plugins}),
         **{f"model.{key}": size for key, size in model.sizes.items()},
@@ -187,14 +191,14 @@ def _learning_rate(recipe: Recipe, *, grows: bool) -> dict[str, Any]:
 def doubts(source: Source, candidates: Sequence[Candidate], steps: int) -> Iterator[str]:
     """What the reader of a ranking should know about the candidates."""
     for one in candidates:
-        if one.stage is None:
+        if one.planned is None:
             continue
-        warmup = one.stage.warmup_steps
+        warmup = one.planned.warmup_steps
         warmup = source.recipe.lr_scheduler.warmup_steps if warmup is None else warmup
-        if one.stage.lr_policy != "continue" and warmup >= steps:
+        if one.planned.lr_policy != "continue" and warmup >= steps:
             yield (
                 f"{one.name}: its warmup of {warmup} steps is longer than the probe, so it never learns at its full "
                 "rate. Give --warmup-steps, or --lr-policy continue"
             )
-        if one.stage.mask_steps and one.stage.mask_steps > steps:
-            yield f"{one.name}: after {steps} steps its mask is {steps / one.stage.mask_steps:.0%} open"
+        if one.planned.mask_steps and one.planned.mask_steps > steps:
+            yield f"{one.name}: after {steps} steps its mask is {steps / one.planned.mask_steps:.0%} open"

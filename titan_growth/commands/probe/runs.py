@@ -17,9 +17,9 @@ from typing import Any
 from titan_growth.checkpoint.folder import LINEAGE, MANIFEST, RECIPE, file_entry, step_path, write_manifest
 from titan_growth.checkpoint.history import Lineage
 from titan_growth.checkpoint.manifest import Manifest
-from titan_growth.commands.args import Source
 from titan_growth.commands.probe.candidates import Candidate, candidate_recipe
 from titan_growth.commands.probe.report import Outcome, outcome_of
+from titan_growth.commands.source import Source
 from titan_growth.config.loader import load_recipe, to_toml, with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.models.config import DecoderConfig
@@ -77,7 +77,7 @@ def prepared(
     run.recipe_file.write_text(to_toml(recipe), encoding="utf-8")
     recipe = load_recipe(["--job.config_file", str(run.recipe_file), *keys])
     manifest = source.folder.manifest
-    if candidate.stage is None:
+    if candidate.planned is None:
         manifest = replace(manifest, held_out_loss=None)
     plan, problems, _ = plan_run(
         recipe,
@@ -139,8 +139,8 @@ def carried_out(source: Source, run: ProbeRun, num_ranks: int, keys: Sequence[st
             process.wait()
             raise
         log.seek(0)
-        said = log.read().decode(errors="replace").strip().splitlines() or [f"status {status}"]
-    failure = "" if status == 0 else next((line for line in reversed(said) if "error: " in line), said[-1])
+        output = log.read().decode(errors="replace").strip().splitlines() or [f"status {status}"]
+    failure = "" if status == 0 else next((line for line in reversed(output) if "error: " in line), output[-1])
     try:
         lines = [json.loads(line) for line in (run.folder / METRICS_FILE).read_text().splitlines()]
     except (OSError, ValueError):
