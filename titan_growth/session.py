@@ -103,7 +103,7 @@ class Session:
         start.require_same_data(self.run_data)
         if start.checkpoint is not None and not start.recipe.checkpoint.load_only:
             self.checkpointer.set_aside_after(start.checkpoint.step)
-            on_rank0(lambda: remember_load_step(start.load_step, start.recipe, self.folder))
+            on_rank0(lambda: remember_load_step(start.load_step, self.checkpointer.root))
         if start.recipe.comm.mode == "default":
             on_rank0(lambda: _save_recipe(start.plan.recipe, self.folder))
 

@@ -23,7 +23,7 @@ from titan_growth.config.fields import section_names
 from titan_growth.config.help import help_text
 from titan_growth.config.loader import dry_run_of, load_recipe, to_toml
 from titan_growth.config.plugins import recipe_class
-from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.recipe import CommConfig, DebugConfig, Recipe
 from titan_growth.config.sources import load_named_plugins
 from titan_growth.liveness.exit_report import (
     BAD_RECIPE,
@@ -126,7 +126,7 @@ def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> Outcome:
     from titan_growth.liveness.heartbeat import Heartbeat, give_up
     from titan_growth.liveness.stop_signal import StopSignal
     from titan_growth.models.registry import vocab_size_of
-    from titan_growth.run.data import check_run_data, prepare_run_data
+    from titan_growth.run.data import prepare_run_data
     from titan_growth.run.start import Finished, Site, resolve
     from titan_growth.session import Session
     from titan_growth.tools.collectives import init_process_group, on_rank0, require_agreement
@@ -136,12 +136,11 @@ def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> Outcome:
     dry_run = recipe.comm.mode == "fake_backend"
     stop = StopSignal(recipe.job.time_limit_seconds)
     stop.install()
-    _set_environment(recipe, folder)
+    _record_flights(recipe.comm, folder)
+    _set_determinism(recipe.debug)
     device = Device.detect()
-    _set_determinism(recipe)
     # The corpus is prepared before the process group exists: it may take longer than any collective should.
     run_data = prepare_run_data(recipe, vocab_size_of(recipe.model), progress=report.rank == 0)
-    check_run_data(run_data, recipe)
     timeout = recipe.comm.init_timeout_seconds
     init_process_group(device.type, timeout, fake=dry_run)
     try:
@@ -166,26 +165,26 @@ def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> Outcome:
             dist.destroy_process_group()
 
 
-def _set_environment(recipe: Recipe, folder: RunFolder) -> None:
-    """Settings that libraries read from the environment when they start."""
-    if recipe.comm.trace_buf_size:
-        traces = folder.path / recipe.comm.save_traces_folder
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(recipe.comm.trace_buf_size))
-        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(traces / recipe.comm.save_traces_file_prefix))
-        from torch.cuda import is_available
+def _record_flights(comm: CommConfig, folder: RunFolder) -> None:
+    """Switches on NCCL's flight recorder, which reads the environment when it starts."""
+    if not comm.trace_buf_size:
+        return
+    traces = folder.path / comm.save_traces_folder
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(traces / comm.save_traces_file_prefix))
+    from torch.cuda import is_available
 
-        if is_available():
-            traces.mkdir(parents=True, exist_ok=True)
-    if recipe.debug.deterministic:
+    if is_available():
+        traces.mkdir(parents=True, exist_ok=True)
+
+
+def _set_determinism(debug: DebugConfig) -> None:
+    if debug.deterministic:
+        import torch
+
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def _set_determinism(recipe: Recipe) -> None:
-    import torch
-
-    if recipe.debug.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=recipe.debug.deterministic_warn_only)
+        torch.use_deterministic_algorithms(True, warn_only=debug.deterministic_warn_only)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
 

@@ -10,14 +10,12 @@ A `load_step` is obeyed once: the same command, given again after a stop, must g
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
-from titan_growth.checkpoint.folder import root_of
 from titan_growth.checkpoint.manifest import Manifest
-from titan_growth.config.loader import with_values
-from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.errors import TitanGrowthError
 from titan_growth.tools.files import write_atomic
-from titan_growth.tools.run_folder import RunFolder
 
 _DONE_FILE = "gone-back-to"
 """In the checkpoint folder: the `load_step` that the run has gone back to."""
@@ -39,25 +37,22 @@ class RollBackError(TitanGrowthError):
         self.source = source
 
 
-def load_step_once(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """The recipe without its `checkpoint.load_step` when the run has already gone back to that step.
+def pending_load_step(section: CheckpointConfig, root: Path) -> int:
+    """`checkpoint.load_step`, or -1 when the run has already gone back to that step.
 
-    Naming another step, or none in between, goes back again.
+    So the same command goes on when it is given again after a stop. Naming another step, or none in between, goes back
+    again.
     """
-    wanted = recipe.checkpoint.load_step
-    if wanted == -1:
-        return recipe
     try:
-        done = int((root_of(recipe.checkpoint.folder, folder.path) / _DONE_FILE).read_text())
+        done = int((root / _DONE_FILE).read_text())
     except (OSError, ValueError):
         done = -1
-    return with_values(recipe, {"checkpoint.load_step": -1}) if done == wanted else recipe
+    return -1 if done == section.load_step else section.load_step
 
 
-def remember_load_step(load_step: int, recipe: Recipe, folder: RunFolder) -> None:
+def remember_load_step(load_step: int, root: Path) -> None:
     """Writes down which `load_step` the run has gone back to, or forgets it when there is none (-1)."""
-    file = root_of(recipe.checkpoint.folder, folder.path) / _DONE_FILE
     if load_step != -1:
-        write_atomic(file, f"{load_step}\n")
+        write_atomic(root / _DONE_FILE, f"{load_step}\n")
     else:
-        file.unlink(missing_ok=True)
+        (root / _DONE_FILE).unlink(missing_ok=True)

@@ -65,10 +65,10 @@ def report_problems(error: ConfigError) -> None:
 
 def _check(argv: list[str]) -> int:
     # Not at the top: a typo in a recipe need not wait for torch.
-    from titan_growth.run.data import check_run_data, prepare_run_data
+    from titan_growth.run.data import prepare_run_data
     from titan_growth.run.initial import check_initial
     from titan_growth.run.precision import slow_precision
-    from titan_growth.run.start import Finished, Site, resolve
+    from titan_growth.run.start import Finished, Site, is_finished, resolve
 
     recipe = _recipe(argv)
     folder = RunFolder(recipe.job.dump_folder)
@@ -76,7 +76,11 @@ def _check(argv: list[str]) -> int:
     dry_run = recipe.comm.mode != "default"
     if not dry_run:
         _check_folder(folder, recipe)
-    start = resolve(recipe, Site(folder, _num_ranks(), _device_type()), most_bytes=READ_BYTES)
+    site = Site(folder, _num_ranks(), _device_type())
+    # Once a run is said to be finished, nobody looks at its checkpoint again.
+    start = resolve(
+        recipe, site, lambda checkpoint, now: checkpoint.num_bytes <= READ_BYTES or is_finished(now, checkpoint)
+    )
     if isinstance(start, Finished):
         logger.info("%s", start.message)
         return NOTHING_TO_DO
@@ -88,7 +92,6 @@ def _check(argv: list[str]) -> int:
         if start.checkpoint is None and recipe.checkpoint.enable and recipe.checkpoint.initial_load_path is not None:
             check_initial(start.plan)
     run_data = prepare_run_data(recipe, start.plan.target.vocab_size, progress=True)
-    check_run_data(run_data, recipe)
     start.require_same_data(run_data)
     return 0
 

@@ -88,7 +88,7 @@ class RunData:
         """The validation samples, or None when nothing is held out, or less than one sequence."""
         seq_len = recipe.validation.seq_len or recipe.training.seq_len
         if self.validation is None or self.validation.num_tokens <= seq_len:
-            return None  # `check_run_data` has refused this for a run that validates
+            return None  # `prepare_run_data` has refused this for a run that validates
         return BlockDataset(self.validation, seq_len, recipe.data.document_mask, seed=0, shuffle=False)
 
 
@@ -124,7 +124,9 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool) -> RunD
             key="validation.dataset_path",
         )
         held_out = prepare(other, corpus.tokenizer, validation_fraction=0.0, **settings).train
-    return RunData(corpus, held_out)
+    run_data = RunData(corpus, held_out)
+    _require_sequences(run_data, recipe)
+    return run_data
 
 
 def with_stand_ins(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
@@ -171,7 +173,7 @@ def _is_beside_torchtitan(path: str | None) -> bool:
     return path is None or Path(path) == Path(C4_TEST_PATH)
 
 
-def check_run_data(run_data: RunData, recipe: Recipe) -> None:
+def _require_sequences(run_data: RunData, recipe: Recipe) -> None:
     """Raises DataError when a split that will be used is shorter than one sequence."""
     seq_len = recipe.training.seq_len
     longest = max([seq_len, *(stage.seq_len or 0 for stage in recipe.growth.active_stages)])

@@ -10,10 +10,11 @@ rank makes the same plan of them.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from titan_growth.checkpoint.folder import StepFolder, committed_steps, root_of
-from titan_growth.checkpoint.rewind import load_step_once
+from titan_growth.checkpoint.rewind import pending_load_step
 from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
@@ -97,29 +98,30 @@ class RunStart:
         return start_from(checkpoint, self.recipe, self.site, self.load_step)
 
 
-def resolve(recipe: Recipe, site: Site, *, most_bytes: int | None = None) -> RunStart | Finished:
-    """What a recipe comes to in its run folder. Every rank calls it, or a process without a process group.
+ReadsShards = Callable[[StepFolder, Recipe], bool]
+"""Whether to read a checkpoint in full before a run goes on from it."""
 
-    Args:
-        most_bytes: shards of larger checkpoints are not read, unless they are all that is left of a finished run. None
-            reads them all.
+
+def always(checkpoint: StepFolder, recipe: Recipe) -> bool:
+    """Read every checkpoint in full, as the ranks do."""
+    return True
+
+
+def resolve(recipe: Recipe, site: Site, reads_shards: ReadsShards = always) -> RunStart | Finished:
+    """What a recipe comes to in its run folder. Every rank calls it, or a process without a process group.
 
     Raises:
         ConfigError: with every problem of the recipe, or every change that the checkpoint does not allow.
         CheckpointError: when the run has checkpoints, and none, or not the one asked for, can be used.
     """
-    load_step = recipe.checkpoint.load_step
-    recipe = on_rank0(lambda: load_step_once(recipe, site.folder))
-
-    def reads_shards(checkpoint: StepFolder) -> bool:
-        return most_bytes is None or checkpoint.num_bytes <= most_bytes or is_finished(recipe, checkpoint)
-
-    root = root_of(recipe.checkpoint.folder, site.folder.path)
-    found = find_checkpoint(recipe.checkpoint, root, problem_of, reads_shards)
+    section = recipe.checkpoint
+    root = root_of(section.folder, site.folder.path)
+    recipe = with_values(recipe, {"checkpoint.load_step": on_rank0(lambda: pending_load_step(section, root))})
+    found = find_checkpoint(recipe.checkpoint, root, problem_of, lambda folder: reads_shards(folder, recipe))
     checkpoint = found.checkpoint
     if checkpoint is not None and on_rank0(lambda: is_finished(recipe, checkpoint)):
         return Finished(checkpoint)
-    return start_from(checkpoint, recipe, site, load_step, tuple(found.refused))
+    return start_from(checkpoint, recipe, site, section.load_step, tuple(found.refused))
 
 
 def start_from(
