@@ -56,9 +56,8 @@ def page() -> str:
     """The whole page."""
     tables = dict(sections(Recipe))
     index = "Tables: " + ", ".join(f"[`{name}`](#{_anchor(name)})" for name in tables if name) + "."
-    wrapped = textwrap.fill(index, width=120, break_on_hyphens=False, break_long_words=False)
     return "\n".join(
-        [INTRODUCTION, wrapped, "", *(_table(name, section) for name, section in tables.items()), _others()]
+        [INTRODUCTION, _wrapped(index), "", *(_table(name, section) for name, section in tables.items()), _others()]
     )
 
 
@@ -80,7 +79,7 @@ def _is_repeated(name: str, section: type[BaseModel], prefix: str) -> bool:
 def _table(name: str, section: type[BaseModel]) -> str:
     lines = [f"## {_heading(name)}", ""]
     if name:
-        lines += [" ".join((section.__doc__ or "").split()), ""]
+        lines += [_wrapped(" ".join((section.__doc__ or "").split())), ""]
     lines += ["| key | type | default | torchtitan | |", "| --- | --- | --- | --- | --- |"]
     for key, field in section.model_fields.items():
         nested = section_of(field.annotation)
@@ -109,6 +108,10 @@ def _others() -> str:
     ]
     ignored = [f"| `{key}` | {reason} |" for key, reason in IGNORED.items()]
     return ELSEWHERE + "\n".join(neutral) + "\n" + WITHOUT_EFFECT + "\n".join(ignored) + "\n"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, width=120, break_on_hyphens=False, break_long_words=False)
 
 
 def _heading(name: str) -> str:

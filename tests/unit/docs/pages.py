@@ -14,6 +14,11 @@ def pages() -> list[Path]:
     return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
 
 
+def is_generated(path: Path) -> bool:
+    """Whether a script writes the page."""
+    return path.parent.name in ("generated", "results") or path.name == "recipe.md"
+
+
 def name_of(path: Path) -> str:
     """A page's path as tests and people call it."""
     return path.relative_to(ROOT).as_posix()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.docs.pages import ROOT, name_of, pages
+from tests.unit.docs.pages import ROOT, is_generated, name_of, pages
 
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 DOCS_PATH = re.compile(r"(?<![\w/.])docs/[\w./-]*\w")
@@ -97,9 +97,7 @@ def test_the_readme_names_every_folder_and_module_once() -> None:
     assert sorted(named) == sorted(there)
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in pages() if page.parent.name not in ("generated", "results")], ids=name_of
-)
+@pytest.mark.parametrize("page", [page for page in pages() if not is_generated(page)], ids=name_of)
 def test_lines_are_not_longer_than_120(page: Path) -> None:
     """Prose and code. Rows of tables and lines with a link may be longer, but not in the README's code."""
     lines = page.read_text(encoding="utf-8").splitlines()
