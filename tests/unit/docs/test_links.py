@@ -14,6 +14,8 @@ LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 DOCS_PATH = re.compile(r"(?<![\w/.])docs/[\w./-]*\w")
 SOURCES = (".py", ".toml", ".sh", ".md", ".c", ".yml", ".yaml")
 WIDTH = 120
+WRITTEN = {"recipe.toml", "logit_cap.py", "sandwich.py", "config.json"}
+"""Files of a run, and the examples of plugins."""
 
 
 def without_code(text: str) -> str:
@@ -71,6 +73,18 @@ def test_pages_named_in_code_exist() -> None:
         for path in DOCS_PATH.findall(file.read_text(encoding="utf-8"))
         if not (ROOT / path).exists()
     }
+    assert missing == set()
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if not is_generated(page)], ids=name_of)
+def test_files_named_on_pages_exist(page: Path) -> None:
+    """`growth/read.py`, from the checkout, from the package, or beside what the page is about."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    named = {
+        name for span in re.findall(r"`([^`\n]+)`", text) for name in re.findall(r"[\w/]+\.(?:py|toml|txt|c)\b", span)
+    }
+    roots = (ROOT, ROOT / "titan_growth", ROOT / "benchmarks", *(ROOT / "tests").rglob("."))
+    missing = {name for name in named - WRITTEN if not any((root / name).exists() for root in roots)}
     assert missing == set()
 
 
