@@ -1,6 +1,6 @@
 """Does growing pay? One recipe with and without growth, validation loss against FLOPs, tokens and seconds.
 
-    python benchmarks/growth_pays.py [--seeds 1] [--at 200 500] [--folder outputs/growth_pays]
+    python -m benchmarks.growth_pays [--seeds 1] [--at 200 500] [--folder outputs/growth_pays]
 
 Trains `benchmarks/growth_pays.toml` through `run_train.sh`: grown from 3 to 12 layers, early and late, and with
 `--growth.enable false`, which trains the 12 layers from scratch on the same batches with the same learning rates. All
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
             named = [f"{name}={folder}" for name, folder in folders.items()]
             assert plot([*named, "--to", str(PICTURE)]) == 0
     words = argv if argv is not None else sys.argv[1:]
-    write(rows, " ".join(["python benchmarks/growth_pays.py", *words]))
+    write(rows, " ".join(["python -m benchmarks.growth_pays", *words]))
     return 0
 
 
@@ -128,7 +128,7 @@ def readme_block(rows: dict[int, list[Comparison]]) -> str:
         f"Here: {first.growths[0].to_layers} layers of width 128, grown from {first.growths[0].from_layers}, on "
         f"{first.points[-1].cost['tokens'] / 1e6:.1f}M tokens of the default corpus ({_seeds(rows)}), far below the "
         "paper's scale. Speedup is the baseline's cost over the grown run's at equal validation loss, minus one; the "
-        "small model's cost is included. `python benchmarks/growth_pays.py` trains the runs, draws the picture and "
+        "small model's cost is included. `python -m benchmarks.growth_pays` trains the runs, draws the picture and "
         "writes these numbers."
     )
     limits = "[What they do and do not say](benchmarks/results/growth_pays.md)."

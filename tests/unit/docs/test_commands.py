@@ -53,7 +53,7 @@ class Command:
             words = program[1 if program[0] == "./run_train.sh" else 2 :]
         elif self.word in ("train", "plan", "check"):
             words = self.rest
-        elif program[0] == "torchrun" and "-m" in program:
+        elif program[0] == "torchrun" and " -m titan_growth" in self.text:
             words = program[program.index("-m") + 2 :]
         else:
             return None
@@ -172,7 +172,7 @@ def check_program(command: Command) -> None:
         return
     elif program[0] == "./setup.sh":
         assert program[1] in ("train", "test")
-    elif program[0] == "torchrun" and "-m" in program:
+    elif command.recipe_words is not None:
         module = program[program.index("-m") + 1]
         assert importlib.util.find_spec(module), module
     elif program[0] in ("python", "torchrun"):
@@ -182,11 +182,12 @@ def check_program(command: Command) -> None:
 
 
 def check_script(words: list[str]) -> None:
-    script = next(word for word in words if not word.isdigit() and not word.startswith("-"))
-    if script.startswith("tests."):
-        assert importlib.util.find_spec(script), script
-        return
-    assert (ROOT / script).is_file(), script
+    """A script of the checkout, by its path or as a module; its options are written in its source."""
+    words = [word for word in words if not word.isdigit()]
+    script = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+    if not (ROOT / script).is_file():
+        script = script.removesuffix(".py") + "/__main__.py"
+    assert (ROOT / script).is_file(), words
     source = (ROOT / script).read_text()
     for option in (word.split("=")[0] for word in words if word.startswith("--")):
         assert f'"{option}"' in source, option
