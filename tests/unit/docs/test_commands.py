@@ -300,7 +300,7 @@ RUN = [(block, command) for block, command in RUN if "--plugins" not in command.
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_cheap_commands_run(place: Path) -> None:
     """One after another, as a reader types them; a later one on the same page uses what an earlier one made."""
     for block in BLOCKS:
