@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from titan_growth.config.fields import section_of, strip_optional, type_text
+from titan_growth.config.fields import section_of, type_text
 from titan_growth.config.help import default_text, field_text
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.torchtitan_keys import IGNORED, NEUTRAL
@@ -89,7 +89,7 @@ def _table(name: str, section: type[BaseModel]) -> str:
 
 
 def _row(table: str, key: str, field: FieldInfo) -> str:
-    kind = "a table" if section_of(field.annotation) else type_text(strip_optional(field.annotation)[0])
+    kind = "a table" if section_of(field.annotation) else type_text(field.annotation)
     text = re.sub(r"docs/([\w/]+\.md)", r"[\1](\1)", field_text(field))
     cells = [f"`{key}`", kind, default_text(field), _in_torchtitan(f"{table}.{key}", field.default), text]
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"

@@ -7,7 +7,7 @@ import textwrap
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from titan_growth.config.fields import leaves, section_of, strip_optional, type_text
+from titan_growth.config.fields import leaves, section_of, type_text
 from titan_growth.config.plugins import recipe_class
 
 USAGE = """usage: python -m titan_growth train --job.config_file FILE [--section.key value ...]
@@ -33,7 +33,7 @@ def help_text(section: str | None = None) -> str:
             about = (model.__doc__ or "").strip().split("\n")[0] if model else ""
             blocks.append(f"\n[{table}]  {about}".rstrip() + "\n" if model else "\n")
         default = default_text(field)
-        kind = type_text(strip_optional(field.annotation)[0])
+        kind = type_text(field.annotation)
         blocks.append(f"  --{key}  ({kind}; {default if default == 'required' else f'default {default}'})\n")
         indent = " " * 6
         blocks.append(
