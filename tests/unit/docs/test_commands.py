@@ -141,6 +141,18 @@ def test_keys_named_in_the_text_exist(page: Path) -> None:
     assert {key for key in wrong if not key.startswith(NOT_KEYS) and key not in NEUTRAL} == set()
 
 
+def test_extras_named_on_the_pages_exist() -> None:
+    extras = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {
+        name
+        for page in pages()
+        for group in re.findall(r"(?:titan_growth|'\.)\[([\w,]+)\]", page.read_text())
+        for name in group.split(",")
+    }
+    assert "all" in named
+    assert named <= extras.keys()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
