@@ -2,7 +2,8 @@
 
     python benchmarks/bad_inputs.py [--jobs N] [PART_OF_A_NAME ...]
 
-Without names, all cases are run (several minutes) and docs/bad_inputs.md is written. Status 1 when a case fails.
+Without names, all cases are run (several minutes) and docs/generated/bad_inputs.md is written.
+Status 1 when a case fails.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ sys.path.insert(0, str(CHECKOUT))
 from tests.recipes import bad_inputs, judge  # noqa: E402
 from tests.recipes.bad_inputs import Case  # noqa: E402
 
-PAGE = CHECKOUT / "docs" / "bad_inputs.md"
+PAGE = CHECKOUT / "docs" / "generated" / "bad_inputs.md"
 LONGEST_CELL = 400
 
 

@@ -1,7 +1,7 @@
 """Running a function on several gloo ranks, forked from this process.
 
-Forking from a parent that has imported `torch.distributed` costs 0.3 s for 8 ranks; spawning costs a minute (design.md,
-section 6). A rank that fails reports its traceback, and the others are killed at once.
+Forking from a parent that has imported `torch.distributed` costs 0.3 s for 8 ranks; spawning costs a minute.
+A rank that fails reports its traceback, and the others are killed at once.
 
 `run_ranks` forks for one call. `WarmRanks` keeps the ranks for the calls that follow: DTensor's sharding rules and the
 meshes are cached in a process, so the second run of a mesh takes half the time of the first.

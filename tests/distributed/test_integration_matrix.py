@@ -1,7 +1,7 @@
 """torchtitan's integration tests, by the names they have there (v0.2.2, `tests/integration_tests`).
 
 Theirs assert that a command ends with status 0. Here each run must also log every step, resume where it should, and
-learn. `docs/integration_matrix.md` has the whole list with what is left out and why; a test keeps it complete.
+learn. `docs/generated/integration_matrix.md` lists them all, with what is left out and why; a test keeps it complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from titan_growth.checkpoint.folder import open_step
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.run.plan import plan_run
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "integration_matrix.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "generated" / "integration_matrix.md"
 
 Settings = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""docs/adding_an_operator.md, followed to the letter: the example on the page is loaded as a plugin and grows a run."""
+"""The example of docs/extending/adding_an_operator.md, taken from the page, loaded as a plugin, grows a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from tests.runs import BASE, argv_of, read_metrics, write_corpus
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "adding_an_operator.md"
+PAGE = ROOT / "docs" / "extending" / "adding_an_operator.md"
 
 
 def block(language: str) -> str:

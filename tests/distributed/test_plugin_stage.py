@@ -1,4 +1,4 @@
-"""docs/adding_a_stage.md, followed to the letter: its example is taken from the page, loaded as a plugin, and trained.
+"""The example of docs/extending/adding_a_stage.md: taken from the page, loaded as a plugin, and trained.
 
 The page promises that one file is enough for a table, flags, help, checks, a line in the plan and a place in the order,
 and that the stage is there on every mesh, after a growth, and on a resume.
@@ -43,7 +43,7 @@ from titan_growth.stages.order import registered_stages, resolve_order
 from titan_growth.tools.errors import ConfigError
 from titan_growth.train import main as train_main
 
-PAGE = Path(__file__).parents[2] / "docs" / "adding_a_stage.md"
+PAGE = Path(__file__).parents[2] / "docs" / "extending" / "adding_a_stage.md"
 
 CAP = 0.1
 LOWEST = math.log(1 + 257 * math.exp(-2 * CAP))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import textwrap
 
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from titan_growth.config.fields import leaves, section_of, strip_optional, type_text
+from titan_growth.config.fields import leaves, section_of, type_text
 from titan_growth.config.plugins import recipe_class
 
 USAGE = """usage: python -m titan_growth train --job.config_file FILE [--section.key value ...]
@@ -31,15 +32,26 @@ def help_text(section: str | None = None) -> str:
             model = section_of(root.model_fields[table].annotation)
             about = (model.__doc__ or "").strip().split("\n")[0] if model else ""
             blocks.append(f"\n[{table}]  {about}".rstrip() + "\n" if model else "\n")
-        default = "required" if field.default is PydanticUndefined else f"default {_default(field.default)}"
-        kind = type_text(strip_optional(field.annotation)[0])
-        blocks.append(f"  --{key}  ({kind}; {default})\n")
-        text = " ".join((field.description or "").split())
-        blocks.append(textwrap.fill(text, width=116, initial_indent="      ", subsequent_indent="      ") + "\n")
+        default = default_text(field)
+        kind = type_text(field.annotation)
+        blocks.append(f"  --{key}  ({kind}; {default if default == 'required' else f'default {default}'})\n")
+        indent = " " * 6
+        blocks.append(
+            textwrap.fill(field_text(field), width=116, initial_indent=indent, subsequent_indent=indent) + "\n"
+        )
     return "".join(blocks)
 
 
-def _default(value: object) -> str:
+def field_text(field: FieldInfo) -> str:
+    """The docstring below a field, on one line."""
+    return " ".join((field.description or "").split())
+
+
+def default_text(field: FieldInfo) -> str:
+    """A field's default as TOML writes it, `none`, or `required`."""
+    value = field.default
+    if value is PydanticUndefined:
+        return "required"
     if value is None:
         return "none"
     if isinstance(value, bool):

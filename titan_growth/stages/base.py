@@ -3,7 +3,7 @@
 A stage is one class in one file. It says which stages must have run before it (`after`), checks a recipe without
 devices (`check`), and transforms the model parts (`apply`). The order of composition is nowhere written as code: it is
 the topological sort of what the stages declare (`order.py`), printed by every run and pinned by a golden test. A plugin
-adds a stage in the same way (docs/adding_a_stage.md).
+adds a stage in the same way (docs/extending/adding_a_stage.md).
 
 In this field "stage" also means a chunk of a pipeline. Here a chunk is a *part*.
 """

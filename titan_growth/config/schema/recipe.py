@@ -218,7 +218,7 @@ class CommConfig(Section):
     init_timeout_seconds: int = Field(300, ge=1)
     """Time limit of collectives until the first step is done."""
     train_timeout_seconds: int = Field(100, ge=1)
-    """Time limit of collectives afterwards. A rank that stands still for longer ends the run (docs/failures.md)."""
+    """Time limit of collectives afterwards. A rank that hangs for longer ends the run (docs/guide/failures.md)."""
     trace_buf_size: int = Field(20000, ge=0)
     """Entries of NCCL's flight recorder, 0 = off (CUDA)."""
     save_traces_folder: str = "comm_traces"
@@ -274,7 +274,7 @@ class Recipe(Section):
     """The whole recipe, one field per TOML table."""
 
     plugins: list[str] = []
-    """Modules to import at the start: they add stages, with tables of their own (docs/adding_a_stage.md)."""
+    """Modules to import at the start: they add stages, with tables of their own (docs/extending/adding_a_stage.md)."""
     job: JobConfig = JobConfig()
     profiling: ProfilingConfig = ProfilingConfig()
     metrics: MetricsConfig = MetricsConfig()

@@ -5,7 +5,7 @@ says of every layer and every channel of the grown model where it comes from. It
 device; the reader (`growth/read.py`) carries the map out on any mesh, and `growth/verify.py` checks what it did.
 
 The operators of this package are in `depth.py`, `width.py` and `learn.py`. A plugin adds one with `@register_operator`
-(docs/adding_an_operator.md).
+(docs/extending/adding_an_operator.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The job script of docs/clusters.md, run with stand-ins for SLURM's commands."""
+"""The job script of docs/guide/clusters.md, run with stand-ins for SLURM's commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "clusters.md"
+PAGE = Path(__file__).parents[3] / "docs" / "guide" / "clusters.md"
 
 
 @pytest.mark.parametrize(
