@@ -17,7 +17,6 @@ from benchmarks.throughput_cases import PlannedCase
 from benchmarks.throughput_running import PHASES, RankSample
 from titan_growth.metrics.formatting import format_rate
 from titan_growth.run.plan import RunPlan, stage_lines
-from titan_growth.stages.autocast import uses_float8
 
 LOSSES_AGREE = 0.02
 """Relative difference from which on losses of one precision are not rounding any more."""
@@ -59,7 +58,7 @@ class Outcome:
         """
         assert self.planned.plan is not None, "a refused case has no precision"
         recipe = self.planned.plan.recipe
-        if uses_float8(recipe.model):
+        if recipe.model.uses_float8:
             return "float8"
         dtype = recipe.training.mixed_precision_param
         if dtype == recipe.training.dtype:

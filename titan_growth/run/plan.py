@@ -19,7 +19,6 @@ from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.lr_schedule import LRSchedule
 from titan_growth.run.phases import Phase, phases_of, recipe_in_phase
-from titan_growth.stages.autocast import uses_float8
 from titan_growth.stages.base import Stage
 from titan_growth.tools.errors import Problem
 from titan_growth.tools.packages import missing_package
@@ -256,7 +255,7 @@ def _machine_problems(recipe: Recipe) -> list[Problem]:
     wanted = []
     if recipe.metrics.enable_wandb:
         wanted.append(missing_package("metrics.enable_wandb", "wandb", "set it to false"))
-    if uses_float8(recipe.model):
+    if recipe.model.uses_float8:
         alternative = 'take "quantize.linear.float8" out of it'
         wanted.append(missing_package("model.converters", "torchao", alternative))
     return [problem for problem in wanted if problem is not None]

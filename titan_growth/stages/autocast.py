@@ -11,19 +11,9 @@ from typing import ClassVar
 
 import torch
 
-from titan_growth.config.schema.recipe import ModelConfig, Recipe, TrainingConfig
+from titan_growth.config.schema.recipe import Recipe, TrainingConfig
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
-
-
-def mixes_precision(training: TrainingConfig) -> bool:
-    """Whether the computation has another type than the parameters."""
-    return training.mixed_precision_param != training.dtype
-
-
-def uses_float8(model: ModelConfig) -> bool:
-    """Whether linear layers are converted to Float8."""
-    return "quantize.linear.float8" in model.converters
 
 
 @register_stage
@@ -39,12 +29,12 @@ class Autocast(Stage):
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Autocast:
-        return cls(recipe.training, uses_float8(recipe.model))
+        return cls(recipe.training, recipe.model.uses_float8)
 
     def enabled(self, context: PlanContext) -> bool:
         if self.training.enable_cpu_offload and context.device_type != "cpu":
             return False  # that takes FSDP
-        return mixes_precision(self.training) and context.mesh_shape.num_ranks == 1 and not self.float8
+        return self.training.mixes_precision and context.mesh_shape.num_ranks == 1 and not self.float8
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         for part in parts:

@@ -23,7 +23,6 @@ from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.schema.techniques import Float8Config
 from titan_growth.models.decoder import Split
-from titan_growth.stages.autocast import uses_float8
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
@@ -52,7 +51,7 @@ class Float8(Stage):
         return cls(recipe)
 
     def enabled(self, context: PlanContext) -> bool:
-        return uses_float8(self.model)
+        return self.model.uses_float8
 
     @property
     def recipe_name(self) -> str:

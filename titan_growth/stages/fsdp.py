@@ -17,7 +17,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from titan_growth.config.schema.recipe import ParallelismConfig, Recipe, TrainingConfig
 from titan_growth.layout.mesh_shape import MeshShape
-from titan_growth.stages.autocast import mixes_precision, uses_float8
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
@@ -46,13 +45,13 @@ class FSDP(Stage):
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> FSDP:
-        return cls(recipe.parallelism, recipe.training, uses_float8(recipe.model))
+        return cls(recipe.parallelism, recipe.training, recipe.model.uses_float8)
 
     def enabled(self, context: PlanContext) -> bool:
         shape = context.mesh_shape
         if shape.dp_degree * shape.cp > 1 or self.float8:
             return True
-        return self._offloads(context) or (mixes_precision(self.training) and shape.num_ranks > 1)
+        return self._offloads(context) or (self.training.mixes_precision and shape.num_ranks > 1)
 
     def _offloads(self, context: PlanContext) -> bool:
         return self.training.enable_cpu_offload and context.device_type != "cpu"

@@ -64,6 +64,11 @@ class ModelConfig(Section):
     tie_word_embeddings: bool | None = None
     """Use the embedding as output head. Default: false."""
 
+    @property
+    def uses_float8(self) -> bool:
+        """Whether linear layers are converted to Float8."""
+        return "quantize.linear.float8" in self.converters
+
     @field_validator("converters")
     @classmethod
     def _known_converters(cls, value: list[str]) -> list[str]:

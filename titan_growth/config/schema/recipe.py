@@ -153,6 +153,11 @@ class TrainingConfig(Section):
     """Python's garbage collector runs only every this many steps, on all ranks at once."""
     dataloader: DataloaderConfig = DataloaderConfig()
 
+    @property
+    def mixes_precision(self) -> bool:
+        """Whether the computation has another type than the parameters."""
+        return self.mixed_precision_param != self.dtype
+
 
 class CheckpointConfig(Section):
     """Saving and loading."""
