@@ -1,6 +1,6 @@
 """Loss, gradient norm and validation loss of every mesh against one rank: same weights, same global batches, fp32.
 
-    python benchmarks/parity.py [--steps 10] [--only "tp2"]
+    python -m tests.faults.parity [--steps 10] [--only "tp2"]
 
 First the meshes of `tests/distributed/meshes.py` with the small model of the tests. Then `run_train.sh` with the
 default recipe at 3 layers on a few of them; and one such run is stopped and resumed on other meshes and numbers of
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -143,7 +143,7 @@ def main() -> None:
     steps, comparisons = options.steps, []
     text = [
         "# Parity of meshes with one rank, fp32\n",
-        f"`python benchmarks/parity.py --steps {steps}`: largest relative differences, of step 1 (loss and gradient "
+        f"`python -m tests.faults.parity --steps {steps}`: largest relative differences, of step 1 (loss and gradient "
         f"norm) and of all {steps} steps. Weights and global batches are equal. Tolerances: {FIRST:g} and {LATER:g}.\n",
         "## Every mesh, small model\n",
         "The recipe of `tests/runs.py` on the meshes of `tests/distributed/meshes.py`: 4 layers of 32 channels unless "

@@ -1,6 +1,6 @@
 """One run, killed 60 times with SIGKILL at random moments, against the same run undisturbed.
 
-    python benchmarks/soak.py [--kills 60] [--through-launcher 8] [--mesh pp] [--async-saves] [--seed 0]
+    python -m tests.faults.soak [--kills 60] [--through-launcher 8] [--mesh pp] [--async-saves] [--seed 0]
 
 Four ranks train a small model that grows in the middle, onto another mesh. At a random moment, in a step, in a save, in
 a removal, in the growth or in the start-up, one random rank or all of them get SIGKILL, and the same run is started
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 # Forked ranks have one thread each, and so must those of the launcher: more threads take sums in another order.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -39,7 +39,7 @@ import torch.distributed.fsdp  # noqa: E402
 import torch.distributed.pipelining  # noqa: E402
 import torch.distributed.tensor.parallel  # noqa: E402
 
-from benchmarks.broken_runs import TINY, Workshop, differences, last_step  # noqa: E402
+from tests.faults.broken_runs import TINY, Workshop, differences, last_step  # noqa: E402
 from tests.harness import Ranks  # noqa: E402
 from tests.runs import make_recipe, read_metrics, train  # noqa: E402
 
@@ -246,7 +246,7 @@ def main() -> int:
         last = shop.launch(soak.folder, NUM_RANKS, soak.life).wait()
         assert last.status == 0, last.screen[-2000:]
         wrong = differences(soak.folder, whole)
-        command = f"python benchmarks/soak.py {' '.join(sys.argv[1:])}".strip()
+        command = f"python -m tests.faults.soak {' '.join(sys.argv[1:])}".strip()
         text = page(soak, wrong, command, mesh, time.monotonic() - began)
     print(text)
     if options.folder is None:

@@ -1,4 +1,4 @@
-"""A plugin that breaks a run at an exact point: `--plugins benchmarks.fault_points`, `TITAN_FAULT` in the environment.
+"""A plugin that breaks a run at an exact point: `--plugins tests.faults.points`, `TITAN_FAULT` in the environment.
 
     TITAN_FAULT=point:step:rank:action     shards:6:1:kill: rank 1 gets SIGKILL while it writes its shard of step-6
 
@@ -34,7 +34,7 @@ The rank is a number or `all`. Actions can be joined by `+`:
 `nan_gradient`, `nan_data`
     One element of a gradient, or of what a token is embedded as, is not a number.
 `clock-N`
-    The clock of benchmarks/fault_clock.c goes N seconds back.
+    The clock of tests/faults/clock.c goes N seconds back.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def immutable(_: int) -> None:
 
 
 def set_clock_back(seconds: int) -> None:
-    """For all processes of the run that have the clock of fault_clock.c."""
+    """For all processes of the run that have the clock of clock.c."""
     with open(os.environ["FAULT_CLOCK"], "r+b", buffering=0) as file:
         file.write(struct.pack("q", -seconds))
 

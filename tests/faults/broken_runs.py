@@ -1,7 +1,7 @@
 """Runs that are broken on purpose: how they are started, and whether they leave what an unbroken run leaves.
 
-Shared by `faults.py` and `soak.py`. The run is small: a few seconds after its start it has trained twelve steps, grown
-after five of them onto another mesh, validated, and saved five checkpoints, of which two have been removed again.
+The run is small: a few seconds after its start it has trained twelve steps, grown after five of them onto another
+mesh, validated, and saved five checkpoints, of which two have been removed again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

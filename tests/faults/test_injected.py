@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.broken_runs import Workshop
-from benchmarks.faults import play, unmount_below
-from benchmarks.faults_rows import Row
-from benchmarks.faults_table import ROWS
+from tests.faults.broken_runs import Workshop
+from tests.faults.injected import play, unmount_below
+from tests.faults.rows import Row
+from tests.faults.table import ROWS
 
 QUICK = [row for row in ROWS if row.quick]
 

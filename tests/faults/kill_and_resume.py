@@ -1,6 +1,6 @@
 """Kills real runs with SIGKILL at random moments and compares what they leave with an unbroken run, bit for bit.
 
-    python benchmarks/kill_and_resume.py [--ranks 1 2] [--kills 6] [--precisions bfloat16 float32]
+    python -m tests.faults.kill_and_resume [--ranks 1 2] [--kills 6] [--precisions bfloat16 float32]
 
 Every run is `run_train.sh` with the default recipe, shortened, at the default number of threads. In each round all
 ranks (or, in every third round, one rank) get SIGKILL at a random moment, and the same command is given again, until it
@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TIMINGS = ("seconds", "tokens_per_second", "mfu")
 SHORT = [
     *("--training.steps", "24", "--growth.stages.0.at", "12 steps", "--checkpoint.interval", "5"),
@@ -129,7 +129,7 @@ def main() -> None:
     header = list(rows[0])
     text = [
         "# Killed with SIGKILL at random moments, and resumed\n",
-        f"`python benchmarks/kill_and_resume.py --kills {options.kills} --seed {options.seed}` "
+        f"`python -m tests.faults.kill_and_resume --kills {options.kills} --seed {options.seed}` "
         "(the default recipe shortened to 24 steps, growth after 12, checkpoints every 5, default threads). "
         "Every third kill hits one rank only.\n",
         "| " + " | ".join(header) + " |",

@@ -1,6 +1,6 @@
 """Runs every bad input of `tests/recipes` through the real ./run_train.sh and writes what it answered.
 
-    python benchmarks/bad_inputs.py [--jobs N] [PART_OF_A_NAME ...]
+    python -m tests.faults.bad_inputs [--jobs N] [PART_OF_A_NAME ...]
 
 Without names, all cases are run (several minutes) and docs/generated/bad_inputs.md is written.
 Status 1 when a case fails.
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))
 
 from tests.recipes import bad_inputs, judge  # noqa: E402

@@ -1,6 +1,6 @@
 """Every mesh resumes every other mesh's checkpoint: losses and batches against one rank that was never stopped.
 
-    python benchmarks/elastic.py [--only "pp2"]
+    python -m tests.faults.elastic [--only "pp2"]
 
 The matrix of `tests/distributed/test_elastic.py`, whose slow tests assert it, with its figures. Writes
 `benchmarks/results/elastic.md`; status 1 when a pair is outside of the tolerance or sees other batches. Takes about
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -32,8 +32,8 @@ def page(found: dict[tuple[str, str], Resumed]) -> str:
     lines = [
         "# Resuming on another mesh",
         "",
-        f"`python benchmarks/elastic.py`: {SAVED} steps on the mesh of the row, saved, and {STEPS - SAVED} more on the",
-        "mesh of the column, the small model of `tests/runs.py` in float32. The figures are the largest relative",
+        f"`python -m tests.faults.elastic`: {SAVED} steps on the mesh of the row, saved, and {STEPS - SAVED} more on",
+        "the mesh of the column, the small model of `tests/runs.py` in float32. The figures are the largest relative",
         f"difference of a loss to one rank that was never stopped; the tolerance is {TOLERANCE:g}. In",
         f"{sum(resumed.one_sequence for resumed in found.values())} of {len(found)} pairs the hashes of the {STEPS}",
         f"global batches are one and the same sequence; the largest difference is {largest:.1e}.",
