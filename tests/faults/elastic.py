@@ -2,7 +2,8 @@
 
     python -m tests.faults.elastic [--only "pp2"]
 
-The matrix of `tests/distributed/test_elastic.py`, whose slow tests assert it, with its figures. Writes
+Each mesh trains three steps and saves; each mesh then resumes each of these checkpoints for three more. All losses must
+be those of one rank that was never stopped, and the hashes of the global batches one and the same sequence. Writes
 `benchmarks/results/elastic.md`; status 1 when a pair is outside of the tolerance or sees other batches. Takes about
 five minutes on two cores.
 """
@@ -11,19 +12,107 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from tests import conftest  # noqa: F401  (imports what forked ranks need)
+from tests.distributed.meshes import Case, mesh
+from tests.faults.broken_runs import RESULTS
+from tests.harness import WarmRanks
+from tests.runs import make_recipe, read_metrics, relative_difference, train
+from titan_growth.checkpoint.folder import open_step
 
-from tests import conftest  # noqa: E402, F401  (imports what forked ranks need)
-from tests.distributed.test_elastic import MESHES, SAVED, STEPS, TOLERANCE, Elastic, Resumed  # noqa: E402
-from tests.harness import WarmRanks  # noqa: E402
+MESHES: dict[str, Case] = {
+    "1 rank": mesh(),
+    "fsdp2": mesh(shard=2),
+    "fsdp4": mesh(shard=4),
+    "fsdp8": mesh(shard=8),
+    "hsdp 2x2": mesh(replicate=2, shard=2),
+    "fsdp2 x tp2": mesh(shard=2, tp=2),
+    "pp2 x tp2": mesh(pp=2, tp=2),
+    "pp2 x fsdp2": mesh(pp=2, shard=2),
+    "pp2 x fsdp2 x tp2": mesh(pp=2, shard=2, tp=2),
+}
+PAIRS = [(source, target) for source in MESHES for target in MESHES]
+QUICK = [("fsdp2", "pp2 x tp2"), ("fsdp2 x tp2", "1 rank")]
+"""Tested by default, in `tests/distributed`."""
+SAVED, STEPS = 3, 6
+TOLERANCE = 1e-5
+"""Relative, of the losses, in float32."""
+COMMON: dict[str, Any] = {
+    "checkpoint__enable": True,
+    "checkpoint__interval": SAVED,
+    "debug__log_batch_hash": True,
+    "lr_scheduler__total_steps": STEPS,
+}
 
-RESULT = ROOT / "benchmarks" / "results" / "elastic.md"
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run on two meshes beside the unbroken one on one rank."""
+
+    difference: float
+    """The largest relative one of a loss."""
+    one_sequence: bool
+    """The hashes of the global batches are those of the unbroken run."""
+
+    @property
+    def holds(self) -> bool:
+        return self.one_sequence and self.difference <= TOLERANCE
+
+
+class Elastic:
+    """Runs of the matrix, each made once."""
+
+    def __init__(self, folder: Path, ranks: WarmRanks) -> None:
+        self.folder = folder
+        self.ranks = ranks
+
+    def train(self, folder: Path, name: str, steps: int) -> None:
+        case = MESHES[name]
+        recipe = make_recipe(folder, **COMMON, **case.layout, training__steps=steps)
+        self.ranks(train, case.num_ranks, case.num_ranks, recipe, timeout_seconds=180)
+
+    def saved(self, name: str) -> Path:
+        """A run that has been saved on a mesh."""
+        folder = self.folder / f"{name} saved"
+        if not folder.exists():
+            self.train(folder, name, SAVED)
+        return folder
+
+    def unbroken(self) -> Lines:
+        """All steps on one rank, in one go."""
+        folder = self.folder / "unbroken"
+        if not folder.exists():
+            self.train(folder, "1 rank", STEPS)
+        return steps_of(folder)
+
+    def resumed(self, source: str, target: str) -> Resumed:
+        """Goes on with a mesh's checkpoint on another mesh."""
+        folder = self.folder / f"{source} to {target}"
+        shutil.copytree(self.saved(source), folder)
+        self.train(folder, target, STEPS)
+        found, expected = steps_of(folder), self.unbroken()
+        last = open_step(folder / "checkpoint" / f"step-{STEPS}")
+        assert last is not None
+        assert last.manifest.num_ranks == MESHES[target].num_ranks
+        assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+        assert len({line["batch_hash"] for line in expected}) == STEPS, "all batches are different"
+        return Resumed(
+            max(relative_difference(*pair, "loss") for pair in zip(found, expected, strict=True)),
+            [line["batch_hash"] for line in found] == [line["batch_hash"] for line in expected],
+        )
+
+
+def steps_of(folder: Path) -> Lines:
+    """The lines of training steps."""
+    return [line for line in read_metrics(folder) if "loss" in line]
 
 
 def page(found: dict[tuple[str, str], Resumed]) -> str:
@@ -61,14 +150,14 @@ def main() -> int:
         ranks = WarmRanks()
         try:
             elastic = Elastic(Path(temporary), ranks)
-            for pair in ((source, target) for source in MESHES for target in MESHES):
+            for pair in PAIRS:
                 if options.only in " -> ".join(pair):
                     found[pair] = elastic.resumed(*pair)
                     print(" -> ".join(pair), found[pair], flush=True)
         finally:
             ranks.close()
     if not options.only:
-        RESULT.write_text(page(found))
+        (RESULTS / "elastic.md").write_text(page(found))
     return int(not all(resumed.holds for resumed in found.values()))
 
 

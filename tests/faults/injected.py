@@ -28,16 +28,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from tests.faults.broken_runs import INTERVAL, RESULTS, Workshop
+from tests.faults.rows import NotPossibleHereError, Outcome, Row
+from tests.faults.table import ROWS
 
-from tests.faults.broken_runs import INTERVAL, Workshop  # noqa: E402
-from tests.faults.rows import NotPossibleHereError, Outcome, Row  # noqa: E402
-from tests.faults.table import ROWS  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results"
 LONGEST_CELL = 300
-SAID_ALREADY = ("row", "fault", "point", "ranks", "ok")
+IN_THE_NAME = ("row", "fault", "point", "ranks", "ok")
 
 
 def play(row: Row, shop: Workshop, base: Path) -> dict[str, Any]:
@@ -54,6 +50,11 @@ def play(row: Row, shop: Workshop, base: Path) -> dict[str, Any]:
     entry |= {"sees": shortened(outcome.sees, base), "status": outcome.status, "lost": outcome.lost}
     entry |= {"bitwise": outcome.bitwise, "ok": not outcome.wrong, "wrong": outcome.wrong}
     return {**entry, "seconds": round(time.monotonic() - began)}
+
+
+def figures_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """What the row's name does not say."""
+    return {key: value for key, value in entry.items() if key not in IN_THE_NAME}
 
 
 def shortened(text: str, base: Path) -> str:
@@ -138,9 +139,8 @@ def main() -> int:
                 if options.into is not None:
                     with options.into.open("a") as file:
                         file.write(json.dumps(entries[-1]) + "\n")
-                words = {None: "--  ", True: "ok  ", False: "BAD "}[entries[-1]["ok"]]
-                said = {key: value for key, value in entries[-1].items() if key not in SAID_ALREADY}
-                print(f"{words}{row.name}: {said}", flush=True)
+                word = {None: "--  ", True: "ok  ", False: "BAD "}[entries[-1]["ok"]]
+                print(f"{word}{row.name}: {figures_of(entries[-1])}", flush=True)
         finally:
             unmount_below(folder)
     if not (options.only or options.quick):
