@@ -52,8 +52,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from titan_growth.config.schema.recipe import Recipe
-from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from tests.quiet_stage import QuietStage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext
 from titan_growth.stages.order import register_stage
 
 TENSORS_BEFORE = 5
@@ -221,17 +221,13 @@ ACTIONS: dict[str, Callable[[int], None]] = {
 
 
 @register_stage
-class FaultPoints(Stage):
+class FaultPoints(QuietStage):
     """The points of a step."""
 
     name: ClassVar[str] = "fault_points"
     after: ClassVar[tuple[str, ...]] = ("pipeline",)
 
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> FaultPoints:
-        return cls()
-
-    def enabled(self, context: PlanContext) -> bool:
+    def enabled(self, context: StageContext) -> bool:
         return FAULT is not None
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
