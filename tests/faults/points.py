@@ -227,7 +227,7 @@ class FaultPoints(QuietStage):
     name: ClassVar[str] = "fault_points"
     after: ClassVar[tuple[str, ...]] = ("pipeline",)
 
-    def enabled(self, context: StageContext) -> bool:
+    def enabled(self, context: PlanContext) -> bool:
         return FAULT is not None
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
