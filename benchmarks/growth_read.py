@@ -31,10 +31,8 @@ import torch
 import torch.distributed as dist
 
 from tests.harness import run_ranks
-from tests.runs import make_recipe
-from titan_growth.checkpoint.history import Lineage, Progress
+from tests.runs import make_recipe, save_tensors
 from titan_growth.checkpoint.manager import CheckpointManager
-from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.engine.build import build
 from titan_growth.engine.optimizer import Optimizer
 from titan_growth.engine.state import model_tensors, optimizer_tensors
@@ -84,8 +82,7 @@ def saved(rank: int, num_ranks: int, recipe: Any, phase_number: int, step: int) 
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             local.fill_(0.5)
     manager = CheckpointManager(recipe.checkpoint, Path(recipe.job.dump_folder))
-    manifest = Manifest(Progress(step=step), 0, num_ranks, "", model_only=False, permanent=True, metrics_offset=0)
-    manager.save(manifest, tensors, recipe_toml="", lineage_json=Lineage().to_json())
+    save_tensors(manager, step, tensors, num_ranks=num_ranks, model_only=False, permanent=True)
 
 
 class Peak:

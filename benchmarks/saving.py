@@ -30,10 +30,8 @@ import torch
 import torch.distributed as dist
 
 from tests.harness import run_ranks
-from tests.runs import make_recipe, trainer_of
-from titan_growth.checkpoint.history import Lineage, Progress
+from tests.runs import make_recipe, save_tensors, trainer_of
 from titan_growth.checkpoint.manager import CheckpointManager
-from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.config.schema.recipe import CheckpointConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,9 +67,7 @@ def rates(rank: int, folder: Path, num_bytes: int, repeats: int) -> list[tuple[f
         (folder / f"plain-{rank}").unlink()
         dist.barrier()
         began = time.perf_counter()
-        progress = Progress(step=step)
-        manifest = Manifest(progress, 1, 1, "", model_only=True, permanent=False, metrics_offset=0)
-        checkpoints.save(manifest, named, recipe_toml="", lineage_json=Lineage().to_json())
+        save_tensors(checkpoints, step, named)
         both = torch.tensor([plain, time.perf_counter() - began])
         dist.all_reduce(both, dist.ReduceOp.MAX)
         checkpoints.close()  # what is removed in the background must not disturb the next write
