@@ -1,6 +1,6 @@
 """Memory and time of the chunked cross-entropy against the plain one, which materialises the logits.
 
-    python benchmarks/chunked_loss.py
+    python -m benchmarks.chunked_loss
 
 Forward and backward of the output projection and the loss, for the vocabulary of Llama 3. Every measurement is a fresh
 process, because the peak of a process never falls: its peak resident memory while the loss runs, less what was resident
@@ -24,10 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from titan_growth.models.chunked_loss import IGNORE_INDEX, chunked_cross_entropy_sum
 
-from titan_growth.models.chunked_loss import IGNORE_INDEX, chunked_cross_entropy_sum  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 VOCAB, DIM = 128256, 1024
 POSITIONS = (2048, 4096)
@@ -87,7 +86,16 @@ def measure(positions: int, dtype: str, chunk_tokens: int, reference: Path) -> d
 
 
 def measured_apart(positions: int, dtype: str, chunk_tokens: int, reference: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", str(positions), dtype, str(chunk_tokens), str(reference)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.chunked_loss",
+        "--measure",
+        str(positions),
+        dtype,
+        str(chunk_tokens),
+        str(reference),
+    ]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -119,7 +127,7 @@ def main() -> None:
     weight_mib = VOCAB * DIM * 4 / 2**20
     text = [
         "# Chunked cross-entropy against materialised logits\n",
-        f"`python benchmarks/chunked_loss.py`: forward and backward of head and loss, vocabulary {VOCAB:,}, width "
+        f"`python -m benchmarks.chunked_loss`: forward and backward of head and loss, vocabulary {VOCAB:,}, width "
         f"{DIM:,}, on {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__} with "
         f"{torch.get_num_threads()} threads. The cores are shared (load {load:.1f} at the start), and each figure is "
         "one run: seconds are noise; memory repeats to 15% or better.\n",

@@ -1,6 +1,6 @@
 """Float8 training against bf16: the same weights and batches, every recipe of scales, alone and in three dimensions.
 
-    python benchmarks/float8_loss.py [--steps 200] [--only alone tensorwise ...]
+    python -m benchmarks.float8_loss [--steps 200] [--only alone tensorwise ...]
 
 Every run is `run_train.sh` on the default corpus with a small model: on one rank, and on pp 2 x fsdp 2 x tp 2. Compared
 with the bf16 run of the same mesh are the mean loss of the last tenth of the steps and the validation loss at the end;
@@ -106,7 +106,7 @@ def page(results: dict[tuple[str, str], Result], steps: int) -> tuple[str, float
     tenth = max(1, steps // 10)
     text = [
         "# Float8 against bf16\n",
-        f"`python benchmarks/float8_loss.py --steps {steps}`: {steps} steps of 8 sequences of 128 tokens of the "
+        f"`python -m benchmarks.float8_loss --steps {steps}`: {steps} steps of 8 sequences of 128 tokens of the "
         "default corpus, 4 layers of width 128, from the same weights and with the same batches. The head stays in "
         "bf16 (`filter_fqns`), as is usual. Without Float8 hardware the products are emulated: casts to 8 bits and "
         "back, then a bf16 product. Seconds are whole runs with their start-up; they say nothing about the speed of "

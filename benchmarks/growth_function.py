@@ -1,6 +1,6 @@
 """What every operator does to the function that a model computes: relative change of its logits, in float32.
 
-    python benchmarks/growth_function.py
+    python -m benchmarks.growth_function
 
 Small models of both families, tied and not, with weights that are nothing special (norms off 1, no layer like another),
 grown by each operator and verified as a run does. Operators that preserve the function must change nothing at all
@@ -14,10 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from tests.unit.growth.test_function import CONFIGS, UNEVEN, deviation, grown, masked
 
-from tests.unit.growth.test_function import CONFIGS, UNEVEN, deviation, grown, masked  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 RESULT = ROOT / "benchmarks" / "results" / "growth_function.md"
 
@@ -62,7 +61,7 @@ def main() -> int:
     head = f"| operator | declares | {' | '.join(CONFIGS)} |"
     text = f"""# What growing does to the function
 
-`python benchmarks/growth_function.py`: relative change of the logits (Euclidean norm, float32) when a small model of 3
+`python -m benchmarks.growth_function`: relative change of the logits (Euclidean norm, float32) when a small model of 3
 layers and width 48 grows. Its weights are nothing special: norms are off 1, and no layer is like another, so layers
 that are used twice do more harm here than in a trained model.
 

@@ -20,13 +20,12 @@ import sys
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from titan_growth.commands.plot import main as plot
+from titan_growth.config.loader import load_recipe
+from titan_growth.metrics.curves import COSTS, Comparison, compare, read_curve
+from titan_growth.models.registry import model_config_of
 
-from titan_growth.commands.plot import main as plot  # noqa: E402
-from titan_growth.config.loader import load_recipe  # noqa: E402
-from titan_growth.metrics.curves import COSTS, Comparison, compare, read_curve  # noqa: E402
-from titan_growth.models.registry import model_config_of  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 RECIPE = ROOT / "benchmarks" / "growth_pays.toml"
 RESULT = ROOT / "benchmarks" / "results" / "growth_pays.md"

@@ -1,6 +1,6 @@
 """What a growth reads, how long that takes, and how much memory: on 1, 2, 4 and 8 ranks, beside a plain load.
 
-    python benchmarks/growth_read.py [--layers 4] [--factor 4] [--dim 512] [--repeats 5]
+    python -m benchmarks.growth_read [--layers 4] [--factor 4] [--dim 512] [--repeats 5]
 
 Once with `stack`, which copies whole rows, and once with `split_width`, which gathers channels.
 
@@ -25,27 +25,25 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import torch
+import torch.distributed as dist
 
-from tests.harness import run_ranks  # noqa: E402
-from tests.runs import make_recipe  # noqa: E402
-from titan_growth.checkpoint.history import Lineage, Progress  # noqa: E402
-from titan_growth.checkpoint.manager import CheckpointManager  # noqa: E402
-from titan_growth.checkpoint.manifest import Manifest  # noqa: E402
-from titan_growth.engine.build import build  # noqa: E402
-from titan_growth.engine.optimizer import Optimizer  # noqa: E402
-from titan_growth.engine.state import model_tensors, optimizer_tensors  # noqa: E402
-from titan_growth.growth.read import read_grown  # noqa: E402
-from titan_growth.growth.rules import Rules  # noqa: E402
-from titan_growth.growth.verify import verify_growth  # noqa: E402
-from titan_growth.layout.mesh import Mesh  # noqa: E402
-from titan_growth.models.registry import family_module  # noqa: E402
-from titan_growth.run.plan import plan_run  # noqa: E402
+from tests.harness import run_ranks
+from tests.runs import make_recipe, save_tensors
+from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.engine.build import build
+from titan_growth.engine.optimizer import Optimizer
+from titan_growth.engine.state import model_tensors, optimizer_tensors
+from titan_growth.growth.read import read_grown
+from titan_growth.growth.rules import Rules
+from titan_growth.growth.verify import verify_growth
+from titan_growth.layout.mesh import Mesh
+from titan_growth.models.registry import family_module
+from titan_growth.run.plan import plan_run
+
+ROOT = Path(__file__).resolve().parents[1]
 
 RESULT = ROOT / "benchmarks" / "results" / "growth_read.md"
 SAVED_ON = 2
@@ -84,8 +82,7 @@ def saved(rank: int, num_ranks: int, recipe: Any, phase_number: int, step: int) 
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             local.fill_(0.5)
     manager = CheckpointManager(recipe.checkpoint, Path(recipe.job.dump_folder))
-    manifest = Manifest(Progress(step=step), 0, num_ranks, "", model_only=False, permanent=True, metrics_offset=0)
-    manager.save(manifest, tensors, recipe_toml="", lineage_json=Lineage().to_json())
+    save_tensors(manager, step, tensors, num_ranks=num_ranks, model_only=False, permanent=True)
 
 
 class Peak:
@@ -210,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"{median(ranks[0]['load']):.2f} | {ratio:.2f} |"
                 )
                 print(rows[-1], flush=True)
-    words = " ".join(["python benchmarks/growth_read.py", *(argv if argv is not None else sys.argv[1:])])
+    words = " ".join(["python -m benchmarks.growth_read", *(argv if argv is not None else sys.argv[1:])])
     RESULT.write_text(
         "\n".join(
             [

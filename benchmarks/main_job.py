@@ -1,6 +1,6 @@
 """The main job as the README starts it: how long it takes, and what growing gives against training from scratch.
 
-    python benchmarks/main_job.py
+    python -m benchmarks.main_job
 
 Runs the default recipe with an empty cache (tokenizer and preparation included), once more into another folder, and
 once with growth switched off. Writes `benchmarks/results/main_job.md`, and the loss curves of all three as CSV.
@@ -53,7 +53,7 @@ def main() -> None:
     drop = at_growth["validation_loss"] - reached
     text = f"""# The main job
 
-`python benchmarks/main_job.py` on {os.cpu_count()} cores, nothing else running; installation not included.
+`python -m benchmarks.main_job` on {os.cpu_count()} cores, nothing else running; installation not included.
 
 | run | seconds | FLOPs | last validation loss |
 | --- | --- | --- | --- |

@@ -1,6 +1,6 @@
 """What a save costs: against a plain write of as many bytes, and, in the background, the steps beside it.
 
-    python benchmarks/saving.py [--gib 1.0] [--repeats 7] [--steps 120] [--ranks 1]
+    python -m benchmarks.saving [--gib 1.0] [--repeats 7] [--steps 120] [--ranks 1]
 
 **Rate.** The same tensors are saved as a checkpoint (shards, metadata, checksums, manifest, all of it on the disk when
 it returns) and written as plain files with fsync, on the same disk, by as many processes, in turns. The ratio of the
@@ -18,26 +18,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import torch
+import torch.distributed as dist
 
-from tests.harness import run_ranks  # noqa: E402
-from tests.runs import make_recipe, trainer_of  # noqa: E402
-from titan_growth.checkpoint.history import Lineage, Progress  # noqa: E402
-from titan_growth.checkpoint.manager import CheckpointManager  # noqa: E402
-from titan_growth.checkpoint.manifest import Manifest  # noqa: E402
-from titan_growth.config.schema.recipe import CheckpointConfig  # noqa: E402
+from tests.harness import run_ranks
+from tests.runs import make_recipe, save_tensors, trainer_of
+from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.config.schema.recipe import CheckpointConfig
+
+ROOT = Path(__file__).resolve().parents[1]
 
 RESULT = ROOT / "benchmarks" / "results" / "saving.md"
 LEAST_RATE = 0.7
@@ -70,9 +67,7 @@ def rates(rank: int, folder: Path, num_bytes: int, repeats: int) -> list[tuple[f
         (folder / f"plain-{rank}").unlink()
         dist.barrier()
         began = time.perf_counter()
-        progress = Progress(step=step)
-        manifest = Manifest(progress, 1, 1, "", model_only=True, permanent=False, metrics_offset=0)
-        checkpoints.save(manifest, named, recipe_toml="", lineage_json=Lineage().to_json())
+        save_tensors(checkpoints, step, named)
         both = torch.tensor([plain, time.perf_counter() - began])
         dist.all_reduce(both, dist.ReduceOp.MAX)
         checkpoints.close()  # what is removed in the background must not disturb the next write
@@ -150,7 +145,7 @@ def main() -> None:
     lines = [
         "# What a save costs",
         "",
-        f"`python benchmarks/saving.py --gib {options.gib:g} --repeats {options.repeats} --steps {options.steps} "
+        f"`python -m benchmarks.saving --gib {options.gib:g} --repeats {options.repeats} --steps {options.steps} "
         f"--ranks {options.ranks}`, {os.cpu_count()} cores, one thread a rank, nothing else running.",
         "",
         "## Rate, against a plain write with fsync",

@@ -1,8 +1,8 @@
 """How fast training is on this machine: recipes, meshes and techniques, one added at a time, against a baseline.
 
-    python benchmarks/throughput.py                              without GPUs: 1, 2 and 8 ranks, forked here
-    torchrun --nproc-per-node 8 benchmarks/throughput.py --recipes train_configs/llama3_8b.toml      on GPUs
-    python benchmarks/throughput.py --list                       the cases, with their recipes, and nothing else
+    python -m benchmarks.throughput                              without GPUs: 1, 2 and 8 ranks, forked here
+    torchrun --nproc-per-node 8 -m benchmarks.throughput --recipes train_configs/llama3_8b.toml      on GPUs
+    python -m benchmarks.throughput --list                       the cases, with their recipes, and nothing else
     ... --recipes small --case "mine=--parallelism.tensor_parallel_degree 2 --compile.enable true"   one of your own
 
 Under torchrun, and on a machine with a GPU, all cases that fit the number of ranks run in the one process group, one
@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     # As in run_train.sh, and before torch is loaded: threads that wait must not keep a core from those that work.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -95,7 +95,7 @@ def command() -> str:
     start = ["python"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-    return shlex.join([*start, "benchmarks/throughput.py", *sys.argv[1:]])
+    return shlex.join([*start, "-m", "benchmarks.throughput", *sys.argv[1:]])
 
 
 def to_json(groups: list[list[Outcome]], settings: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:

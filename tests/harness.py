@@ -69,14 +69,19 @@ class Ranks:
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(num_ranks):
-            mine, theirs = self._context.Pipe()
+            pipe, end_of_rank = self._context.Pipe()
             process = self._context.Process(
-                target=_rank, args=(rank, num_ranks, self._folder.name, theirs, os.getpid()), daemon=False
+                target=_rank, args=(rank, num_ranks, self._folder.name, end_of_rank, os.getpid()), daemon=False
             )
             process.start()
-            theirs.close()  # so that the end of the process is the end of the pipe
-            self._pipes.append(mine)
+            end_of_rank.close()  # so that the end of the process is the end of the pipe
+            self._pipes.append(pipe)
             self._processes.append(process)
+
+    @property
+    def pids(self) -> list[int]:
+        """Their process numbers, by rank."""
+        return [process.pid for process in self._processes]
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_seconds: float = 90) -> list[Any]:
         """`function(rank, *args)` on every rank; after a failure the ranks must be closed."""
@@ -130,11 +135,11 @@ def _rank(rank: int, num_ranks: int, folder: str, pipe: Connection, parent: int)
                     os._exit(1)
             function, args = pickle.loads(pipe.recv_bytes())
             if "torch._dynamo" in sys.modules:
-                torch._dynamo.reset()  # it compiles a function only so many times in a process
+                torch._dynamo.reset()  # there is a limit to how often it compiles a function in one process
             result = pickle.dumps((True, function(rank, *args)))
             dist.barrier()
             pipe.send_bytes(result)
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, f"--- rank {rank}\n{traceback.format_exc()}")))
-        # Without the interpreter's farewell: what the parent had open is not the child's to close.
+        # Skip interpreter shutdown: what the parent had open is not the child's to close.
         os._exit(1)

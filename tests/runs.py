@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.stop_signal import StopSignal
@@ -124,6 +126,22 @@ def train(rank: int, num_ranks: int, recipe: Recipe) -> None:
     """Trains a recipe to its end on this rank."""
     with trainer_of(recipe, num_ranks) as trainer:
         assert trainer.fit()
+
+
+def save_tensors(
+    checkpoints: CheckpointManager,
+    step: int,
+    tensors: dict[str, Any],
+    *,
+    num_ranks: int = 1,
+    model_only: bool = True,
+    permanent: bool = False,
+) -> None:
+    """Saves tensors as the checkpoint of a step, without a run around it. Collective."""
+    manifest = Manifest(
+        Progress(step=step), 1, num_ranks, "", model_only=model_only, permanent=permanent, metrics_offset=0
+    )
+    checkpoints.save(manifest, tensors, recipe_toml="", lineage_json=Lineage().to_json())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Every kind of mesh that a model trains on, as settings of the recipe in `tests/runs.py`.
 
-Shared by the parity test and by `benchmarks/parity.py`. All runs see the same global batches of 8 sequences.
+Shared by the parity test and by `tests/faults/parity.py`. All runs see the same global batches of 8 sequences.
 """
 
 from __future__ import annotations

@@ -22,29 +22,14 @@ SLEEPER = '''
 """One rank sleeps in a step, in front of everything that the ranks do together."""
 import os
 import time
-from typing import ClassVar
 
-from titan_growth.stages.base import Stage
+from tests.quiet_stage import QuietStage
 from titan_growth.stages.order import register_stage
 
 
 @register_stage
-class Sleeper(Stage):
-    name: ClassVar[str] = "sleeper"
-    after: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def from_recipe(cls, recipe):
-        return cls()
-
-    def enabled(self, context):
-        return True
-
-    def apply(self, parts, context):
-        return parts
-
-    def describe(self, context):
-        return "sleeper: a fault"
+class Sleeper(QuietStage):
+    name = "sleeper"
 
     def before_step(self, parts, step):
         if step == 6 and os.environ["RANK"] == "1":
@@ -72,7 +57,7 @@ class Run:
             "comm.train_timeout_seconds": TIMEOUT_SECONDS,
             **more,
         }
-        path = f"{folder.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+        path = os.pathsep.join([str(folder.parent), str(ROOT), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "NGPU": str(num_ranks), "PYTHONPATH": path, **(variables or {})}
         self.output = folder.parent / f"{folder.name}.txt"
         with open(self.output, "w") as file:

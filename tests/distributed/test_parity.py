@@ -1,7 +1,7 @@
 """Every mesh computes what one rank computes, from the same weights and the same global batches.
 
 Loss and gradient norm of the first step to 1e-5 relative in fp32, those of ten steps and the validation loss to 1e-4.
-`benchmarks/parity.py` writes the differences down; most of them are near 1e-7.
+`tests/faults/parity.py` writes the differences down; most of them are near 1e-7.
 """
 
 from __future__ import annotations

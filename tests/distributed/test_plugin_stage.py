@@ -271,21 +271,14 @@ def said(rank: int, num_ranks: int, recipe: Recipe) -> list[str]:
 
 PROBE = """
 import contextlib
-from titan_growth.stages.base import Stage
+from tests.quiet_stage import QuietStage
 from titan_growth.stages.order import register_stage
 
 events = []
 
 @register_stage
-class Probe(Stage):
+class Probe(QuietStage):
     name = "probe"
-
-    @classmethod
-    def from_recipe(cls, recipe):
-        return cls()
-
-    def enabled(self, context):
-        return True
 
     def apply(self, parts, context):
         assert all(p.is_meta for part in parts for p in part.parameters())
@@ -309,9 +302,6 @@ class Probe(Stage):
     def after_optimizer_step(self, parts):
         assert all(p.grad is None for part in parts for p in part.parameters())
         events.append("after_optimizer_step")
-
-    def describe(self, context):
-        return "probe: listens"
 """
 
 

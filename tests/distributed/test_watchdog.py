@@ -18,11 +18,10 @@ SPIKE = '''
 """Multiplies all weights by 20 after a step, the given number of times."""
 import os
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
-from titan_growth.stages.base import Stage
+from tests.quiet_stage import QuietStage
 from titan_growth.stages.order import register_stage
 
 MARKS = Path(os.environ["SPIKE_FOLDER"])
@@ -30,22 +29,8 @@ AT, TIMES = int(os.environ["SPIKE_AT"]), int(os.environ["SPIKE_TIMES"])
 
 
 @register_stage
-class Spike(Stage):
-    name: ClassVar[str] = "spike"
-    after: ClassVar[tuple[str, ...]] = ()
-
-    @classmethod
-    def from_recipe(cls, recipe):
-        return cls()
-
-    def enabled(self, context):
-        return True
-
-    def apply(self, parts, context):
-        return parts
-
-    def describe(self, context):
-        return "spike: a fault"
+class Spike(QuietStage):
+    name = "spike"
 
     def before_step(self, parts, step):
         self.step = step
@@ -86,7 +71,7 @@ def run(folder: Path, times: int, action: str, **more: Any) -> tuple[int, str]:
     environment = {
         **os.environ,
         "NGPU": "2",
-        "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "SPIKE_FOLDER": str(folder / "marks"),
         "SPIKE_AT": "6",
         "SPIKE_TIMES": str(times),

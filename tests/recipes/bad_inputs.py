@@ -1,7 +1,7 @@
 """Bad inputs as data: what a user gets wrong, the status it must end with, and a piece of what must be said.
 
 A case is set up in an empty folder with a small good recipe, `recipe.toml`, and a corpus, `corpus.txt`; the run folder
-is `run`. Then one thing is made wrong. `test_bad_inputs.py` and `benchmarks/bad_inputs.py` judge the outcome.
+is `run`. Then one thing is made wrong. `test_bad_inputs.py` and `tests/faults/bad_inputs.py` judge the outcome.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Every bad input ends with one message that says what to do, the right status, no traceback, and nothing lost.
 
 By default the cases are judged in this process, through the launcher with the real preflight, and two through the real
-./run_train.sh; those that only the ranks can find train in a forked process. `-m slow` runs all through ./run_train.sh.
+./run_train.sh; those that only the ranks can find train in a forked process. `tests/faults/test_bad_inputs.py` runs all
+through ./run_train.sh.
 """
 
 from __future__ import annotations
@@ -117,23 +118,10 @@ def test_rank(case: Case, tmp_path: Path, template: Path, cache: Path) -> None:
         pytest.skip(str(reason))
 
 
-def through_run_train(case: Case, tmp_path: Path, template: Path, cache: Path) -> None:
-    try:
-        _, output, found = judge.through_run_train(case, tmp_path / "case", template, cache)
-    except NotPossibleHereError as reason:
-        pytest.skip(str(reason))
-    assert not found, output
-
-
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in REAL], ids=lambda case: case.name)
 def test_run_train(case: Case, tmp_path: Path, template: Path, cache: Path) -> None:
-    through_run_train(case, tmp_path, template, cache)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_run_train_with_all(case: Case, tmp_path: Path, template: Path, cache: Path) -> None:
-    through_run_train(case, tmp_path, template, cache)
+    _, output, found = judge.through_run_train(case, tmp_path / "case", template, cache)
+    assert not found, output
 
 
 def test_the_recipe_that_the_cases_spoil_is_good(tmp_path: Path, template: Path, cache: Path) -> None:

@@ -10,8 +10,9 @@ ROOT = Path(__file__).parents[3]
 
 
 def pages() -> list[Path]:
-    """README and all of docs/, CONTRIBUTING and CHANGELOG, and the pages of benchmarks/."""
-    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
+    """README and all of docs/, CONTRIBUTING and CHANGELOG, and the pages of benchmarks/ and tests/."""
+    folders = ("docs", "benchmarks", "tests")
+    return sorted([*ROOT.glob("*.md"), *(page for folder in folders for page in ROOT.glob(f"{folder}/**/*.md"))])
 
 
 def is_generated(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""One point of each fault of `benchmarks/faults.py`, injected into a real `run_train.sh` and judged as there."""
+"""Every row of the fault table, injected into a real `run_train.sh`; `-k one_point` plays one of each fault."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.broken_runs import Workshop
-from benchmarks.faults import play, unmount_below
-from benchmarks.faults_rows import Row
-from benchmarks.faults_table import ROWS
+from tests.faults.broken_runs import Workshop
+from tests.faults.injected import play, unmount_below
+from tests.faults.rows import Row
+from tests.faults.table import ROWS
 
 QUICK = [row for row in ROWS if row.quick]
+REST = [row for row in ROWS if not row.quick]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,18 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("row", QUICK, ids=[row.name for row in QUICK])
-def test_nothing_is_lost(row: Row, shop: Workshop, tmp_path: Path) -> None:
+def test_nothing_is_lost_at_one_point(row: Row, shop: Workshop, tmp_path: Path) -> None:
+    judge(row, shop, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("row", REST, ids=[row.name for row in REST])
+def test_nothing_is_lost_at_the_others(row: Row, shop: Workshop, tmp_path: Path) -> None:
+    judge(row, shop, tmp_path)
+
+
+def judge(row: Row, shop: Workshop, tmp_path: Path) -> None:
     found = play(row, shop, tmp_path / "row")
     if found["ok"] is None:
         pytest.skip(found["sees"])

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.broken_runs import INTERVAL
-from benchmarks.faults_rows import (
+from tests.faults.broken_runs import INTERVAL
+from tests.faults.rows import (
     Row,
     clock_that_can_be_set,
     damaged,

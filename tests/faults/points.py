@@ -1,4 +1,4 @@
-"""A plugin that breaks a run at an exact point: `--plugins benchmarks.fault_points`, `TITAN_FAULT` in the environment.
+"""A plugin that breaks a run at an exact point: `--plugins tests.faults.points`, `TITAN_FAULT` in the environment.
 
     TITAN_FAULT=point:step:rank:action     shards:6:1:kill: rank 1 gets SIGKILL while it writes its shard of step-6
 
@@ -34,7 +34,7 @@ The rank is a number or `all`. Actions can be joined by `+`:
 `nan_gradient`, `nan_data`
     One element of a gradient, or of what a token is embedded as, is not a number.
 `clock-N`
-    The clock of benchmarks/fault_clock.c goes N seconds back.
+    The clock of tests/faults/clock.c goes N seconds back.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from titan_growth.config.schema.recipe import Recipe
-from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from tests.quiet_stage import QuietStage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext
 from titan_growth.stages.order import register_stage
 
 TENSORS_BEFORE = 5
@@ -172,7 +172,7 @@ def immutable(_: int) -> None:
 
 
 def set_clock_back(seconds: int) -> None:
-    """For all processes of the run that have the clock of fault_clock.c."""
+    """For all processes of the run that have the clock of clock.c."""
     with open(os.environ["FAULT_CLOCK"], "r+b", buffering=0) as file:
         file.write(struct.pack("q", -seconds))
 
@@ -221,15 +221,11 @@ ACTIONS: dict[str, Callable[[int], None]] = {
 
 
 @register_stage
-class FaultPoints(Stage):
+class FaultPoints(QuietStage):
     """The points of a step."""
 
     name: ClassVar[str] = "fault_points"
     after: ClassVar[tuple[str, ...]] = ("pipeline",)
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> FaultPoints:
-        return cls()
 
     def enabled(self, context: PlanContext) -> bool:
         return FAULT is not None

@@ -1,6 +1,6 @@
 """Runs every bad input of `tests/recipes` through the real ./run_train.sh and writes what it answered.
 
-    python benchmarks/bad_inputs.py [--jobs N] [PART_OF_A_NAME ...]
+    python -m tests.faults.bad_inputs [--jobs N] [PART_OF_A_NAME ...]
 
 Without names, all cases are run (several minutes) and docs/generated/bad_inputs.md is written.
 Status 1 when a case fails.
@@ -18,13 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(CHECKOUT))
+from tests.recipes import bad_inputs, judge
+from tests.recipes.bad_inputs import Case
 
-from tests.recipes import bad_inputs, judge  # noqa: E402
-from tests.recipes.bad_inputs import Case  # noqa: E402
-
-PAGE = CHECKOUT / "docs" / "generated" / "bad_inputs.md"
+PAGE = judge.CHECKOUT / "docs" / "generated" / "bad_inputs.md"
 LONGEST_CELL = 400
 
 
@@ -51,7 +48,7 @@ def make_template(folder: Path, cache: Path) -> Path:
     """The files that the cases start from, and the run that some resume."""
     template = bad_inputs.make_template(folder)
     environ = {**os.environ, "CONFIG_FILE": "recipe.toml", "TITAN_GROWTH_CACHE": str(cache)}
-    command = [str(CHECKOUT / "run_train.sh"), "--training.steps", str(bad_inputs.STEPS_DONE)]
+    command = [str(judge.CHECKOUT / "run_train.sh"), "--training.steps", str(bad_inputs.STEPS_DONE)]
     subprocess.run(command, cwd=template, env=environ, check=True, capture_output=True)
     return template
 
@@ -84,8 +81,8 @@ def page(rows: list[Row]) -> str:
         f"{len(rows)} things that a user can get wrong, each run through the real `./run_train.sh`; {good} of them",
         "end as they should: the expected status (2 before anything was started, 1 for a failure of a run, 0 where",
         "the run can rightly go on), one message, no traceback, and checkpoints, `metrics.jsonl` and `recipe.toml` of",
-        "an existing run unchanged. Written by `benchmarks/bad_inputs.py`; the cases are in `tests/recipes/bad_*.py`",
-        "and `pytest -m slow tests/recipes` judges them again. `...` is the case's own folder.",
+        "an existing run unchanged. Written by `tests/faults/bad_inputs.py`; the cases are in `tests/recipes/bad_*.py`",
+        "and `pytest -m slow tests/faults/test_bad_inputs.py` judges them again. `...` is the case's own folder.",
         "",
         "| case | what is wrong | status | message |",
         "|---|---|---|---|",

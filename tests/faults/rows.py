@@ -1,4 +1,4 @@
-"""The rows of the fault table: what is broken, where, and what must come of it. `faults.py` plays them."""
+"""The rows of the fault table: what is broken, where, and what must come of it. `injected.py` plays them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.broken_runs import INTERVAL, ROOT, STEPS, Ended, Workshop, differences, last_step
+from tests.faults.broken_runs import INTERVAL, ROOT, STEPS, Ended, Workshop, differences, last_step
 
-PLUGIN = {"plugins": ["benchmarks.fault_points"]}
+PLUGIN = {"plugins": ["tests.faults.points"]}
 """In the recipe of every run, also of those that nothing happens to."""
 
 
@@ -135,7 +135,7 @@ def injected(
     within_seconds: float | None = None,
     quick: bool = False,
 ) -> Row:
-    """A row whose fault happens in a rank, by `fault_points`.
+    """A row whose fault happens in a rank, by `points`.
 
     Args:
         where: the `TITAN_FAULT`.
@@ -343,8 +343,8 @@ def two_runs(point: str, where: str | None, quick: bool = False) -> Row:
 
 
 def clock_that_can_be_set(base: Path) -> dict[str, str]:
-    """The environment of a run whose wall-clock `fault_points` can set back."""
+    """The environment of a run whose wall-clock `points` can set back."""
     library, offset = base / "clock.so", base / "clock"
-    run("cc", "-shared", "-fPIC", "-O1", "-o", library, ROOT / "benchmarks" / "fault_clock.c")
+    run("cc", "-shared", "-fPIC", "-O1", "-o", library, ROOT / "tests" / "faults" / "clock.c")
     offset.write_bytes(struct.pack("q", 0))
     return {"LD_PRELOAD": str(library), "FAULT_CLOCK": str(offset)}

@@ -1,7 +1,7 @@
 """Runs that are broken on purpose: how they are started, and whether they leave what an unbroken run leaves.
 
-Shared by `faults.py` and `soak.py`. The run is small: a few seconds after its start it has trained twelve steps, grown
-after five of them onto another mesh, validated, and saved five checkpoints, of which two have been removed again.
+The run is small: a few seconds after its start it has trained twelve steps, grown after five of them onto another
+mesh, validated, and saved five checkpoints, of which two have been removed again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import uuid
 import warnings
@@ -21,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from tests.runs import BASE, argv_of, read_metrics, without_timings, write_corpus
 
-from tests.runs import BASE, argv_of, read_metrics, without_timings, write_corpus  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+"""Where the pages are."""
 STEPS, INTERVAL, GROWTH = 12, 3, 5
 TINY: dict[str, Any] = {
     **BASE,
@@ -57,7 +55,7 @@ MESHES: dict[int, dict[str, Any]] = {
 
 LIMIT_SECONDS = 150.0
 """No run takes longer than this, however it is broken."""
-MARK = "TITAN_BENCHMARK_RUN"
+MARK = "TITAN_FAULTS_RUN"
 
 
 @dataclass
@@ -84,15 +82,16 @@ class Ended:
 
 
 class Launched:
-    """A run under way."""
+    """A `run_train.sh` under way, with these values on its command line; its screen goes to a file in `screens`."""
 
     def __init__(
-        self, folder: Path, num_ranks: int, settings: dict[str, Any], environ: dict[str, str], screens: Path
+        self, folder: Path, num_ranks: int, values: dict[str, Any], environ: dict[str, str], screens: Path
     ) -> None:
         self.folder = folder
         self.mark = uuid.uuid4().hex
-        words = argv_of({**TINY, **settings, "job.dump_folder": str(folder)})
-        environ = {**os.environ, "NGPU": str(num_ranks), MARK: self.mark, **environ}
+        words = argv_of({**values, "job.dump_folder": str(folder)})
+        environ = {**environ, "NGPU": str(num_ranks), MARK: self.mark}
+        screens.mkdir(parents=True, exist_ok=True)
         self.output = screens / f"{self.mark}.txt"
         with open(self.output, "w") as screen:
             self.process = subprocess.Popen(
@@ -130,8 +129,8 @@ class Launched:
         except subprocess.TimeoutExpired:
             self.kill_all()
             status = self.process.wait()
-            said = self.output.read_text(errors="replace")
-            return Ended(status, f"{said}\n(still running after {limit_seconds:g} s)", limit_seconds)
+            screen = self.output.read_text(errors="replace")
+            return Ended(status, f"{screen}\n(still running after {limit_seconds:g} s)", limit_seconds)
         seconds = time.monotonic() - self.began
         deadline = time.monotonic() + 15  # ranks whose launcher was killed save and leave
         while (left := self.processes()) and time.monotonic() < deadline:
@@ -155,16 +154,16 @@ class Workshop:
         """Starts `run_train.sh` with the small recipe and some changes; those may bring a mesh of their own."""
         settings = settings or {}
         mesh = {} if settings.keys() & MESHES[4].keys() else MESHES[num_ranks]
-        given = {"training.dataset_path": str(self.corpus), **mesh, **settings}
-        mine = {
+        values = {**TINY, "training.dataset_path": str(self.corpus), **mesh, **settings}
+        environ = {
+            **os.environ,
             "CONFIG_FILE": str(self.recipe),
             "TITAN_GROWTH_CACHE": str(self.folder / "cache"),
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",  # more threads take sums in another order, and forked ranks have one
             **environ,
         }
-        screens = self.folder / "screens"
-        screens.mkdir(exist_ok=True)
-        return Launched(folder, num_ranks, given, mine, screens)
+        return Launched(folder, num_ranks, values, environ, self.folder / "screens")
 
     def whole(self, num_ranks: int, settings: dict[str, Any]) -> Path:
         """The folder of a run that nobody touched."""
@@ -224,10 +223,10 @@ def differences(found: Path, expected: Path) -> list[str]:
     if lines != other:
         first = next((n for n, pair in enumerate(zip(lines, other, strict=False)) if pair[0] != pair[1]), -1)
         wrong.append(f"metrics.jsonl has {len(lines)} lines instead of {len(other)}, the first other one is {first}")
-    mine, theirs = last_checkpoint(found), last_checkpoint(expected)
-    if mine.name != theirs.name:
-        return [*wrong, f"the last checkpoint is {mine.name}, not {theirs.name}"]
-    tensors, reference = tensors_of(mine), tensors_of(theirs)
+    last, last_expected = last_checkpoint(found), last_checkpoint(expected)
+    if last.name != last_expected.name:
+        return [*wrong, f"the last checkpoint is {last.name}, not {last_expected.name}"]
+    tensors, reference = tensors_of(last), tensors_of(last_expected)
     assert len(reference) > 100, "weights, moments and counters of the grown model"
     if tensors.keys() != reference.keys():
         wrong.append(f"{len(tensors)} tensors instead of {len(reference)}")

@@ -1,13 +1,13 @@
 """Breaks real runs in every way that we know, and judges what the user sees, what is lost, and what comes of the run.
 
-    python benchmarks/faults.py                    # the whole table, about an hour on two cores
-    python benchmarks/faults.py --quick            # one point of each fault, about eight minutes
-    python benchmarks/faults.py --only "SIGTERM"   # rows whose name matches; writes no page
-    python benchmarks/faults.py --only "SIGTERM" --into part.jsonl; python benchmarks/faults.py --played part.jsonl
-    python benchmarks/faults.py --list
+    python -m tests.faults.injected                    # the whole table, about an hour on two cores
+    python -m tests.faults.injected --quick            # one point of each fault, about eight minutes
+    python -m tests.faults.injected --only "SIGTERM"   # rows whose name matches; writes no page
+    python -m tests.faults.injected --only "SIGTERM" --into part.jsonl    # rows of a part, for --played part.jsonl
+    python -m tests.faults.injected --list
 
 Every run is `run_train.sh` with a small model (`broken_runs.py`) that grows and changes its mesh on the way. Faults at
-an exact point are put there by a plugin (`fault_points.py`) that every run names in its recipe, the unbroken one too.
+an exact point are put there by a plugin (`points.py`) that every run names in its recipe, the unbroken one too.
 Then the same command is given again. A row fails when the status or the message is another one than it should be, when
 a traceback is on the screen, when a process stays behind, when more is lost than it may be, or when the run does not
 leave what an unbroken run leaves: `metrics.jsonl` without its timings, and every tensor of the last checkpoint, bit for
@@ -28,16 +28,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from tests.faults.broken_runs import INTERVAL, RESULTS, Workshop
+from tests.faults.rows import NotPossibleHereError, Outcome, Row
+from tests.faults.table import ROWS
 
-from benchmarks.broken_runs import INTERVAL, Workshop  # noqa: E402
-from benchmarks.faults_rows import NotPossibleHereError, Outcome, Row  # noqa: E402
-from benchmarks.faults_table import ROWS  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results"
 LONGEST_CELL = 300
-SAID_ALREADY = ("row", "fault", "point", "ranks", "ok")
+IN_THE_NAME = ("row", "fault", "point", "ranks", "ok")
 
 
 def play(row: Row, shop: Workshop, base: Path) -> dict[str, Any]:
@@ -54,6 +50,11 @@ def play(row: Row, shop: Workshop, base: Path) -> dict[str, Any]:
     entry |= {"sees": shortened(outcome.sees, base), "status": outcome.status, "lost": outcome.lost}
     entry |= {"bitwise": outcome.bitwise, "ok": not outcome.wrong, "wrong": outcome.wrong}
     return {**entry, "seconds": round(time.monotonic() - began)}
+
+
+def figures_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """What the row's name does not say."""
+    return {key: value for key, value in entry.items() if key not in IN_THE_NAME}
 
 
 def shortened(text: str, base: Path) -> str:
@@ -138,14 +139,13 @@ def main() -> int:
                 if options.into is not None:
                     with options.into.open("a") as file:
                         file.write(json.dumps(entries[-1]) + "\n")
-                words = {None: "--  ", True: "ok  ", False: "BAD "}[entries[-1]["ok"]]
-                said = {key: value for key, value in entries[-1].items() if key not in SAID_ALREADY}
-                print(f"{words}{row.name}: {said}", flush=True)
+                word = {None: "--  ", True: "ok  ", False: "BAD "}[entries[-1]["ok"]]
+                print(f"{word}{row.name}: {figures_of(entries[-1])}", flush=True)
         finally:
             unmount_below(folder)
     if not (options.only or options.quick):
         (RESULTS / "faults.json").write_text(json.dumps(entries, indent=1) + "\n")
-        (RESULTS / "faults.md").write_text(page(entries, "python benchmarks/faults.py"))
+        (RESULTS / "faults.md").write_text(page(entries, "python -m tests.faults.injected"))
     bad = [entry for entry in entries if entry["ok"] is False]
     print(f"{len(entries)} rows, {len(bad)} not as they should be")
     return int(bool(bad))

@@ -1,6 +1,6 @@
 """One run, killed 60 times with SIGKILL at random moments, against the same run undisturbed.
 
-    python benchmarks/soak.py [--kills 60] [--through-launcher 8] [--mesh pp] [--async-saves] [--seed 0]
+    python -m tests.faults.soak [--kills 60] [--through-launcher 8] [--mesh pp] [--async-saves] [--seed 0]
 
 Four ranks train a small model that grows in the middle, onto another mesh. At a random moment, in a step, in a save, in
 a removal, in the growth or in the start-up, one random rank or all of them get SIGKILL, and the same run is started
@@ -28,22 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-# Forked ranks have one thread each, and so must those of the launcher: more threads take sums in another order.
-os.environ["OMP_NUM_THREADS"] = "1"
+from tests import conftest  # noqa: F401  (imports what forked ranks need)
+from tests.faults.broken_runs import RESULTS, TINY, Workshop, differences, last_step
+from tests.harness import Ranks
+from tests.runs import make_recipe, read_metrics, train
 
-import torch  # noqa: E402
-import torch.distributed.checkpoint  # noqa: E402
-import torch.distributed.fsdp  # noqa: E402
-import torch.distributed.pipelining  # noqa: E402
-import torch.distributed.tensor.parallel  # noqa: E402
-
-from benchmarks.broken_runs import TINY, Workshop, differences, last_step  # noqa: E402
-from tests.harness import Ranks  # noqa: E402
-from tests.runs import make_recipe, read_metrics, train  # noqa: E402
-
-RESULT = ROOT / "benchmarks" / "results" / "soak.md"
 NUM_RANKS = 4
 MESHES: dict[str, tuple[str, dict[str, Any]]] = {
     "pp": (
@@ -79,17 +68,21 @@ class Soak:
     """One run and its deaths.
 
     Attributes:
+        whole: the folder of the undisturbed run.
         alternates: every other life saves asynchronously.
         deaths: how each life ended: by which mode, which rank or all, and after which step.
+        wrong: how the run differs from the undisturbed one in the end.
     """
 
     shop: Workshop
+    whole: Path
     folder: Path
     settings: dict[str, Any]
     kills: int
     random: random.Random
     alternates: bool
     deaths: list[dict[str, Any]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
 
     @property
     def life(self) -> dict[str, Any]:
@@ -149,7 +142,7 @@ def killed_through_launcher(soak: Soak) -> None:
 def killed_in_forks(soak: Soak) -> None:
     """One life of forked ranks."""
     ranks, over = Ranks(NUM_RANKS), threading.Event()
-    who, pids = soak.victims([process.pid for process in ranks._processes])
+    who, pids = soak.victims(ranks.pids)
     hit: list[str] = []
 
     def killer() -> None:
@@ -184,20 +177,45 @@ def recipe_of(soak: Soak) -> Any:
     return make_recipe(soak.folder, **{key.replace(".", "__"): value for key, value in values.items()})
 
 
-def page(soak: Soak, wrong: list[str], command: str, mesh: str, seconds: float) -> str:
+def play(
+    shop: Workshop, mesh: str, *, kills: int, through_launcher: int, alternates: bool = False, seed: int = 0
+) -> Soak:
+    """Kills a run that many times, the first ones through the launcher, and lets it end."""
+    os.environ["TITAN_GROWTH_CACHE"] = str(shop.folder / "cache")  # of forked ranks
+    steps = STEPS_A_LIFE * (kills + 1)
+    settings = {
+        **MESHES[mesh][1],
+        "training.steps": steps,
+        "growth.stages.0.at": f"{steps // 2} steps",
+        "lr_scheduler.warmup_steps": 5,
+        "validation.freq": 10,
+    }
+    whole = shop.whole(NUM_RANKS, settings)
+    soak = Soak(
+        shop, whole, shop.folder / f"broken-{mesh}", {**TINY, **settings}, kills, random.Random(seed), alternates
+    )
+    while len(soak.deaths) < kills:
+        (killed_through_launcher if len(soak.deaths) < through_launcher else killed_in_forks)(soak)
+    last = shop.launch(soak.folder, NUM_RANKS, soak.life).wait()
+    assert last.status == 0, last.screen[-2000:]
+    soak.wrong = differences(soak.folder, whole)
+    return soak
+
+
+def page(soak: Soak, command: str, mesh: str, seconds: float) -> str:
     """The page."""
     modes = collections.Counter((death["mode"], death["ranks"], death["saves"]) for death in soak.deaths)
     lines = len(read_metrics(soak.folder))
     text = [
         "# One run, killed at random moments",
         "",
-        f"`{command}`: {NUM_RANKS} ranks, {mesh}, {soak.settings['training.steps']} steps, growth after "
+        f"`{command}`: {NUM_RANKS} ranks, {MESHES[mesh][0]}, {soak.settings['training.steps']} steps, growth after "
         f"{soak.settings['growth.stages.0.at']}, checkpoints every {soak.settings['checkpoint.interval']}; "
         f"{len(soak.deaths)} times SIGKILL in {seconds / 60:.0f} minutes.",
         "",
         f"All tensors of the last checkpoint and the {lines} lines of `metrics.jsonl` (timings apart) are "
-        f"{'**not** those' if wrong else 'bit for bit those'} of the undisturbed run{': ' if wrong else '.'}"
-        f"{'; '.join(wrong)}",
+        f"{'**not** those' if soak.wrong else 'bit for bit those'} of the undisturbed run"
+        f"{': ' if soak.wrong else '.'}{'; '.join(soak.wrong)}",
         "",
         "| started by | killed | saves | times |",
         "| --- | --- | --- | --- |",
@@ -218,40 +236,22 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; kept, and nothing is written. Default: temporary")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        shop = Workshop((options.folder or Path(temporary)).absolute())
-        os.environ["TITAN_GROWTH_CACHE"] = str(shop.folder / "cache")
-        steps = STEPS_A_LIFE * (options.kills + 1)
-        mesh, layout = MESHES[options.mesh]
-        settings = {
-            **layout,
-            "training.steps": steps,
-            "growth.stages.0.at": f"{steps // 2} steps",
-            "lr_scheduler.warmup_steps": 5,
-            "validation.freq": 10,
-        }
-        whole = shop.whole(NUM_RANKS, settings)
-        soak = Soak(
-            shop,
-            shop.folder / "broken",
-            {**TINY, **settings},
-            options.kills,
-            random.Random(options.seed),
-            options.async_saves,
+        soak = play(
+            Workshop((options.folder or Path(temporary)).absolute()),
+            options.mesh,
+            kills=options.kills,
+            through_launcher=options.through_launcher,
+            alternates=options.async_saves,
+            seed=options.seed,
         )
-        while len(soak.deaths) < options.kills:
-            (killed_through_launcher if len(soak.deaths) < options.through_launcher else killed_in_forks)(soak)
-        last = shop.launch(soak.folder, NUM_RANKS, soak.life).wait()
-        assert last.status == 0, last.screen[-2000:]
-        wrong = differences(soak.folder, whole)
-        command = f"python benchmarks/soak.py {' '.join(sys.argv[1:])}".strip()
-        text = page(soak, wrong, command, mesh, time.monotonic() - began)
+        command = f"python -m tests.faults.soak {' '.join(sys.argv[1:])}".strip()
+        text = page(soak, command, options.mesh, time.monotonic() - began)
     print(text)
     if options.folder is None:
-        RESULT.write_text(text)
-    return int(bool(wrong))
+        (RESULTS / "soak.md").write_text(text)
+    return int(bool(soak.wrong))
 
 
 if __name__ == "__main__":
