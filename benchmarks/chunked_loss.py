@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_growth.models.chunked_loss import IGNORE_INDEX, chunked_cross_entropy_sum
+from titan_growth.models.chunked_loss import chunked_cross_entropy_sum
+from titan_growth.tools.labels import IGNORE_INDEX
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,6 +24,7 @@ from titan_growth.commands.plot import main as plot
 from titan_growth.config.loader import load_recipe
 from titan_growth.metrics.curves import COSTS, Comparison, compare, read_curve
 from titan_growth.models.registry import model_config_of
+from titan_growth.tools.findings import Findings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -139,8 +140,8 @@ def _seeds(rows: dict[int, list[Comparison]]) -> str:
 
 
 def _num_params() -> int:
-    config, problems = model_config_of(load_recipe(["--job.config_file", str(RECIPE)]).model)
-    assert config is not None, problems
+    config = model_config_of(load_recipe(["--job.config_file", str(RECIPE)]).model, found := Findings())
+    assert config is not None, found.problems
     return config.num_params
 
 

@@ -42,6 +42,7 @@ from titan_growth.growth.verify import verify_growth
 from titan_growth.layout.mesh import Mesh
 from titan_growth.models.registry import family_module
 from titan_growth.run.plan import plan_run
+from titan_growth.tools.findings import Findings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,8 +56,8 @@ MIB = 2**20
 
 def tensors_of(recipe: Any, num_ranks: int, phase_number: int, seed: int | None) -> dict[str, torch.Tensor]:
     """Parameters and optimizer state of a phase's model on this rank."""
-    plan, problems, _ = plan_run(recipe, num_ranks=num_ranks, device_type="cpu")
-    assert plan is not None, problems
+    plan = plan_run(recipe, found := Findings(), num_ranks=num_ranks, device_type="cpu")
+    assert plan is not None, found.problems
     phase = plan.phases[phase_number]
     mesh = Mesh.get(phase.mesh_shape, "cpu")
     model = build(
@@ -119,9 +120,9 @@ def _resident() -> int:
 
 def measured(rank: int, num_ranks: int, recipe: Any, repeats: int) -> dict[str, Any]:
     """This rank's figures; seconds are of the slowest rank."""
-    plan, _, _ = plan_run(recipe, num_ranks=num_ranks, device_type="cpu")
+    plan = plan_run(recipe, Findings(), num_ranks=num_ranks, device_type="cpu")
     assert plan is not None
-    growth, stage = plan.growth.map_after(0), plan.growth.stages[0]
+    growth, stage = plan.growth_plan.map_after(0), plan.growth_plan.planned[0]
     module = family_module(recipe.model.name)
     rules = Rules(growth, stage, module.ROLES, growth.after.tied)
     manager = CheckpointManager(recipe.checkpoint, Path(recipe.job.dump_folder))

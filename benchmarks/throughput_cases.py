@@ -18,6 +18,7 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.layout.mesh_shape import resolve_mesh
 from titan_growth.layout.pipeline_layout import SCHEDULES
 from titan_growth.run.plan import RunPlan, plan_run
+from titan_growth.tools.findings import Findings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -218,7 +219,7 @@ def _ranks_text(number: int) -> str:
 
 
 def _ranks_wanted(words: tuple[str, ...]) -> int:
-    recipe, _, _ = inspect_recipe(_found(words))
+    recipe = inspect_recipe(_found(words), Findings())
     if recipe is None:
         return 1  # planning it will say what is wrong
     section = recipe.parallelism
@@ -266,20 +267,20 @@ class PlannedCase:
 def plan_case(case: Case, device_type: str) -> PlannedCase:
     """The plan of a case, made as for any run."""
     words = (*COMMON, *case.size.words, *case.words)
-    recipe, problems, _ = inspect_recipe(_found(words))
+    recipe = inspect_recipe(_found(words), found := Findings())
     plan = None
-    if recipe is not None and not problems:
+    if recipe is not None and not found.problems:
         words = (*words, *_batch_words(recipe, case))
-        recipe, problems, _ = inspect_recipe(_found(words))
-    if recipe is not None and not problems:
-        plan, problems, _ = plan_run(recipe, num_ranks=case.ranks, device_type=device_type)
-    return PlannedCase(case, words, plan, tuple(str(problem) for problem in problems))
+        recipe = inspect_recipe(_found(words), found := Findings())
+    if recipe is not None and not found.problems:
+        plan = plan_run(recipe, found, num_ranks=case.ranks, device_type=device_type)
+    return PlannedCase(case, words, plan, tuple(str(problem) for problem in found.problems))
 
 
 def _batch_words(recipe: Recipe, case: Case) -> tuple[str, ...]:
     """The size's global batch on this mesh. A pipeline takes its share of it at once, to have many microbatches."""
     keys = ("--training.global_batch_size", "--training.local_batch_size")
-    shape, _ = resolve_mesh(recipe.parallelism, case.ranks)
+    shape = resolve_mesh(recipe.parallelism, case.ranks, Findings())
     if shape is None or any(word.startswith(keys) for word in case.words):
         return ()  # the plan will say what is wrong; or the case decides for itself
     training = recipe.training

@@ -23,6 +23,7 @@ from titan_growth.run.start import RunStart, Site, resolve
 from titan_growth.session import Session
 from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.device import Device
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.run_folder import RunFolder
 
 BASE = {
@@ -83,9 +84,9 @@ def make_recipe(folder: Path, **overrides: Any) -> Recipe:
         (write_documents if masked else write_corpus)(corpus)
     values = {**BASE, "job.dump_folder": str(folder), "training.dataset_path": str(corpus)}
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
-    recipe, problems, _ = inspect_recipe(argv_of(values))
+    recipe = inspect_recipe(argv_of(values), found := Findings())
     assert recipe is not None
-    assert not problems, [str(problem) for problem in problems]
+    assert not found.problems, [str(problem) for problem in found.problems]
     return recipe
 
 

@@ -104,8 +104,8 @@ class Grower:
             StoppedWhileLearningError: on every rank.
             CheckpointError, GrowthError: on every rank, when the small model cannot be read or the grown one is wrong.
         """
-        planned = self.plan.growth.stages[len(lineage.events)]
-        growth = self.plan.growth.map_after(len(lineage.events))
+        planned = self.plan.growth_plan.planned[len(lineage.events)]
+        growth = self.plan.growth_plan.map_after(len(lineage.events))
         event = self._event(planned, growth, source, progress, lineage)
         growing = lineage.grown(event)
         runtime = PhaseRuntime(self.plan, self.run_data, self.device, lineage=growing, progress=progress)

@@ -79,7 +79,7 @@ class Trainer:
             gc.enable()
         if not self.state.is_complete:
             return False
-        self.plan.growth.require_complete(self.progress, self.lineage)
+        self.plan.growth_plan.require_complete(self.progress, self.lineage)
         return True
 
     def _loop(self) -> None:
@@ -223,7 +223,7 @@ class Trainer:
 
     def _wants_other_ranks(self) -> bool:
         """Whether the growth that is due needs another number of ranks; its checkpoint is then ready."""
-        wanted = self.plan.growth.stages[len(self.lineage.events)].num_ranks
+        wanted = self.plan.growth_plan.planned[len(self.lineage.events)].num_ranks
         if wanted in (None, dist.get_world_size()):
             return False
         self.way_back()

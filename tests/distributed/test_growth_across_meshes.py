@@ -21,8 +21,10 @@ from tests.runs import make_recipe, read_metrics, relative_difference, trainer_o
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.read import read_grown
-from titan_growth.growth.rules import OPTIMIZER_PREFIX, Rules
+from titan_growth.growth.rules import Rules
 from titan_growth.models.registry import family_module, model_config_of
+from titan_growth.models.roles import OPTIMIZER_PREFIX
+from titan_growth.tools.findings import Findings
 
 MESHES: dict[str, Case] = {
     "1 rank": mesh(),
@@ -126,12 +128,12 @@ def grown_and_trained(rank: int, num_ranks: int, recipe: Any, reference: Path) -
 
 def grown_on_paper(checkpoint: Path, recipe: Any, path: Path, number: int = 0) -> None:
     """What the operator of a growth makes of a checkpoint in one process, written to a file."""
-    target, _ = model_config_of(recipe.model)
+    target = model_config_of(recipe.model, Findings())
     module = family_module(recipe.model.name)
     assert target is not None
     stage: PlannedGrowth = recipe.growth.stages[number]
-    chain, problems = chain_of(recipe.growth, target)
-    assert chain is not None, problems
+    chain = chain_of(recipe.growth, target, found := Findings())
+    assert chain is not None, found.problems
     growth = chain.maps[number]
     with torch.device("meta"):
         model = module.Decoder(growth.after, 32)

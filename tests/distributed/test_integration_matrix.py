@@ -19,6 +19,7 @@ from tests.runs import argv_of, make_recipe, read_metrics, train
 from titan_growth.checkpoint.folder import open_step
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.run.plan import plan_run
+from titan_growth.tools.findings import Findings
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "generated" / "integration_matrix.md"
 
@@ -243,10 +244,10 @@ def test_what_is_refused_is_refused_by_name(name: str, tmp_path: Path) -> None:
     num_ranks, settings, key = REFUSED[name]
     values = {"model.name": "llama3", "job.dump_folder": str(tmp_path), "training.local_batch_size": 4}
     values |= {key.replace("__", "."): value for key, value in settings.items()}
-    recipe, problems, _ = inspect_recipe(argv_of(values))
-    if recipe is not None and not problems:
-        problems = plan_run(recipe, num_ranks=num_ranks, device_type="cpu")[1]
-    assert [problem.key for problem in problems] == [key]
+    recipe = inspect_recipe(argv_of(values), found := Findings())
+    if recipe is not None and not found.problems:
+        plan_run(recipe, found, num_ranks=num_ranks, device_type="cpu")
+    assert [problem.key for problem in found.problems] == [key]
 
 
 def test_the_document_has_every_combination() -> None:

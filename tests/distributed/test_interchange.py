@@ -30,6 +30,7 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.initial import initial_reader
+from titan_growth.tools.findings import Findings
 
 MODEL = {
     "model__n_layers": SIZES["num_hidden_layers"],
@@ -155,7 +156,7 @@ def test_another_model_is_refused_before_a_run(
 
 def test_what_must_agree_is_said(theirs: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "run", **{**MODEL, "model__rope_theta": 5e5}, **SAVING)
-    config, _ = model_config_of(recipe.model)
+    config = model_config_of(recipe.model, Findings())
     assert config is not None
     assert HuggingFaceReader(theirs, config=config).differences() == [
         "model.rope_theta is 500000.0, and llama was trained with 10000.0"

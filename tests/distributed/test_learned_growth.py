@@ -51,7 +51,7 @@ def _gradients(rank: int, folder: Path, case: str, settings: dict[str, Any]) -> 
     depths = dict(zip(sorted(learned.depths), leaves[len(widths) :], strict=True))
     learned.widths, learned.depths = widths, depths
     made = {shard.name: learned._made(shard) for shard in learned.shards}
-    for copy, name in learned.growth.after.tied.items():
+    for copy, name in learned.growth_map.after.tied.items():
         made[copy] = made[name]
     functional_call(large, made, (tokens, None, tokens)).sum().backward()
     for gradient, leaf in zip(found, leaves, strict=True):

@@ -41,6 +41,7 @@ from titan_growth.run.plan import plan_run, stage_lines
 from titan_growth.stages import order
 from titan_growth.stages.order import registered_stages, resolve_order
 from titan_growth.tools.errors import ConfigError
+from titan_growth.tools.findings import Findings
 from titan_growth.train import main as train_main
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending" / "adding_a_stage.md"
@@ -120,13 +121,14 @@ def test_its_table_is_validated_like_any_other(example: str, tmp_path: Path) -> 
     """Types, bounds and typing errors, with the line of the file or the flag."""
     path = tmp_path / "recipe.toml"
     path.write_text('plugins = ["logit_cap"]\n[logit_cap]\nenable = 1\ncapp = 3.0\n')
-    found = inspect_recipe(["--job.config_file", str(path), "--logit_cap.cap", "high"])[1]
-    assert sorted(map(str, found)) == [
+    inspect_recipe(["--job.config_file", str(path), "--logit_cap.cap", "high"], found := Findings())
+    assert sorted(map(str, found.problems)) == [
         "logit_cap.cap: expected a number, got 'high' (--logit_cap.cap)",
         f"logit_cap.capp: unknown key in [logit_cap] ({path}:4). Did you mean 'cap'?",
         f"logit_cap.enable: expected true or false, got 1 ({path}:3)",
     ]
-    (low,) = inspect_recipe(["--plugins", "logit_cap", "--logit_cap.cap", "0"])[1]
+    inspect_recipe(["--plugins", "logit_cap", "--logit_cap.cap", "0"], found := Findings())
+    (low,) = found.problems
     assert str(low) == "logit_cap.cap: must be greater than 0, got 0.0 (--logit_cap.cap)"
 
 
@@ -135,9 +137,9 @@ def test_the_recipe_on_the_page_is_one(example: str, tmp_path: Path) -> None:
     for text in (first, whole):
         path = tmp_path / "recipe.toml"
         path.write_text(text)
-        recipe, problems, warnings = inspect_recipe(["--job.config_file", str(path)])
+        recipe = inspect_recipe(["--job.config_file", str(path)], found := Findings())
         assert recipe is not None
-        assert (recipe.plugins, problems, warnings) == (["logit_cap"], [], [])
+        assert (recipe.plugins, found.problems, found.warnings) == (["logit_cap"], [], [])
     assert plugins.table_of(recipe, "logit_cap").cap == 20
 
 
@@ -157,11 +159,11 @@ def test_help_lists_it(example: str, capsys: pytest.CaptureFixture[str]) -> None
 
 def planned(*words: str, num_ranks: int = 2) -> tuple[list[str], list[str], list[str]]:
     """(lines of the plan, problems, warnings), without devices."""
-    recipe, problems, _ = inspect_recipe([*argv_of(BASE), "--plugins", "logit_cap", *words])
+    recipe = inspect_recipe([*argv_of(BASE), "--plugins", "logit_cap", *words], found := Findings())
     assert recipe is not None
-    assert not problems
-    plan, problems, warnings = plan_run(recipe, num_ranks=num_ranks, device_type="cuda")
-    return (stage_lines(plan.phase, "cuda") if plan else []), [*map(str, problems)], [*map(str, warnings)]
+    assert not found.problems
+    plan = plan_run(recipe, found := Findings(), num_ranks=num_ranks, device_type="cuda")
+    return (stage_lines(plan.phase, "cuda") if plan else []), [*map(str, found.problems)], [*map(str, found.warnings)]
 
 
 def test_check_and_warnings_are_heard(example: str) -> None:

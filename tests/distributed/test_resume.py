@@ -55,7 +55,7 @@ def crash_after(rank: int, num_ranks: int, recipe: Any, step: int, where: str) -
         if rank:
             at(Trainer, "save", lambda trainer: trainer.progress.step == step, before=True)
     elif where == "while growing":
-        at(PhaseRuntime, "held_out_loss", lambda runtime: runtime.phase.growth is not None, before=True)
+        at(PhaseRuntime, "held_out_loss", lambda runtime: runtime.phase.growth_map is not None, before=True)
     elif where == "before growing":
         at(Trainer, "grow", lambda trainer: trainer.progress.step == step, before=True)
     elif where == "after growing":

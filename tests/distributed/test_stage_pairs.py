@@ -19,6 +19,7 @@ from tests.harness import WarmRanks
 from tests.runs import assert_parity, make_recipe, read_metrics, trainer_of
 from titan_growth.run.plan import plan_run
 from titan_growth.stages.order import registered_stages
+from titan_growth.tools.findings import Findings
 
 Lines = list[dict[str, Any]]
 
@@ -185,6 +186,6 @@ def test_a_pair(names: tuple[str, str], warm_ranks: WarmRanks, plain: dict[bool,
 def assert_refused(names: tuple[str, ...], key: str, folder: Path) -> None:
     case = together(*names)
     recipe = make_recipe(folder / "refused", **MODEL, **case.layout)
-    plan, problems, _ = plan_run(recipe, num_ranks=case.num_ranks, device_type="cpu")
+    plan = plan_run(recipe, found := Findings(), num_ranks=case.num_ranks, device_type="cpu")
     assert plan is None
-    assert [problem.key for problem in problems] == [key]
+    assert [problem.key for problem in found.problems] == [key]

@@ -14,6 +14,7 @@ from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, train, trainer_of
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.models.registry import family_module, model_config_of
+from titan_growth.tools.findings import Findings
 
 SAVING = {"checkpoint__enable": True, "checkpoint__interval": 2, "training__steps": 2}
 
@@ -39,7 +40,7 @@ def _their_checkpoint(_rank: int, folder: str, weights: dict[str, torch.Tensor])
 @pytest.fixture
 def weights(tmp_path: Path) -> dict[str, torch.Tensor]:
     recipe = make_recipe(tmp_path / "sizes")
-    config, _ = model_config_of(recipe.model)
+    config = model_config_of(recipe.model, Findings())
     assert config is not None
     generator = torch.Generator().manual_seed(3)
     model = family_module("llama3").Decoder(config, 32)

@@ -16,6 +16,7 @@ from titan_growth.__main__ import main
 from titan_growth.commands.plan import report_lines
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.run.plan import plan_run
+from titan_growth.tools.findings import Findings
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
@@ -28,10 +29,10 @@ WORLD_SIZES = {"llama3_70b": 256, "llama3_405b": 512}
 
 def plan_text(recipe_file: Path, num_ranks: int, *words: str) -> str:
     """The report of `plan`; any problem or warning fails the test."""
-    recipe, problems, warnings = inspect_recipe(["--job.config_file", str(recipe_file), *words])
-    assert recipe is not None, problems
-    plan, more, others = plan_run(recipe, num_ranks=num_ranks, device_type="cuda")
-    assert [str(problem) for problem in problems + more + warnings + others] == []
+    recipe = inspect_recipe(["--job.config_file", str(recipe_file), *words], found := Findings())
+    assert recipe is not None, found.problems
+    plan = plan_run(recipe, planning := Findings(), num_ranks=num_ranks, device_type="cuda")
+    assert [str(problem) for problem in found.problems + planning.problems + found.warnings + planning.warnings] == []
     assert plan is not None
     return "\n".join(report_lines(plan, "cuda")) + "\n"
 
@@ -74,7 +75,7 @@ def test_the_default_recipe_runs_on_any_number_of_ranks(num_ranks: int) -> None:
 
 def test_the_default_recipe_logs_validates_and_saves() -> None:
     """What the quick start promises."""
-    recipe, _, _ = inspect_recipe(["--job.config_file", str(ROOT / "train_configs" / "debug_model.toml")])
+    recipe = inspect_recipe(["--job.config_file", str(ROOT / "train_configs" / "debug_model.toml")], Findings())
     assert recipe is not None
     assert recipe.metrics.log_freq == 1
     assert recipe.metrics.enable_tensorboard
@@ -94,7 +95,8 @@ def test_the_readme_names_what_exists() -> None:
     for flag in flags:
         if flag not in ("section.key", "job.config_file", "growth.stages.0.at"):
             words += [f"--{flag}"]
-    unknown = [problem for problem in inspect_recipe(words)[1] if "unknown" in problem.message]
+    inspect_recipe(words, found := Findings())
+    unknown = [problem for problem in found.problems if "unknown" in problem.message]
     assert not unknown
     commands = re.findall(r"^\./(\S+)", text, flags=re.MULTILINE)
     assert commands

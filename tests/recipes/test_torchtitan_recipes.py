@@ -23,11 +23,12 @@ import tomli_w
 from tests.runs import WORDS, make_recipe, read_metrics
 from titan_growth.__main__ import main
 from titan_growth.config.loader import inspect_recipe
-from titan_growth.data.corpora import CorpusSpec
+from titan_growth.data.corpus import CorpusSpec
 from titan_growth.data.hub import load_from_hub
 from titan_growth.run import data as run_data_module
 from titan_growth.run.data import C4_TEST_PATH, prepare_run_data, with_stand_ins
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.findings import Findings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -241,8 +242,8 @@ def _other(value: Any) -> Any:
 def test_no_key_is_dropped_silently(name: str, tmp_path: Path) -> None:
     """Another value of any key changes what the run will do, or is refused, or warned about, by name."""
     table = recipe_of(name)
-    before, problems, _ = inspect_recipe(["--job.config_file", str(write(tmp_path, table))])
-    assert not problems
+    before = inspect_recipe(["--job.config_file", str(write(tmp_path, table))], found := Findings())
+    assert not found.problems
     keys = list(leaves(table))
     assert len(keys) >= 48
     for key in keys:
@@ -251,11 +252,11 @@ def test_no_key_is_dropped_silently(name: str, tmp_path: Path) -> None:
         for part in key.split(".")[:-1]:
             node = node[part]
         node[key.rpartition(".")[2]] = _other(node[key.rpartition(".")[2]])
-        recipe, problems, warnings = inspect_recipe(["--job.config_file", str(write(tmp_path, changed))])
+        recipe = inspect_recipe(["--job.config_file", str(write(tmp_path, changed))], found := Findings())
         # Of a list it may be an item, and two keys that do not agree are refused under the name of one of them.
-        refused = any(key in str(problem) for problem in problems)
-        assert refused or not problems, f"{key} = {node}: the problem has another name"
-        warned = any(warning.key == key for warning in warnings)
+        refused = any(key in str(problem) for problem in found.problems)
+        assert refused or not found.problems, f"{key} = {node}: the problem has another name"
+        warned = any(warning.key == key for warning in found.warnings)
         assert refused or warned or recipe != before, f"{key} = {node} is dropped silently"
 
 
@@ -325,18 +326,20 @@ def test_files_that_are_there_are_used(path: str | None, folder: Path, caplog: p
 
 def test_a_path_of_ones_own_is_used(folder: Path) -> None:
     write_c4_test(folder / "mine")
-    recipe, warnings = with_stand_ins(c4_recipe(folder, **{"training.dataset_path": "mine"}))
+    recipe = with_stand_ins(c4_recipe(folder, **{"training.dataset_path": "mine"}), found := Findings())
     assert recipe.training.dataset_path == "mine"
-    assert not warnings
+    assert not found.warnings
     recipe = c4_recipe(folder, **{"training.dataset_path": "typo"})
-    assert with_stand_ins(recipe) == (recipe, [])
+    assert with_stand_ins(recipe, found := Findings()) == recipe
+    assert not found.warnings
     with pytest.raises(DataError, match="typo: does not exist"):
         prepare_run_data(recipe, 258, progress=False)
 
 
 @pytest.mark.parametrize("path", [None, "./tests/assets/c4_test"])
 def test_the_embedded_corpus_stands_in(path: str | None, folder: Path) -> None:
-    recipe, (warning,) = with_stand_ins(c4_recipe(folder, **{"training.dataset_path": path}))
+    recipe = with_stand_ins(c4_recipe(folder, **{"training.dataset_path": path}), found := Findings())
+    (warning,) = found.warnings
     assert (recipe.training.dataset, recipe.training.dataset_path) == ("stdlib", None)
     assert warning.key == "training.dataset"
     assert "held out" not in warning.message
@@ -345,13 +348,14 @@ def test_the_embedded_corpus_stands_in(path: str | None, folder: Path) -> None:
 @pytest.mark.parametrize("dataset", ["c4_test", "c4_validation"])
 def test_validation_beside_what_stands_in(dataset: str, folder: Path) -> None:
     values = {"validation.enable": True, "validation.dataset": dataset}
-    recipe, (warning,) = with_stand_ins(c4_recipe(folder, **values))
+    recipe = with_stand_ins(c4_recipe(folder, **values), found := Findings())
+    (warning,) = found.warnings
     assert recipe.validation.dataset is None
     assert f"held out in place of '{dataset}'" in warning.message
     with pytest.raises(DataError, match=r"validation\.dataset: .*data\.validation_fraction = 0"):
-        with_stand_ins(c4_recipe(folder, **values, **{"data.validation_fraction": 0.0}))
+        with_stand_ins(c4_recipe(folder, **values, **{"data.validation_fraction": 0.0}), Findings())
     # Another validation corpus is the user's own choice.
-    recipe, _ = with_stand_ins(c4_recipe(folder, **values, **{"validation.dataset_path": "mine"}))
+    recipe = with_stand_ins(c4_recipe(folder, **values, **{"validation.dataset_path": "mine"}), Findings())
     assert (recipe.validation.dataset, recipe.validation.dataset_path) == (dataset, "mine")
 
 
@@ -372,13 +376,14 @@ def test_a_validation_corpus_is_not_fetched_for_nothing(folder: Path, monkeypatc
 
 def test_only_c4_test_is_replaced(folder: Path) -> None:
     recipe = make_recipe(folder / "run", model__hf_assets_path="./nowhere", data__tokenizer="auto")
-    assert with_stand_ins(recipe) == (recipe, [])
+    assert with_stand_ins(recipe, found := Findings()) == recipe
+    assert not found.warnings
     with pytest.raises(DataError, match="tokenizer nowhere: does not exist"):
         prepare_run_data(recipe, 258, progress=False)
     chosen = {"model.hf_assets_path": "./nowhere", "data.tokenizer": "huggingface"}
-    recipe, warnings = with_stand_ins(c4_recipe(folder, **chosen))
+    recipe = with_stand_ins(c4_recipe(folder, **chosen), found := Findings())
     assert recipe.model.hf_assets_path == "./nowhere"
-    assert [warning.key for warning in warnings] == ["training.dataset"]
+    assert [warning.key for warning in found.warnings] == ["training.dataset"]
 
 
 @pytest.mark.parametrize(

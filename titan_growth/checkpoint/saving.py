@@ -38,7 +38,7 @@ from titan_growth.tools.collectives import describe_os_error, fail_together, gat
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
 from titan_growth.tools.files import free_bytes, remove_folder, sync_folder, write_atomic
 from titan_growth.tools.logs import logger
-from titan_growth.tools.run_folder import gib
+from titan_growth.tools.text import gib
 
 Tensors = dict[str, Tensor]
 Result = TypeVar("Result")

@@ -16,6 +16,7 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.exit_report import NOTHING_TO_DO
 from titan_growth.run.plan import RunPlan, plan_run
 from titan_growth.tools.errors import ConfigError, RunFolderError, TitanGrowthError
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import is_remote
 from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
@@ -102,15 +103,16 @@ def _recipe(argv: list[str]) -> Recipe:
     Raises:
         ConfigError: with the problems of the recipe itself, and those it has on this number of ranks besides.
     """
-    recipe, problems, warnings = inspect_recipe(argv)
+    found = Findings()
+    recipe = inspect_recipe(argv, found)
     if recipe is None:
-        raise ConfigError(problems)
+        raise ConfigError(found.problems)
     recipe = dry_run_of(recipe)
-    _, more, _ = plan_run(recipe, num_ranks=_num_ranks(), device_type=_device_type())
-    if problems:
-        known = {problem.key for problem in problems}
-        raise ConfigError(problems + [problem for problem in more if problem.key not in known])
-    for warning in warnings:
+    plan_run(recipe, planning := Findings(), num_ranks=_num_ranks(), device_type=_device_type())
+    if found.problems:
+        known = {problem.key for problem in found.problems}
+        raise ConfigError(found.problems + [problem for problem in planning.problems if problem.key not in known])
+    for warning in found.warnings:
         logger.warning("%s", warning)
     return recipe
 

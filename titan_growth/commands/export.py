@@ -31,7 +31,7 @@ from titan_growth.models.registry import family_module
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, TitanGrowthError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import folder_at
-from titan_growth.tools.run_folder import gib
+from titan_growth.tools.text import gib
 
 MAX_FILE_BYTES = 2 * 2**30
 """Of a safetensors file, unless one tensor has more."""

@@ -37,15 +37,17 @@ from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.read import read_grown
-from titan_growth.growth.rules import MOMENTS, OPTIMIZER_PREFIX, Rules
+from titan_growth.growth.rules import MOMENTS, Rules
 from titan_growth.growth.verify import verify_growth
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module, model_config_of
+from titan_growth.models.roles import OPTIMIZER_PREFIX
 from titan_growth.run.phases import recipe_in_phase
 from titan_growth.tools.errors import ConfigError, GrowthError, Problem
 from titan_growth.tools.files import write_atomic
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import folder_at
-from titan_growth.tools.run_folder import gib
+from titan_growth.tools.text import gib
 
 
 def command_line() -> CommandLine:
@@ -285,8 +287,8 @@ def _recipe_grown(recipe: Recipe, config: DecoderConfig, plugins: Sequence[str])
             "model.qk_norm_eps": config.qk_norm_eps,
         },
     )
-    made, problems = model_config_of(grown.model)
-    assert made == config, f"the recipe written with a grown model makes another one: {made}, {problems}"
+    made = model_config_of(grown.model, found := Findings())
+    assert made == config, f"the recipe written with a grown model makes another one: {made}, {found.problems}"
     return grown
 
 

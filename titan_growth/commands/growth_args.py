@@ -12,13 +12,14 @@ from typing import Any, get_origin
 from pydantic import ValidationError
 
 from titan_growth.commands.args import CommandLine, given
-from titan_growth.config.fields import parse_text, strip_optional, suggestion, type_text
+from titan_growth.config.fields import parse_text, suggestion, type_text, without_none
 from titan_growth.config.messages import problem_of
 from titan_growth.config.schema.growth import PlannedGrowth
-from titan_growth.growth.chain import stage_problems
+from titan_growth.growth.chain import check_planned
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.tools.findings import Findings
 
 SETTINGS = ("factor", "layer_map", "n_layers", "dim", "n_heads", "n_kv_heads", "hidden_dim", "noise",
             "optimizer_state", "optimizer_step", "options")  # fmt: skip
@@ -31,7 +32,7 @@ def add_settings(line: CommandLine, settings: Iterable[str], **defaults: Any) ->
     """Adds an option for each of these settings, with the text of the recipe's key, and defaults of the command."""
     for name in settings:
         field = PlannedGrowth.model_fields[name]
-        annotation, _ = strip_optional(field.annotation)
+        annotation = without_none(field.annotation)
         text, default = " ".join((field.description or "").split()), defaults.get(name)
         if default is None and field.default not in (None, {}):
             text += f" (default: {field.default})"
@@ -72,8 +73,8 @@ def growth_map(before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap:
     if planned.operator not in known:
         message = f"unknown operator '{planned.operator}'; known: {', '.join(known)}"
         raise ConfigError([Problem("--operator", message, suggestion(planned.operator, known))])
-    if problems := list(stage_problems("", planned, known[planned.operator])):
-        raise ConfigError(problems)
+    check_planned("", planned, known[planned.operator], found := Findings())
+    found.raise_if_any()
     growth = known[planned.operator].grow(before, planned)
     if isinstance(growth, str):
         raise ConfigError([Problem("--operator", f"{planned.operator}: {growth}")])

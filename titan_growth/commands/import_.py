@@ -33,7 +33,7 @@ from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.interchange.tokenizer_files import assets_in, checked_assets, copy_assets
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, RefusedCheckpointError, TitanGrowthError
 from titan_growth.tools.files import write_atomic
-from titan_growth.tools.run_folder import gib
+from titan_growth.tools.text import gib
 
 
 def command_line() -> CommandLine:

@@ -26,7 +26,9 @@ from titan_growth.models.registry import family_module
 from titan_growth.run.phases import Phase
 from titan_growth.run.plan import RunPlan, plan_run, stage_lines
 from titan_growth.tools.errors import ConfigError, TitanGrowthError
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.logs import say, setup_logging
+from titan_growth.tools.text import many
 
 DEVICES = ("cuda", "cpu")
 
@@ -87,21 +89,21 @@ def _report(line: CommandLine, argv: list[str]) -> list[str]:
         ConfigError: with all problems of the command line, the recipe, and the recipe on this number of ranks.
     """
     args = line.read(argv)
-    recipe, found, warnings = inspect_recipe(args.recipe)
-    problems = [*line.problems, *found]
+    found, planning = Findings(problems=list(line.problems)), Findings()
+    recipe = inspect_recipe(args.recipe, found)
     plan = None
     if recipe is not None:
         recipe = dry_run_of(recipe)
         ranks, device = args.world_size or 1, args.device or DEVICES[0]
-        plan, more, others = plan_run(recipe, num_ranks=ranks, device_type=device, elsewhere=True)
-        known = {problem.key for problem in problems}
-        # With defaults for wrong arguments, the plan's problems would be about the defaults.
-        problems += [problem for problem in more if problem.key not in known] if not line.problems else []
-        warnings = warnings + others
-    for warning in warnings:
+        plan = plan_run(recipe, planning, num_ranks=ranks, device_type=device, elsewhere=True)
+    known = {problem.key for problem in found.problems}
+    # With defaults for wrong arguments, the plan's problems would be about the defaults.
+    planning.problems = [problem for problem in planning.problems if problem.key not in known and not line.problems]
+    found.extend(planning)
+    for warning in found.warnings:
         say(f"warning: {warning}")
-    if problems or plan is None:
-        raise ConfigError(problems)
+    if found.problems or plan is None:
+        raise ConfigError(found.problems)
     return report_lines(plan, args.device)
 
 
@@ -127,17 +129,18 @@ def _stages(plan: RunPlan, device_type: str) -> Iterator[list[str]]:
     yield shown
     for number, phase in enumerate(plan.phases[1:], start=1):
         lines = stage_lines(phase, device_type)
-        if plan.growth.stages[number - 1].changes_layout and lines != shown:
+        if plan.growth_plan.planned[number - 1].changes_layout and lines != shown:
             shape = str(phase.mesh_shape)
-            yield [f"after {_many(number, 'growth')}, on {shape}, {lines[0]}", *lines[1:]]
+            yield [f"after {many(number, 'growth')}, on {shape}, {lines[0]}", *lines[1:]]
             shown = lines
 
 
 def _model(plan: RunPlan, shards: ModelShards) -> list[str]:
     config, seq_len = shards.config, plan.recipe.training.seq_len
     head = "tied head" if config.tie_word_embeddings else f"head {shards.numel(HEAD):,}"
+    which = " in the end" if plan.growth_plan.planned else ""
     return [
-        f"model: {plan.recipe.model.name} {plan.recipe.model.flavor}{' in the end' if plan.growth.stages else ''}",
+        f"model: {plan.recipe.model.name} {plan.recipe.model.flavor}{which}",
         f"  dim {config.dim}, {config.num_layers} layers, {config.num_heads} query heads of {config.head_dim}, "
         f"{config.num_kv_heads} key/value heads, hidden_dim {config.hidden_dim}, vocabulary {config.vocab_size}",
         f"  parameters: {shards.num_params:,}",
@@ -152,12 +155,12 @@ def _batch(plan: RunPlan) -> list[str]:
     *_, (_, last) = timeline(plan)
     fewer = "at most " if plan.recipe.data.document_mask else ""
     return [
-        f"mesh: {shape} = {_many(shape.num_ranks, 'rank')}" if shape.num_ranks > 1 else "mesh: 1 rank",
+        f"mesh: {shape} = {many(shape.num_ranks, 'rank')}" if shape.num_ranks > 1 else "mesh: 1 rank",
         f"batch: {training.global_batch_size} sequences of {training.seq_len} tokens a step = "
         f"{plan.tokens_per_step:,} tokens",
-        f"  = {_many(shape.dp_degree, 'data-parallel rank')} x local batch {training.local_batch_size} x "
-        f"{_many(steps, 'accumulation step')}",
-        f"run: {_many(training.steps, 'step')}, {fewer}{last.tokens:,} tokens, {fewer}{last.flops:.4e} FLOPs",
+        f"  = {many(shape.dp_degree, 'data-parallel rank')} x local batch {training.local_batch_size} x "
+        f"{many(steps, 'accumulation step')}",
+        f"run: {many(training.steps, 'step')}, {fewer}{last.tokens:,} tokens, {fewer}{last.flops:.4e} FLOPs",
     ]
 
 
@@ -182,7 +185,7 @@ def timeline(plan: RunPlan) -> Iterator[tuple[Phase, Stretch]]:
     One that waits for a slope is taken to come as early as it can.
     """
     now = {"steps": 0, "tokens": 0, "FLOPs": 0}
-    for phase, end in zip(plan.phases, [*plan.growth.points, None], strict=True):
+    for phase, end in zip(plan.phases, [*plan.growth_plan.points, None], strict=True):
         tokens = phase.tokens_per_step
         rate = {"steps": 1, "tokens": tokens}
         rate["FLOPs"] = tokens * phase.config.flops_per_token(phase.recipe.training.seq_len)
@@ -198,14 +201,14 @@ def timeline(plan: RunPlan) -> Iterator[tuple[Phase, Stretch]]:
 
 def _growth(plan: RunPlan) -> list[str]:
     """The timeline: the depths, how long each lasts, and the growths between them."""
-    if not plan.growth.stages:
+    if not plan.growth_plan.planned:
         return []
     lines = ["growth (tokens and FLOPs are counted from the start of the run):"]
     for index, (event, (phase, stretch)) in enumerate(zip([*plan.growth_lines(), ""], timeline(plan), strict=True)):
         config = phase.config
-        waits = index < len(plan.growth.points) and plan.growth.points[index].unit == "slope"
+        waits = index < len(plan.growth_plan.points) and plan.growth_plan.points[index].unit == "slope"
         lines += [
-            f"  {_many(config.num_layers, 'layer')}: {config.num_params:,} parameters, "
+            f"  {many(config.num_layers, 'layer')}: {config.num_params:,} parameters, "
             f"{config.flops_per_token(phase.recipe.training.seq_len):,} FLOPs per token",
             f"    until step {stretch.last_step:,}{' or later' if waits else ''}: {stretch.tokens:,} tokens, "
             f"{stretch.flops:.4e} FLOPs",
@@ -240,7 +243,7 @@ def _ranks(phase: Phase, shards: ModelShards) -> list[str]:
     dtype = recipe.training.dtype
     where = " in host memory" if recipe.training.enable_cpu_offload else ""
     return [
-        f"ranks at {_many(config.num_layers, 'layer')} (GiB of {dtype}{where} on the ranks that hold most):",
+        f"ranks at {many(config.num_layers, 'layer')} (GiB of {dtype}{where} on the ranks that hold most):",
         *table,
         *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
         f"  largest: {_gib(sum(_sizes(recipe)[:-1]) * largest)} GiB; activations and gathered parameters come on top",
@@ -259,11 +262,12 @@ def _pipeline(phase: Phase) -> tuple[list[str], list[tuple[Part, ...]]]:
     if phase.mesh_shape.pp == 1:
         return [], [(Part(0, tuple(range(config.num_layers)), first=True, last=True),)]
     recipe = phase.recipe
-    layout, problems, _ = plan_pipeline(recipe.parallelism, config.num_layers, recipe.training.local_batch_size)
-    assert layout is not None, f"the pipeline was not checked: {problems}"
+    found = Findings()
+    layout = plan_pipeline(recipe.parallelism, config.num_layers, recipe.training.local_batch_size, found)
+    assert layout is not None, f"the pipeline was not checked: {found.problems}"
     lines = [
-        f"  schedule {layout.schedule}, {_many(layout.num_microbatches, 'microbatch')} of "
-        f"{_many(recipe.parallelism.pipeline_parallel_microbatch_size, 'sequence')} in each accumulation step",
+        f"  schedule {layout.schedule}, {many(layout.num_microbatches, 'microbatch')} of "
+        f"{many(recipe.parallelism.pipeline_parallel_microbatch_size, 'sequence')} in each accumulation step",
         *(f"  {line}" for line in part_table(layout)),
     ]
     return lines, [layout.parts_of(place) for place in range(phase.mesh_shape.pp)]
@@ -277,9 +281,9 @@ def _checkpoints(plan: RunPlan, depths: list[ModelShards]) -> list[str]:
     sizes = " -> ".join(_gib(3 * size * shards.num_stored) for shards in depths)
     last = _gib(size * depths[-1].num_stored)
     kept = f"the newest {section.keep_latest_k} are kept" if section.keep_latest_k else "all are kept"
-    and_growths = ", and those of growths" if plan.growth.stages and section.keep_latest_k else ""
+    and_growths = ", and those of growths" if plan.growth_plan.planned and section.keep_latest_k else ""
     return [
-        f"checkpoints: {sizes} GiB each on disk (weights and moments), every {_many(section.interval, 'step')}; "
+        f"checkpoints: {sizes} GiB each on disk (weights and moments), every {many(section.interval, 'step')}; "
         f"{kept}{and_growths}",
         *([f"  the last one has the weights only: {last} GiB"] if section.last_save_model_only else []),
     ]
@@ -292,8 +296,3 @@ def _bytes_per_value(recipe: Recipe) -> int:
 def _gib(num_bytes: int) -> str:
     """Without the unit, for tables."""
     return f"{num_bytes / 2**30:,.3f}"
-
-
-def _many(number: int, word: str) -> str:
-    plural = f"{word}es" if word.endswith("ch") else f"{word}s"
-    return f"{number:,} {word if number == 1 else plural}"

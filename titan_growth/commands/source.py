@@ -21,7 +21,9 @@ from titan_growth.interchange.folder import HuggingFaceFolder, is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.models.config import DecoderConfig
 from titan_growth.run.vet import history_of, problem_of, whole_problem
-from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError, one_line
+from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError
+from titan_growth.tools.findings import Findings
+from titan_growth.tools.text import one_line
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ def open_hugging_face(path: Path) -> HuggingFaceSource:
     """A Hugging Face folder. Raises CheckpointError when it is refused."""
     reader = HuggingFaceReader(path)
     recipe = recipe_for(reader.opened)
-    chain, problems = chain_of(recipe.growth, reader.opened.config)
-    assert chain is not None, f"a recipe without growths has no chain: {problems}"
+    chain = chain_of(recipe.growth, reader.opened.config, found := Findings())
+    assert chain is not None, f"a recipe without growths has no chain: {found.problems}"
     return HuggingFaceSource(_NeverRun(path, new_manifest(reader.opened)), recipe, chain, Lineage(), reader)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from titan_growth.checkpoint.saving import cause_of
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, TitanGrowthError
-from titan_growth.tools.run_folder import gib
+from titan_growth.tools.text import gib
 
 
 def require_new(target: Path, source: Path) -> None:

@@ -15,11 +15,11 @@ import torch
 from titan_growth.checkpoint.folder import StepFolder, open_step, step_numbers, step_path
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.commands.args import CommandLine
-from titan_growth.growth.rules import OPTIMIZER_PREFIX
+from titan_growth.models.roles import OPTIMIZER_PREFIX
 from titan_growth.run.vet import problem_of, whole_problem
-from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError, TitanGrowthError, one_line, print_error
+from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError, TitanGrowthError, print_error
 from titan_growth.tools.location import folder_at
-from titan_growth.tools.run_folder import gib
+from titan_growth.tools.text import gib, one_line
 
 
 def command_line() -> CommandLine:

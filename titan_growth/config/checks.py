@@ -1,96 +1,93 @@
 """Checks that need several keys of the recipe but neither a device nor a mesh.
 
-Each check yields `Problem`s; things that are allowed but without effect go to `warnings` (most of them by the table in
-`no_effect.py`). A setting of a feature that is off is such a thing: it is not checked further.
+What is allowed but without effect is a warning (most of them by the table in `no_effect.py`). A setting of a feature
+that is off is such a thing: it is not checked further.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from titan_growth.config.no_effect import FLOAT8, without_effect
+from titan_growth.config.no_effect import FLOAT8, warn_without_effect
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.tools.errors import LocationError, Problem
+from titan_growth.tools.errors import LocationError
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import is_remote, location
 
 
-def check_recipe(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
-    """All problems between keys of one recipe; warnings are appended to the given list."""
+def check_recipe(recipe: Recipe, found: Findings) -> None:
+    """Reports what is wrong between keys of one recipe."""
     if not recipe.job.dump_folder.strip():
-        yield Problem("job.dump_folder", "must name a folder, is empty", "For example: ./outputs")
+        found.problem("job.dump_folder", "must name a folder, is empty", "For example: ./outputs")
     name = recipe.job.save_config_file
     if name is not None and (name in ("", ".", "..", "recipe.toml", "metrics.jsonl", "exit.json") or "/" in name):
-        yield Problem(
+        found.problem(
             "job.save_config_file", f"must be a file name of its own, got '{name}'", "For example: config.json"
         )
-    yield from _training(recipe, warnings)
-    yield from _validation(recipe)
-    yield from _urls(recipe)
-    yield from _checkpoint(recipe)
-    yield from _growth(recipe, warnings)
-    yield from _stability(recipe)
-    yield from _parallelism(recipe)
-    yield from _compile(recipe, warnings)
-    yield from _float8(recipe)
-    warnings += without_effect(recipe)
+    _training(recipe, found)
+    _validation(recipe, found)
+    _urls(recipe, found)
+    _checkpoint(recipe, found)
+    _growth(recipe, found)
+    _stability(recipe, found)
+    _parallelism(recipe, found)
+    _compile(recipe, found)
+    _float8(recipe, found)
+    warn_without_effect(recipe, found)
     if recipe.profiling.enable_profiling:
         needed = recipe.profiling.profiler_warmup + recipe.profiling.profiler_active
         if recipe.profiling.profile_freq < needed:
-            yield Problem(
+            found.problem(
                 "profiling.profile_freq",
                 f"{recipe.profiling.profile_freq} is less than warmup + active = {needed}",
                 f"Set it to {needed} or more, or lower the other two",
             )
 
 
-def _training(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
+def _training(recipe: Recipe, found: Findings) -> None:
     training, loader = recipe.training, recipe.training.dataloader
     if training.global_batch_size == 0:
-        yield Problem("training.global_batch_size", "must be -1 (derive it) or at least 1, got 0")
+        found.problem("training.global_batch_size", "must be -1 (derive it) or at least 1, got 0")
     elif training.global_batch_size > 0 and training.global_batch_size % training.local_batch_size:
-        yield Problem(
+        found.problem(
             "training.global_batch_size",
             f"{training.global_batch_size} is not a multiple of training.local_batch_size {training.local_batch_size}",
         )
     if loader.num_workers == 0:
         for key in ("persistent_workers", "prefetch_factor"):
             if getattr(loader, key):
-                yield Problem(f"training.dataloader.{key}", "needs training.dataloader.num_workers of at least 1")
+                found.problem(f"training.dataloader.{key}", "needs training.dataloader.num_workers of at least 1")
     if loader.persistent_workers:
         message = "has no effect: the order of samples has no end, so workers live as long as the run in any case"
-        warnings.append(Problem("training.dataloader.persistent_workers", message))
+        found.warn("training.dataloader.persistent_workers", message)
     if training.dtype == "bfloat16" and training.mixed_precision_param == "float32":
-        yield Problem(
+        found.problem(
             "training.mixed_precision_param",
             "float32 conflicts with training.dtype = bfloat16",
             "Parameters that are kept in bfloat16 are computed with in bfloat16",
         )
     if recipe.data.tokenizer == "bytes" and recipe.data.tokenizer_path is not None:
-        yield Problem("data.tokenizer_path", "conflicts with data.tokenizer = 'bytes', which has no file")
+        found.problem("data.tokenizer_path", "conflicts with data.tokenizer = 'bytes', which has no file")
     total, steps = recipe.lr_scheduler.total_steps, training.steps
     if total is not None and total < steps:
-        warnings.append(
-            Problem(
-                "lr_scheduler.total_steps", f"{total} is less than training.steps = {steps}; the rest runs at the floor"
-            )
+        found.warn(
+            "lr_scheduler.total_steps", f"{total} is less than training.steps = {steps}; the rest runs at the floor"
         )
 
 
-def _validation(recipe: Recipe) -> Iterator[Problem]:
+def _validation(recipe: Recipe, found: Findings) -> None:
     validation = recipe.validation
     if validation.steps == 0:
-        yield Problem("validation.steps", "must be -1 (the whole set) or at least 1, got 0")
+        found.problem("validation.steps", "must be -1 (the whole set) or at least 1, got 0")
     if not validation.enable:
         return
     if validation.dataset is None and validation.dataset_path is None and recipe.data.validation_fraction == 0:
-        yield Problem(
+        found.problem(
             "data.validation_fraction",
             "0 holds nothing out, but validation.enable is true",
             "Raise it, or name another corpus in validation.dataset_path",
         )
 
 
-def _urls(recipe: Recipe) -> Iterator[Problem]:
+def _urls(recipe: Recipe, found: Findings) -> None:
     """URLs that can be known to be of no use without asking any storage."""
     data, validation, checkpoint = recipe.data, recipe.validation, recipe.checkpoint
     places = {
@@ -105,22 +102,22 @@ def _urls(recipe: Recipe) -> Iterator[Problem]:
         try:
             location(place or "")
         except LocationError as error:
-            yield Problem(key, error.message, error.hint)
+            found.problem(key, error.message, error.hint)
     if data.cache_dir is not None and is_remote(data.cache_dir):
         message = f"{data.cache_dir} is a URL, but prepared data is memory-mapped from a disk"
-        yield Problem("data.cache_dir", message, "Name a folder; corpora and tokenizers may be URLs")
+        found.problem("data.cache_dir", message, "Name a folder; corpora and tokenizers may be URLs")
 
 
-def _checkpoint(recipe: Recipe) -> Iterator[Problem]:
+def _checkpoint(recipe: Recipe, found: Findings) -> None:
     checkpoint = recipe.checkpoint
     if checkpoint.keep_latest_k == 1:
-        yield Problem(
+        found.problem(
             "checkpoint.keep_latest_k",
             "must be 0 (all) or at least 2, got 1",
             "One copy alone can be lost while saving",
         )
     if checkpoint.enable and checkpoint.initial_load_in_hf and checkpoint.initial_load_path is None:
-        yield Problem(
+        found.problem(
             "checkpoint.initial_load_in_hf",
             "true needs checkpoint.initial_load_path; torchtitan would take model.hf_assets_path",
             "Name the Hugging Face folder there",
@@ -128,14 +125,14 @@ def _checkpoint(recipe: Recipe) -> Iterator[Problem]:
     leaves = checkpoint.folder.startswith("/") or ".." in checkpoint.folder.split("/")
     if not is_remote(checkpoint.folder) and (leaves or not checkpoint.folder):
         message = f"must name a folder inside job.dump_folder, or be a URL, got '{checkpoint.folder}'"
-        yield Problem("checkpoint.folder", message)
+        found.problem("checkpoint.folder", message)
 
 
-def _parallelism(recipe: Recipe) -> Iterator[Problem]:
+def _parallelism(recipe: Recipe, found: Findings) -> None:
     parallelism, batch = recipe.parallelism, recipe.training.local_batch_size
     microbatch = parallelism.pipeline_parallel_microbatch_size
     if parallelism.pipeline_parallel_degree > 1 and batch % microbatch:
-        yield Problem(
+        found.problem(
             "parallelism.pipeline_parallel_microbatch_size",
             f"{microbatch} does not divide training.local_batch_size {batch}",
             "A pipeline takes the local batch in equal microbatches",
@@ -143,9 +140,9 @@ def _parallelism(recipe: Recipe) -> Iterator[Problem]:
     if parallelism.tensor_parallel_degree > 1 and parallelism.enable_async_tensor_parallel:
         key = "parallelism.enable_async_tensor_parallel"
         if not _compiles_model(recipe):
-            yield Problem(key, f"needs {_MODEL_COMPILED}")
+            found.problem(key, f"needs {_MODEL_COMPILED}")
         elif recipe.compile.backend != "inductor":
-            yield Problem(key, f"needs compile.backend = 'inductor', got '{recipe.compile.backend}'")
+            found.problem(key, f"needs compile.backend = 'inductor', got '{recipe.compile.backend}'")
 
 
 def _compiles_model(recipe: Recipe) -> bool:
@@ -155,20 +152,20 @@ def _compiles_model(recipe: Recipe) -> bool:
 _MODEL_COMPILED = 'compile.enable = true with "model" in compile.components'
 
 
-def _compile(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
+def _compile(recipe: Recipe, found: Findings) -> None:
     components = recipe.compile.components
     if recipe.compile.enable and not components:
         hint = 'Name "model", "loss" or both, or set compile.enable = false'
-        yield Problem("compile.components", "is empty, but compile.enable is true", hint)
+        found.problem("compile.components", "is empty, but compile.enable is true", hint)
     if recipe.compile.enable and "loss" in components and recipe.training.loss_chunk_tokens:
         message = '"loss" has no effect because training.loss_chunk_tokens computes the loss in pieces, uncompiled'
-        warnings.append(Problem("compile.components", message))
+        found.warn("compile.components", message)
     if recipe.activation_checkpoint.mode == "memory_budget" and not _compiles_model(recipe):
         message = f"'memory_budget' leaves the choice to the compiler, so it needs {_MODEL_COMPILED}"
-        yield Problem("activation_checkpoint.mode", message, "Compile the model, or choose 'selective' or 'full'")
+        found.problem("activation_checkpoint.mode", message, "Compile the model, or choose 'selective' or 'full'")
 
 
-def _float8(recipe: Recipe) -> Iterator[Problem]:
+def _float8(recipe: Recipe, found: Findings) -> None:
     """How parameters travel in Float8: only one scale for a whole tensor can be agreed on before it is gathered."""
     float8 = recipe.quantize.linear.float8
     if FLOAT8 not in recipe.model.converters:
@@ -178,60 +175,60 @@ def _float8(recipe: Recipe) -> Iterator[Problem]:
         for name in (gathers, precomputes):
             if getattr(float8, name):
                 message = f"needs {FLOAT8}.recipe_name = 'tensorwise', got '{float8.recipe_name}'"
-                yield Problem(f"{FLOAT8}.{name}", message)
+                found.problem(f"{FLOAT8}.{name}", message)
     elif float8.precompute_float8_dynamic_scale_for_fsdp and not float8.enable_fsdp_float8_all_gather:
-        yield Problem(f"{FLOAT8}.{precomputes}", f"needs {FLOAT8}.{gathers} = true, whose scales it computes")
+        found.problem(f"{FLOAT8}.{precomputes}", f"needs {FLOAT8}.{gathers} = true, whose scales it computes")
 
 
-def _stability(recipe: Recipe) -> Iterator[Problem]:
+def _stability(recipe: Recipe, found: Findings) -> None:
     if recipe.comm.mode != "default":
         return  # a dry run saves nothing, and takes one step
     for key in recipe.stability.rolls_back:
         if not recipe.checkpoint.enable or recipe.checkpoint.load_only:
             reason = "checkpoint.load_only is true" if recipe.checkpoint.enable else "checkpoint.enable is false"
-            yield Problem(
+            found.problem(
                 f"stability.{key}",
                 f"'roll_back' goes on from the last checkpoint, but {reason}",
                 "Save checkpoints, or choose 'skip'",
             )
 
 
-def _growth(recipe: Recipe, warnings: list[Problem]) -> Iterator[Problem]:
+def _growth(recipe: Recipe, found: Findings) -> None:
     """The order of the stages; what depends on the model is checked in `growth.schedule`."""
     if recipe.comm.mode != "default":
         return  # a dry run does not grow
     if not recipe.growth.active_stages:
         base = recipe.growth.base
         if recipe.growth.enable and (base.lr is not None or base.warmup_steps is not None):
-            warnings.append(Problem("growth.base", "has no effect because there are no [[growth.stages]]"))
+            found.warn("growth.base", "has no effect because there are no [[growth.stages]]")
         return
     checkpoint, steps = recipe.checkpoint, recipe.training.steps
     if not checkpoint.enable:
-        yield Problem(
+        found.problem(
             "growth.enable",
             "growing needs checkpoints: the grown model is read from the one saved at the growth",
             "Set checkpoint.enable = true, or growth.enable = false",
         )
     elif checkpoint.load_only:
-        yield Problem(
+        found.problem(
             "checkpoint.load_only", "conflicts with growth, which saves a checkpoint", "Set growth.enable = false"
         )
     previous = 0
-    for index, stage in enumerate(recipe.growth.active_stages):
+    for index, planned in enumerate(recipe.growth.active_stages):
         key = f"growth.stages.{index}.at"
-        if stage.lr_policy == "continue" and stage.warmup_steps is not None:
-            warnings.append(
-                Problem(f"growth.stages.{index}.warmup_steps", 'has no effect because lr_policy is "continue"')
-            )
-        when = stage.when
+        if planned.lr_policy == "continue" and planned.warmup_steps is not None:
+            found.warn(f"growth.stages.{index}.warmup_steps", 'has no effect because lr_policy is "continue"')
+        when = planned.when
         if when.unit != "steps":
             continue  # where it falls depends on the batch size and on what has happened: see growth.schedule
         if when.count >= steps:
-            yield Problem(
+            found.problem(
                 key,
-                f'"{stage.at}" is not before the last step (training.steps = {steps:,})',
+                f'"{planned.at}" is not before the last step (training.steps = {steps:,})',
                 "Grow earlier or train longer; growth.enable = false trains the target model from scratch",
             )
         if when.count <= previous:
-            yield Problem(key, f'"{stage.at}" is not after the growth before it', "Stages are in the order they happen")
+            found.problem(
+                key, f'"{planned.at}" is not after the growth before it', "Stages are in the order they happen"
+            )
         previous = when.count

@@ -17,18 +17,18 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 
-def strip_optional(annotation: Any) -> tuple[Any, bool]:
-    """`int | None` -> (int, True); anything else -> (itself, False)."""
+def without_none(annotation: Any) -> Any:
+    """`int | None` -> int; anything else as it is."""
     if get_origin(annotation) in (Union, types.UnionType):
         members = [member for member in get_args(annotation) if member is not type(None)]
         if len(members) < len(get_args(annotation)):
-            return (members[0] if len(members) == 1 else Union[tuple(members)]), True  # noqa: UP007 (built at run time)
-    return annotation, False
+            return members[0] if len(members) == 1 else Union[tuple(members)]  # noqa: UP007 (built at run time)
+    return annotation
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section class that an annotation holds, directly or as the items of a list."""
-    annotation, _ = strip_optional(annotation)
+    annotation = without_none(annotation)
     if get_origin(annotation) is list:
         annotation = get_args(annotation)[0]
     return annotation if _is_section(annotation) else None
@@ -48,7 +48,7 @@ def annotation_at(root: type[BaseModel], path: list[str]) -> Any | None:
     """The annotation of the field at a dotted path (list items by their number), or None when there is none."""
     annotation: Any = root
     for name in path:
-        annotation, _ = strip_optional(annotation)
+        annotation = without_none(annotation)
         if get_origin(annotation) is list and name.isdigit():
             annotation = get_args(annotation)[0]
         elif _is_section(annotation) and name in annotation.model_fields:
@@ -66,13 +66,13 @@ def leaves(root: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Field
         if section is None:
             yield key, field
         else:
-            is_list = get_origin(strip_optional(field.annotation)[0]) is list
+            is_list = get_origin(without_none(field.annotation)) is list
             yield from leaves(section, key + (".N." if is_list else "."))
 
 
 def type_text(annotation: Any) -> str:
     """An annotation in a reader's words: `integer`, `"a" | "b"`, `list of strings`."""
-    annotation, _ = strip_optional(annotation)
+    annotation = without_none(annotation)
     if get_origin(annotation) is typing.Literal:
         return " | ".join(repr(value).replace("'", '"') for value in get_args(annotation))
     if get_origin(annotation) is list:
@@ -95,9 +95,10 @@ def parse_text(text: str, annotation: Any | None) -> Any:
     """Reads command-line text as a TOML value of the expected type; what cannot be read stays text."""
     if annotation is None:
         return _toml_value(text)
-    annotation, optional = strip_optional(annotation)
-    if optional and text in ("None", "none", "null"):
+    inner = without_none(annotation)
+    if inner is not annotation and text in ("None", "none", "null"):
         return None
+    annotation = inner
     if annotation is str or (get_origin(annotation) is typing.Literal and isinstance(get_args(annotation)[0], str)):
         return text
     if annotation is bool:

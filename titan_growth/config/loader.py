@@ -20,8 +20,9 @@ from titan_growth.config.messages import problem_of, unknown_key
 from titan_growth.config.plugins import PLUGINS_KEY, recipe_class
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.sources import Sources, read_sources
-from titan_growth.config.torchtitan_keys import NEUTRAL, holds_known_keys, ignored_because, older_spellings
-from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.config.torchtitan_keys import NEUTRAL, holds_known_keys, ignored_because, warn_of_older_spellings
+from titan_growth.tools.errors import ConfigError
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.logs import logger
 
 
@@ -31,21 +32,25 @@ def load_recipe(argv: list[str]) -> Recipe:
     Raises:
         ConfigError: with all problems of file and command line.
     """
-    recipe, problems, warnings = inspect_recipe(argv)
-    if problems or recipe is None:
-        raise ConfigError(problems)
-    for warning in warnings:
+    found = Findings()
+    recipe = inspect_recipe(argv, found)
+    found.raise_if_any()
+    assert recipe is not None, "a recipe without problems can be made"
+    for warning in found.warnings:
         logger.warning("%s", warning)
     return recipe
 
 
-def inspect_recipe(argv: list[str]) -> tuple[Recipe | None, list[Problem], list[Problem]]:
-    """Like `load_recipe`, but returns (recipe, problems, warnings); the recipe is the best that can be made of it."""
+def inspect_recipe(argv: list[str], found: Findings) -> Recipe | None:
+    """Like `load_recipe`, but only reports what is wrong, and returns the best recipe that can be made of the rest."""
     try:
         sources = read_sources(argv)
     except ConfigError as error:
-        return None, error.problems, []
-    return _validate(sources)
+        found.problems += error.problems
+        return None
+    recipe = _validate(sources)
+    found.extend(sources.found)
+    return recipe
 
 
 def recipe_from_toml(table: dict[str, Any]) -> Recipe:
@@ -92,11 +97,10 @@ def dry_run_of(recipe: Recipe) -> Recipe:
     return with_values(recipe, {**off, "training.steps": 1, "metrics.enable_tensorboard": False})
 
 
-def _validate(sources: Sources) -> tuple[Recipe | None, list[Problem], list[Problem]]:
-    problems = list(sources.problems)
-    warnings: list[Problem] = []
+def _validate(sources: Sources) -> Recipe | None:
+    """The recipe that the validator accepts, with defaults in place of what it refuses."""
     values = copy.deepcopy(sources.values)
-    blamed: set[str] = set()
+    refused: set[str] = set()
     recipe: Recipe | None = None
     root = recipe_class()
     # Each round takes out what was refused and tries again with the defaults in its place.
@@ -106,48 +110,52 @@ def _validate(sources: Sources) -> tuple[Recipe | None, list[Problem], list[Prob
             break
         except ValidationError as error:
             for details in error.errors():
-                key = ".".join(str(part) for part in details["loc"])
-                value = _take_out(values, [str(part) for part in details["loc"]])
-                if details["type"] == "extra_forbidden":
-                    if sources.plugins_missing and len(details["loc"]) == 1 and isinstance(value, dict):
-                        continue  # may well be the table of the plugin that has been complained about
-                    found, ignored = _torchtitan(key, value)
-                    problems += [sources.located(problem) for problem in found]
-                    warnings += [sources.located(warning) for warning in ignored]
-                else:
-                    problems.append(sources.located(problem_of(key, details)))
-                    blamed.add(key)
-    warnings += [sources.located(warning) for warning in older_spellings(sources.values) if warning.key not in blamed]
+                _refuse(details, values, sources, refused)
+    older = Findings()
+    warn_of_older_spellings(sources.values, older)
+    older.warnings = [warning for warning in older.warnings if warning.key not in refused]
+    sources.take(older)
     if recipe is not None:
-        idle: list[Problem] = []
-        for problem in check_recipe(recipe, idle):
-            # What a check says about a key that was refused would be about the default in its place.
-            if not any(problem.key.startswith(key) or key in problem.message for key in blamed):
-                problems.append(sources.located(problem))
-        warnings += [sources.located(warning) for warning in idle]
-    return recipe, problems, warnings
+        checked = Findings()
+        check_recipe(recipe, checked)
+        # What a check says about a key that was refused would be about the default in its place.
+        checked.problems = [
+            problem
+            for problem in checked.problems
+            if not any(problem.key.startswith(key) or key in problem.message for key in refused)
+        ]
+        sources.take(checked)
+    return recipe
 
 
-def _torchtitan(key: str, value: Any) -> tuple[list[Problem], list[Problem]]:
-    """(problems, warnings) for a key that is not in the schema, or for the keys of a table that is not."""
+def _refuse(details: Any, values: dict[str, Any], sources: Sources, refused: set[str]) -> None:
+    """Takes out one value that the validator has refused, and reports it."""
+    path = [str(part) for part in details["loc"]]
+    key = ".".join(path)
+    value = _take_out(values, path)
+    found = Findings()
+    if details["type"] != "extra_forbidden":
+        found.problems.append(problem_of(key, details))
+        refused.add(key)
+    elif not (sources.plugins_missing and len(path) == 1 and isinstance(value, dict)):
+        _check_torchtitan(key, value, found)  # else it may well be the table of the plugin that was reported
+    sources.take(found)
+
+
+def _check_torchtitan(key: str, value: Any, found: Findings) -> None:
+    """Reports a key that is not in the schema, or the keys of a table that is not."""
     if isinstance(value, dict) and holds_known_keys(key):
-        problems: list[Problem] = []
-        warnings: list[Problem] = []
         for name, item in value.items():
-            found, ignored = _torchtitan(f"{key}.{name}", item)
-            problems += found
-            warnings += ignored
-        return problems, warnings
-    if key in NEUTRAL:
-        if any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[key]):
-            return [], []
-        # Dates are the one kind of TOML value that JSON does not have.
-        given, neutral = json.dumps(value, default=str), json.dumps(NEUTRAL[key][0])
-        return [Problem(key, f"{given} is not supported in this version", f"Only {neutral} is")], []
-    reason = ignored_because(key)
-    if reason is not None:
-        return [], [Problem(key, f"has no effect because {reason}")]
-    return [unknown_key(key, value)], []
+            _check_torchtitan(f"{key}.{name}", item, found)
+    elif key in NEUTRAL:
+        if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[key]):
+            # Dates are the one kind of TOML value that JSON does not have.
+            given, neutral = json.dumps(value, default=str), json.dumps(NEUTRAL[key][0])
+            found.problem(key, f"{given} is not supported in this version", f"Only {neutral} is")
+    elif (reason := ignored_because(key)) is not None:
+        found.warn(key, f"has no effect because {reason}")
+    else:
+        found.problems.append(unknown_key(key, value))
 
 
 def _take_out(values: dict[str, Any], path: list[str]) -> Any:

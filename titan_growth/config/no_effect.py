@@ -6,12 +6,12 @@ value is not the default's gets a warning with the reason. One table says which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.tools.errors import Problem
+from titan_growth.tools.findings import Findings
 
 FLOAT8 = "quantize.linear.float8"
 
@@ -142,14 +142,14 @@ IDLE = (
 )
 
 
-def without_effect(recipe: Recipe) -> Iterator[Problem]:
-    """A warning for every key that is not at its default and does nothing."""
+def warn_without_effect(recipe: Recipe, found: Findings) -> None:
+    """Warns of every key that is not at its default and does nothing."""
     defaults = Recipe()
     for idle in IDLE:
         if idle.when(recipe):
             for key in (f"{idle.table}.{name}" for name in idle.keys):
                 if _value(recipe, key) != _value(defaults, key):
-                    yield Problem(key, f"has no effect because {idle.reason}")
+                    found.warn(key, f"has no effect because {idle.reason}")
 
 
 def _value(recipe: Recipe, key: str) -> Any:

@@ -21,6 +21,7 @@ from pydantic import ValidationError, create_model
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.section import Section
 from titan_growth.tools.errors import ConfigError, Problem, TitanGrowthError
+from titan_growth.tools.findings import Findings
 
 PLUGINS_KEY = "plugins"
 
@@ -85,36 +86,38 @@ def load_plugins(names: Sequence[str]) -> None:
     Raises:
         ConfigError: with one problem for each module that is not there or does not import.
     """
-    problems = [problem for name in names if (problem := _load(name)) is not None]
-    if problems:
-        raise ConfigError(problems)
+    found = Findings()
+    import_plugins(names, found)
+    found.raise_if_any()
 
 
-def _load(name: str) -> Problem | None:
-    if not name.strip():
-        return Problem(PLUGINS_KEY, "holds an empty name", 'Name modules, as in plugins = ["my_package.my_stage"]')
-    if not all(part.isidentifier() for part in name.split(".")):
-        return Problem(
-            PLUGINS_KEY, f"'{name}' is not the name of a module", "Write it as in an import: my_package.my_stage"
-        )
+def import_plugins(names: Sequence[str], found: Findings) -> None:
+    """Like `load_plugins`, but only reports what is wrong."""
+    for name in names:
+        if not name.strip():
+            found.problem(PLUGINS_KEY, "holds an empty name", 'Name modules, as in plugins = ["my_package.my_stage"]')
+        elif not all(part.isidentifier() for part in name.split(".")):
+            hint = "Write it as in an import: my_package.my_stage"
+            found.problem(PLUGINS_KEY, f"'{name}' is not the name of a module", hint)
+        else:
+            _import(name, found)
+
+
+def _import(name: str, found: Findings) -> None:
     try:
         importlib.import_module(name)
     except ConfigError as error:
-        return Problem(PLUGINS_KEY, f"{name} cannot be used: {_one_line(error)}")
+        found.problem(PLUGINS_KEY, f"{name} cannot be used: {_one_line(error)}")
     except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and (name + ".").startswith(missing + "."):
-            found = "" if missing == name else f" (there is no {missing})"
-            return Problem(
-                PLUGINS_KEY, f"there is no module {name}{found}", "Install it, or put its folder on PYTHONPATH"
-            )
+            which = "" if missing == name else f" (there is no {missing})"
+            hint = "Install it, or put its folder on PYTHONPATH"
+            found.problem(PLUGINS_KEY, f"there is no module {name}{which}", hint)
+            return
         kind = "" if isinstance(error, TitanGrowthError) else f"{type(error).__name__}: "
-        return Problem(
-            PLUGINS_KEY,
-            f"importing {name} failed with {kind}{_one_line(error)}".removesuffix(": "),
-            f'python -c "import {name}" shows where',
-        )
-    return None
+        message = f"importing {name} failed with {kind}{_one_line(error)}".removesuffix(": ")
+        found.problem(PLUGINS_KEY, message, f'python -c "import {name}" shows where')
 
 
 def _one_line(error: BaseException) -> str:

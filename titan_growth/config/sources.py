@@ -17,10 +17,11 @@ from typing import Any, get_origin
 import tomli
 from pydantic import BaseModel
 
-from titan_growth.config.fields import annotation_at, parse_text, strip_optional
-from titan_growth.config.plugins import PLUGINS_KEY, load_plugins, recipe_class
+from titan_growth.config.fields import annotation_at, parse_text, without_none
+from titan_growth.config.plugins import PLUGINS_KEY, import_plugins, recipe_class
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.tools.findings import Findings
 
 CONFIG_FILE_KEY = "job.config_file"
 
@@ -34,7 +35,7 @@ class Sources:
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    found: Findings = field(default_factory=Findings)
     config_file: Path | None = None
     plugins_missing: bool = False
     """Not all plugins could be loaded, so that an unknown table may be one of theirs."""
@@ -53,6 +54,11 @@ class Sources:
         origin = self.origin(problem.key)
         return Problem(problem.key, f"{problem.message} ({origin})", problem.hint) if origin else problem
 
+    def take(self, found: Findings) -> None:
+        """Adds findings, each with the place that its key's value came from."""
+        self.found.problems += map(self.located, found.problems)
+        self.found.warnings += map(self.located, found.warnings)
+
 
 def read_sources(argv: list[str]) -> Sources:
     """Reads `--job.config_file`, imports the plugins, and then lays every other flag over the file.
@@ -66,8 +72,8 @@ def read_sources(argv: list[str]) -> Sources:
     root = recipe_class()
     for key, text, flag in flags:
         annotation = str if key == CONFIG_FILE_KEY else annotation_at(root, key.split("."))
-        if text is None and annotation is not None and strip_optional(annotation)[0] is not bool:
-            sources.problems.append(Problem(key, "the flag needs a value", f"Write --{key} VALUE"))
+        if text is None and annotation is not None and without_none(annotation) is not bool:
+            sources.found.problem(key, "the flag needs a value", f"Write --{key} VALUE")
         elif key not in (CONFIG_FILE_KEY, PLUGINS_KEY):
             # A bare flag is true; when its key is unknown, it gets that message later.
             _set(sources, root, key, parse_text("true" if text is None else text, annotation), flag)
@@ -82,7 +88,7 @@ def load_named_plugins(argv: list[str]) -> None:
     """
     sources = Sources()
     _read_file_and_plugins(_read_flags(argv, sources), sources)
-    if problems := [problem for problem in sources.problems if problem.key == PLUGINS_KEY]:
+    if problems := [problem for problem in sources.found.problems if problem.key == PLUGINS_KEY]:
         raise ConfigError(problems)
 
 
@@ -97,11 +103,10 @@ def _read_file_and_plugins(flags: list[_Flag], sources: Sources) -> None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         sources.plugins_missing = True  # the validator says what is wrong with the list
         return
-    try:
-        load_plugins(names)
-    except ConfigError as error:
-        sources.problems += [sources.located(problem) for problem in error.problems]
-        sources.plugins_missing = True
+    found = Findings()
+    import_plugins(names, found)
+    sources.take(found)
+    sources.plugins_missing = bool(found.problems)
 
 
 def _read_flags(argv: list[str], sources: Sources) -> list[_Flag]:
@@ -111,12 +116,12 @@ def _read_flags(argv: list[str], sources: Sources) -> list[_Flag]:
         word = argv[position]
         position += 1
         if not word.startswith("--") or len(word) == 2:
-            sources.problems.append(Problem("command line", f"unexpected {word!r}", "Write --section.key value"))
+            sources.found.problem("command line", f"unexpected {word!r}", "Write --section.key value")
             continue
         name, has_value, text = word[2:].partition("=")
         key = name.replace("-", "_")
         if not all(key.split(".")):
-            sources.problems.append(Problem("command line", f"unexpected {word!r}", "Write --section.key value"))
+            sources.found.problem("command line", f"unexpected {word!r}", "Write --section.key value")
             continue
         if has_value:
             flags.append((key, text, f"--{key}"))
@@ -193,17 +198,17 @@ def _set(sources: Sources, root: type[BaseModel], key: str, value: Any, flag: st
             if not name.isdigit() or int(name) >= len(node):
                 where = ".".join(parents[:depth])
                 message = f"there is no item {name} ({where} has {len(node)})"
-                sources.problems.append(Problem(key, message, "Items are counted from 0"))
+                sources.found.problem(key, message, "Items are counted from 0")
                 return
             node = node[int(name)]
         else:
-            annotation, _ = strip_optional(annotation_at(root, parents[: depth + 1]))
+            annotation = without_none(annotation_at(root, parents[: depth + 1]))
             node = node.setdefault(name, [] if get_origin(annotation) is list else {})
         if not isinstance(node, dict | list):
-            sources.problems.append(Problem(key, f"{'.'.join(parents[: depth + 1])} is a value, not a table"))
+            sources.found.problem(key, f"{'.'.join(parents[: depth + 1])} is a value, not a table")
             return
     if isinstance(node, list):
-        sources.problems.append(Problem(key, "names an item of a list, not a key of it", f"Write --{key}.KEY VALUE"))
+        sources.found.problem(key, "names an item of a list, not a key of it", f"Write --{key}.KEY VALUE")
         return
     node[last] = value
     sources.origins[key] = flag

@@ -7,10 +7,9 @@ matter together with a feature that is switched off; they are accepted with a wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from titan_growth.tools.errors import Problem
+from titan_growth.tools.findings import Findings
 
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "job.custom_config_module": ("",),
@@ -68,12 +67,12 @@ def holds_known_keys(table: str) -> bool:
     return listed or ignored_because(table) is not None
 
 
-def older_spellings(values: dict[str, Any]) -> Iterator[Problem]:
-    """A warning for every older spelling among the values of a recipe, as they were given."""
+def warn_of_older_spellings(values: dict[str, Any], found: Findings) -> None:
+    """Warns of every older spelling among the values of a recipe, as they were given."""
     for key, spellings in OLDER_VALUES.items():
         given: Any = values
         for name in key.split("."):
             given = given.get(name) if isinstance(given, dict) else None
         for old, new in spellings.items():
             if isinstance(given, list) and old in given:
-                yield Problem(key, f"'{old}' is an older name of '{new}'", "Write the new one")
+                found.warn(key, f"'{old}' is an older name of '{new}'", "Write the new one")

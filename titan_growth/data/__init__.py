@@ -13,15 +13,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from titan_growth.data.blocks import IGNORE_INDEX, BlockDataset
-    from titan_growth.data.corpora import Corpus, CorpusSpec, open_corpus
+    from titan_growth.data.blocks import BlockDataset
+    from titan_growth.data.corpora import open_corpus
+    from titan_growth.data.corpus import Corpus, CorpusSpec
     from titan_growth.data.loader import BatchLoader, ValidationBatches, batch_hash, sample_digests
     from titan_growth.data.preparation import prepare
     from titan_growth.data.prepared import PreparedCorpus, TokenSplit, check_tokenizer_matches
     from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train, load_tokenizer
 
 __all__ = [
-    "IGNORE_INDEX",
     "BatchLoader",
     "BlockDataset",
     "Corpus",
@@ -41,8 +41,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "blocks": ("IGNORE_INDEX", "BlockDataset"),
-    "corpora": ("Corpus", "CorpusSpec", "open_corpus"),
+    "blocks": ("BlockDataset",),
+    "corpora": ("open_corpus",),
+    "corpus": ("Corpus", "CorpusSpec"),
     "loader": ("BatchLoader", "ValidationBatches", "batch_hash", "sample_digests"),
     "preparation": ("prepare",),
     "prepared": ("PreparedCorpus", "TokenSplit", "check_tokenizer_matches"),

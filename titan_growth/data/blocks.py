@@ -23,9 +23,7 @@ from torch.utils.data import Dataset
 from titan_growth.data.permutation import Permutation
 from titan_growth.data.prepared import TokenSplit
 from titan_growth.tools.errors import DataError
-
-IGNORE_INDEX = -100
-"""Label of a position that takes no part in the loss."""
+from titan_growth.tools.labels import IGNORE_INDEX
 
 
 class BlockDataset(Dataset[dict[str, torch.Tensor]]):

@@ -1,14 +1,11 @@
-"""Corpora: where the text comes from.
+"""Corpora of files, and how to open any corpus that a recipe names (`corpus.py` says what a corpus is).
 
-A corpus is a deterministic sequence of documents. It can be read from any document on (so that an interrupted
-preparation goes on where it was), it knows about how large it is, and it has a fingerprint that changes when its inputs
-do. The default corpus, "stdlib", is the source text of the running Python's own standard library: about 12 MB of real
+The default corpus, "stdlib", is the source text of the running Python's own standard library: about 12 MB of real
 text that every machine has, without any network.
 """
 
 from __future__ import annotations
 
-import abc
 import glob
 import hashlib
 import itertools
@@ -17,9 +14,10 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from titan_growth.data import hub
+from titan_growth.data.corpus import STDLIB, Corpus, CorpusSpec
 from titan_growth.data.readers import (
     KINDS,
     PARQUET,
@@ -36,57 +34,7 @@ from titan_growth.tools.errors import DataError
 from titan_growth.tools.logs import logger
 from titan_growth.tools.packages import missing_package
 
-STDLIB = "stdlib"
 _NOT_STDLIB_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-
-
-@dataclass(frozen=True)
-class CorpusSpec:
-    """What the recipe says about a corpus.
-
-    dataset: "stdlib", a Hugging Face dataset name, or, with dataset_path, "text", "json" or "parquet" to force a kind
-        (any other name then means: by extension).
-    dataset_path: a file, a folder (recursive), a glob, or a folder written by `datasets.Dataset.save_to_disk`; or a URL
-        of one of the first three.
-    text_key: the field that holds the text, in JSON lines, parquet and Hugging Face datasets.
-    split, subset: of a Hugging Face dataset.
-    key: of the recipe, where dataset_path was said; messages about URLs name it.
-    """
-
-    dataset: str = STDLIB
-    dataset_path: str | None = None
-    text_key: str = "text"
-    split: str = "train"
-    subset: str | None = None
-    key: str = "training.dataset_path"
-
-
-class Corpus(abc.ABC):
-    """A deterministic sequence of documents."""
-
-    @abc.abstractmethod
-    def describe(self) -> str:
-        """One line for logs: what it is and how large."""
-
-    @abc.abstractmethod
-    def fingerprint(self) -> str:
-        """A string that stays the same exactly as long as the inputs do."""
-
-    @property
-    @abc.abstractmethod
-    def num_bytes(self) -> int | None:
-        """About how many bytes of text there are, or None if that is unknown."""
-
-    @abc.abstractmethod
-    def document_parts(self, start: int = 0) -> Iterator[Document]:
-        """The documents from number `start` on, each as an iterable of text parts, to be used up before the next one.
-
-        Raises DataError, with file and position, at the first thing that cannot be read.
-        """
-
-    def documents(self, start: int = 0) -> Iterator[str]:
-        """The documents from number `start` on, each as one string. Raises DataError like `document_parts`."""
-        return ("".join(parts) for parts in self.document_parts(start))
 
 
 def open_corpus(spec: CorpusSpec) -> Corpus:
@@ -100,9 +48,7 @@ def open_corpus(spec: CorpusSpec) -> Corpus:
         raise DataError(
             f"dataset {spec.dataset!r}: needs files to read. Set dataset_path to a file, a folder or a glob"
         )
-    from titan_growth.data.hub import load_from_hub
-
-    return load_from_hub(spec)
+    return hub.load_from_hub(spec)
 
 
 def _open_path(spec: CorpusSpec, path: Path) -> Corpus:
@@ -110,9 +56,7 @@ def _open_path(spec: CorpusSpec, path: Path) -> Corpus:
         present = {name for name in ("state.json", "dataset_info.json", "dataset_dict.json") if (path / name).is_file()}
     is_saved_dataset = "dataset_dict.json" in present or present == {"state.json", "dataset_info.json"}
     if is_saved_dataset:
-        from titan_growth.data.hub import load_saved
-
-        return load_saved(spec, path)
+        return hub.load_saved(spec, path)
     return _of_files(spec, path, find_files(path, _forced_kind(spec)))
 
 
@@ -162,7 +106,8 @@ def find_files(path: Path, forced_kind: str | None) -> list[SourceFile]:
 def find_remote_files(place: Remote, forced_kind: str | None) -> list[SourceFile]:
     """Like `find_files`, in storage. Raises DataError."""
     with reading(place):
-        is_folder, entries = list_remote(place)
+        listing = list_remote(place)
+    is_folder, entries = listing.is_folder, listing.entries
     names = {entry.name for entry in entries}
     if is_folder and ("dataset_dict.json" in names or names >= {"state.json", "dataset_info.json"}):
         raise DataError(f"{place}: a saved dataset is read from a disk only. Copy it to one, or write it as parquet")

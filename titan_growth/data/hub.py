@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from titan_growth.data.corpora import Corpus, CorpusSpec
+from titan_growth.data.corpus import Corpus, CorpusSpec
 from titan_growth.data.readers import Document, missing_key
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.packages import missing_package

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_growth.data.blocks import IGNORE_INDEX, BlockDataset
+from titan_growth.data.blocks import BlockDataset
 from titan_growth.liveness.stop_signal import signal_on_parent_death
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.labels import IGNORE_INDEX
 
 # Our cursor is the state; the transport's own snapshots are put off for good.
 _NEVER = 2**62

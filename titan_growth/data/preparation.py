@@ -23,7 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from titan_growth.data.corpora import Corpus, CorpusSpec, open_corpus
+from titan_growth.data.corpora import open_corpus
+from titan_growth.data.corpus import Corpus, CorpusSpec
 from titan_growth.data.prepared import FORMAT_VERSION, META_NAME, DamagedError, PreparedCorpus, open_prepared
 from titan_growth.data.shard_writer import SplitWriter
 from titan_growth.data.splitting import TRAIN, VALIDATION, Piece, SplitRule, cut, split_rule

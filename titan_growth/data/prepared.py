@@ -8,7 +8,6 @@ written last: a folder without it is not finished.
 from __future__ import annotations
 
 import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,20 +90,6 @@ class PreparedCorpus:
     tokenizer_fingerprint: str
     description: str
     meta: dict[str, Any]
-
-    def verify_checksums(self) -> None:
-        """Read every file and compare its crc32 with meta.json (opening compares sizes only). Raises DataError."""
-        for facts in _file_facts(self.meta):
-            path = self.folder / facts["file"]
-            crc = 0
-            with open(path, "rb") as file:
-                while chunk := file.read(1 << 20):
-                    crc = zlib.crc32(chunk, crc)
-            if crc != facts["crc32"]:
-                raise DataError(
-                    f"prepared data {path}: its content does not match its checksum. Remove the folder {self.folder}; "
-                    "the next run makes it again"
-                )
 
 
 def open_prepared(folder: Path) -> PreparedCorpus | None:

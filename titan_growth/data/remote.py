@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from titan_growth.data.storage import exclusive, writing
 from titan_growth.tools.errors import DataError, LocationError
@@ -108,8 +108,15 @@ class RemoteEntry:
     mark: str
 
 
-def list_remote(place: Remote) -> tuple[bool, list[RemoteEntry]]:
-    """(whether it is a folder, the files there): the file itself, all below a folder, or what a glob matches.
+class Listing(NamedTuple):
+    """What is at a place."""
+
+    is_folder: bool
+    entries: list[RemoteEntry]
+
+
+def list_remote(place: Remote) -> Listing:
+    """The files at a place: the file itself, all below a folder, or what a glob matches.
 
     Hidden files and folders are left out. Raises DataError for a file of unknown size, and what the storage's package
     raises.
@@ -117,7 +124,7 @@ def list_remote(place: Remote) -> tuple[bool, list[RemoteEntry]]:
     fs, info = place.url.fs, place.info()
     path = fs._strip_protocol(place.url.path).rstrip("/")
     if info is not None and info["type"] != "directory":
-        return False, _marked([_entry(place, path.rsplit("/", 1)[-1], info)])
+        return Listing(False, _marked([_entry(place, path.rsplit("/", 1)[-1], info)]))
     if info is not None:
         base, found, hidden_too = path, fs.find(path, detail=True), False
     else:
@@ -131,7 +138,7 @@ def list_remote(place: Remote) -> tuple[bool, list[RemoteEntry]]:
         is_file = facts["type"] != "directory" and not where.endswith("/")
         if is_file and (hidden_too or not any(part.startswith(".") for part in name.split("/"))):
             entries.append(_entry(Remote(place.key, _url(fs, where)), name, facts))
-    return info is not None, _marked(entries)
+    return Listing(info is not None, _marked(entries))
 
 
 def _marked(entries: list[RemoteEntry]) -> list[RemoteEntry]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from titan_growth.data.corpora import Corpus
+from titan_growth.data.corpus import Corpus
 from titan_growth.data.storage import writing
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic

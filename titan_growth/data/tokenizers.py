@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from titan_growth.data.corpora import Corpus
+from titan_growth.data.corpus import Corpus
 from titan_growth.data.readers import reading
 from titan_growth.data.remote import Remote, fetch, place_of
 from titan_growth.data.storage import cache_root, exclusive, writing

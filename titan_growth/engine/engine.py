@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_growth.engine.build import BuiltModel
-from titan_growth.models.decoder import IGNORE_INDEX
 from titan_growth.stages.base import Microbatch
+from titan_growth.tools.labels import IGNORE_INDEX
 
-__all__ = ["IGNORE_INDEX", "Engine", "Microbatch", "num_valid_tokens", "sum_over_ranks"]
+__all__ = ["Engine", "Microbatch", "num_valid_tokens", "sum_over_ranks"]
 
 
 def num_valid_tokens(microbatches: Iterable[Microbatch]) -> int:

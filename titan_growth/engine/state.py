@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_growth.engine.optimizer import Optimizer
+from titan_growth.models.roles import OPTIMIZER_PREFIX
 from titan_growth.tools.torch_private import unwrapped
-
-OPTIMIZER_PREFIX = "optimizer.state."
 
 
 def model_tensors(parts: Iterable[nn.Module]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,24 +40,30 @@ def _read_together(source: Path, read: Callable[[], Result]) -> Result:
     return result
 
 
+class LearnedModel(NamedTuple):
+    """What a learning phase leaves besides the parameters."""
+
+    record: dict[str, float]
+    """Steps, first and last loss."""
+    num_bytes_read: int
+    """By all ranks."""
+
+
 def learn_growth(
     source: Path,
-    growth: GrowthMap,
-    stage: PlannedGrowth,
+    growth_map: GrowthMap,
+    planned: PlannedGrowth,
     parameters: Mapping[str, Tensor],
     *,
     family: str,
     seed: int,
     device: torch.device,
     train_step: Callable[[], float],
-) -> tuple[dict[str, float], int]:
+) -> LearnedModel:
     """Carries out a growth that is learned; the parameters of the grown model hold the result.
 
     Args:
         train_step: trains on the next batch without a step of the optimizer, and returns the loss.
-
-    Returns:
-        (steps, first and last loss of the learning phase, bytes that all ranks have read).
 
     Raises:
         CheckpointError: when the small model cannot be read.
@@ -67,22 +73,22 @@ def learn_growth(
     learned = _read_together(
         source,
         lambda: LearnedGrowth(
-            source, growth, parameters, roles=module.ROLES, tied=growth.after.tied, seed=seed, device=device
+            source, growth_map, parameters, roles=module.ROLES, tied=growth_map.after.tied, seed=seed, device=device
         ),
     )
-    steps, lr = learning_options(stage)
-    learning = learn(learned, steps=steps, lr=lr, train_step=train_step)
+    options = learning_options(planned)
+    learning = learn(learned, steps=options.steps, lr=options.lr, train_step=train_step)
     wrong = [shard.name for shard in learned.shards if not bool(torch.isfinite(shard.local).all())]
     message = f"the learned model is wrong: {wrong[0]} is not finite. Lower options.lr" if wrong else ""
     fail_together([message] if message else [], GrowthError)
-    said = f"the growth was learned in {steps} steps: loss {learning.first_loss:.4f} -> {learning.last_loss:.4f}"
-    logger.info("%s", said)
-    record = {"steps": steps, "first_loss": learning.first_loss, "last_loss": learning.last_loss}
-    return record, sum(gather_objects(learned.num_bytes_read))
+    losses = f"loss {learning.first_loss:.4f} -> {learning.last_loss:.4f}"
+    logger.info("the growth was learned in %d steps: %s", options.steps, losses)
+    record = {"steps": options.steps, "first_loss": learning.first_loss, "last_loss": learning.last_loss}
+    return LearnedModel(record, sum(gather_objects(learned.num_bytes_read)))
 
 
 def fresh_elements(
-    tensors: Mapping[str, Tensor], growth: GrowthMap, stage: PlannedGrowth, *, family: str
+    tensors: Mapping[str, Tensor], growth_map: GrowthMap, planned: PlannedGrowth, *, family: str
 ) -> dict[str, Tensor]:
     """Which elements of each parameter came with a growth, new or copied; parameters without any are left out.
 
@@ -92,7 +98,7 @@ def fresh_elements(
     Returns:
         Masks that broadcast to this rank's shards, on their device.
     """
-    rules = Rules(growth, stage, family_module(family).ROLES, growth.after.tied)
+    rules = Rules(growth_map, planned, family_module(family).ROLES, growth_map.after.tied)
     found = {}
     for name, tensor in tensors.items():
         box = Box.of(tensor, rules.of(name))
@@ -105,13 +111,19 @@ def fresh_elements(
 
 
 def carry_out(
-    source: Path, tensors: Mapping[str, Tensor], growth: GrowthMap, stage: PlannedGrowth, *, family: str, seed: int
+    source: Path,
+    tensors: Mapping[str, Tensor],
+    growth_map: GrowthMap,
+    planned: PlannedGrowth,
+    *,
+    family: str,
+    seed: int,
 ) -> BytesRead:
     """Fills this rank's tensors of the grown model from the small one's checkpoint, and makes sure that they are right.
 
     Args:
         source: the small model's step folder.
-        tensors: parameters and, where the stage keeps some of it, optimizer state of the grown model.
+        tensors: parameters and, where the growth keeps some of it, optimizer state of the grown model.
         seed: of this growth.
 
     Returns:
@@ -122,10 +134,10 @@ def carry_out(
         GrowthError: on every rank, when any of them finds something wrong.
     """
     module = family_module(family)
-    rules = Rules(growth, stage, module.ROLES, growth.after.tied)
+    rules = Rules(growth_map, planned, module.ROLES, growth_map.after.tied)
 
     def std_of(name: str) -> float | None:
-        deviation: float | None = module.init_rule(growth.after, name)
+        deviation: float | None = module.init_rule(growth_map.after, name)
         return deviation
 
     done = _read_together(source, lambda: read_grown(source, tensors, rules.of, std_of=std_of, seed=seed))

@@ -60,7 +60,7 @@ class LearnedGrowth:
 
     Args:
         source: the small model's step folder.
-        growth: the map that the growth starts from.
+        growth_map: what the growth starts from.
         parameters: of the grown model, by name, in use.
         roles, tied: of the family and the model.
         seed: of the noise that B starts with.
@@ -70,7 +70,7 @@ class LearnedGrowth:
     def __init__(
         self,
         source: Path,
-        growth: GrowthMap,
+        growth_map: GrowthMap,
         parameters: Mapping[str, Tensor],
         *,
         roles: Mapping[str, Role],
@@ -78,17 +78,17 @@ class LearnedGrowth:
         seed: int,
         device: torch.device,
     ) -> None:
-        self.growth = growth
+        self.growth_map = growth_map
         self.device = device
         self.shards = self._shards(parameters, roles, tied)
         self.block_kinds: set[str] = set()
         reader = SafeReader(source)
         self.sources = self._read(reader, roles)
         self.num_bytes_read = reader.num_bytes_read
-        self.widths = {axis: self._first_width(axis, seed).to(device) for axis in growth.axes}
+        self.widths = {axis: self._first_width(axis, seed).to(device) for axis in growth_map.axes}
         # D starts as the layer map says: stacked identities, for G_stack.
-        depth = torch.zeros(growth.after.num_layers, growth.before.num_layers)
-        for layer, origin in enumerate(growth.layers):
+        depth = torch.zeros(growth_map.after.num_layers, growth_map.before.num_layers)
+        for layer, origin in enumerate(growth_map.layers):
             assert origin is not None, "a learned growth starts from copies"
             depth[layer, origin] = 1.0
         self.depths = {kind: depth.clone().to(device) for kind in sorted(self.block_kinds)}
@@ -134,7 +134,7 @@ class LearnedGrowth:
         for kind in sorted(roles):
             in_block = f"layers.0.{kind}"
             if in_block in chunks:
-                names = [with_layer(in_block, layer) for layer in range(self.growth.before.num_layers)]
+                names = [with_layer(in_block, layer) for layer in range(self.growth_map.before.num_layers)]
                 found[kind] = torch.stack([whole(name) for name in names])
                 self.block_kinds.add(kind)
             elif kind in chunks:
@@ -144,14 +144,17 @@ class LearnedGrowth:
     def _first_width(self, axis: str, seed: int) -> Tensor:
         """[I; noise / sqrt(D)], over whole heads where the axis is made of heads."""
         width = self._width_unit(axis)
-        old, new = axis_lengths(self.growth.before)[axis] // width, axis_lengths(self.growth.after)[axis] // width
+        old, new = (
+            axis_lengths(self.growth_map.before)[axis] // width,
+            axis_lengths(self.growth_map.after)[axis] // width,
+        )
         first = torch.empty(new, old)
         draw(first, (0, 0), first.shape, f"ligo.{axis}", 1 / math.sqrt(new), seed)
         first[:old] = torch.eye(old)
         return first
 
     def _width_unit(self, axis: str) -> int:
-        return self.growth.before.head_dim if axis in HEAD_AXES else 1
+        return self.growth_map.before.head_dim if axis in HEAD_AXES else 1
 
     def _expansion(self, shard: Shard, dim: int) -> Tensor | None:
         """The rows of B that a shard's dimension needs, (local length, old length); None for an axis that stays."""
@@ -249,7 +252,7 @@ class Learning:
 
 
 def learn(
-    growth: LearnedGrowth, *, steps: int, lr: float, train_step: Callable[[], float], max_norm: float = 1.0
+    learned: LearnedGrowth, *, steps: int, lr: float, train_step: Callable[[], float], max_norm: float = 1.0
 ) -> Learning:
     """Learns the maps for some steps; the parameters hold what they make at the end.
 
@@ -258,13 +261,13 @@ def learn(
     Args:
         train_step: runs the model on the next batch, leaves gradients, and returns the loss.
     """
-    maps = [torch.nn.Parameter(tensor) for tensor in growth.maps]
+    maps = [torch.nn.Parameter(tensor) for tensor in learned.maps]
     optimizer = torch.optim.AdamW(maps, lr=lr, weight_decay=0.0)
     losses = []
-    growth.write()
+    learned.write()
     for step in range(1, steps + 1):
         losses.append(train_step())
-        for parameter, gradient in zip(maps, growth.gradients(), strict=True):
+        for parameter, gradient in zip(maps, learned.gradients(), strict=True):
             parameter.grad = gradient
         torch.nn.utils.clip_grad_norm_(maps, max_norm)
         half = max(1, steps // 2)
@@ -272,5 +275,5 @@ def learn(
         for group in optimizer.param_groups:
             group["lr"] = lr * share
         optimizer.step()
-        growth.write()
+        learned.write()
     return Learning(steps, losses[0], losses[-1])

@@ -21,8 +21,9 @@ from torch import Tensor
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.growth.axes import NEW
 from titan_growth.growth.place import place
-from titan_growth.growth.rules import OPTIMIZER_PREFIX, Rule
+from titan_growth.growth.rules import Rule
 from titan_growth.models.initialize import ROWS_PER_BLOCK, draw, local_and_offset
+from titan_growth.models.roles import OPTIMIZER_PREFIX
 
 StdOf = Callable[[str], float | None]
 """Parameter name -> deviation of its initial distribution in the grown model, None for ones."""

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.axes import NEW, AxisMap
 from titan_growth.growth.operators.base import GrowthMap
-from titan_growth.models.roles import RESIDUAL, Role, layer_of, role_of, with_layer
+from titan_growth.models.roles import OPTIMIZER_PREFIX, RESIDUAL, Role, layer_of, role_of, with_layer
 
-OPTIMIZER_PREFIX = "optimizer.state."
 MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}
 """State of a parameter -> the power of the gradient that it is a mean of."""
 
@@ -47,22 +46,31 @@ class Rule:
     """For each dimension, whether a position is the first with its source."""
 
 
+class _Source(NamedTuple):
+    """Where a parameter comes from."""
+
+    name: str | None
+    """None for a new one."""
+    fresh: bool
+    """The whole tensor is a copy, or new."""
+
+
 class Rules:
     """The rules of one growth.
 
     Args:
-        growth: the map.
-        stage: how the recipe wants it carried out.
+        growth_map: what comes from where.
+        planned: how the recipe wants it carried out.
         roles: the family's table of parameters.
         tied: parameters that are copies of another one, by its name; a reader of a copied channel is then the norm
             before the head, since a head that is the embedding too cannot be halved.
     """
 
     def __init__(
-        self, growth: GrowthMap, stage: PlannedGrowth, roles: Mapping[str, Role], tied: Mapping[str, str]
+        self, growth_map: GrowthMap, planned: PlannedGrowth, roles: Mapping[str, Role], tied: Mapping[str, str]
     ) -> None:
-        self.growth = growth
-        self.stage = stage
+        self.growth_map = growth_map
+        self.planned = planned
         self.roles = roles
         self.tied = tied
 
@@ -75,7 +83,7 @@ class Rules:
 
     def reads_state(self) -> bool:
         """Whether anything of the optimizer's state is kept."""
-        return self.stage.optimizer_state != "reset"
+        return self.planned.optimizer_state != "reset"
 
     # ---- weights -------------------------------------------------------------------------------------------------
 
@@ -84,30 +92,29 @@ class Rules:
         source, copied = self._source(parameter)
         # A tied parameter is stored under both names; what is new in it must be new in the same way.
         same = self.tied.get(parameter, parameter)
-        common: dict[str, Any] = {"parameter": same, "noise": self.stage.noise, "copied_layer": copied}
+        common: dict[str, Any] = {"parameter": same, "noise": self.planned.noise, "copied_layer": copied}
         if source is None:
             return Rule(source=None, initial=True, **common)
-        if copied and self.growth.silent_copies and role.writes_residual:
+        if copied and self.growth_map.silent_copies and role.writes_residual:
             return Rule(source=None, **{**common, "noise": 0.0})
-        axes = self.growth.axes_of(role)
+        axes = self.growth_map.axes_of(role)
         return Rule(
             source=source,
             indices=_indices(axes),
             scales=self._reading_scales(parameter, role, axes),
-            scale=self.growth.norm_scale if role.dims == (RESIDUAL,) else 1.0,
+            scale=self.growth_map.norm_scale if role.dims == (RESIDUAL,) else 1.0,
             initial=self._starts_random(role),
             originals=_originals(axes),
             **common,
         )
 
-    def _source(self, parameter: str) -> tuple[str | None, bool]:
-        """(the parameter's source, whether the whole tensor is a copy or new)."""
+    def _source(self, parameter: str) -> _Source:
         layer = layer_of(parameter)
         if layer is None:
-            return parameter, False
-        source = self.growth.layers[layer]
-        original = self.growth.is_original_layer[layer]
-        return (None if source is None else with_layer(parameter, source)), not original
+            return _Source(parameter, False)
+        source = self.growth_map.layers[layer]
+        original = self.growth_map.is_original_layer[layer]
+        return _Source(None if source is None else with_layer(parameter, source), not original)
 
     def _reading_scales(
         self, parameter: str, role: Role, axes: Sequence[AxisMap | None]
@@ -128,7 +135,7 @@ class Rules:
 
     def _starts_random(self, role: Role) -> bool:
         """Whether elements without a source start from the initial distribution."""
-        if self.growth.new_channels == "random" or role.is_norm:
+        if self.growth_map.new_channels == "random" or role.is_norm:
             return True
         # Silent: nothing new may reach the residual stream, from the embedding or from a projection that writes to it.
         return role.reads is not None and not role.writes_residual
@@ -142,16 +149,16 @@ class Rules:
         first updates are up to 6.6 times the learning rate at beta2 = 0.999. So where a tensor keeps its counter, new
         second moments are seeded with those of the elements that they were copied from, or would have been.
         """
-        policy, role = self.stage.optimizer_state, self._role(parameter)
+        policy, role = self.planned.optimizer_state, self._role(parameter)
         source, copied = self._source(parameter)
         nothing = Rule(parameter=parameter, source=None)
         if policy == "reset" or source is None or (copied and policy == "asymmetric"):
             return nothing
-        if copied and self.growth.silent_copies and role.writes_residual:
+        if copied and self.growth_map.silent_copies and role.writes_residual:
             return nothing
-        axes = self.growth.axes_of(role)
+        axes = self.growth_map.axes_of(role)
         power = MOMENTS[key]
-        seeded = power == 2 and self.stage.keeps_step
+        seeded = power == 2 and self.planned.keeps_step
         indices = tuple(None if axis is None else axis.nearest if seeded else axis.source for axis in axes)
         if policy == "asymmetric" and not seeded:
             indices = tuple(
@@ -166,7 +173,7 @@ class Rules:
             source=f"{OPTIMIZER_PREFIX}{source}.{key}",
             indices=indices,
             scales=self._gradient_scales(parameter, role, axes, power) if scaled else (),
-            scale=self.growth.norm_scale**-power if scaled and role.dims == (RESIDUAL,) else 1.0,
+            scale=self.growth_map.norm_scale**-power if scaled and role.dims == (RESIDUAL,) else 1.0,
         )
 
     def _gradient_scales(
@@ -189,9 +196,9 @@ class Rules:
         """One counter for each tensor: kept with moments that are kept, zero with moments that start anew."""
         source, copied = self._source(parameter)
         role = self._role(parameter)
-        fresh = source is None or (copied and self.stage.optimizer_state == "asymmetric")
-        fresh = fresh or (copied and self.growth.silent_copies and role.writes_residual)
-        if fresh or not self.stage.keeps_step:
+        fresh = source is None or (copied and self.planned.optimizer_state == "asymmetric")
+        fresh = fresh or (copied and self.growth_map.silent_copies and role.writes_residual)
+        if fresh or not self.planned.keeps_step:
             return Rule(parameter=parameter, source=None)
         return Rule(parameter=parameter, source=f"{OPTIMIZER_PREFIX}{source}.step")
 

@@ -16,7 +16,8 @@ from titan_growth.growth.chain import Chain
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.points import advise, resolved, slope
 from titan_growth.models.config import DecoderConfig
-from titan_growth.tools.errors import Problem, TrainingError
+from titan_growth.tools.errors import TrainingError
+from titan_growth.tools.findings import Findings
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class GrowthPlan:
     """The growths of a run in their order, and when each of them comes."""
 
     chain: Chain
-    stages: tuple[PlannedGrowth, ...]
+    planned: tuple[PlannedGrowth, ...]
     points: tuple[Duration, ...]
     """When, as counts (or a slope): "25%" and "auto" are resolved."""
 
@@ -34,26 +35,26 @@ class GrowthPlan:
         return self.chain.configs
 
     def map_after(self, num_growths: int) -> GrowthMap:
-        """The growth that comes after so many others."""
+        """The growth that comes after `num_growths` others."""
         return self.chain.maps[num_growths]
 
     def config_after(self, num_growths: int) -> DecoderConfig:
-        """The model after so many growths."""
+        """The model after `num_growths` growths."""
         return self.configs[num_growths]
 
     def due(self, progress: Progress, lineage: Lineage, losses: Sequence[float] = ()) -> PlannedGrowth | None:
-        """The stage to carry out now: the next one, once its count has been reached.
+        """The growth to carry out now: the next one, once its count has been reached.
 
         Args:
             losses: the last training losses, as many as `window_after` asks for.
         """
         done = len(lineage.events)
-        if done == len(self.stages):
+        if done == len(self.planned):
             return None
         point = self.points[done]
         if progress.step < lineage.postponed_to(done):
             return None
-        if done and progress.step < lineage.grown_at[-1] + (self.stages[done - 1].mask_steps or 0):
+        if done and progress.step < lineage.grown_at[-1] + (self.planned[done - 1].mask_steps or 0):
             return None  # what the last growth has added is not all there yet
         if done and progress.step < lineage.grown_at[-1] + lineage.postponed_by(done - 1):
             return None  # a growth that came late is given its time, and not judged because the next one is due
@@ -61,7 +62,7 @@ class GrowthPlan:
             reached = len(losses) >= point.window and slope(list(losses[-point.window :])) < float(point.value)
         else:
             reached = self.reached(done, progress)
-        return self.stages[done] if reached else None
+        return self.planned[done] if reached else None
 
     def reached(self, number: int, progress: Progress) -> bool:
         """Whether the count of a growth has come; a slope is taken for one that has."""
@@ -73,15 +74,15 @@ class GrowthPlan:
         return self.points[num_growths].window if num_growths < len(self.points) else 0
 
     def remaining(self, lineage: Lineage) -> tuple[PlannedGrowth, ...]:
-        """Stages that have not happened."""
-        return self.stages[len(lineage.events) :]
+        """Growths that have not happened."""
+        return self.planned[len(lineage.events) :]
 
     def require_complete(self, progress: Progress, lineage: Lineage) -> None:
         """Raises TrainingError when a run that has come to its last step is not at its target."""
-        for stage in self.remaining(lineage):
+        for planned in self.remaining(lineage):
             config = self.config_after(len(lineage.events))
             raise TrainingError(
-                f"the growth at {stage.when} never came: the run ended with {progress.tokens:,} tokens at "
+                f"the growth at {planned.when} never came: the run ended with {progress.tokens:,} tokens at "
                 f"{config.num_layers} layers. Raise training.steps to go on"
             )
 
@@ -94,59 +95,65 @@ def count_of(progress: Progress, unit: str) -> int:
 def plan_growth(
     section: GrowthConfig,
     chain: Chain,
+    found: Findings,
     *,
     steps: int,
     tokens_per_step: Sequence[int],
     seq_lens: Sequence[int],
     progress: Progress | None = None,
     num_growths: int = 0,
-) -> tuple[GrowthPlan, list[Problem], list[Problem]]:
-    """(plan, problems, warnings) of the growths of a recipe, once its models and batches are known.
+) -> GrowthPlan:
+    """When the growths of a recipe come, once its models and batches are known.
 
     Args:
         tokens_per_step, seq_lens: of each phase of the run.
         progress: where the run has come to; None at its start.
-        num_growths: stages that have happened, which are not asked about again.
+        num_growths: how many have happened, which are not checked again.
     """
-    stages = tuple(section.active_stages)
+    growths = tuple(section.active_stages)
     run_tokens = steps * tokens_per_step[-1]
     points = tuple(
-        resolved(stage.when, chain.target, steps=steps, tokens_per_step=rate, run_tokens=run_tokens)
-        for stage, rate in zip(stages, tokens_per_step, strict=False)
+        resolved(planned.when, chain.target, steps=steps, tokens_per_step=rate, run_tokens=run_tokens)
+        for planned, rate in zip(growths, tokens_per_step, strict=False)
     )
-    plan = GrowthPlan(chain, stages, points)
-    warnings = []
-    for index, stage in enumerate(stages):
+    growth_plan = GrowthPlan(chain, growths, points)
+    for index, planned in enumerate(growths):
         half = steps * tokens_per_step[index]
-        if stage.when.unit == "auto" and (doubts := advise(chain.target, run_tokens, half).doubts):
-            warnings.append(Problem(f"growth.stages.{index}.at", f'"auto" comes to {points[index]}, but {doubts}'))
+        if planned.when.unit == "auto" and (doubts := advise(chain.target, run_tokens, half).doubts):
+            found.warn(f"growth.stages.{index}.at", f'"auto" comes to {points[index]}, but {doubts}')
     flops_per_token = [config.flops_per_token(length) for config, length in zip(chain.configs, seq_lens, strict=True)]
     rates = [
         {"steps": 1, "tokens": tokens, "FLOPs": tokens * flops}
         for tokens, flops in zip(tokens_per_step, flops_per_token, strict=True)
     ]
-    problems = list(timing_problems(plan, steps=steps, rates=rates, progress=progress, num_growths=num_growths))
-    return plan, problems, warnings
+    now = progress or Progress()
+    _check_timing(growth_plan, found, steps=steps, rates=rates, now=now, num_growths=num_growths)
+    return growth_plan
 
 
-def timing_problems(
-    plan: GrowthPlan, *, steps: int, rates: Sequence[dict[str, int]], progress: Progress | None, num_growths: int
-) -> list[Problem]:
-    """Stages that would come too late or out of order.
+def _check_timing(
+    growth_plan: GrowthPlan,
+    found: Findings,
+    *,
+    steps: int,
+    rates: Sequence[dict[str, int]],
+    now: Progress,
+    num_growths: int,
+) -> None:
+    """Growths that would come too late or out of order.
 
     Args:
         rates: of each phase, what a step adds to each counter; masked positions are counted, so growths given in tokens
             may come later than this says.
     """
-    plain = all(point.unit == "steps" for point in plan.points)
-    if plain and not any(stage.mask_steps for stage in plan.stages):
-        return []  # what steps alone can tell is told before the batch is known (config/checks.py)
-    resumed = progress is not None and progress.step > 0
-    now = progress or Progress()
+    plain = all(point.unit == "steps" for point in growth_plan.points)
+    if plain and not any(planned.mask_steps for planned in growth_plan.planned):
+        return  # checked before the batch is known (config/checks.py)
+    resumed = now.step > 0
     step, counts = now.step, {unit: count_of(now, unit) for unit in ("steps", "tokens", "FLOPs")}
-    problems, previous = [], step - 1
-    for index in range(num_growths, len(plan.points)):
-        point, stage, rate = plan.points[index], plan.stages[index], rates[index]
+    previous = step - 1
+    for index in range(num_growths, len(growth_plan.points)):
+        point, planned, rate = growth_plan.points[index], growth_plan.planned[index], rates[index]
         if point.unit == "slope":
             num_steps = 0 if resumed else point.window  # the losses of before count as well
         else:
@@ -155,18 +162,17 @@ def timing_problems(
         counts = {unit: count + num_steps * rate[unit] for unit, count in counts.items()}
         key = f"growth.stages.{index}.at"
         if step >= steps:
-            message = f'"{stage.at}" is not before the last step ({steps:,} steps of {rate["tokens"]:,} tokens)'
+            message = f'"{planned.at}" is not before the last step ({steps:,} steps of {rate["tokens"]:,} tokens)'
             hint = "Grow earlier or train longer; growth.enable = false trains the target model from scratch"
-            problems.append(Problem(key, message, hint))
+            found.problem(key, message, hint)
         elif resumed:
             pass  # a growth that is overdue, or was postponed, comes a step after the one before it
-        elif index > num_growths and step < previous + (plan.stages[index - 1].mask_steps or 0):
+        elif index > num_growths and step < previous + (growth_plan.planned[index - 1].mask_steps or 0):
             message = (
-                f'"{stage.at}" (step {step:,}) is within the mask_steps of the growth before it (step {previous:,})'
+                f'"{planned.at}" (step {step:,}) is within the mask_steps of the growth before it (step {previous:,})'
             )
-            problems.append(Problem(key, message, "Let a mask open before the next growth"))
+            found.problem(key, message, "Let a mask open before the next growth")
         elif step <= previous:
-            message = f'"{stage.at}" (step {step:,}) is not after the growth before it (step {previous:,})'
-            problems.append(Problem(key, message, "Stages are in the order they happen"))
+            message = f'"{planned.at}" (step {step:,}) is not after the growth before it (step {previous:,})'
+            found.problem(key, message, "Stages are in the order they happen")
         previous = step
-    return problems

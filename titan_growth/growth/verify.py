@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from titan_growth.config.schema.recipe import TrainingConfig
 from titan_growth.growth.axes import NEW
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.read import Box, StdOf, copied_elements, new_elements
-from titan_growth.growth.rules import OPTIMIZER_PREFIX, Rule
+from titan_growth.growth.rules import Rule
+from titan_growth.models.roles import OPTIMIZER_PREFIX
 from titan_growth.tools.errors import GrowthError
 
 TRUNCATED_AT = 3.0
@@ -63,7 +65,7 @@ def verify_growth(
                 dense = None  # before the next one is read
                 span = _span(box)
                 dense = _dense(stored, chunks[source], span, box.local.dtype, buffer)
-            wrong += _compare_parts(name, box, dense, span[0] if span is not None else (), std)
+            wrong += _compare_parts(name, box, dense, span.starts if span is not None else (), std)
     return wrong
 
 
@@ -76,14 +78,19 @@ def _compare_parts(name: str, box: Box, dense: Tensor | None, starts: Sequence[i
     return []
 
 
-Span = tuple[tuple[int, ...], tuple[int, ...]]
+class Span(NamedTuple):
+    """A box of a stored tensor."""
+
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+    """One beyond the last, in each dimension."""
 
 
 def _span(box: Box) -> Span:
-    """(first, one beyond the last) of the smallest box of the stored tensor that holds all sources of a shard."""
+    """The smallest box of the stored tensor that holds all sources of a shard."""
     known = [[position for position in positions if position != NEW] for positions in box.positions]
     starts = tuple(min(positions, default=0) for positions in known)
-    return starts, tuple(max(positions, default=-1) + 1 for positions in known)
+    return Span(starts, tuple(max(positions, default=-1) + 1 for positions in known))
 
 
 def _dense(stored: SafeReader, chunks: Sequence[StoredChunk], span: Span, dtype: torch.dtype, buffer: Tensor) -> Tensor:
@@ -175,7 +182,9 @@ def allowed_change(tolerance: float, training: TrainingConfig) -> float:
     return max(tolerance, 1e-5 if exact else 1e-2)
 
 
-def check_preserved(operator: str, growth: GrowthMap, before: float, after: float, training: TrainingConfig) -> None:
+def check_preserved(
+    operator: str, growth_map: GrowthMap, before: float, after: float, training: TrainingConfig
+) -> None:
     """Makes sure that an operator that declares to preserve the function has done so.
 
     Args:
@@ -184,9 +193,9 @@ def check_preserved(operator: str, growth: GrowthMap, before: float, after: floa
     Raises:
         GrowthError: with both losses.
     """
-    if growth.tolerance is None:
+    if growth_map.tolerance is None:
         return
-    allowed = allowed_change(growth.tolerance, training)
+    allowed = allowed_change(growth_map.tolerance, training)
     change = abs(after - before) / max(abs(before), 1e-12)
     if not change <= allowed:
         raise GrowthError(

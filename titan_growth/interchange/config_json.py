@@ -21,6 +21,7 @@ from titan_growth.models.config import DecoderConfig
 from titan_growth.models.hugging_face import HuggingFaceLayout
 from titan_growth.models.registry import FAMILIES, family_module, model_config_of
 from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
+from titan_growth.tools.findings import Findings
 
 _SIZES = {
     "hidden_size": "dim",
@@ -115,9 +116,9 @@ def described_model(table: Mapping[str, Any], folder: str) -> DescribedModel:
     except ValidationError as error:
         first = error.errors()[0]
         raise refused(f"its config.json makes no sense ({first['loc'][0]}: {first['msg']})") from None
-    config, problems = model_config_of(section)
+    config = model_config_of(section, found := Findings())
     if config is None:
-        raise refused(f"its config.json makes no model ({problems[0]})")
+        raise refused(f"its config.json makes no model ({found.problems[0]})")
     return DescribedModel(section.model_copy(update=_spelled_out(config)), config)
 
 

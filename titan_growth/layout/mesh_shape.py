@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from titan_growth.config.schema.recipe import ParallelismConfig
-from titan_growth.tools.errors import Problem
+from titan_growth.tools.findings import Findings
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -50,30 +51,26 @@ class MeshShape:
         return " x ".join(named) if named else "1 rank"
 
 
-def resolve_mesh(section: ParallelismConfig, num_ranks: int) -> tuple[MeshShape | None, list[Problem]]:
-    """The mesh shape of a `[parallelism]` table on this number of ranks, or what does not fit."""
-    key = "parallelism.data_parallel_shard_degree"
-    shard = section.data_parallel_shard_degree
+_SHARD_DEGREE = "parallelism.data_parallel_shard_degree"
+
+_AXIS_OF = {
+    "pipeline_parallel_degree": "pp",
+    "data_parallel_replicate_degree": "dp_replicate",
+    "context_parallel_degree": "cp",
+    "tensor_parallel_degree": "tp",
+}
+
+
+def resolve_mesh(section: ParallelismConfig, num_ranks: int, found: Findings) -> MeshShape | None:
+    """The mesh shape of a `[parallelism]` table on a number of ranks; None when it does not fit."""
+    shard: int | None = section.data_parallel_shard_degree
     if shard == 0:
-        return None, [Problem(key, "must be -1 (all ranks that are left) or at least 1, got 0", "Leave it at -1")]
-    fixed = {
-        "pipeline_parallel_degree": section.pipeline_parallel_degree,
-        "data_parallel_replicate_degree": section.data_parallel_replicate_degree,
-        "context_parallel_degree": section.context_parallel_degree,
-        "tensor_parallel_degree": section.tensor_parallel_degree,
-    }
+        found.problem(_SHARD_DEGREE, "must be -1 (all ranks that are left) or at least 1, got 0", "Leave it at -1")
+        return None
     if shard == -1:
-        taken = prod(fixed.values())
-        if num_ranks % taken:
-            named = {name: degree for name, degree in fixed.items() if degree > 1}
-            largest = max(named, key=lambda name: named[name])
-            product = " x ".join(f"{_AXIS_OF[name]} {degree}" for name, degree in named.items())
-            message = f"{taken} does not divide the {'1 rank' if num_ranks == 1 else f'{num_ranks} ranks'}"
-            if len(named) > 1:
-                message = f"{product} = {message}"
-            hint = "Set it to a divisor, or NGPU to a multiple"
-            return None, [Problem(f"parallelism.{largest}", message, hint)]
-        shard = num_ranks // taken
+        shard = _ranks_left(section, num_ranks, found)
+    if shard is None:
+        return None
     shape = MeshShape(
         pp=section.pipeline_parallel_degree,
         dp_replicate=section.data_parallel_replicate_degree,
@@ -85,24 +82,42 @@ def resolve_mesh(section: ParallelismConfig, num_ranks: int) -> tuple[MeshShape 
         there_are = "there is 1 rank" if num_ranks == 1 else f"there are {num_ranks} ranks"
         named_axes = zip(AXES, shape.degrees, strict=True)
         product = " x ".join(f"{axis} {n}" for axis, n in named_axes if n > 1 or axis.startswith("dp"))
-        message = f"{product} = {shape.num_ranks}, but {there_are}"
-        return None, [Problem(key, message, f"Set it to -1 to use all that are left, or NGPU to {shape.num_ranks}")]
-    return shape, []
+        hint = f"Set it to -1 to use all that are left, or NGPU to {shape.num_ranks}"
+        found.problem(_SHARD_DEGREE, f"{product} = {shape.num_ranks}, but {there_are}", hint)
+        return None
+    return shape
 
 
-_AXIS_OF = {
-    "pipeline_parallel_degree": "pp",
-    "data_parallel_replicate_degree": "dp_replicate",
-    "context_parallel_degree": "cp",
-    "tensor_parallel_degree": "tp",
-}
+def _ranks_left(section: ParallelismConfig, num_ranks: int, found: Findings) -> int | None:
+    """The ranks that the other axes leave for `dp_shard`."""
+    fixed = {name: getattr(section, name) for name in _AXIS_OF}
+    taken = prod(fixed.values())
+    if num_ranks % taken == 0:
+        return num_ranks // taken
+    named = {name: degree for name, degree in fixed.items() if degree > 1}
+    largest = max(named, key=lambda name: named[name])
+    product = " x ".join(f"{_AXIS_OF[name]} {degree}" for name, degree in named.items())
+    message = f"{taken} does not divide the {'1 rank' if num_ranks == 1 else f'{num_ranks} ranks'}"
+    if len(named) > 1:
+        message = f"{product} = {message}"
+    found.problem(f"parallelism.{largest}", message, "Set it to a divisor, or NGPU to a multiple")
+    return None
 
 
-def resolve_batch(global_batch_size: int, local_batch_size: int, shape: MeshShape) -> tuple[int, int, list[Problem]]:
-    """(global batch size, gradient accumulation steps, problems) on a mesh; -1 becomes local x data-parallel degree."""
+class BatchShape(NamedTuple):
+    """The batch of an optimizer step on a mesh."""
+
+    global_batch_size: int
+    num_accumulation_steps: int
+
+
+def resolve_batch(
+    global_batch_size: int, local_batch_size: int, shape: MeshShape, found: Findings
+) -> BatchShape | None:
+    """The batch on a mesh, None when it does not fit; -1 becomes local x data-parallel degree."""
     per_step = local_batch_size * shape.dp_degree
     if global_batch_size == -1:
-        return per_step, 1, []
+        return BatchShape(per_step, 1)
     if global_batch_size % per_step:
         message = (
             f"{global_batch_size} is not a multiple of training.local_batch_size {local_batch_size} x data-parallel "
@@ -110,5 +125,6 @@ def resolve_batch(global_batch_size: int, local_batch_size: int, shape: MeshShap
         )
         below = global_batch_size // per_step * per_step
         fitting = f"{below} or {below + per_step}" if below else str(per_step)
-        return global_batch_size, 1, [Problem("training.global_batch_size", message, f"{fitting} would fit")]
-    return global_batch_size, global_batch_size // per_step, []
+        found.problem("training.global_batch_size", message, f"{fitting} would fit")
+        return None
+    return BatchShape(global_batch_size, global_batch_size // per_step)

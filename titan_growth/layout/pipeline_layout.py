@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.recipe import ParallelismConfig
-from titan_growth.layout.pipeline_parts import LAYERS_PER_PART, NAMES, Part, cut_by_name, cut_evenly, many
+from titan_growth.layout.pipeline_parts import LAYERS_PER_PART, NAMES, Part, cut_by_name, cut_evenly
 from titan_growth.layout.schedule_csv import KEY as CSV_KEY
 from titan_growth.layout.schedule_csv import Action, read_schedule_csv
-from titan_growth.tools.errors import Problem
+from titan_growth.tools.findings import Findings
+from titan_growth.tools.text import many
 
 CSV = "csv"
 """The name of a schedule that was read from a file."""
@@ -104,70 +106,61 @@ class PipelineLayout:
         return ScheduleConditions(splits_backward=splits, v_shaped=any(rank == after for rank, after in neighbours))
 
 
-def schedule_conditions(name: str) -> ScheduleConditions:
-    """The conditions of one of PyTorch's schedules, by its name in any case.
-
-    Raises:
-        ValueError: for another name. A schedule file has no conditions of its own: ask `PipelineLayout.conditions`.
-    """
-    schedule, problems = _resolve_schedule(name)
-    if problems:
-        raise ValueError(problems[0].message)
-    return SCHEDULES[schedule]
-
-
 def plan_pipeline(
-    section: ParallelismConfig, num_layers: int, local_batch_size: int
-) -> tuple[PipelineLayout | None, list[Problem], list[Problem]]:
-    """(layout, problems, warnings) of a recipe with a pipeline, for a model of one depth.
+    section: ParallelismConfig, num_layers: int, local_batch_size: int, found: Findings
+) -> PipelineLayout | None:
+    """The pipeline of a model of one depth, or None when something is wrong with its settings.
 
     Args:
         section: The `[parallelism]` table; its pipeline degree is above 1.
         num_layers: Layers of the model. A run that grows plans every depth.
         local_batch_size: Sequences that a data-parallel rank sees in a forward-backward.
-
-    Returns:
-        The layout is None exactly when there are problems. Warnings are about settings that work but are not wise, or
-        have no effect.
+        found: gets warnings, too, about settings that work but are not wise, or have no effect.
     """
-    pp = section.pipeline_parallel_degree
-    assert pp > 1, "without a pipeline there is nothing to lay out"
-    size = section.pipeline_parallel_microbatch_size
-    num_microbatches, problems = _count_microbatches(local_batch_size, size)
-    order: tuple[tuple[Action, ...], ...] = ()
-    if section.pipeline_parallel_schedule_csv:
-        schedule = CSV
-        file, found = read_schedule_csv(section.pipeline_parallel_schedule_csv, pp)
-        if file is None:
-            return None, problems + found, []
-        order, placement, expected = file.order, file.rank_of_part, file.num_microbatches
-        if not problems and expected != num_microbatches:
-            message = (
-                f"{section.pipeline_parallel_schedule_csv} has {many(expected, 'microbatch')}, but "
-                f"training.local_batch_size {local_batch_size} in microbatches of {size} makes {num_microbatches}"
-            )
-            problems.append(Problem(CSV_KEY, message, f"A training.local_batch_size of {expected * size} would fit"))
-        parts, found = _cut(section, num_layers, schedule, len(placement))
-    else:
-        schedule, found = _resolve_schedule(section.pipeline_parallel_schedule)
-        if found:
-            return None, problems + found, []
-        parts, found = _cut(section, num_layers, schedule, None)
-        placement = tuple(_rank_of(part.index, pp, SCHEDULES[schedule].v_shaped) for part in parts)
-        if not problems and not found:
-            problems += _check_microbatches(schedule, pp, len(parts), local_batch_size, size)
-    problems += found
-    if problems:
-        return None, problems, []
-    warnings = _unused_settings(section)
-    if num_microbatches < len(parts):
+    assert section.pipeline_parallel_degree > 1, "without a pipeline there is nothing to lay out"
+    own = Findings()
+    num_microbatches = _count_microbatches(local_batch_size, section.pipeline_parallel_microbatch_size, own)
+    lay_out = _as_in_file if section.pipeline_parallel_schedule_csv else _by_name
+    layout = lay_out(section, num_layers, num_microbatches, own)
+    if layout is not None and not own.problems:
+        _warn_of_unused(section, own)
+        _warn_of_idle_ranks(section, layout, local_batch_size, own)
+    found.extend(own)
+    return None if own.problems else layout
+
+
+def _as_in_file(
+    section: ParallelismConfig, num_layers: int, num_microbatches: int | None, found: Findings
+) -> PipelineLayout | None:
+    """The layout of a schedule of the user's own."""
+    path, size = section.pipeline_parallel_schedule_csv, section.pipeline_parallel_microbatch_size
+    assert path is not None
+    file = read_schedule_csv(path, section.pipeline_parallel_degree, found)
+    if file is None:
+        return None
+    expected = file.num_microbatches
+    if num_microbatches not in (None, expected):
         message = (
-            f"{local_batch_size} makes {many(num_microbatches, 'microbatch')} for {len(parts)} pipeline parts; "
-            "with fewer microbatches than parts, ranks wait for each other most of the time"
+            f"{path} has {many(expected, 'microbatch')}, but training.local_batch_size {num_microbatches * size} "
+            f"in microbatches of {size} makes {num_microbatches}"
         )
-        hint = f"{len(parts) * size} would be the least for {len(parts)} microbatches"
-        warnings.append(Problem("training.local_batch_size", message, hint))
-    return PipelineLayout(schedule, parts, placement, num_microbatches, order), [], warnings
+        found.problem(CSV_KEY, message, f"A training.local_batch_size of {expected * size} would fit")
+    parts = _cut(section, num_layers, CSV, len(file.rank_of_part), found)
+    return None if parts is None else PipelineLayout(CSV, parts, file.rank_of_part, expected, file.order)
+
+
+def _by_name(
+    section: ParallelismConfig, num_layers: int, num_microbatches: int | None, found: Findings
+) -> PipelineLayout | None:
+    """The layout of one of PyTorch's schedules."""
+    pp, size = section.pipeline_parallel_degree, section.pipeline_parallel_microbatch_size
+    schedule = _resolve_schedule(section.pipeline_parallel_schedule, found)
+    parts = _cut(section, num_layers, schedule, None, found) if schedule is not None else None
+    if schedule is None or parts is None or num_microbatches is None:
+        return None
+    _check_microbatches(schedule, pp, len(parts), num_microbatches * size, size, found)
+    placement = tuple(_rank_of(part.index, pp, SCHEDULES[schedule].v_shaped) for part in parts)
+    return PipelineLayout(schedule, parts, placement, num_microbatches)
 
 
 def part_table(layout: PipelineLayout) -> list[str]:
@@ -179,42 +172,55 @@ def part_table(layout: PipelineLayout) -> list[str]:
     return lines
 
 
-def _resolve_schedule(name: str) -> tuple[str, list[Problem]]:
-    """The name in PyTorch's own spelling."""
+def _resolve_schedule(name: str, found: Findings) -> str | None:
+    """The name of one of PyTorch's schedules, given in any case, in its own spelling."""
     spellings = {schedule.lower(): schedule for schedule in SCHEDULES}
     if name.lower() in spellings:
-        return spellings[name.lower()], []
+        return spellings[name.lower()]
     known = ", ".join(SCHEDULES)
     if name.lower() in ("pipelineschedulesingle", "pipelineschedulemulti"):
         message = f"{name} is only the base class of schedules and cannot run itself"
-        return "", [Problem(_SCHEDULE, message, f"Choose one of {known}")]
-    message = f"unknown schedule {name!r}; the schedules are {known}"
-    return "", [Problem(_SCHEDULE, message, suggestion(name, SCHEDULES))]
+        found.problem(_SCHEDULE, message, f"Choose one of {known}")
+    else:
+        message = f"unknown schedule {name!r}; the schedules are {known}"
+        found.problem(_SCHEDULE, message, suggestion(name, SCHEDULES))
+    return None
 
 
-def _unused_settings(section: ParallelismConfig) -> list[Problem]:
-    """Warnings about settings that another one overrides."""
-    warnings = []
-    # 1F1B is the default: whoever asks for it beside a file has most likely said nothing.
+def _warn_of_idle_ranks(section: ParallelismConfig, layout: PipelineLayout, batch: int, found: Findings) -> None:
+    """Fewer microbatches than parts."""
+    num_parts = len(layout.parts)
+    if layout.num_microbatches < num_parts:
+        message = (
+            f"{batch} makes {many(layout.num_microbatches, 'microbatch')} for {num_parts} pipeline parts; "
+            "with fewer microbatches than parts, ranks wait for each other most of the time"
+        )
+        least = num_parts * section.pipeline_parallel_microbatch_size
+        found.warn("training.local_batch_size", message, f"{least} would be the least for {num_parts} microbatches")
+
+
+def _warn_of_unused(section: ParallelismConfig, found: Findings) -> None:
+    """Settings that another one overrides."""
+    # 1F1B is the default: beside a file it has most likely not been asked for.
     if section.pipeline_parallel_schedule_csv and section.pipeline_parallel_schedule.lower() != "1f1b":
         message = f"{section.pipeline_parallel_schedule} is not used: {CSV_KEY} is the schedule"
-        warnings.append(Problem(_SCHEDULE, message))
+        found.warn(_SCHEDULE, message)
     if section.module_fqns_per_model_part is not None and section.pipeline_parallel_layers_per_stage is not None:
-        warnings.append(Problem(LAYERS_PER_PART, f"is not used: {NAMES} is the split"))
-    return warnings
+        found.warn(LAYERS_PER_PART, f"is not used: {NAMES} is the split")
 
 
 # Microbatches.
 
 
-def _count_microbatches(batch: int, size: int) -> tuple[int, list[Problem]]:
+def _count_microbatches(batch: int, size: int, found: Findings) -> int | None:
     if batch % size == 0:
-        return batch // size, []
+        return batch // size
     message = f"{size} does not divide training.local_batch_size {batch}"
-    return 0, [Problem(_MICROBATCH_SIZE, message, f"{math.gcd(size, batch)} would fit")]
+    found.problem(_MICROBATCH_SIZE, message, f"{math.gcd(size, batch)} would fit")
+    return None
 
 
-def _check_microbatches(schedule: str, pp: int, num_parts: int, batch: int, size: int) -> list[Problem]:
+def _check_microbatches(schedule: str, pp: int, num_parts: int, batch: int, size: int, found: Findings) -> None:
     """What PyTorch's schedule class has against the number of microbatches."""
     number = batch // size
     rounds = max(1, number // pp)
@@ -225,11 +231,13 @@ def _check_microbatches(schedule: str, pp: int, num_parts: int, batch: int, size
         reason = f"{schedule} takes them in {rounds} rounds ({number} // pp {pp}) of equally many"
         hint = f"{rounds * pp * size} or {(rounds + 1) * pp * size} would fit"
     else:
-        return []
+        return
+    with_one = Findings()
+    if size > 1:
+        _check_microbatches(schedule, pp, num_parts, batch, 1, with_one)
+        hint += "" if with_one.problems else f", and so would {_MICROBATCH_SIZE} 1"
     message = f"{batch} makes {many(number, 'microbatch')} of {size}, but {reason}"
-    if size > 1 and not _check_microbatches(schedule, pp, num_parts, batch, 1):
-        hint += f", and so would {_MICROBATCH_SIZE} 1"
-    return [Problem("training.local_batch_size", message, hint)]
+    found.problem("training.local_batch_size", message, hint)
 
 
 # Parts.
@@ -239,39 +247,47 @@ def _rank_of(part: int, pp: int, v_shaped: bool) -> int:
     return 2 * pp - 1 - part if v_shaped and part >= pp else part % pp
 
 
-def _wanted_parts(schedule: str, pp: int, num_parts: int, in_file: int | None) -> tuple[set[int], str]:
-    """(the numbers of parts nearest to one that a schedule takes, what it takes in words)."""
+class _Wanted(NamedTuple):
+    """How many parts a schedule takes: the numbers nearest to one, and all in words."""
+
+    numbers: set[int]
+    text: str
+
+
+def _wanted_parts(schedule: str, pp: int, num_parts: int, in_file: int | None) -> _Wanted:
     if in_file is not None:
-        return {in_file}, f"{CSV_KEY} has {in_file}"
+        return _Wanted({in_file}, f"{CSV_KEY} has {in_file}")
     if SCHEDULES[schedule].single:
-        return {pp}, f"{schedule} takes exactly one part a rank, {pp}"
+        return _Wanted({pp}, f"{schedule} takes exactly one part a rank, {pp}")
     if SCHEDULES[schedule].v_shaped:
-        return {2 * pp}, f"{schedule} takes exactly two parts a rank, {2 * pp}"
+        return _Wanted({2 * pp}, f"{schedule} takes exactly two parts a rank, {2 * pp}")
     nearest = {max(2, num_parts // pp) * pp, max(2, -(-num_parts // pp)) * pp}
-    return nearest, f"{schedule} takes two or more parts a rank, a multiple of {pp} from {2 * pp} on"
+    return _Wanted(nearest, f"{schedule} takes two or more parts a rank, a multiple of {pp} from {2 * pp} on")
 
 
 def _cut(
-    section: ParallelismConfig, num_layers: int, schedule: str, in_file: int | None
-) -> tuple[tuple[Part, ...], list[Problem]]:
+    section: ParallelismConfig, num_layers: int, schedule: str, in_file: int | None, found: Findings
+) -> tuple[Part, ...] | None:
     """The parts, by name or by an even split; `in_file` is how many a schedule file has."""
     pp = section.pipeline_parallel_degree
     names, layers_per_part = section.module_fqns_per_model_part, section.pipeline_parallel_layers_per_stage
     if names is not None:
-        wanted, words = _wanted_parts(schedule, pp, len(names), in_file)
-        if len(names) not in wanted:
-            return (), [Problem(NAMES, f"has {many(len(names), 'part')}, but {words}")]
-        return cut_by_name(names, num_layers)
+        wanted = _wanted_parts(schedule, pp, len(names), in_file)
+        if len(names) not in wanted.numbers:
+            found.problem(NAMES, f"has {many(len(names), 'part')}, but {wanted.text}")
+            return None
+        return cut_by_name(names, num_layers, found)
     if layers_per_part is None:
         num_parts = in_file or pp * (1 if SCHEDULES[schedule].single else 2)
-        return cut_evenly(section, num_layers, num_parts, CSV_KEY if in_file else _DEGREE)
+        return cut_evenly(section, num_layers, num_parts, CSV_KEY if in_file else _DEGREE, found)
     less = section.pipeline_parallel_first_stage_less_layers + section.pipeline_parallel_last_stage_less_layers
     num_parts = -(-(num_layers + less) // layers_per_part)
-    wanted, words = _wanted_parts(schedule, pp, num_parts, in_file)
-    if num_parts not in wanted:
+    wanted = _wanted_parts(schedule, pp, num_parts, in_file)
+    if num_parts not in wanted.numbers:
         made = f"{layers_per_part} makes {many(num_parts, 'part')} of {num_layers} layers + {less} less_layers"
-        sizes = {parts: -(-(num_layers + less) // parts) for parts in wanted}
+        sizes = {parts: -(-(num_layers + less) // parts) for parts in wanted.numbers}
         fits = sorted(size for parts, size in sizes.items() if -(-(num_layers + less) // size) == parts)
         hint = f"{' or '.join(map(str, fits))} would fit" if fits else "Leave it out"
-        return (), [Problem(LAYERS_PER_PART, f"{made}, but {words}", hint)]
-    return cut_evenly(section, num_layers, num_parts, LAYERS_PER_PART)
+        found.problem(LAYERS_PER_PART, f"{made}, but {wanted.text}", hint)
+        return None
+    return cut_evenly(section, num_layers, num_parts, LAYERS_PER_PART, found)

@@ -15,12 +15,12 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from titan_growth.tools.errors import Problem
+from titan_growth.tools.findings import Findings
 
 KEY = "parallelism.pipeline_parallel_schedule_csv"
 
@@ -51,138 +51,146 @@ class ScheduleFile:
     num_microbatches: int
 
 
-def read_schedule_csv(path: str, pp_degree: int) -> tuple[ScheduleFile | None, list[Problem]]:
-    """Reads and checks a schedule for so many pp ranks; None and what is wrong, by line, when it cannot be used."""
-    rows, problems = _read(path, pp_degree)
-    # Each check relies on those before it, and one mistake would be told several times over: stop at the first.
+def read_schedule_csv(path: str, pp_degree: int, found: Findings) -> ScheduleFile | None:
+    """Reads and checks a schedule for `pp_degree` ranks; None when it cannot be used. Problems name the line."""
+    own = Findings()
+    rows = _read(path, pp_degree, own)
+    # Each check relies on those before it, and would report one mistake again: stop at the first.
     for check in (_check_parts, _check_forwards, _check_backwards, _check_order, _check_progress):
-        if problems:
-            break
-        problems = check(path, rows)
-    if len(problems) > _MOST_REPORTED:
-        more = Problem(KEY, f"{path} has {len(problems) - _MOST_REPORTED} more mistakes like these")
-        problems = [*problems[:_MOST_REPORTED], more]
-    if problems:
-        return None, problems
+        if not own.problems:
+            check(rows, own)
+    found.problems += own.problems[:_MOST_REPORTED]
+    if (more := len(own.problems) - _MOST_REPORTED) > 0:
+        found.problem(KEY, f"{path} has {more} more mistakes like these")
+    if own.problems:
+        return None
     rank_of_part = _ranks_of_parts(rows)
     placement = tuple(rank_of_part[part] for part in range(len(rank_of_part)))
     num_microbatches = 1 + max(action.microbatch for action in rows[0].actions)
-    return ScheduleFile(tuple(tuple(row.actions) for row in rows), placement, num_microbatches), []
+    return ScheduleFile(tuple(tuple(row.actions) for row in rows), placement, num_microbatches)
 
 
 @dataclass(frozen=True)
 class _Row:
+    path: str
     line: int
-    actions: list[Action]
+    actions: list[Action] = field(default_factory=list)
+
+    def problem(self, found: Findings, message: str, hint: str = "") -> None:
+        """Reports something that is wrong in this line."""
+        found.problem(KEY, f"{self.path} line {self.line}: {message}", hint)
 
 
-def _problem(path: str, line: int, message: str, hint: str = "") -> Problem:
-    return Problem(KEY, f"{path} line {line}: {message}", hint)
-
-
-def _read(path: str, pp_degree: int) -> tuple[list[_Row], list[Problem]]:
+def _read(path: str, pp_degree: int, found: Findings) -> list[_Row]:
     """The rows of the file, parsed."""
+    cells = _cells(path, found)
+    if found.problems:
+        return []
+    while cells and not any(cells[max(cells)]):
+        cells.popitem()  # blank lines at the end, which editors leave
+    if len(cells) != pp_degree:
+        lines = "1 line" if len(cells) == 1 else f"{len(cells)} lines"
+        message = f"{path} has {lines} of actions, but parallelism.pipeline_parallel_degree is {pp_degree}"
+        found.problem(KEY, message, "Write one line a pp rank, the first rank first")
+        return []
+    rows = []
+    for line, texts in cells.items():
+        rows.append(row := _Row(path, line))
+        for text in filter(None, texts):
+            if match := _ACTION.fullmatch(text):
+                row.actions.append(Action(int(match[1]), match[2], int(match[3])))
+            else:
+                _report_no_action(row, text, found)
+    return rows
+
+
+def _cells(path: str, found: Findings) -> dict[int, list[str]]:
+    """Line number -> its cells."""
     file_path = Path(path).expanduser()
+    cells: dict[int, list[str]] = {}
     if not file_path.is_file():
         what = "is not a file" if file_path.exists() else "does not exist"
-        return [], [Problem(KEY, f"{path} {what}", "Give the path of a schedule, one line of actions a pp rank")]
-    cells: list[tuple[int, list[str]]] = []
+        found.problem(KEY, f"{path} {what}", "Give the path of a schedule, one line of actions a pp rank")
+        return cells
     try:
         with file_path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             for row in reader:
-                cells.append((reader.line_num, [cell.strip() for cell in row]))
+                cells[reader.line_num] = [cell.strip() for cell in row]
     except UnicodeDecodeError:
-        return [], [Problem(KEY, f"{path} is not UTF-8 text")]
+        found.problem(KEY, f"{path} is not UTF-8 text")
     except csv.Error as error:
-        return [], [_problem(path, reader.line_num, f"is not comma-separated text ({error})")]
+        _Row(path, reader.line_num).problem(found, f"is not comma-separated text ({error})")
     except OSError as error:
-        return [], [Problem(KEY, f"{path} cannot be read ({error.strerror or error})")]
-    while cells and not any(cells[-1][1]):
-        cells.pop()  # blank lines at the end, which editors leave
-    if len(cells) != pp_degree:
-        lines = "1 line" if len(cells) == 1 else f"{len(cells)} lines"
-        message = f"{path} has {lines} of actions, but parallelism.pipeline_parallel_degree is {pp_degree}"
-        return [], [Problem(KEY, message, "Write one line a pp rank, the first rank first")]
-    rows, problems = [], []
-    for line, texts in cells:
-        rows.append(_Row(line, []))
-        for text in filter(None, texts):
-            if match := _ACTION.fullmatch(text):
-                rows[-1].actions.append(Action(int(match[1]), match[2], int(match[3])))
-            else:
-                problems.append(_problem(path, line, *_why_not_an_action(text)))
-    return rows, problems
+        found.problem(KEY, f"{path} cannot be read ({error.strerror or error})")
+    return cells
 
 
-def _why_not_an_action(text: str) -> tuple[str, str]:
-    """(message, hint) for a cell that is not an action."""
+def _report_no_action(row: _Row, text: str, found: Findings) -> None:
+    """Reports a cell that is not an action."""
     shown = repr(text if len(text) <= 40 else text[:37] + "...")
     if text.startswith("(") or text.endswith("OVERLAP_F_B"):
         hint = "Write its actions into cells of their own; PyTorch runs them one after the other anyway"
-        return f"{shown} is an overlapped pair, which is not supported", hint
-    if _NOT_COMPUTE.fullmatch(text):
+        row.problem(found, f"{shown} is an overlapped pair, which is not supported", hint)
+    elif _NOT_COMPUTE.fullmatch(text):
         hint = 'Leave only F, I, W and B; PyTorch\'s _dump_csv writes that with format="compute_only"'
-        return f"{shown} is not a computation; communication and gathering are added by themselves", hint
-    hint = "Write the part, a capital F, I, W or B, and the microbatch, such as 0F3; an empty cell is a pause"
-    return f"{shown} is not an action", hint
+        row.problem(found, f"{shown} is not a computation; communication and gathering are added by themselves", hint)
+    else:
+        hint = "Write the part, a capital F, I, W or B, and the microbatch, such as 0F3; an empty cell is a pause"
+        row.problem(found, f"{shown} is not an action", hint)
 
 
 def _ranks_of_parts(rows: list[_Row]) -> dict[int, int]:
     return {action.part: rank for rank, row in enumerate(rows) for action in row.actions}
 
 
-def _check_parts(path: str, rows: list[_Row]) -> list[Problem]:
+def _check_parts(rows: list[_Row], found: Findings) -> None:
     """Every rank has a part, every part one rank, and no part is left out."""
-    problems = []
-    line_of_part: dict[int, int] = {}
+    row_of_part: dict[int, _Row] = {}
     for rank, row in enumerate(rows):
         if not row.actions:
-            problems.append(_problem(path, row.line, f"pp rank {rank} has no actions"))
+            row.problem(found, f"pp rank {rank} has no actions")
         for part in sorted({action.part for action in row.actions}):
-            first = line_of_part.setdefault(part, row.line)
-            if first != row.line:
-                message = f"part {part} is on line {first} already; all actions of a part are on one pp rank"
-                problems.append(_problem(path, row.line, message))
-    missing = next((part for part in range(len(line_of_part)) if part not in line_of_part), None)
+            first = row_of_part.setdefault(part, row)
+            if first is not row:
+                message = f"part {part} is on line {first.line} already; all actions of a part are on one pp rank"
+                row.problem(found, message)
+    missing = next((part for part in range(len(row_of_part)) if part not in row_of_part), None)
     if missing is not None:
-        highest = max(line_of_part)
+        highest = max(row_of_part)
         message = f"names part {highest} but not part {missing}"
-        problems.append(_problem(path, line_of_part[highest], message, "Number the parts 0, 1, 2, ... without gaps"))
-    return problems
+        row_of_part[highest].problem(found, message, "Number the parts 0, 1, 2, ... without gaps")
 
 
-def _check_forwards(path: str, rows: list[_Row]) -> list[Problem]:
+def _check_forwards(rows: list[_Row], found: Findings) -> None:
     """No action is there twice, and every part has the forward of every microbatch."""
-    problems = []
     forwards: dict[int, set[int]] = {}
     for row in rows:
-        twice = [action for action, count in Counter(row.actions).items() if count > 1]
-        problems += [_problem(path, row.line, f"{action} is there more than once") for action in twice]
+        for action, count in Counter(row.actions).items():
+            if count > 1:
+                row.problem(found, f"{action} is there more than once")
         for part, kind, microbatch in row.actions:
             forwards.setdefault(part, set()).update([microbatch] if kind == "F" else [])
-    num_microbatches = 1 + max((max(found, default=-1) for found in forwards.values()), default=-1)
+    num_microbatches = 1 + max((max(numbers, default=-1) for numbers in forwards.values()), default=-1)
     for row in rows:
         for part in sorted({action.part for action in row.actions}):
             missing = next((number for number in range(num_microbatches or 1) if number not in forwards[part]), None)
             if missing is not None:
                 message = f"{Action(part, 'F', missing)} is missing"
-                problems.append(_problem(path, row.line, message, "Every part needs the forward of every microbatch"))
-    return problems
+                row.problem(found, message, "Every part needs the forward of every microbatch")
 
 
-def _check_backwards(path: str, rows: list[_Row]) -> list[Problem]:
+def _check_backwards(rows: list[_Row], found: Findings) -> None:
     """Every forward has one backward: B, or I and W."""
-    problems = []
     for row in rows:
         kinds: dict[tuple[int, int], str] = {}
         for part, kind, microbatch in row.actions:
             kinds[part, microbatch] = kinds.get((part, microbatch), "") + kind
-        for (part, microbatch), found in kinds.items():
-            backward = "".join(sorted(found.replace("F", "")))
+        for (part, microbatch), given in kinds.items():
+            backward = "".join(sorted(given.replace("F", "")))
             whole, for_input, for_weights = (Action(part, kind, microbatch) for kind in "BIW")
-            if "F" not in found:
-                message = f"{part}{found[0]}{microbatch} has no forward {part}F{microbatch}"
+            if "F" not in given:
+                message = f"{part}{given[0]}{microbatch} has no forward {part}F{microbatch}"
             elif backward in ("B", "IW"):
                 continue
             elif "B" in backward:
@@ -193,13 +201,11 @@ def _check_backwards(path: str, rows: list[_Row]) -> list[Problem]:
                 message = f"{here} is there without {gone}"
             else:
                 message = f"{part}F{microbatch} has no backward, neither {whole} nor {for_input} and {for_weights}"
-            problems.append(_problem(path, row.line, message))
-    return problems
+            row.problem(found, message)
 
 
-def _check_order(path: str, rows: list[_Row]) -> list[Problem]:
+def _check_order(rows: list[_Row], found: Findings) -> None:
     """A rank's own actions come in an order that its own parts allow."""
-    problems = []
     last_part = max(_ranks_of_parts(rows))
     for row in rows:
         place = {action: position for position, action in enumerate(row.actions)}
@@ -207,19 +213,18 @@ def _check_order(path: str, rows: list[_Row]) -> list[Problem]:
             before = {"B": "F", "I": "F", "W": "I"}.get(action.kind)
             needed = action._replace(kind=before) if before else action
             if place[needed] > place[action]:
-                problems.append(_problem(path, row.line, f"{action} comes before {needed}"))
+                row.problem(found, f"{action} comes before {needed}")
         forwards = [action for action in row.actions if action.part == last_part and action.kind == "F"]
         for earlier, later in pairwise(forwards):
             if later.microbatch < earlier.microbatch:
                 # PyTorch appends a loss per forward and looks it up by the microbatch's number.
                 message = f"{later} comes after {earlier}, but the last part must take the microbatches in order"
                 hint = "PyTorch would take another microbatch's loss, and the gradients would be wrong"
-                problems.append(_problem(path, row.line, message, hint))
+                row.problem(found, message, hint)
                 break
-    return problems
 
 
-def _check_progress(path: str, rows: list[_Row]) -> list[Problem]:
+def _check_progress(rows: list[_Row], found: Findings) -> None:
     """Runs the schedule: every rank does its next action as soon as what that needs from other parts is done."""
     last_part = max(_ranks_of_parts(rows))
     done: set[Action] = set()
@@ -232,10 +237,10 @@ def _check_progress(path: str, rows: list[_Row]) -> list[Problem]:
             needed = [Action(action.part + 1, kind, action.microbatch) for kind in "BI"]
         else:
             return None
-        there = [other for other in needed if other in line_of]
+        there = [other for other in needed if other in row_of]
         return None if any(other in done for other in there) else there[0]
 
-    line_of = {action: row.line for row in rows for action in row.actions}
+    row_of = {action: row for row in rows for action in row.actions}
     next_place = [0] * len(rows)
     moved = True
     while moved:
@@ -249,14 +254,15 @@ def _check_progress(path: str, rows: list[_Row]) -> list[Problem]:
         row.line: row.actions[place] for row, place in zip(rows, next_place, strict=True) if place < len(row.actions)
     }
     if not stuck:
-        return []
-    # Whoever waits does so for a line that waits too: follow that until it comes round, and tell the circle.
+        return
+    # A rank that waits does so for one that waits too: follow that round, and report the circle.
     line, seen = min(stuck), list[int]()
     while line not in seen:
         seen.append(line)
         needed = waits_for(stuck[line])
         assert needed is not None, f"{stuck[line]} is stuck but waits for nothing"
-        line = line_of[needed]
+        line = row_of[needed].line
     circle = seen[seen.index(line) :]
-    told = "; ".join(f"line {line} stops at {stuck[line]}, which needs {waits_for(stuck[line])}" for line in circle)
-    return [_problem(path, min(circle), f"the schedule cannot be executed, its ranks wait for each other: {told}")]
+    stops = "; ".join(f"line {line} stops at {stuck[line]}, which needs {waits_for(stuck[line])}" for line in circle)
+    first = row_of[stuck[min(circle)]]
+    first.problem(found, f"the schedule cannot be executed, its ranks wait for each other: {stops}")

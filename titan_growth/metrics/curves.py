@@ -17,8 +17,9 @@ from typing import Any
 
 import tomli
 
-from titan_growth.tools.errors import ConfigError, Problem, one_line
+from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE
+from titan_growth.tools.text import one_line
 
 COSTS = ("flops", "tokens", "seconds")
 

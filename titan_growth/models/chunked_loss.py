@@ -29,8 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORE_INDEX = -100
-"""Label of a position without a loss."""
+from titan_growth.tools.labels import IGNORE_INDEX
 
 SLICE_ROWS = 4096
 """Rows of a gradient that are converted between dtypes at a time, so that no second whole copy comes into being."""

@@ -27,10 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.roles import Role
-
-IGNORE_INDEX = -100
-"""Label of a position that is not trained on and does not count as a token."""
-
+from titan_growth.tools.labels import IGNORE_INDEX
 
 ROLES = {
     "tok_embeddings.weight": Role(("vocab", "dim")),

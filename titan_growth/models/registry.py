@@ -13,7 +13,8 @@ from typing import Any
 from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.model import ModelConfig
 from titan_growth.models.config import DecoderConfig, swiglu_hidden_dim
-from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.tools.errors import ConfigError
+from titan_growth.tools.findings import Findings
 
 FAMILIES: dict[str, str] = {"llama3": "titan_growth.models.llama", "qwen3": "titan_growth.models.qwen3"}
 """Family -> its module."""
@@ -43,75 +44,84 @@ def family_module(name: str) -> ModuleType:
     return importlib.import_module(FAMILIES[name])
 
 
-def model_config_of(section: ModelConfig) -> tuple[DecoderConfig | None, list[Problem]]:
-    """The `DecoderConfig` that a `[model]` table describes, or what is wrong with the table."""
+def model_config_of(section: ModelConfig, found: Findings) -> DecoderConfig | None:
+    """The `DecoderConfig` that a `[model]` table describes; None when something is wrong with the table."""
     if section.name not in FAMILIES:
         known = ", ".join(FAMILIES)
         hint = suggestion(section.name, FAMILIES)
-        return None, [Problem("model.name", f"unknown model family '{section.name}'; known: {known}", hint)]
+        found.problem("model.name", f"unknown model family '{section.name}'; known: {known}", hint)
+        return None
     family = family_module(section.name)
     flavors = family.FLAVORS
     if section.flavor not in flavors:
         known = ", ".join(flavors)
         hint = suggestion(section.flavor, flavors)
-        return None, [Problem("model.flavor", f"unknown flavor '{section.flavor}'; known: {known}", hint)]
-    given = section.model_dump(
-        exclude_none=True, exclude={"name", "flavor", "hf_assets_path", "converters", "print_after_conversion"}
-    )
+        found.problem("model.flavor", f"unknown flavor '{section.flavor}'; known: {known}", hint)
+        return None
+    given = section.model_dump(exclude_none=True, exclude=_NOT_SIZES)
     values = {**family.DEFAULTS, **flavors[section.flavor], **given}
-    missing = [key for key in SIZE_KEYS if key not in values]
-    if missing:
-        return None, [Problem(f"model.{key}", 'is missing; flavor = "custom" needs every size') for key in missing]
-    return _config(values, explicit=given)
+    if missing := [key for key in SIZE_KEYS if key not in values]:
+        for key in missing:
+            found.problem(f"model.{key}", 'is missing; flavor = "custom" needs every size')
+        return None
+    own = Findings()
+    _check_sizes(values, own, explicit=given)
+    found.extend(own)
+    return None if own.problems else _config(values, explicit=given)
 
 
 def vocab_size_of(section: ModelConfig) -> int:
     """The vocabulary of the model that a `[model]` table describes. Raises ConfigError when it describes none."""
-    config, problems = model_config_of(section)
+    config = model_config_of(section, found := Findings())
     if config is None:
-        raise ConfigError(problems)
+        raise ConfigError(found.problems)
     return config.vocab_size
 
 
-def _config(values: dict[str, Any], explicit: dict[str, Any]) -> tuple[DecoderConfig | None, list[Problem]]:
-    problems = []
+def _check_sizes(values: dict[str, Any], found: Findings, *, explicit: dict[str, Any]) -> None:
     dim, num_heads = values["dim"], values["n_heads"]
-    num_kv_heads = values.get("n_kv_heads") or num_heads
     if "head_dim" not in values and dim % num_heads:
         hint = "Choose sizes that divide, or give model.head_dim"
-        problems.append(Problem("model.n_heads", f"{num_heads} heads do not divide model.dim = {dim}", hint))
-    head_dim = values.get("head_dim") or dim // num_heads
-    if not problems and head_dim % 2:
+        found.problem("model.n_heads", f"{num_heads} heads do not divide model.dim = {dim}", hint)
+    elif (head_dim := _head_dim(values)) % 2:
         origin = "" if "head_dim" in values else " (model.dim / model.n_heads)"
         message = f"{head_dim}{origin} is odd, but rotary embeddings need pairs of channels"
-        problems.append(Problem("model.head_dim", message, "Choose sizes that make it even"))
-    if num_heads % num_kv_heads:
+        found.problem("model.head_dim", message, "Choose sizes that make it even")
+    if num_heads % (num_kv_heads := _num_kv_heads(values)):
         message = f"{num_kv_heads} key/value heads do not divide model.n_heads = {num_heads}"
-        problems.append(Problem("model.n_kv_heads", message, "Choose a divisor"))
+        found.problem("model.n_kv_heads", message, "Choose a divisor")
     if values["rope_low_freq_factor"] >= values["rope_high_freq_factor"] and values["rope_scaling_factor"] != 1:
-        message = "must be less than model.rope_high_freq_factor"
-        problems.append(Problem("model.rope_low_freq_factor", message))
+        found.problem("model.rope_low_freq_factor", "must be less than model.rope_high_freq_factor")
     if "hidden_dim" in explicit:
         for key in ("ffn_dim_multiplier", "multiple_of"):
             if key in explicit:
-                problems.append(Problem(f"model.{key}", "conflicts with model.hidden_dim", "Give one or the other"))
+                found.problem(f"model.{key}", "conflicts with model.hidden_dim", "Give one or the other")
     if "qk_norm_eps" in explicit and not values["qk_norm"]:
         message = "has no meaning for a family whose queries and keys have no norms"
-        problems.append(Problem("model.qk_norm_eps", message, "Remove it"))
-    if problems:
-        return None, problems
-    hidden_dim = values.get("hidden_dim")
+        found.problem("model.qk_norm_eps", message, "Remove it")
+
+
+def _num_kv_heads(values: dict[str, Any]) -> int:
+    return int(values.get("n_kv_heads") or values["n_heads"])
+
+
+def _head_dim(values: dict[str, Any]) -> int:
+    return int(values.get("head_dim") or values["dim"] // values["n_heads"])
+
+
+def _config(values: dict[str, Any], *, explicit: dict[str, Any]) -> DecoderConfig:
+    dim, hidden_dim = values["dim"], values.get("hidden_dim")
     if any(key in explicit for key in ("ffn_dim_multiplier", "multiple_of")):
         hidden_dim = None  # the override beats the flavor's explicit width
     return DecoderConfig(
         dim=dim,
         num_layers=values["n_layers"],
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+        num_heads=values["n_heads"],
+        num_kv_heads=_num_kv_heads(values),
+        head_dim=_head_dim(values),
         hidden_dim=hidden_dim
         or swiglu_hidden_dim(dim, values.get("ffn_dim_multiplier"), values.get("multiple_of") or 256),
         vocab_size=values["vocab_size"],
         qk_norm_eps=values.get("qk_norm_eps"),
         **{key: values[key] for key in _CONFIG_KEYS},
-    ), []
+    )

@@ -17,6 +17,9 @@ from titan_growth.models.config import DecoderConfig
 
 RESIDUAL = "dim"
 
+OPTIMIZER_PREFIX = "optimizer.state."
+"""Stored optimizer state is named so: this, the parameter, and which state of it."""
+
 _LAYER = re.compile(r"(?<![^.])layers\.(\d+)\.")
 
 

@@ -18,6 +18,7 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.data import BatchLoader, BlockDataset, CorpusSpec, PreparedCorpus, TokenizerSpec, TokenSplit, prepare
 from titan_growth.layout.mesh import Mesh
 from titan_growth.tools.errors import DataError, Problem
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import is_remote
 from titan_growth.tools.logs import logger
 
@@ -101,8 +102,9 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool) -> RunD
     Raises:
         DataError: for anything wrong with corpus, tokenizer or cache, or a split too small for one sequence.
     """
-    recipe, warnings = with_stand_ins(recipe)
-    for warning in warnings if progress else []:
+    found = Findings()
+    recipe = with_stand_ins(recipe, found)
+    for warning in found.warnings if progress else []:
         logger.warning("%s", warning)
     data, training, validation = recipe.data, recipe.training, recipe.validation
     cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else None
@@ -129,16 +131,15 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool) -> RunD
     return run_data
 
 
-def with_stand_ins(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
-    """(the recipe with something in place of c4_test's files where they are missing, warnings that say so).
+def with_stand_ins(recipe: Recipe, found: Findings) -> Recipe:
+    """The recipe with something in place of c4_test's files where they are missing, with warnings that say so.
 
     Raises:
         DataError: when the recipe validates and leaves nothing of what stands in for its corpus to validate on.
     """
     if recipe.training.dataset != C4_TEST:
-        return recipe, []
+        return recipe
     values: dict[str, Any] = {}
-    warnings = []
     is_here = Path(C4_TEST_PATH).exists()
     replaced = not is_here and _is_beside_torchtitan(recipe.training.dataset_path)
     if replaced:
@@ -158,14 +159,14 @@ def with_stand_ins(recipe: Recipe) -> tuple[Recipe, list[Problem]]:
         message = f"there is no {C4_TEST_PATH} here, so the corpus is the text of Python's own library"
         if "validation.dataset" in values:
             message += f", and a part of it is held out in place of '{validation.dataset}'"
-        warnings.append(Problem("training.dataset", message, "training.dataset_path names another one"))
+        found.warn("training.dataset", message, "training.dataset_path names another one")
     assets, data = recipe.model.hf_assets_path, recipe.data
     trains_its_own = data.tokenizer_path is None and data.tokenizer in ("auto", "sentencepiece")
     if assets is not None and trains_its_own and not is_remote(assets) and not Path(assets).expanduser().exists():
         values["model.hf_assets_path"] = None
         message = f"{assets} does not exist, so a tokenizer is trained on the corpus"
-        warnings.append(Problem("model.hf_assets_path", message, "data.tokenizer_path names another one"))
-    return with_values(recipe, values), warnings
+        found.warn("model.hf_assets_path", message, "data.tokenizer_path names another one")
+    return with_values(recipe, values)
 
 
 def _is_beside_torchtitan(path: str | None) -> bool:
@@ -176,7 +177,7 @@ def _is_beside_torchtitan(path: str | None) -> bool:
 def _require_sequences(run_data: RunData, recipe: Recipe) -> None:
     """Raises DataError when a split that will be used is shorter than one sequence."""
     seq_len = recipe.training.seq_len
-    longest = max([seq_len, *(stage.seq_len or 0 for stage in recipe.growth.active_stages)])
+    longest = max([seq_len, *(planned.seq_len or 0 for planned in recipe.growth.active_stages)])
     BlockDataset(run_data.corpus.train, longest, False, 0, False)
     if recipe.validation.enable and run_data.validation is not None:
         try:

@@ -166,9 +166,9 @@ def check_initial(plan: RunPlan) -> None:
     """
     initial = initial_state(plan.recipe.checkpoint, checksums=False)
     path, lineage = initial.path, initial.lineage
-    if len(lineage.events) > len(plan.growth.stages):
+    if len(lineage.events) > len(plan.growth_plan.planned):
         raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
-    config = plan.growth.config_after(len(lineage.events))
+    config = plan.growth_plan.config_after(len(lineage.events))
     with torch.device("meta"):
         model = family_module(plan.recipe.model.name).Decoder(config, plan.recipe.training.seq_len)
     reader = initial_reader(path, plan.recipe.model.name, config)

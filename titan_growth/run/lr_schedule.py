@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from titan_growth.config.schema.growth import GrowthConfig
-from titan_growth.config.schema.recipe import LRSchedulerConfig
+from titan_growth.config.schema.recipe import LRSchedulerConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,16 @@ class Segment:
     num_steps: int
     warmup_steps: int
     peak_lr: float
+
+
+class ClampedWarmup(NamedTuple):
+    """A warmup that is longer than its segment."""
+
+    key: str
+    steps: int
+    """As the recipe gives it."""
+    length: int
+    """What it is cut to."""
 
 
 class LRSchedule:
@@ -43,6 +54,11 @@ class LRSchedule:
         self.total_steps = section.total_steps or steps
         self.growth = growth
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> LRSchedule:
+        """The schedule of a run."""
+        return cls(recipe.lr_scheduler, lr=recipe.optimizer.lr, steps=recipe.training.steps, growth=recipe.growth)
+
     def __call__(self, step: int, grown_at: Sequence[int] = ()) -> float:
         """The learning rate of a step, counted from 1, after growths at the given steps."""
         segment = self.segment(step, grown_at)
@@ -58,10 +74,10 @@ class LRSchedule:
         passed = [index for index, at in enumerate(grown_at) if at < step]
         if not passed or passed[-1] >= len(self.growth.active_stages):
             return 1.0
-        stage, start = self.growth.active_stages[passed[-1]], grown_at[passed[-1]]
-        warmup = self.section.warmup_steps if stage.warmup_steps is None else stage.warmup_steps
+        planned, start = self.growth.active_stages[passed[-1]], grown_at[passed[-1]]
+        warmup = self.section.warmup_steps if planned.warmup_steps is None else planned.warmup_steps
         warmup = min(warmup, max(0, self.total_steps - start))
-        return min(1.0, (step - start) / warmup) if stage.lr_policy == policy and warmup else 1.0
+        return min(1.0, (step - start) / warmup) if planned.lr_policy == policy and warmup else 1.0
 
     def segment(self, step: int, grown_at: Sequence[int] = ()) -> Segment:
         """The segment that a step belongs to."""
@@ -69,13 +85,13 @@ class LRSchedule:
         base_lr = self.growth.base.lr if grows else None
         base_warmup = self.growth.base.warmup_steps if grows else None
         segment = self._segment(0, base_lr or self.lr, base_warmup)
-        for stage, at in zip(self.growth.active_stages, grown_at, strict=False):
+        for planned, at in zip(self.growth.active_stages, grown_at, strict=False):
             if step <= at:
                 break
-            if stage.lr_policy == "restart":
-                segment = self._segment(at, stage.lr or self.lr, stage.warmup_steps)
-            elif stage.lr is not None:
-                segment = Segment(segment.start, segment.num_steps, segment.warmup_steps, stage.lr)
+            if planned.lr_policy == "restart":
+                segment = self._segment(at, planned.lr or self.lr, planned.warmup_steps)
+            elif planned.lr is not None:
+                segment = Segment(segment.start, segment.num_steps, segment.warmup_steps, planned.lr)
         return segment
 
     def _segment(self, start: int, peak_lr: float, warmup_steps: int | None) -> Segment:
@@ -83,22 +99,22 @@ class LRSchedule:
         warmup = self.section.warmup_steps if warmup_steps is None else warmup_steps
         return Segment(start, num_steps, min(warmup, num_steps), peak_lr)
 
-    def clamped_warmups(self) -> list[tuple[str, int, int]]:
-        """(key, warmup asked for, length it is clamped to) of each warmup that is longer than its segment.
+    def clamped_warmups(self) -> list[ClampedWarmup]:
+        """Each warmup that is longer than its segment.
 
         Growths given in tokens are not looked at; where they fall is not known from the recipe alone.
         """
         asked = [("lr_scheduler.warmup_steps", 0, self.section.warmup_steps)]
         if self.growth.active_stages and self.growth.base.warmup_steps is not None:
             asked = [("growth.base.warmup_steps", 0, self.growth.base.warmup_steps)]
-        for index, stage in enumerate(self.growth.active_stages):
-            if stage.lr_policy != "continue" and stage.when.unit == "steps":
-                given = stage.warmup_steps is not None
+        for index, planned in enumerate(self.growth.active_stages):
+            if planned.lr_policy != "continue" and planned.when.unit == "steps":
+                given = planned.warmup_steps is not None
                 key = f"growth.stages.{index}.warmup_steps" if given else "lr_scheduler.warmup_steps"
-                warmup = stage.warmup_steps if stage.warmup_steps is not None else self.section.warmup_steps
-                asked.append((key, stage.when.count, warmup))
-        clamped = [(key, warmup, max(0, self.total_steps - start)) for key, start, warmup in asked]
-        return [(key, warmup, length) for key, warmup, length in clamped if warmup > length]
+                warmup = planned.warmup_steps if planned.warmup_steps is not None else self.section.warmup_steps
+                asked.append((key, planned.when.count, warmup))
+        warmups = (ClampedWarmup(key, steps, max(0, self.total_steps - start)) for key, start, steps in asked)
+        return [warmup for warmup in warmups if warmup.steps > warmup.length]
 
     def _factor(self, step: int, segment: Segment) -> float:
         """Share of the peak at a step of the segment, from 1.

@@ -1,4 +1,4 @@
-"""What a recipe comes to on so many ranks, worked out before anything is started.
+"""The run plan: what a recipe resolves to on a number of ranks, before anything is started.
 
 `plan_run` is pure: no device, no process group, no file. The preflight and every rank call it, so they cannot disagree
 about what a recipe means, and all problems of a recipe are found in one place and reported together.
@@ -6,13 +6,14 @@ about what a recipe means, and all problems of a recipe are found in one place a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from titan_growth.checkpoint.history import Progress
 from titan_growth.config.duration import Duration
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.growth.chain import chain_of
+from titan_growth.growth.chain import Chain, chain_of
 from titan_growth.growth.schedule import GrowthPlan, plan_growth
 from titan_growth.layout.mesh_shape import MeshShape, resolve_batch, resolve_mesh
 from titan_growth.models.config import DecoderConfig
@@ -20,8 +21,21 @@ from titan_growth.models.registry import model_config_of
 from titan_growth.run.lr_schedule import LRSchedule
 from titan_growth.run.phases import Phase, phases_of, recipe_in_phase
 from titan_growth.stages.base import Stage
-from titan_growth.tools.errors import Problem
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.packages import missing_package
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run goes on from; by default from its beginning."""
+
+    progress: Progress = field(default_factory=Progress)
+    num_growths: int = 0
+    """How often it has grown."""
+    grows_at_once: bool = False
+    """The checkpoint was saved at a growth, so the run needs the small model no more."""
+    global_batch_size: int | None = None
+    """What -1 was resolved to when the run was first started."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class RunPlan:
     recipe: Recipe
     """With `training.global_batch_size` resolved, as it holds at the start of the run."""
     target: DecoderConfig
-    growth: GrowthPlan
+    growth_plan: GrowthPlan
     phases: list[Phase]
     """The run from growth to growth; one more than there are growths."""
     first_phase: int
@@ -93,12 +107,13 @@ class RunPlan:
 
     def growth_lines(self) -> list[str]:
         """One line for each growth."""
+        growths = self.growth_plan
         return [
-            f"growth at {_point(stage, point)}: {stage.operator}{f' x{stage.factor}' if stage.factor else ''}, "
-            f"{_change(growth.before, growth.after)}, "
-            f"moments {stage.optimizer_state}, learning rate {stage.lr_policy}{_layout(stage, phase)}"
-            for stage, point, growth, phase in zip(
-                self.growth.stages, self.growth.points, self.growth.chain.maps, self.phases[1:], strict=True
+            f"growth at {_point(planned, point)}: {planned.operator}{f' x{planned.factor}' if planned.factor else ''}, "
+            f"{_change(growth_map.before, growth_map.after)}, "
+            f"moments {planned.optimizer_state}, learning rate {planned.lr_policy}{_layout(planned, phase)}"
+            for planned, point, growth_map, phase in zip(
+                growths.planned, growths.points, growths.chain.maps, self.phases[1:], strict=True
             )
         ]
 
@@ -113,20 +128,20 @@ def stage_lines(phase: Phase, device_type: str) -> list[str]:
     ]
 
 
-def _point(stage: PlannedGrowth, point: Duration) -> str:
+def _point(planned: PlannedGrowth, point: Duration) -> str:
     """`80 steps`, `300 steps (25%)`."""
-    return str(point) if stage.when == point else f"{point} ({stage.at})"
+    return str(point) if planned.when == point else f"{point} ({planned.at})"
 
 
-def _layout(stage: PlannedGrowth, phase: Phase) -> str:
+def _layout(planned: PlannedGrowth, phase: Phase) -> str:
     """What else a growth changes."""
     training = phase.recipe.training
     changes = []
-    if stage.parallelism is not None or stage.num_ranks is not None:
+    if planned.parallelism is not None or planned.num_ranks is not None:
         changes.append(f"mesh {phase.mesh_shape}")
-    if stage.num_ranks is not None:
-        changes.append(f"{stage.num_ranks} ranks")
-    if stage.global_batch_size is not None or stage.seq_len is not None:
+    if planned.num_ranks is not None:
+        changes.append(f"{planned.num_ranks} ranks")
+    if planned.global_batch_size is not None or planned.seq_len is not None:
         changes.append(f"batch {training.global_batch_size} x {training.seq_len} tokens")
     return "".join(f", {change}" for change in changes)
 
@@ -142,120 +157,144 @@ def _change(before: DecoderConfig, after: DecoderConfig) -> str:
 
 def plan_run(
     recipe: Recipe,
+    found: Findings,
     *,
     num_ranks: int,
     device_type: str,
-    global_batch_size: int | None = None,
-    progress: Progress | None = None,
-    num_growths: int = 0,
-    grows_at_once: bool = False,
+    resume: ResumePoint | None = None,
     elsewhere: bool = False,
-) -> tuple[RunPlan | None, list[Problem], list[Problem]]:
-    """(plan, problems, warnings); the plan is None when there are problems.
+) -> RunPlan | None:
+    """The plan of a run; None when something is wrong with its recipe.
 
     Args:
-        global_batch_size: what -1 was resolved to when the run was first started; None at that first start.
-        progress: where the run has come to, and `num_growths` how often it has grown; for a run that is resumed.
-        grows_at_once: the checkpoint that it goes on from was saved at a growth, so it needs the small model no more.
+        resume: where the run goes on from; None at its first start.
         elsewhere: the run is to happen on another machine, so what this one lacks is only warned about.
     """
-    problems: list[Problem] = []
-    warnings: list[Problem] = []
-    target, found = model_config_of(recipe.model)
-    problems += found
-    training = recipe.training
-    chain = None
+    own = Findings()
+    target = model_config_of(recipe.model, own)
     if target is not None:
-        longest = max(*(recipe_in_phase(recipe, number).training.seq_len for number in _phase_numbers(recipe)), 0)
-        longest = max(longest, recipe.validation.seq_len or 0)
-        if longest > target.max_seq_len:
-            key = "training.seq_len" if longest == training.seq_len else "validation.seq_len"
-            hint = "Shorten it, or raise model.max_seq_len"
-            problems.append(Problem(key, f"{longest} is more than model.max_seq_len = {target.max_seq_len}", hint))
-        chain, found = chain_of(recipe.growth, target)
-        problems += found
-    schedule = LRSchedule(recipe.lr_scheduler, lr=recipe.optimizer.lr, steps=training.steps, growth=recipe.growth)
-    for key, warmup, length in schedule.clamped_warmups():
-        warnings.append(Problem(key, f"{warmup} is longer than the {length} steps it is for, and is cut to that"))
-    warnings += _growth_warnings(recipe)
-    problems += _device_problems(recipe, device_type)
-    (warnings if elsewhere else problems).extend(_machine_problems(recipe))
-    if target is None or chain is None:
-        # Without a model there is nothing to divide; what is wrong with mesh and batch by themselves can still be said.
-        shape, found = resolve_mesh(recipe.parallelism, num_ranks)
-        problems += found
-        if shape is not None:
-            problems += resolve_batch(training.global_batch_size, training.local_batch_size, shape)[2]
-        return None, problems, warnings
-    here = num_growths
-    if grows_at_once and num_growths < len(chain.maps):
-        # Its growth needs other ranks: then the run only says so, in the phase that it is still in.
-        wanted = recipe.growth.active_stages[num_growths].num_ranks
-        here += wanted in (None, num_ranks)
-    while True:
-        phases, found, said = phases_of(
-            recipe,
-            chain,
-            num_ranks=num_ranks,
-            device_type=device_type,
-            first_phase=here,
-            derived_batch=global_batch_size,
-        )
-        growth, late, doubtful = plan_growth(
-            recipe.growth,
-            chain,
-            steps=training.steps,
-            tokens_per_step=[phase.tokens_per_step for phase in phases],
-            seq_lens=[phase.recipe.training.seq_len for phase in phases],
-            progress=progress,
-            num_growths=num_growths,
-        )
-        if here == num_growths or growth.reached(num_growths, progress or Progress()):
-            break
-        here = num_growths  # the recipe has moved the growth to a later point
-    problems, warnings = problems + found, warnings + said
-    if recipe.comm.mode == "default" and not found:
-        problems, warnings = problems + late, warnings + doubtful
-    if problems:
-        return None, problems, warnings
-    return RunPlan(phases[0].recipe, target, growth, phases, here, schedule), [], warnings
+        _check_lengths(recipe, target, own)
+    chain = chain_of(recipe.growth, target, own) if target is not None else None
+    _warn_of_warmups(recipe, own)
+    _warn_of_growths(recipe, own)
+    _check_device(recipe, device_type, own)
+    _check_machine(recipe, own, elsewhere=elsewhere)
+    plan = None
+    if chain is None:
+        _check_without_model(recipe, num_ranks, own)
+    else:
+        plan = _lay_out(recipe, chain, own, num_ranks=num_ranks, device_type=device_type, at=resume or ResumePoint())
+    found.extend(own)
+    return None if own.problems else plan
 
 
-def _growth_warnings(recipe: Recipe) -> list[Problem]:
+def _lay_out(
+    recipe: Recipe, chain: Chain, found: Findings, *, num_ranks: int, device_type: str, at: ResumePoint
+) -> RunPlan:
+    """The plan of a run whose models are known."""
+    plan_from = partial(_plan_from, recipe, chain, num_ranks=num_ranks, device_type=device_type, at=at)
+    first_phase = at.num_growths
+    if at.grows_at_once and first_phase < len(chain.maps):
+        # A growth that needs other ranks is not carried out here: the run says so, in the phase that it is still in.
+        first_phase += recipe.growth.active_stages[first_phase].num_ranks in (None, num_ranks)
+    own = Findings()
+    plan = plan_from(own, first_phase=first_phase)
+    if first_phase != at.num_growths and not plan.growth_plan.reached(at.num_growths, at.progress):
+        own = Findings()  # the recipe has moved the growth to a later point
+        plan = plan_from(own, first_phase=at.num_growths)
+    found.extend(own)
+    return plan
+
+
+def _plan_from(
+    recipe: Recipe,
+    chain: Chain,
+    found: Findings,
+    *,
+    num_ranks: int,
+    device_type: str,
+    at: ResumePoint,
+    first_phase: int,
+) -> RunPlan:
+    phases = phases_of(
+        recipe,
+        chain,
+        found,
+        num_ranks=num_ranks,
+        device_type=device_type,
+        first_phase=first_phase,
+        derived_batch=at.global_batch_size,
+    )
+    timing = Findings()
+    growth_plan = plan_growth(
+        recipe.growth,
+        chain,
+        timing,
+        steps=recipe.training.steps,
+        tokens_per_step=[phase.tokens_per_step for phase in phases],
+        seq_lens=[phase.recipe.training.seq_len for phase in phases],
+        progress=at.progress,
+        num_growths=at.num_growths,
+    )
+    if recipe.comm.mode == "default" and not found.problems:
+        found.extend(timing)
+    return RunPlan(phases[0].recipe, chain.target, growth_plan, phases, first_phase, LRSchedule.of(recipe))
+
+
+def _check_without_model(recipe: Recipe, num_ranks: int, found: Findings) -> None:
+    """Without a model there is nothing to divide; mesh and batch by themselves can still be wrong."""
+    shape = resolve_mesh(recipe.parallelism, num_ranks, found)
+    if shape is not None:
+        resolve_batch(recipe.training.global_batch_size, recipe.training.local_batch_size, shape, found)
+
+
+def _check_lengths(recipe: Recipe, target: DecoderConfig, found: Findings) -> None:
+    """No sequence is longer than the model's positions."""
+    phases = range(len(recipe.growth.active_stages) + 1)
+    lengths = [recipe_in_phase(recipe, number).training.seq_len for number in phases]
+    longest = max(*lengths, recipe.validation.seq_len or 0)
+    if longest > target.max_seq_len:
+        key = "training.seq_len" if longest == recipe.training.seq_len else "validation.seq_len"
+        hint = "Shorten it, or raise model.max_seq_len"
+        found.problem(key, f"{longest} is more than model.max_seq_len = {target.max_seq_len}", hint)
+
+
+def _warn_of_warmups(recipe: Recipe, found: Findings) -> None:
+    for warmup in LRSchedule.of(recipe).clamped_warmups():
+        found.warn(warmup.key, f"{warmup.steps} is longer than the {warmup.length} steps it is for, and is cut to that")
+
+
+def _warn_of_growths(recipe: Recipe, found: Findings) -> None:
     """What a growth that can be carried out does less well than one would think."""
-    found = []
-    for index, stage in enumerate(recipe.growth.active_stages):
-        if stage.seq_len not in (None, recipe.training.seq_len) and recipe.data.shuffle:
+    for index, planned in enumerate(recipe.growth.active_stages):
+        if planned.seq_len not in (None, recipe.training.seq_len) and recipe.data.shuffle:
             message = "within an epoch that is shuffled, some of its text comes twice then and some not at all"
-            found.append(Problem(f"growth.stages.{index}.seq_len", message, "Set data.shuffle = false to avoid it"))
+            found.warn(f"growth.stages.{index}.seq_len", message, "Set data.shuffle = false to avoid it")
     watches = recipe.growth.active_stages and recipe.growth.watchdog.action != "warn"
     if watches and not recipe.data.validation_fraction and recipe.validation.dataset_path is None:
         message = "nothing is held out, so the watchdog compares losses of different batches"
-        found.append(Problem("growth.watchdog.action", message, "Set data.validation_fraction"))
-    return found
+        found.warn("growth.watchdog.action", message, "Set data.validation_fraction")
 
 
-def _phase_numbers(recipe: Recipe) -> range:
-    return range(len(recipe.growth.active_stages) + 1)
-
-
-def _device_problems(recipe: Recipe, device_type: str) -> list[Problem]:
-    problems = []
-    if recipe.profiling.enable_memory_snapshot and device_type != "cuda":
+def _check_device(recipe: Recipe, device_type: str, found: Findings) -> None:
+    if device_type == "cuda":
+        return
+    if recipe.profiling.enable_memory_snapshot:
         message = "memory snapshots exist on CUDA only, and this run is on the CPU"
-        problems.append(Problem("profiling.enable_memory_snapshot", message, "Set it to false"))
-    if recipe.checkpoint.enable and recipe.checkpoint.async_mode == "async_with_pinned_mem" and device_type != "cuda":
+        found.problem("profiling.enable_memory_snapshot", message, "Set it to false")
+    if recipe.checkpoint.enable and recipe.checkpoint.async_mode == "async_with_pinned_mem":
         message = "page-locked memory needs CUDA, and this run is on the CPU"
-        problems.append(Problem("checkpoint.async_mode", message, 'Set it to "async"'))
-    return problems
+        found.problem("checkpoint.async_mode", message, 'Set it to "async"')
 
 
-def _machine_problems(recipe: Recipe) -> list[Problem]:
-    """Packages that the recipe needs and this machine lacks. Those of a corpus show when it is opened."""
-    wanted = []
-    if recipe.metrics.enable_wandb:
-        wanted.append(missing_package("metrics.enable_wandb", "wandb", "set it to false"))
-    if recipe.model.uses_float8:
-        alternative = 'take "quantize.linear.float8" out of it'
-        wanted.append(missing_package("model.converters", "torchao", alternative))
-    return [problem for problem in wanted if problem is not None]
+def _check_machine(recipe: Recipe, found: Findings, *, elsewhere: bool) -> None:
+    """Packages that the recipe needs and this machine lacks; only a warning when the run is to happen elsewhere.
+
+    Those of a corpus show when it is opened.
+    """
+    report = found.warnings if elsewhere else found.problems
+    if recipe.metrics.enable_wandb and (problem := missing_package("metrics.enable_wandb", "wandb", "set it to false")):
+        report.append(problem)
+    without = 'take "quantize.linear.float8" out of it'
+    if recipe.model.uses_float8 and (problem := missing_package("model.converters", "torchao", without)):
+        report.append(problem)

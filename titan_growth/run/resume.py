@@ -23,6 +23,7 @@ from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.vet import recipe_of
 from titan_growth.tools.errors import CheckpointError, Problem
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.run_folder import RECIPE_FILE
 
 _FIXED = (
@@ -67,8 +68,9 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
     before = recipe_of(checkpoint)
     refused: list[Problem] = []
     where = f"{checkpoint.path.name} was written with"
-    old_model, _ = model_config_of(before.model)
-    new_model, _ = model_config_of(recipe.model)
+    unknown = Findings()  # the present recipe has been planned; of the other one, a family may be gone
+    old_model = model_config_of(before.model, unknown)
+    new_model = model_config_of(recipe.model, unknown)
     if (before.model.name, old_model) != (recipe.model.name, new_model):
         # A flavor that this version does not know any more has no sizes to compare.
         sizes = [vars(model) if model is not None else {} for model in (old_model, new_model)]
@@ -114,10 +116,10 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
 
 def check_same_growths(path: Path, lineage: Lineage, growth: GrowthPlan) -> None:
     """Raises CheckpointError when the growths behind another run's checkpoint are not the first ones of the recipe."""
-    if len(lineage.events) > len(growth.stages):
+    if len(lineage.events) > len(growth.planned):
         raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
     for number, event in enumerate(lineage.events):
-        stage, sizes = growth.stages[number], growth.config_after(number + 1).sizes
+        stage, sizes = growth.planned[number], growth.config_after(number + 1).sizes
         if (event.operator, event.to_layers) != (stage.operator, sizes["n_layers"]):
             raise CheckpointError(
                 f"{path}: its growth {number + 1} was '{event.operator}' to {event.to_layers} layers, the recipe's "
@@ -144,8 +146,9 @@ def _past(recipe: Recipe, num_growths: int) -> list[dict[str, Any]]:
 
 def _model_then(recipe: Recipe, num_growths: int) -> DecoderConfig | None:
     """The model that a recipe has after so many growths."""
-    target, _ = model_config_of(recipe.model)
-    chain, _ = chain_of(recipe.growth, target) if target is not None else (None, [])
+    unused = Findings()  # a stored recipe that makes no model any more is compared as None
+    target = model_config_of(recipe.model, unused)
+    chain = chain_of(recipe.growth, target, unused) if target is not None else None
     return chain.configs[num_growths] if chain is not None and num_growths < len(chain.configs) else None
 
 

@@ -66,11 +66,11 @@ class PhaseRuntime:
         model.before_step(progress.step)
         self.engine = make_engine(model, device.torch)
         self.optimizer = Optimizer.of(model, self.recipe.optimizer, max_norm=self.recipe.training.max_norm)
-        if self.phase.growth is not None:
-            planned = plan.growth.stages[num_growths - 1]
+        if self.phase.growth_map is not None:
+            planned = plan.growth_plan.planned[num_growths - 1]
             if planned.lr_policy == "rewarm_new":
                 self.optimizer.fresh = fresh_elements(
-                    self.optimizer.parameters, self.phase.growth, planned, family=self.recipe.model.name
+                    self.optimizer.parameters, self.phase.growth_map, planned, family=self.recipe.model.name
                 )
 
     @property

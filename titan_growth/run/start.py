@@ -14,17 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from titan_growth.checkpoint.folder import StepFolder, committed_steps, root_of
+from titan_growth.checkpoint.history import Progress
 from titan_growth.checkpoint.rewind import pending_load_step
 from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.run.data import RunData
-from titan_growth.run.plan import RunPlan, plan_run
+from titan_growth.run.plan import ResumePoint, RunPlan, plan_run
 from titan_growth.run.precision import Precision, decide_precision
 from titan_growth.run.resume import compare, decided_before, num_growths_of
 from titan_growth.run.vet import problem_of
 from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.logs import logger
 from titan_growth.tools.run_folder import RunFolder
 
@@ -134,25 +136,28 @@ def start_from(
     """
     decisions = on_rank0(lambda: decide(recipe, site, checkpoint))
     decided = {"debug.seed": decisions.seed, "training.mixed_precision_param": decisions.precision.param}
-    plan, problems, warnings = plan_run(
+    plan = plan_run(
         with_values(recipe, decided),
+        found := Findings(),
         num_ranks=site.num_ranks,
         device_type=site.device_type,
-        global_batch_size=decisions.global_batch_size,
-        progress=checkpoint.manifest.progress if checkpoint is not None else None,
-        num_growths=decisions.num_growths,
-        grows_at_once=checkpoint is not None and checkpoint.manifest.held_out_loss is not None,
+        resume=ResumePoint(
+            progress=checkpoint.manifest.progress if checkpoint is not None else Progress(),
+            num_growths=decisions.num_growths,
+            grows_at_once=checkpoint is not None and checkpoint.manifest.held_out_loss is not None,
+            global_batch_size=decisions.global_batch_size,
+        ),
         elsewhere=site.elsewhere,
     )
     if plan is None:
-        raise ConfigError(problems)
+        raise ConfigError(found.problems)
     changes: list[str] = []
     if checkpoint is not None:
         refused_changes, changes = on_rank0(lambda: compare(checkpoint, plan.recipe))
         if refused_changes:
             raise ConfigError(refused_changes)
     return RunStart(
-        plan, checkpoint, recipe, site, load_step, refused, tuple(warnings), tuple(changes), decisions.precision
+        plan, checkpoint, recipe, site, load_step, refused, tuple(found.warnings), tuple(changes), decisions.precision
     )
 
 

@@ -61,11 +61,11 @@ class RunState:
         """Whether the model grows before the next step."""
         if self.plan.first_phase > len(self.lineage.events):
             return True  # resumed from the checkpoint of a growth
-        return self.plan.growth.due(self.progress, self.lineage, self.losses) is not None
+        return self.plan.growth_plan.due(self.progress, self.lineage, self.losses) is not None
 
     def advance(self, num_tokens: int, loss: Tensor) -> None:
         """Counts a step that has been taken."""
-        window = self.plan.growth.window_after(len(self.lineage.events))
+        window = self.plan.growth_plan.window_after(len(self.lineage.events))
         if window and not self.stability.skipped:
             self.losses = [*self.losses, loss.item()][-window:]
         self.progress = self.progress.advanced(
@@ -116,7 +116,7 @@ class RunState:
             if section.initial_load_path is not None:
                 logger.warning("checkpoint.initial_load_path is ignored: the run has checkpoints of its own")
         elif section.initial_load_path is not None and section.enable:
-            initial = open_initial(section, self.plan.growth)
+            initial = open_initial(section, self.plan.growth_plan)
             self.progress, self.lineage, self.seconds = initial.progress, initial.lineage, initial.seconds
             tensors = self.build().tensors(optimizer=not section.initial_load_model_only)
             initial.load(tensors, self.runtime.model_config, self.plan.recipe, checkpointer)

@@ -20,7 +20,9 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import Chain, chain_of
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module, model_config_of
-from titan_growth.tools.errors import CheckpointError, one_line
+from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.findings import Findings
+from titan_growth.tools.text import one_line
 
 LARGEST = 1 << 24
 """Of any size in a stored recipe; larger ones would be looped over."""
@@ -39,12 +41,13 @@ def history_of(folder: StepFolder) -> tuple[Recipe, Chain, Lineage]:
     if too_large := next(_too_large(recipe.model_dump(include={"model", "growth"})), None):
         raise folder.refused(f"its recipe cannot be used ({too_large})")
     try:
-        target, problems = model_config_of(recipe.model)
-        chain, more = chain_of(recipe.growth, target) if target is not None else (None, [])
+        found = Findings()
+        target = model_config_of(recipe.model, found)
+        chain = chain_of(recipe.growth, target, found) if target is not None else None
     except (ArithmeticError, ValueError, TypeError, KeyError, IndexError) as error:  # sizes that nobody would write
         raise folder.refused(f"its recipe cannot be used ({type(error).__name__})") from None
     if chain is None:
-        raise folder.refused(f"its recipe makes no model ({one_line(str([*problems, *more][0]), 300)})")
+        raise folder.refused(f"its recipe makes no model ({one_line(str(found.problems[0]), 300)})")
     if len(lineage.events) >= len(chain.configs):
         raise folder.refused("it has more growths behind it than its recipe has stages")
     num_layers = chain.configs[len(lineage.events)].num_layers

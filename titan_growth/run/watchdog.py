@@ -26,32 +26,32 @@ class Watchdog:
 
     Args:
         section: `[growth.watchdog]`.
-        stages: the growths of the run.
-        warmup_steps: lr_scheduler.warmup_steps, for stages that do not say.
+        planned: the growths of the run.
+        warmup_steps: lr_scheduler.warmup_steps, for growths that do not say.
         total_steps: training.steps; at the last one a growth that is too young to be judged is spoken of.
     """
 
     def __init__(
-        self, section: WatchdogConfig, stages: Sequence[PlannedGrowth], warmup_steps: int, total_steps: int
+        self, section: WatchdogConfig, planned: Sequence[PlannedGrowth], warmup_steps: int, total_steps: int
     ) -> None:
         self.total_steps = total_steps
         self.section = section
-        self.stages = stages
+        self.planned = planned
         self.warmup_steps = warmup_steps
 
     @classmethod
     def of(cls, plan: RunPlan) -> Watchdog:
         """The watchdog of a run."""
         recipe = plan.recipe
-        return cls(recipe.growth.watchdog, plan.growth.stages, recipe.lr_scheduler.warmup_steps, plan.total_steps)
+        return cls(recipe.growth.watchdog, plan.growth_plan.planned, recipe.lr_scheduler.warmup_steps, plan.total_steps)
 
     def steps_of(self, number: int) -> int:
         """Steps that a growth is given to recover; 0 for a growth that is not watched."""
         if self.section.steps is not None:
             return self.section.steps
-        stage = self.stages[number]
-        warmup = self.warmup_steps if stage.warmup_steps is None else stage.warmup_steps
-        return max(LEAST_STEPS, 2 * warmup, 2 * (stage.mask_steps or 0))
+        planned = self.planned[number]
+        warmup = self.warmup_steps if planned.warmup_steps is None else planned.warmup_steps
+        return max(LEAST_STEPS, 2 * warmup, 2 * (planned.mask_steps or 0))
 
     def due(self, step: int, lineage: Lineage, *, grows: bool) -> GrowthEvent | None:
         """The growth to judge after a step: its time is up, or the next growth comes."""

@@ -24,6 +24,7 @@ from titan_growth.models.decoder import LossHead
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.gradients import reduced
 
 
@@ -50,16 +51,16 @@ class Pipeline(Stage):
 
     def layout(self, context: PlanContext) -> PipelineLayout:
         """Which part holds what, on which rank, for a recipe that has passed its checks."""
-        layout, problems, _ = self._plan(context)
-        assert layout is not None, f"the pipeline was not checked: {problems}"
+        layout = self._plan(context, found := Findings())
+        assert layout is not None, f"the pipeline was not checked: {found.problems}"
         return layout
 
-    def _plan(self, context: PlanContext) -> tuple[PipelineLayout | None, list[Problem], list[Problem]]:
-        return plan_pipeline(self.parallelism, context.model_config.num_layers, self.local_batch_size)
+    def _plan(self, context: PlanContext, found: Findings) -> PipelineLayout | None:
+        return plan_pipeline(self.parallelism, context.model_config.num_layers, self.local_batch_size, found)
 
     def check(self, context: PlanContext) -> Iterator[Problem]:
-        layout, problems, _ = self._plan(context)
-        yield from problems
+        layout = self._plan(context, found := Findings())
+        yield from found.problems
         if layout is None or not layout.conditions.splits_backward:
             return
         # These schedules run the two halves of a backward pass at different times, outside autograd's own order.
@@ -77,7 +78,8 @@ class Pipeline(Stage):
             yield Problem("activation_checkpoint.selective_ac_option", message, hint)
 
     def warnings(self, context: PlanContext) -> Iterator[Problem]:
-        yield from self._plan(context)[2]
+        self._plan(context, found := Findings())
+        yield from found.warnings
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         (whole,) = parts

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from titan_growth.tools.text import one_line
+
 
 class TitanGrowthError(Exception):
     """Base of every error that is reported to the user as a message instead of a traceback."""
@@ -62,16 +64,6 @@ class LocationError(TitanGrowthError):
     def __init__(self, message: str, hint: str = "") -> None:
         self.message, self.hint = message, hint
         super().__init__(f"{message}. {hint}" if hint else message)
-
-
-def one_line(text: str, max_length: int = 2000) -> str:
-    """Text that may be a stranger's, as one line that a terminal prints and does not obey."""
-    shown = "".join(
-        letter if letter.isprintable() else " " if letter.isspace() else letter.encode("unicode_escape").decode()
-        for letter in text[:max_length]
-    )
-    shown = " ".join(shown.split())
-    return shown if len(text) <= max_length else shown + "..."
 
 
 class CheckpointError(TitanGrowthError):

@@ -15,6 +15,7 @@ from typing import IO
 
 from titan_growth.tools.errors import RunFolderError
 from titan_growth.tools.files import write_atomic
+from titan_growth.tools.text import gib
 
 RECIPE_FILE = "recipe.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -107,8 +108,3 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path / name}: cannot be written ({error.strerror or error}). Make room, or remove what is there"
             ) from None
-
-
-def gib(num_bytes: int) -> str:
-    """`1.50 GiB`, or MiB below a tenth of one."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"

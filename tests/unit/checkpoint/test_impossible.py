@@ -15,6 +15,7 @@ from titan_growth.config.loader import inspect_recipe
 from titan_growth.run.plan import plan_run
 from titan_growth.stages import compile as compile_stage
 from titan_growth.tools.errors import Problem
+from titan_growth.tools.findings import Findings
 
 SHORT = {
     "pp": "parallelism.pipeline_parallel_degree",
@@ -152,13 +153,14 @@ def found(settings: dict[str, Any], num_ranks: int, device_type: str = "cpu") ->
     """(problems, warnings) of a recipe, as the preflight puts them together."""
     named = {SHORT.get(name, name.replace("__", ".")): value for name, value in settings.items()}
     values = {**BASE, "job.dump_folder": "/tmp/x", "training.dataset_path": "/tmp/none", **named}
-    recipe, problems, warnings = inspect_recipe(argv_of(values))
+    recipe = inspect_recipe(argv_of(values), found := Findings())
     if recipe is None:
-        return problems, warnings
-    plan, more, others = plan_run(recipe, num_ranks=num_ranks, device_type=device_type)
-    assert (plan is None) == bool(more)
-    known = {problem.key for problem in problems}
-    return problems + [problem for problem in more if problem.key not in known], warnings + others
+        return found.problems, found.warnings
+    plan = plan_run(recipe, planning := Findings(), num_ranks=num_ranks, device_type=device_type)
+    assert (plan is None) == bool(planning.problems)
+    known = {problem.key for problem in found.problems}
+    others = [problem for problem in planning.problems if problem.key not in known]
+    return found.problems + others, found.warnings + planning.warnings
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -30,6 +30,7 @@ from titan_growth.layout.shards import LAYER, ModelShards, chunk_size
 from titan_growth.models.registry import FAMILIES, family_module, model_config_of
 from titan_growth.run import plan as plan_module
 from titan_growth.run.plan import RunPlan, plan_run
+from titan_growth.tools.findings import Findings
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -47,10 +48,10 @@ UNEVEN = {
 
 
 def plan_of(values: dict[str, Any], num_ranks: int, device_type: str = "cpu") -> RunPlan:
-    recipe, problems, _ = inspect_recipe(argv_of(values))
+    recipe = inspect_recipe(argv_of(values), found := Findings())
     assert recipe is not None
-    plan, more, _ = plan_run(recipe, num_ranks=num_ranks, device_type=device_type)
-    assert plan is not None, [str(problem) for problem in problems + more]
+    plan = plan_run(recipe, planning := Findings(), num_ranks=num_ranks, device_type=device_type)
+    assert plan is not None, [str(problem) for problem in found.problems + planning.problems]
     return plan
 
 
@@ -62,7 +63,7 @@ def parts_by_rank(plan: RunPlan) -> list[tuple[Part, ...]]:
     if plan.mesh_shape.pp == 1:
         return [(Part(0, tuple(range(plan.target.num_layers)), first=True, last=True),)]
     section, batch = plan.recipe.parallelism, plan.recipe.training.local_batch_size
-    layout, _, _ = plan_pipeline(section, plan.target.num_layers, batch)
+    layout = plan_pipeline(section, plan.target.num_layers, batch, Findings())
     assert layout is not None
     return [layout.parts_of(place) for place in range(plan.mesh_shape.pp)]
 
@@ -94,8 +95,8 @@ def test_unique_shares_add_up_to_the_model(mesh: MeshShape, family: str, tied: b
     """Over all parts and all ranks that share a copy; what several `tp` ranks hold alike counts on the first."""
     sizes = {"dim": 36, "n_layers": 5, "n_heads": 4, "n_kv_heads": 4, "hidden_dim": 92, "vocab_size": 131}
     section = ModelConfig(name=family, flavor="custom", **sizes, head_dim=8, tie_word_embeddings=tied)
-    config, problems = model_config_of(section)
-    assert config is not None, problems
+    config = model_config_of(section, found := Findings())
+    assert config is not None, found.problems
     shards = ModelShards(config, family_module(family), mesh)
     assert shards.num_params == config.num_params
     assert shards.numel(LAYER) == config.num_layer_params
@@ -116,8 +117,8 @@ def test_unique_shares_add_up_to_the_model(mesh: MeshShape, family: str, tied: b
 def test_one_layer_tells_the_parameters_of_every_flavor(family: str, flavor: str) -> None:
     if flavor == "custom":
         pytest.skip("has no sizes of its own")
-    config, problems = model_config_of(ModelConfig(name=family, flavor=flavor))
-    assert config is not None, problems
+    config = model_config_of(ModelConfig(name=family, flavor=flavor), found := Findings())
+    assert config is not None, found.problems
     assert ModelShards(config, family_module(family), MeshShape(dp_shard=8, tp=2)).num_params == config.num_params
 
 
@@ -319,10 +320,10 @@ def test_what_this_machine_lacks_is_only_warned_about(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(["plan", "--metrics.enable_wandb"]) == 0
     assert "warning: metrics.enable_wandb: needs the package wandb" in capsys.readouterr().err
-    recipe, _, _ = inspect_recipe(["--metrics.enable_wandb"])
+    recipe = inspect_recipe(["--metrics.enable_wandb"], Findings())
     assert recipe is not None
-    _, problems, _ = plan_module.plan_run(recipe, num_ranks=1, device_type="cuda")
-    assert [problem.key for problem in problems] == ["metrics.enable_wandb"]
+    plan_module.plan_run(recipe, found := Findings(), num_ranks=1, device_type="cuda")
+    assert [problem.key for problem in found.problems] == ["metrics.enable_wandb"]
 
 
 def test_a_dry_run_is_planned_as_what_it_is(capsys: Any) -> None:

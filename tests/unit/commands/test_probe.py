@@ -23,7 +23,8 @@ from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.chain import chain_of
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.lr_schedule import LRSchedule
-from titan_growth.run.plan import plan_run
+from titan_growth.run.plan import ResumePoint, plan_run
+from titan_growth.tools.findings import Findings
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,10 @@ STAGES = [
 def test_a_candidate_goes_on_from_the_model_of_the_checkpoint(source: Path, stage: PlannedGrowth | None) -> None:
     opened = open_source(source)
     recipe = candidate_recipe(opened, Candidate("one", stage), 5)
-    target, problems = model_config_of(recipe.model)
-    assert target is not None, problems
-    chain, problems = chain_of(recipe.growth, target)
-    assert chain is not None, problems
+    target = model_config_of(recipe.model, found := Findings())
+    assert target is not None, found.problems
+    chain = chain_of(recipe.growth, target, found := Findings())
+    assert chain is not None, found.problems
     assert [config.num_layers for config in chain.configs[:2]] == [2, 4]
     assert chain.configs[1] == opened.config
     assert len(chain.configs) == (2 if stage is None else 3)
@@ -67,10 +68,9 @@ def test_a_candidate_goes_on_from_the_model_of_the_checkpoint(source: Path, stag
     if stage is not None:
         assert recipe.growth.stages[1].at == "6 steps"
         assert recipe.growth.stages[1].operator == stage.operator
-    plan, problems, _ = plan_run(
-        recipe, num_ranks=1, device_type="cpu", progress=opened.folder.manifest.progress, num_growths=1
-    )
-    assert plan is not None, problems
+    point = ResumePoint(opened.folder.manifest.progress, num_growths=1)
+    plan = plan_run(recipe, found := Findings(), num_ranks=1, device_type="cpu", resume=point)
+    assert plan is not None, found.problems
 
 
 def test_the_checkpoint_of_a_candidate_links_to_the_shards_and_writes_nothing_there(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from titan_growth.config.loader import inspect_recipe
+from titan_growth.tools.findings import Findings
 
 HEAD = """
 from typing import Literal
@@ -59,4 +60,5 @@ def write_recipe(folder: Path, text: str) -> str:
 
 
 def problems_of(*argv: str) -> list[str]:
-    return [str(problem) for problem in inspect_recipe(list(argv))[1]]
+    inspect_recipe(list(argv), found := Findings())
+    return [str(problem) for problem in found.problems]

@@ -14,6 +14,7 @@ from titan_growth.config.fields import leaves
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.no_effect import IDLE
 from titan_growth.config.schema.recipe import Recipe
+from titan_growth.tools.findings import Findings
 
 GROWING = {"checkpoint.enable": True, "training.steps": 100, "growth.stages.0.factor": 2}
 TWICE = {**GROWING, "growth.stages.0.at": "10 steps", "growth.stages.1.factor": 2}
@@ -212,34 +213,34 @@ WARNED = [
 
 @pytest.mark.parametrize(("values", "key", "message"), REFUSED, ids=[str(list(case[0].items())) for case in REFUSED])
 def test_refused(values: dict[str, object], key: str, message: str) -> None:
-    _, problems, _ = inspect_recipe(argv_of(values))
-    assert [problem.key for problem in problems] == [key]
-    assert message in problems[0].message
+    inspect_recipe(argv_of(values), found := Findings())
+    assert [problem.key for problem in found.problems] == [key]
+    assert message in found.problems[0].message
 
 
 @pytest.mark.parametrize("values", ACCEPTED, ids=[str(list(case.items())) for case in ACCEPTED])
 def test_accepted(values: dict[str, object]) -> None:
-    _, problems, warnings = inspect_recipe(argv_of(values))
-    assert [str(problem) for problem in problems + warnings] == []
+    inspect_recipe(argv_of(values), found := Findings())
+    assert [str(problem) for problem in found.problems + found.warnings] == []
 
 
 @pytest.mark.parametrize(("values", "key"), WARNED, ids=[case[1] for case in WARNED])
 def test_allowed_but_without_effect(values: dict[str, object], key: str) -> None:
-    _, problems, warnings = inspect_recipe(argv_of(values))
-    assert not problems
-    assert [warning.key for warning in warnings] == [key]
+    inspect_recipe(argv_of(values), found := Findings())
+    assert not found.problems
+    assert [warning.key for warning in found.warnings] == [key]
 
 
 @pytest.mark.parametrize(
     ("around", "key", "value", "reason"), WITHOUT_EFFECT, ids=[f"{case[1]}-{len(case[0])}" for case in WITHOUT_EFFECT]
 )
 def test_a_setting_of_what_is_off(around: dict[str, object], key: str, value: object, reason: str) -> None:
-    _, problems, warnings = inspect_recipe(argv_of({**around, key: value}))
-    assert not problems
-    assert [warning.key for warning in warnings] == [key]
-    assert "has no effect because " in warnings[0].message
-    assert reason in warnings[0].message
-    assert warnings[0].message.endswith(f" (--{key})")
+    inspect_recipe(argv_of({**around, key: value}), found := Findings())
+    assert not found.problems
+    assert [warning.key for warning in found.warnings] == [key]
+    assert "has no effect because " in found.warnings[0].message
+    assert reason in found.warnings[0].message
+    assert found.warnings[0].message.endswith(f" (--{key})")
 
 
 def test_defaults_that_are_spelled_out_are_not_warned_about() -> None:
@@ -247,8 +248,8 @@ def test_defaults_that_are_spelled_out_are_not_warned_about() -> None:
     values = {f"{idle.table}.{name}": None for idle in IDLE for name in idle.keys}
     for key in values:
         values[key] = reduce(getattr, key.split("."), Recipe())
-    _, problems, warnings = inspect_recipe(argv_of({key: "none" if v is None else v for key, v in values.items()}))
-    assert [str(problem) for problem in problems + warnings] == []
+    inspect_recipe(argv_of({key: "none" if v is None else v for key, v in values.items()}), found := Findings())
+    assert [str(problem) for problem in found.problems + found.warnings] == []
 
 
 def test_every_key_in_the_table_exists_and_is_tried() -> None:
@@ -270,8 +271,8 @@ def test_every_key_in_the_table_exists_and_is_tried() -> None:
     ids=str,
 )
 def test_what_was_refused_is_not_held_against_other_keys(refused: dict[str, object]) -> None:
-    _, problems, _ = inspect_recipe(argv_of(refused))
-    assert len(problems) == 1, [str(problem) for problem in problems]
+    inspect_recipe(argv_of(refused), found := Findings())
+    assert len(found.problems) == 1, [str(problem) for problem in found.problems]
 
 
 @pytest.mark.parametrize(

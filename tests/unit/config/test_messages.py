@@ -13,6 +13,7 @@ from titan_growth.config.loader import inspect_recipe, load_recipe
 from titan_growth.config.messages import MOVED
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.tools.errors import ConfigError
+from titan_growth.tools.findings import Findings
 
 WRONG = [
     ("training.steps", "ten", "expected an integer, got 'ten'", ""),
@@ -96,19 +97,19 @@ def write(folder: Path, text: str) -> Path:
 def test_file_and_command_line_say_the_same(key: str, value: object, message: str, hint: str, tmp_path: Path) -> None:
     # A problem with one item of a list is told with the item's number.
     written = key.removesuffix(".1")
-    _, from_file, _ = inspect_recipe(in_file(tmp_path, written, value))
+    inspect_recipe(in_file(tmp_path, written, value), from_file := Findings())
     text = "inf" if value == float("inf") else value
-    _, from_flags, _ = inspect_recipe(on_command_line(written, text))
-    assert [(p.key, p.message, p.hint) for p in from_file] == [
+    inspect_recipe(on_command_line(written, text), from_flags := Findings())
+    assert [(p.key, p.message, p.hint) for p in from_file.problems] == [
         (key, f"{message} ({tmp_path / 'recipe.toml'}:2)", hint),
     ]
-    assert [(p.key, p.message, p.hint) for p in from_flags] == [(key, f"{message} (--{written})", hint)]
+    assert [(p.key, p.message, p.hint) for p in from_flags.problems] == [(key, f"{message} (--{written})", hint)]
 
 
 def test_an_unknown_table(tmp_path: Path) -> None:
     path = write(tmp_path, "seq_len = 3\n\n[trainig]\nsteps = 3\n")
-    _, problems, _ = inspect_recipe(["--job.config_file", str(path), "--optimiser.lr", "1"])
-    assert sorted(str(problem) for problem in problems) == [
+    inspect_recipe(["--job.config_file", str(path), "--optimiser.lr", "1"], found := Findings())
+    assert sorted(str(problem) for problem in found.problems) == [
         "optimiser: unknown section (--optimiser.lr). Did you mean 'optimizer'?",
         f"seq_len: is outside all sections ({path}:1). Did you mean 'training.seq_len'?",
         f"trainig: unknown section ({path}:3). Did you mean 'training'?",
@@ -118,8 +119,10 @@ def test_an_unknown_table(tmp_path: Path) -> None:
 def test_a_string_without_quotes(tmp_path: Path) -> None:
     """Only a file can do this: on a command line all is text."""
     path = write(tmp_path, "[job]\ndescription = 7\n")
-    _, problems, _ = inspect_recipe(["--job.config_file", str(path)])
-    assert [str(p) for p in problems] == [f'job.description: expected a string, got 7 ({path}:2). Write "7" in quotes']
+    inspect_recipe(["--job.config_file", str(path)], found := Findings())
+    assert [str(p) for p in found.problems] == [
+        f'job.description: expected a string, got 7 ({path}:2). Write "7" in quotes'
+    ]
 
 
 def test_all_problems_of_all_sources_at_once(tmp_path: Path) -> None:
@@ -141,9 +144,9 @@ factor = 1
 """
     path = write(tmp_path, text)
     words = ["--job.config_file", str(path), "word", "--optimizer.lr=-1", "--training.gc_freq"]
-    recipe, problems, _ = inspect_recipe(words)
+    recipe = inspect_recipe(words, found := Findings())
     assert recipe is not None
-    assert sorted(problem.key for problem in problems) == [
+    assert sorted(problem.key for problem in found.problems) == [
         "checkpoint.keep_latest_k",
         "command line",
         "growth.stages.0.at",
@@ -155,7 +158,7 @@ factor = 1
         "training.seqlen",
         "training.steps",
     ]
-    places = {problem.key: problem.message for problem in problems}
+    places = {problem.key: problem.message for problem in found.problems}
     for key, line in {
         "training.steps": 2,
         "training.seqlen": 3,
@@ -168,7 +171,7 @@ factor = 1
         assert places[key].endswith(f"({path}:{line})"), places[key]
     with pytest.raises(ConfigError) as caught:
         load_recipe(words)
-    assert str(caught.value) == "\n".join(str(problem) for problem in problems)
+    assert str(caught.value) == "\n".join(str(problem) for problem in found.problems)
     assert caught.value.exit_status == 2
 
 
@@ -176,15 +179,16 @@ def test_a_refused_value_is_not_blamed_twice(tmp_path: Path) -> None:
     """Its default stands in for it, and must not be held against the user: here 10 < 20 + 1."""
     table = "[profiling]\nenable_profiling = true\nprofiler_warmup = 20\n"
     path = write(tmp_path, table + 'profile_freq = "often"\n')
-    _, problems, _ = inspect_recipe(["--job.config_file", str(path)])
-    assert [problem.key for problem in problems] == ["profiling.profile_freq"]
-    assert problems[0].message.startswith("expected an integer")
-    _, problems, _ = inspect_recipe(["--job.config_file", str(write(tmp_path, table))])
-    assert problems[0].message.startswith("10 is less than warmup + active = 21")
+    inspect_recipe(["--job.config_file", str(path)], found := Findings())
+    assert [problem.key for problem in found.problems] == ["profiling.profile_freq"]
+    assert found.problems[0].message.startswith("expected an integer")
+    inspect_recipe(["--job.config_file", str(write(tmp_path, table))], found := Findings())
+    assert found.problems[0].message.startswith("10 is less than warmup + active = 21")
 
 
 def test_a_long_value_is_cut() -> None:
-    _, (problem,), _ = inspect_recipe(["--training.steps", "x" * 500])
+    inspect_recipe(["--training.steps", "x" * 500], found := Findings())
+    (problem,) = found.problems
     assert len(problem.message) < 200
 
 

@@ -12,6 +12,7 @@ import tomli
 from titan_growth.config.loader import inspect_recipe, load_recipe, recipe_from_toml, to_json, to_toml, with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.tools.errors import ConfigError
+from titan_growth.tools.findings import Findings
 
 STAGES = """
 [checkpoint]
@@ -32,7 +33,8 @@ def write(folder: Path, text: str) -> str:
 
 
 def problems_of(*argv: str) -> list[str]:
-    return [str(problem) for problem in inspect_recipe(list(argv))[1]]
+    inspect_recipe(list(argv), found := Findings())
+    return [str(problem) for problem in found.problems]
 
 
 # ---- the forms of a flag ---------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from titan_growth.config.fields import leaves
 from titan_growth.config.loader import inspect_recipe, recipe_from_toml, to_toml
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.torchtitan_keys import IGNORED, NEUTRAL, ignored_because
+from titan_growth.tools.findings import Findings
 
 TORCHTITAN: dict[str, object] = json.loads(
     (Path(__file__).parents[2] / "golden" / "torchtitan_defaults.json").read_text()
@@ -40,7 +41,8 @@ def toml_of(key: str, value: object) -> str:
 def inspect_text(folder: Path, text: str):
     path = folder / "recipe.toml"
     path.write_text(text)
-    return inspect_recipe(["--job.config_file", str(path)])
+    recipe = inspect_recipe(["--job.config_file", str(path)], found := Findings())
+    return recipe, found.problems, found.warnings
 
 
 def test_the_table_is_whole() -> None:
@@ -204,8 +206,8 @@ def test_not_a_number_of_layers(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["headtail", "none", "None"])
 def test_load_balancers(value: str, tmp_path: Path) -> None:
-    recipe, problems, _ = inspect_recipe(["--parallelism.context_parallel_load_balancer", value])
-    assert not problems
+    recipe = inspect_recipe(["--parallelism.context_parallel_load_balancer", value], found := Findings())
+    assert not found.problems
     assert recipe is not None
     assert recipe.parallelism.context_parallel_load_balancer == value.lower()
 
@@ -258,8 +260,8 @@ FLAGS = [
 
 @pytest.mark.parametrize(("words", "expected"), FLAGS, ids=[" ".join(case[0])[:60] for case in FLAGS])
 def test_flags_as_torchtitans_tests_write_them(words: list[str], expected: dict[str, object]) -> None:
-    recipe, problems, _ = inspect_recipe(words)
-    assert not problems
+    recipe = inspect_recipe(words, found := Findings())
+    assert not found.problems
     assert {key: functools.reduce(getattr, key.split("."), recipe) for key in expected} == expected
     # What is stored in a run's folder comes back as it was.
     assert recipe is not None

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from titan_growth.data.blocks import IGNORE_INDEX, BlockDataset
-from titan_growth.data.corpora import CorpusSpec
+from titan_growth.data.blocks import BlockDataset
+from titan_growth.data.corpus import CorpusSpec
 from titan_growth.data.permutation import Permutation
 from titan_growth.data.preparation import prepare
 from titan_growth.data.prepared import TokenSplit
 from titan_growth.data.tokenizers import BytesTokenizer
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.labels import IGNORE_INDEX
 
 BOS, EOS = 256, 257
 

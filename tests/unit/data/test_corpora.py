@@ -16,7 +16,8 @@ import pytest
 import zstandard
 
 import titan_growth
-from titan_growth.data.corpora import CorpusSpec, find_files, open_corpus
+from titan_growth.data.corpora import find_files, open_corpus
+from titan_growth.data.corpus import CorpusSpec
 from titan_growth.tools.errors import DataError
 
 ROOT = str(Path(titan_growth.__file__).parents[1])

@@ -21,7 +21,7 @@ PROGRAM = """
 import logging, os, signal, sys
 from pathlib import Path
 from titan_growth.data import preparation, shard_writer
-from titan_growth.data.corpora import CorpusSpec
+from titan_growth.data.corpus import CorpusSpec
 from titan_growth.data.tokenizers import TokenizerSpec
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import titan_growth
-from titan_growth.data.blocks import IGNORE_INDEX, BlockDataset
-from titan_growth.data.corpora import CorpusSpec
+from titan_growth.data.blocks import BlockDataset
+from titan_growth.data.corpus import CorpusSpec
 from titan_growth.data.loader import BatchLoader, ValidationBatches, batch_hash, sample_digests
 from titan_growth.data.preparation import prepare
 from titan_growth.data.prepared import TokenSplit
 from titan_growth.data.tokenizers import BytesTokenizer
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.labels import IGNORE_INDEX
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import titan_growth
-from titan_growth.data.corpora import CorpusSpec
+from tests.unit.data.checksums import assert_checksums
+from titan_growth.data.corpus import CorpusSpec
 from titan_growth.data.preparation import prepare
 from titan_growth.data.prepared import PreparedCorpus, TokenSplit, check_tokenizer_matches
 from titan_growth.data.splitting import cut, split_rule
@@ -82,7 +83,7 @@ def test_stream_does_not_depend_on_shards(tmp_path: Path, shard_tokens: int) -> 
         assert corpus.train.read(start, stop).tolist() == expected[start:stop]
     with pytest.raises(IndexError):
         corpus.train.read(0, total + 1)
-    corpus.verify_checksums()
+    assert_checksums(corpus)
 
 
 def test_one_file_corpus_gets_a_validation_set_that_covers_the_rest(tmp_path: Path) -> None:
@@ -184,15 +185,6 @@ def test_damage_is_reported_once_and_mended(tmp_path: Path, damage: str, caplog:
     assert "is damaged" in warnings[0]
     if damage == "truncate":
         assert "train-00001.bin has 100 bytes instead of 2,000" in warnings[0]
-
-
-def test_checksums_find_what_sizes_do_not(tmp_path: Path) -> None:
-    corpus = prepared(write_corpus(tmp_path / "c", ["some text"]))
-    corpus.verify_checksums()
-    shard = corpus.folder / "train-00000.bin"
-    shard.write_bytes(b"\1" + shard.read_bytes()[1:])
-    with pytest.raises(DataError, match=r"train-00000\.bin: its content does not match its checksum"):
-        corpus.verify_checksums()
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:

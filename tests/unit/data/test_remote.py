@@ -18,7 +18,9 @@ import zstandard
 
 from tests.recipes.bad_data import small_tokenizer
 from tests.storage import PROTOCOL, BucketFileSystem, register
-from titan_growth.data.corpora import Corpus, CorpusSpec, open_corpus
+from tests.unit.data.checksums import assert_checksums
+from titan_growth.data.corpora import open_corpus
+from titan_growth.data.corpus import Corpus, CorpusSpec
 from titan_growth.data.preparation import prepare
 from titan_growth.data.storage import cache_root
 from titan_growth.data.tokenizers import BytesTokenizer, Tokenizer, TokenizerSpec, load_or_train
@@ -94,7 +96,7 @@ def read(path: str, dataset: str = "c4", start: int = 0) -> list[str]:
 
 def splits_of(path: str, fraction: float = 0.0) -> dict[str, Any]:
     found = prepare(CorpusSpec("c4", path), BytesTokenizer(), bos=True, eos=True, validation_fraction=fraction)
-    found.verify_checksums()
+    assert_checksums(found)
     return found.meta["splits"]
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import tokenizers as hf
 
-from titan_growth.data.corpora import Corpus, CorpusSpec, open_corpus
+from titan_growth.data.corpora import open_corpus
+from titan_growth.data.corpus import Corpus, CorpusSpec
 from titan_growth.data.tokenizer_training import sample_lines, train_sentencepiece
 from titan_growth.data.tokenizers import (
     BytesTokenizer,

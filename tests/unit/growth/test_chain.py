@@ -13,6 +13,7 @@ from titan_growth.growth.axes import NEW, AxisMap, appended, axis_maps, repeated
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.models.config import DecoderConfig
+from titan_growth.tools.findings import Findings
 
 TARGET = DecoderConfig(dim=32, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61)
 
@@ -75,8 +76,8 @@ def test_originals_are_the_first_copies() -> None:
 @pytest.mark.parametrize("operator", ["split_width", "zero_width", "random_width"])
 def test_the_base_of_width_growth_is_every_size_divided(operator: str) -> None:
     mask = {"mask_steps": 5} if operator == "random_width" else {}
-    chain, problems = chain_of(recipe({"operator": operator, "factor": 2, **mask}), TARGET)
-    assert chain is not None, problems
+    chain = chain_of(recipe({"operator": operator, "factor": 2, **mask}), TARGET, found := Findings())
+    assert chain is not None, found.problems
     first, last = chain.configs
     assert first.sizes == {"n_layers": 12, "dim": 16, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 24}
     assert first.head_dim == last.head_dim == 8
@@ -85,19 +86,19 @@ def test_the_base_of_width_growth_is_every_size_divided(operator: str) -> None:
 
 def test_depth_and_width_in_one_chain() -> None:
     stages = ({"operator": "interpose", "factor": 2}, {"operator": "split_width", "factor": 2}, {"factor": 3})
-    chain, problems = chain_of(recipe(*stages), TARGET)
-    assert chain is not None, problems
+    chain = chain_of(recipe(*stages), TARGET, found := Findings())
+    assert chain is not None, found.problems
     assert [(config.num_layers, config.dim) for config in chain.configs] == [(2, 16), (4, 16), (4, 32), (12, 32)]
 
 
 def test_the_base_may_be_named() -> None:
     stages = ({"operator": "map", "layer_map": [0, 1, 1]}, {"operator": "stack", "factor": 4})
-    chain, problems = chain_of(recipe(*stages, n_layers=2), TARGET)
-    assert chain is not None, problems
+    chain = chain_of(recipe(*stages, n_layers=2), TARGET, found := Findings())
+    assert chain is not None, found.problems
     assert [config.num_layers for config in chain.configs] == [2, 3, 12]
     uneven = {"operator": "zero_width", "dim": 32, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48}
-    chain, problems = chain_of(recipe(uneven, dim=24, n_heads=2, n_kv_heads=1, hidden_dim=40), TARGET)
-    assert chain is not None, problems
+    chain = chain_of(recipe(uneven, dim=24, n_heads=2, n_kv_heads=1, hidden_dim=40), TARGET, found := Findings())
+    assert chain is not None, found.problems
     assert chain.configs[0].dim == 24
     assert chain.configs[1].norm_eps == pytest.approx(TARGET.norm_eps * 24 / 32)
 
@@ -120,9 +121,9 @@ def test_the_base_may_be_named() -> None:
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_chain(growth: GrowthConfig, problem: str) -> None:
-    chain, problems = chain_of(growth, TARGET)
+    chain = chain_of(growth, TARGET, found := Findings())
     assert chain is None
-    assert str(problems[0]).startswith(problem)
+    assert str(found.problems[0]).startswith(problem)
 
 
 @pytest.mark.parametrize("both", [{"factor": 2, "n_layers": 4}, {"factor": 2, "layer_map": [0]}])

@@ -15,9 +15,10 @@ from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.apply import fresh_elements
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.growth.read import read_grown
-from titan_growth.growth.rules import OPTIMIZER_PREFIX, Rules
+from titan_growth.growth.rules import Rules
 from titan_growth.growth.verify import verify_growth
 from titan_growth.models.registry import family_module
+from titan_growth.models.roles import OPTIMIZER_PREFIX
 
 FAMILY, CONFIG = CONFIGS["llama3"]
 ROLES = family_module(FAMILY).ROLES

@@ -18,6 +18,7 @@ from titan_growth.growth.points import advise, law_tokens
 from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.tools.findings import Findings
 
 TARGET = DecoderConfig(
     dim=32, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61, rope_theta=123.0
@@ -28,13 +29,13 @@ def plan_growth(
     section: GrowthConfig, target: DecoderConfig, *, steps: int = 100, tokens_per_step: int = 10, **more: Any
 ) -> tuple[GrowthPlan | None, list[Problem]]:
     """The plan of a run of one batch size."""
-    chain, problems = chain_of(section, target)
+    chain = chain_of(section, target, found := Findings())
     if chain is None:
-        return None, problems
+        return None, found.problems
     phases = len(chain.configs)
     rates = {"tokens_per_step": [tokens_per_step] * phases, "seq_lens": [10] * phases}
-    plan, problems, _ = schedule.plan_growth(section, chain, steps=steps, **rates, **more)
-    return plan, problems
+    plan = schedule.plan_growth(section, chain, found, steps=steps, **rates, **more)
+    return plan, found.problems
 
 
 def timing_problems(section: GrowthConfig, **settings: Any) -> list[Problem]:
@@ -200,14 +201,14 @@ def test_unknown_operators_are_all_named() -> None:
 def test_due_after_the_first_step_that_reaches_the_count(at: str, progress: Progress, due: bool) -> None:
     plan, _ = plan_growth(growth({"at": at}, {"at": "20 steps"}), TARGET)
     assert plan is not None
-    assert plan.due(progress, Lineage()) == (plan.stages[0] if due else None)
+    assert plan.due(progress, Lineage()) == (plan.planned[0] if due else None)
 
 
 def test_each_growth_happens_once() -> None:
     plan, _ = plan_growth(growth({"at": "10 steps"}, {"at": "20 steps"}), TARGET)
     assert plan is not None
     assert plan.due(Progress(step=10), lineage(1)) is None
-    assert plan.due(Progress(step=20), lineage(1)) is plan.stages[1]
+    assert plan.due(Progress(step=20), lineage(1)) is plan.planned[1]
     assert plan.due(Progress(step=99), lineage(2)) is None
     assert [len(plan.remaining(lineage(done))) for done in range(3)] == [2, 1, 0]
 
@@ -246,8 +247,8 @@ def test_a_slope_is_reached_when_the_loss_has_stopped_falling() -> None:
     falling = [3.0, 2.9, 2.8, 2.7, 2.6]
     assert plan.due(Progress(step=50), Lineage(), falling) is None
     assert plan.due(Progress(step=50), Lineage(), [2.6] * 4) is None, "four losses are not five"
-    assert plan.due(Progress(step=50), Lineage(), [2.65, 2.6, 2.6, 2.6, 2.6]) is plan.stages[0]
-    assert plan.due(Progress(step=50), Lineage(), [9.0, *falling[::-1]]) is plan.stages[0], "a rising loss has stopped"
+    assert plan.due(Progress(step=50), Lineage(), [2.65, 2.6, 2.6, 2.6, 2.6]) is plan.planned[0]
+    assert plan.due(Progress(step=50), Lineage(), [9.0, *falling[::-1]]) is plan.planned[0], "a rising loss has stopped"
     assert schedule.slope(falling) == pytest.approx(0.4)
 
 
@@ -266,11 +267,12 @@ def test_the_law_is_the_papers(name: str, num_params: float, run_tokens: float, 
 
 
 def test_auto_is_clamped_and_says_when_it_was_not_fitted() -> None:
-    chain, _ = chain_of(growth({"at": "auto"}), TARGET)
+    chain = chain_of(growth({"at": "auto"}), TARGET, Findings())
     assert chain is not None
     rates = {"tokens_per_step": [10, 10], "seq_lens": [10, 10]}
-    plan, problems, (warning,) = schedule.plan_growth(growth({"at": "auto"}), chain, steps=100, **rates)
-    assert not problems
+    plan = schedule.plan_growth(growth({"at": "auto"}), chain, found := Findings(), steps=100, **rates)
+    assert not found.problems
+    (warning,) = found.warnings
     assert str(plan.points[0]) == "500 tokens", "at most half of the run"
     assert "the law was fitted to models of 4e+08 to 3e+09 parameters, and this one has" in warning.message
     assert "cut to 500" in warning.message
@@ -296,6 +298,6 @@ def test_a_growth_that_came_late_is_given_its_time() -> None:
     back = RollBack(growth=0, step=10, noticed_at=15, loss_before=1.0, loss_then=9.0, postponed_to=15)
     late = Lineage((replace(lineage(1).events[0], step=15),), roll_backs=(back,))
     assert plan.due(Progress(step=14), Lineage(roll_backs=(back,))) is None
-    assert plan.due(Progress(step=15), Lineage(roll_backs=(back,))) is plan.stages[0]
+    assert plan.due(Progress(step=15), Lineage(roll_backs=(back,))) is plan.planned[0]
     assert plan.due(Progress(step=19), late) is None
-    assert plan.due(Progress(step=20), late) is plan.stages[1]
+    assert plan.due(Progress(step=20), late) is plan.planned[1]

@@ -34,6 +34,7 @@ from titan_growth.interchange.reader import HuggingFaceReader, in_halves, in_pai
 from titan_growth.models.hugging_face import parameter_shapes
 from titan_growth.models.registry import FAMILIES, family_module, model_config_of
 from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.findings import Findings
 
 KINDS: dict[str, dict[str, Any]] = {
     "grouped queries, scaled rope": {"rope_scaling": SCALED},
@@ -129,7 +130,7 @@ def test_the_tables_list_every_parameter(family: str) -> None:
     assert module.HUGGING_FACE.neighbours <= module.ROLES.keys()
     from titan_growth.config.schema.model import ModelConfig
 
-    config, _ = model_config_of(ModelConfig(name=family, flavor="debugmodel"))
+    config = model_config_of(ModelConfig(name=family, flavor="debugmodel"), Findings())
     assert config is not None
     with torch.device("meta"):
         model = module.Decoder(config, 8)

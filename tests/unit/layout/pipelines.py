@@ -14,6 +14,7 @@ from titan_growth.layout.pipeline_layout import (
     plan_pipeline,
 )
 from titan_growth.tools.errors import Problem
+from titan_growth.tools.findings import Findings
 
 SHORT = {
     "schedule": "pipeline_parallel_schedule",
@@ -31,7 +32,8 @@ def plan(
     pp: int, num_layers: int, batch: int = 64, **settings: Any
 ) -> tuple[PipelineLayout | None, list[Problem], list[Problem]]:
     section = ParallelismConfig(pipeline_parallel_degree=pp, **{SHORT[name]: value for name, value in settings.items()})
-    return plan_pipeline(section, num_layers, batch)
+    found = Findings()
+    return plan_pipeline(section, num_layers, batch, found), found.problems, found.warnings
 
 
 def laid_out(pp: int, num_layers: int, batch: int = 64, **settings: Any) -> PipelineLayout:

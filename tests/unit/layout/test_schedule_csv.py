@@ -19,6 +19,7 @@ from titan_growth.layout.pipeline_layout import (
     part_table,
 )
 from titan_growth.layout.schedule_csv import KEY, Action, read_schedule_csv
+from titan_growth.tools.findings import Findings
 
 
 def torch_order(schedule: str, pp: int, per_rank: int, num_microbatches: int) -> dict[int, list[Any]]:
@@ -301,15 +302,15 @@ def test_what_is_accepted_runs_and_what_is_broken_is_refused(tmp_path: Path) -> 
             row.insert(chance.randrange(len(row)), row.pop(place))
         else:
             row[place] = row[place].translate(str.maketrans("FBIW", "BFWI"))
-        file, problems = read_schedule_csv(write_rows(path, rows), 2)
-        assert (file is None) == bool(problems), round_
-        assert all(problem.key == KEY for problem in problems)
+        file = read_schedule_csv(write_rows(path, rows), 2, found := Findings())
+        assert (file is None) == bool(found.problems), round_
+        assert all(problem.key == KEY for problem in found.problems)
         if change in ("drop", "double", "letter"):
             assert file is None, (round_, change, rows)
         if file is not None:
             accepted += 1
             assert torch_runtime(str(path), 2, file.rank_of_part, file.num_microbatches)
-        elif "cannot be executed" in problems[0].message:
+        elif "cannot be executed" in found.problems[0].message:
             with pytest.raises(AssertionError, match="Malformed compute schedule"):
                 torch_runtime(str(path), 2, generate_stage_to_rank_mapping(
                     2, 2 * per_rank, "v" if SCHEDULES[schedule].v_shaped else "loop").values(), 4)  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from titan_growth.models.chunked_loss import IGNORE_INDEX
+from titan_growth.tools.labels import IGNORE_INDEX
 
 N, D, V = 13, 8, 37
 LOSS_GRAD = 0.37

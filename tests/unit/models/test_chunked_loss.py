@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.unit.models.plain_loss import LOSS_GRAD, N, Operations, V, grads_of, inputs, plain, relative
 from titan_growth.models import chunked_loss
-from titan_growth.models.chunked_loss import IGNORE_INDEX, chunked_cross_entropy_sum
+from titan_growth.models.chunked_loss import chunked_cross_entropy_sum
+from titan_growth.tools.labels import IGNORE_INDEX
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from titan_growth.models.config import DecoderConfig, swiglu_hidden_dim
 from titan_growth.models.llama import FLAVORS, Decoder, fsdp_units
 from titan_growth.models.registry import model_config_of
 from titan_growth.tools.errors import Problem
+from titan_growth.tools.findings import Findings
 
 TORCHTITAN_SIZES = {
     # dim, layers, heads, kv heads, head dim, hidden, vocabulary, parameters
@@ -35,8 +36,8 @@ TINY = {"flavor": "custom", "dim": 32, "n_layers": 3, "n_heads": 4, "vocab_size"
 
 
 def config_of(**values: object) -> DecoderConfig:
-    config, problems = model_config_of(ModelConfig(**values))  # type: ignore[arg-type]
-    assert not problems, problems
+    config = model_config_of(ModelConfig(**values), found := Findings())  # type: ignore[arg-type]
+    assert not found.problems, found.problems
     assert config is not None
     return config
 
@@ -161,14 +162,15 @@ def test_fsdp_units_hold_every_parameter_once_except_a_tied_embedding() -> None:
     ],
 )  # fmt: skip
 def test_a_table_that_cannot_be_built(values: dict[str, object], keys: list[str]) -> None:
-    config, problems = model_config_of(ModelConfig(**values))  # type: ignore[arg-type]
+    config = model_config_of(ModelConfig(**values), found := Findings())  # type: ignore[arg-type]
     assert config is None
-    assert [problem.key for problem in problems] == keys
+    assert [problem.key for problem in found.problems] == keys
 
 
 def test_flavor_suggestion() -> None:
-    assert model_config_of(ModelConfig(flavor="8b"))[1][0].hint == "Did you mean '8B'?"
-    assert isinstance(model_config_of(ModelConfig(flavor="8b"))[1][0], Problem)
+    model_config_of(ModelConfig(flavor="8b"), found := Findings())
+    assert found.problems[0].hint == "Did you mean '8B'?"
+    assert isinstance(found.problems[0], Problem)
 
 
 def test_sizes_beside_a_flavor_override_it() -> None:
@@ -179,4 +181,4 @@ def test_sizes_beside_a_flavor_override_it() -> None:
     assert config_of(flavor="8B", dim=2048).head_dim == 64
     assert config_of(**TINY, rope_scaling_factor=1.0, rope_low_freq_factor=4.0).rope_scaling_factor == 1.0
     recipe = load_recipe(["--model.flavor", "8B", "--model.n_layers=4"])
-    assert model_config_of(recipe.model)[0] == config_of(flavor="8B", n_layers=4)
+    assert model_config_of(recipe.model, Findings()) == config_of(flavor="8B", n_layers=4)

@@ -13,7 +13,7 @@ from titan_growth.config.loader import load_recipe
 from titan_growth.config.schema.recipe import ModelConfig
 from titan_growth.models import llama
 from titan_growth.models.config import DecoderConfig
-from titan_growth.models.decoder import IGNORE_INDEX, Split
+from titan_growth.models.decoder import Split
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.qwen3 import (
     FLAVORS,
@@ -25,6 +25,8 @@ from titan_growth.models.qwen3 import (
     tensor_parallel_plan,
 )
 from titan_growth.models.registry import model_config_of
+from titan_growth.tools.findings import Findings
+from titan_growth.tools.labels import IGNORE_INDEX
 
 CPU = torch.device("cpu")
 CONFIG = DecoderConfig(
@@ -65,8 +67,8 @@ def built_on_meta(config: DecoderConfig) -> Decoder:
 
 
 def config_of(**values: object) -> DecoderConfig:
-    config, problems = model_config_of(ModelConfig(name="qwen3", **values))  # type: ignore[arg-type]
-    assert not problems, problems
+    config = model_config_of(ModelConfig(name="qwen3", **values), found := Findings())  # type: ignore[arg-type]
+    assert not found.problems, found.problems
     assert config is not None
     return config
 
@@ -282,8 +284,8 @@ def test_num_params_is_that_of_the_built_module(flavor: str, tied: bool) -> None
 def test_a_custom_size_from_the_command_line() -> None:
     argv = "--model.name qwen3 --model.flavor custom --model.dim 32 --model.n_layers 4 --model.n_heads 4"
     argv += " --model.n_kv_heads 2 --model.head_dim 16 --model.vocab_size 258"
-    config, problems = model_config_of(load_recipe(argv.split()).model)
-    assert not problems
+    config = model_config_of(load_recipe(argv.split()).model, found := Findings())
+    assert not found.problems
     assert config == DecoderConfig(
         dim=32,
         num_layers=4,

@@ -16,6 +16,7 @@ from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.stages.base import BuildContext
 from titan_growth.stages.float8 import Float8, linear_sizes
+from titan_growth.tools.findings import Findings
 
 SIZES = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 128, "vocab_size": 272}
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -25,15 +26,15 @@ def recipe_of(**values: object) -> Recipe:
     words = ["--model.flavor", "custom", "--model.converters", "quantize.linear.float8"]
     for key, value in {**{f"model.{name}": size for name, size in SIZES.items()}, **values}.items():
         words += [f"--{key.replace('__', '.')}", str(value).lower() if isinstance(value, bool) else str(value)]
-    recipe, problems, _ = inspect_recipe(words)
+    recipe = inspect_recipe(words, found := Findings())
     assert recipe is not None
-    assert not problems, problems
+    assert not found.problems, found.problems
     return recipe
 
 
 def stage_and_context(device_type: str = "cpu", tp: int = 1, **values: object) -> tuple[Float8, BuildContext]:
     recipe = recipe_of(**values)
-    config, _ = model_config_of(recipe.model)
+    config = model_config_of(recipe.model, Findings())
     assert config is not None
     shape, family = MeshShape(tp=tp), family_module(recipe.model.name)
     mesh = Mesh(shape, device_type)

@@ -20,13 +20,15 @@ from titan_growth.stages import order
 from titan_growth.stages.base import Stage
 from titan_growth.stages.order import register_stage, registered_stages, resolve_order, stages_of
 from titan_growth.tools.errors import ConfigError
+from titan_growth.tools.findings import Findings
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "order.txt"
 
 
 def resolved(num_ranks: int, replicate: int, shard: int):
     section = ParallelismConfig(data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard)
-    return resolve_mesh(section, num_ranks)
+    found = Findings()
+    return resolve_mesh(section, num_ranks, found), found.problems
 
 
 @pytest.mark.parametrize(
@@ -64,16 +66,16 @@ def test_degrees_that_do_not_fit(num_ranks: int, replicate: int, shard: int, key
      (6, 2, MeshShape(pp=2, tp=2, cp=2), 6, 3)],
 )  # fmt: skip
 def test_batches_that_fit(asked: int, local: int, shape: MeshShape, batch: int, accumulation: int) -> None:
-    assert resolve_batch(asked, local, shape) == (batch, accumulation, [])
+    assert resolve_batch(asked, local, shape, found := Findings()) == (batch, accumulation)
+    assert not found.problems
 
 
 @pytest.mark.parametrize(("asked", "local", "degree"), [(12, 8, 1), (8, 8, 2), (24, 8, 2)])
 def test_batches_that_do_not_fit(asked: int, local: int, degree: int) -> None:
-    batch, accumulation, problems = resolve_batch(asked, local, MeshShape(dp_shard=degree))
-    assert (batch, accumulation) == (asked, 1)
-    assert [problem.key for problem in problems] == ["training.global_batch_size"]
-    assert f"{asked} is not a multiple of" in problems[0].message
-    assert problems[0].message.endswith(f"degree {degree} = {local * degree}")
+    assert resolve_batch(asked, local, MeshShape(dp_shard=degree), found := Findings()) is None
+    assert [problem.key for problem in found.problems] == ["training.global_batch_size"]
+    assert f"{asked} is not a multiple of" in found.problems[0].message
+    assert found.problems[0].message.endswith(f"degree {degree} = {local * degree}")
 
 
 def test_shape_of_a_mesh() -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from titan_growth.tools.errors import RunFolderError
 from titan_growth.tools.files import write_atomic
-from titan_growth.tools.run_folder import RunFolder, gib
+from titan_growth.tools.run_folder import RunFolder
+from titan_growth.tools.text import gib
 
 
 def test_made_with_its_parents_and_left_clean(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import torch
 
+from titan_growth.checkpoint.untrusted.files import is_count
 from titan_growth.checkpoint.untrusted.pickles import RefusedError, Symbol, read_pickle
 
 MAX_DIRECTORY_BYTES = 1 << 17
@@ -169,7 +170,7 @@ def _storage(description: Any) -> _Storage:
     if type(description) is not tuple or len(description) != 5 or type(description[1]) is not _StorageType:
         raise RefusedError("refers to something outside that is no storage")
     _, kind, key, _, length = description
-    if not isinstance(key, str) or not key.isalnum() or len(key) > 20 or not _is_count(length):
+    if not isinstance(key, str) or not key.isalnum() or len(key) > 20 or not is_count(length):
         raise RefusedError("refers to a storage that cannot be")
     return _Storage(key, kind.dtype, length)
 
@@ -193,8 +194,8 @@ def _rebuilt_untyped(arguments: tuple[Any, ...]) -> _Tensor:
 
 
 def _checked(storage: Any, offset: Any, size: Any, stride: Any, hooks: Any, metadata: list[Any], dtype: Any) -> _Tensor:
-    counts = all(type(one) is tuple and len(one) <= 64 and all(map(_is_count, one)) for one in (size, stride))
-    if type(storage) is not _Storage or not _is_count(offset) or not counts or not isinstance(dtype, torch.dtype):
+    counts = all(type(one) is tuple and len(one) <= 64 and all(map(is_count, one)) for one in (size, stride))
+    if type(storage) is not _Storage or not is_count(offset) or not counts or not isinstance(dtype, torch.dtype):
         raise RefusedError("describes no tensor")
     if hooks is not _NOTHING or any(one not in (None, _NOTHING) for one in metadata):
         raise RefusedError("describes a tensor with hooks or other additions")
@@ -216,10 +217,6 @@ def _is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
             return False
         expected *= length
     return True
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
 
 
 @dataclass(frozen=True)

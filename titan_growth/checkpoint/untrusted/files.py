@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeGuard
 
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
 from titan_growth.liveness.waits import STORAGE, waiting_for
@@ -68,3 +68,8 @@ def read_plain(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
         raise RefusedError(f"{path.name} has more than {max_bytes:,} bytes")
     with open_plain(path) as file:
         return file.read(size or 0)  # and no more: room is made for all that is asked for
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether something read is a number of bytes or elements."""
+    return type(value) is int and 0 <= value < 1 << 63

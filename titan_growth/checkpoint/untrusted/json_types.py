@@ -14,7 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic_core import from_json as parse_json
 
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
-from titan_growth.tools.errors import one_line
+from titan_growth.tools.text import one_line
 
 STRICT = ConfigDict(strict=True, extra="forbid")
 """Set as `__pydantic_config__` of a dataclass: no 1 for true, no "1" for 1, no unknown keys."""

@@ -14,7 +14,7 @@ import gc
 import itertools
 from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from titan_growth.checkpoint.untrusted.archive import DTYPES
-from titan_growth.checkpoint.untrusted.files import is_plain_name
+from titan_growth.checkpoint.untrusted.files import is_count, is_plain_name
 from titan_growth.checkpoint.untrusted.pickles import Record, RefusedError, Symbol, read_pickle
 from titan_growth.checkpoint.untrusted.tiling import gap
 from titan_growth.tools.torch_private import StorageInfo
@@ -180,7 +180,7 @@ class _Conversion:
             raise RefusedError(f"says where {_brief(name)} is stored, but not what it is")
         if isinstance(entry, BytesStorageMetadata):
             return MetadataIndex(name)
-        if hint is not None and not _is_count(hint):
+        if hint is not None and not is_count(hint):
             raise RefusedError(f"lists a piece of {_brief(name)} as number {_brief(hint)}")
         # Without an offset: a tensor in one piece.
         offsets = torch.Size([0] * len(entry.size)) if offset is None else self.sizes(offset, name)
@@ -193,7 +193,7 @@ class _Conversion:
         file, begin, length = (table.get(key) for key in ("relative_path", "offset", "length"))
         if not isinstance(file, str) or (file not in self.file_sizes and not _is_shard_name(file)):
             raise RefusedError(f"names the file {_brief(file)}")
-        if not _is_count(begin) or not _is_count(length):
+        if not is_count(begin) or not is_count(length):
             raise RefusedError(f"says that {_brief(name)} begins at {_brief(begin)} and has {_brief(length)} bytes")
         if table.get("transform_descriptors"):
             raise RefusedError(f"says that {_brief(name)} is stored compressed, or transformed otherwise")
@@ -206,7 +206,7 @@ class _Conversion:
 
     def sizes(self, value: Any, name: str) -> torch.Size:
         """Few of them differ, so each is made once. What is in a tuple is looked at before anything is done with it."""
-        if type(value) is not tuple or len(value) > MAX_DIMS or not all(_is_count(one) for one in value):
+        if type(value) is not tuple or len(value) > MAX_DIMS or not all(is_count(one) for one in value):
             raise RefusedError(f"holds no sizes where those of {_brief(name)} should be")
         found = self.tuples.get(value)
         if found is None:
@@ -249,10 +249,6 @@ def _require_apart(storage: Mapping[MetadataIndex, StorageInfo]) -> None:
     for (file, begin, length, name), (next_file, next_begin, _, next_name) in itertools.pairwise(places):
         if file == next_file and begin + length > next_begin:
             raise RefusedError(f"places {_brief(name)} and {_brief(next_name)} in the same bytes")
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value < _LIMIT
 
 
 def _brief(value: Any) -> str:

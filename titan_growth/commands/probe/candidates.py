@@ -24,6 +24,7 @@ from titan_growth.growth.operators.base import operators
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.phases import recipe_in_phase
 from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError
+from titan_growth.tools.findings import Findings
 
 SHARED = (*SETTINGS, "mask_steps", "lr_policy", "lr", "warmup_steps", "global_batch_size", "local_batch_size",
           "seq_len")  # fmt: skip
@@ -164,11 +165,12 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: 
         first = source.chain.configs[0]
         values |= {f"growth.base.{key}": getattr(first, field) for key, field in SIZES.items()}
     made = with_values(recipe, values)
-    target, problems = model_config_of(made.model)
-    chain, more = chain_of(made.growth, target) if target is not None else (None, [])
-    if chain is None or chain.configs[num_growths] != source.config:
-        found = [*problems, *more] or [Problem(f"'{candidate.name}'", "does not start from the checkpoint's model")]
-        raise ConfigError(found)
+    found = Findings()
+    target = model_config_of(made.model, found)
+    chain = chain_of(made.growth, target, found) if target is not None else None
+    if chain is not None and chain.configs[num_growths] != source.config:
+        found.problem(f"'{candidate.name}'", "does not start from the checkpoint's model")
+    found.raise_if_any()
     return made
 
 

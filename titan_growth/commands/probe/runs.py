@@ -24,9 +24,10 @@ from titan_growth.config.loader import load_recipe, to_toml, with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
-from titan_growth.run.plan import plan_run
+from titan_growth.run.plan import ResumePoint, plan_run
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.files import write_atomic
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.run_folder import METRICS_FILE
 
 NOT_PASSED_ON = ("COMM_MODE", "LOG_RANK", "CONFIG_FILE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -71,24 +72,18 @@ def prepared(
     folder.mkdir()
     recipe = candidate_recipe(source, candidate, steps, plugins)
     recipe = with_values(recipe, {"job.dump_folder": str(folder.resolve()), "checkpoint.folder": "checkpoint"})
-    config, problems = model_config_of(recipe.model)
-    assert config is not None, problems
+    config = model_config_of(recipe.model, found := Findings())
+    assert config is not None, found.problems
     run = ProbeRun(candidate.name, folder, folder / "checkpoint", config)
     run.recipe_file.write_text(to_toml(recipe), encoding="utf-8")
     recipe = load_recipe(["--job.config_file", str(run.recipe_file), *keys])
     manifest = source.folder.manifest
     if candidate.planned is None:
         manifest = replace(manifest, held_out_loss=None)
-    plan, problems, _ = plan_run(
-        recipe,
-        num_ranks=num_ranks,
-        device_type=_device_type(),
-        progress=manifest.progress,
-        num_growths=len(source.lineage.events),
-        grows_at_once=manifest.held_out_loss is not None,
-    )
-    if plan is None:
-        raise ConfigError([Problem(f"'{candidate.name}' {one.key}", one.message, one.hint) for one in problems])
+    point = ResumePoint(manifest.progress, len(source.lineage.events), grows_at_once=manifest.held_out_loss is not None)
+    plan_run(recipe, found := Findings(), num_ranks=num_ranks, device_type=_device_type(), resume=point)
+    if found.problems:
+        raise ConfigError([Problem(f"'{candidate.name}' {one.key}", one.message, one.hint) for one in found.problems])
     linked(source, manifest, step_path(run.checkpoints, manifest.progress.step), recipe)
     return run
 

@@ -1,6 +1,6 @@
 """What a growth operator is, and the registry of them.
 
-An operator is a pure function on configs: from the model before, and a stage of the recipe, to a `GrowthMap`, which
+An operator is a pure function on configs: from the model before, and a growth of the recipe, to a `GrowthMap`, which
 says of every layer and every channel of the grown model where it comes from. It never touches a tensor and needs no
 device; the reader (`growth/read.py`) carries the map out on any mesh, and `growth/verify.py` checks what it did.
 
@@ -47,7 +47,7 @@ class GrowthMap:
     rescale_norms: bool = False
     """Norm weights are multiplied by sqrt(d / D), and eps by d / D: new channels are silent and thin out the mean."""
     masked: bool = False
-    """Everything new is multiplied by a mask that opens from 0 to 1 over `mask_steps` of the stage."""
+    """Everything new is multiplied by a mask that opens from 0 to 1 over `mask_steps`."""
     learned: bool = False
     """The map is only where a learning phase starts from (`growth/ligo.py`)."""
     tolerance: float | None = None
@@ -82,12 +82,12 @@ class Operator(Protocol):
     grows: frozenset[str]
     """What it changes: "depth", "width" or both."""
 
-    def base(self, after: DecoderConfig, stage: PlannedGrowth) -> DecoderConfig | str:
-        """The model that the stage must start from to end at `after`; or why that cannot be worked out."""
+    def base(self, after: DecoderConfig, planned: PlannedGrowth) -> DecoderConfig | str:
+        """The model that the growth must start from to end at `after`; or why that cannot be worked out."""
         ...
 
-    def grow(self, before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap | str:
-        """The map of a growth from `before`; or what is wrong with the stage for this model."""
+    def grow(self, before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap | str:
+        """The map of a growth from `before`; or what is wrong with the planned growth for this model."""
         ...
 
 

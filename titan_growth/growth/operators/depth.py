@@ -38,22 +38,22 @@ class DepthOperator(ABC):
     keeps_order = False
     """Whether every old layer must be there, in the old order: what an operator that preserves the function needs."""
 
-    def base(self, after: DecoderConfig, stage: PlannedGrowth) -> DecoderConfig | str:
-        if stage.factor is None:
+    def base(self, after: DecoderConfig, planned: PlannedGrowth) -> DecoderConfig | str:
+        if planned.factor is None:
             return "needs growth.base.n_layers, because the stage gives no factor"
-        return shallower(after, stage.factor)
+        return shallower(after, planned.factor)
 
-    def grow(self, before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap | str:
+    def grow(self, before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap | str:
         num_layers = before.num_layers
-        if stage.layer_map is not None:
-            if beyond := [layer for layer in stage.layer_map if layer >= num_layers]:
+        if planned.layer_map is not None:
+            if beyond := [layer for layer in planned.layer_map if layer >= num_layers]:
                 return f"layer_map names layer {beyond[0]}, but the model has only {num_layers} layers by then"
-            if len(stage.layer_map) <= num_layers:
-                return f"layer_map lists {len(stage.layer_map)} layers, not more than the {num_layers} there are"
-            if self.keeps_order and list(dict.fromkeys(stage.layer_map)) != list(range(num_layers)):
+            if len(planned.layer_map) <= num_layers:
+                return f"layer_map lists {len(planned.layer_map)} layers, not more than the {num_layers} there are"
+            if self.keeps_order and list(dict.fromkeys(planned.layer_map)) != list(range(num_layers)):
                 return f"layer_map must have the {num_layers} layers in their order, each before its copies"
-            return self.map_of(before, stage.layer_map)
-        target = stage.n_layers if stage.n_layers is not None else num_layers * (stage.factor or 1)
+            return self.map_of(before, planned.layer_map)
+        target = planned.n_layers if planned.n_layers is not None else num_layers * (planned.factor or 1)
         if target <= num_layers:
             return f"{target} layers are not more than the {num_layers} there are"
         sources = self.pattern(num_layers, target)
@@ -103,7 +103,7 @@ class Middle(DepthOperator):
 class Map(DepthOperator):
     """The sources as the stage's `layer_map` lists them."""
 
-    def base(self, after: DecoderConfig, stage: PlannedGrowth) -> DecoderConfig | str:
+    def base(self, after: DecoderConfig, planned: PlannedGrowth) -> DecoderConfig | str:
         return "needs growth.base.n_layers, because a layer_map does not tell how many layers there were"
 
     def pattern(self, num_layers: int, target: int) -> Sequence[int] | str:

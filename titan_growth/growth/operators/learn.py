@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from titan_growth.config.schema.growth import WIDTHS, PlannedGrowth
 from titan_growth.growth.axes import appended, axis_maps, width_problem
@@ -24,47 +24,55 @@ class Learn:
     grows = frozenset({"depth", "width"})
     options = frozenset({"steps", "lr"})
 
-    def base(self, after: DecoderConfig, stage: PlannedGrowth) -> DecoderConfig | str:
-        if stage.factor is None:
+    def base(self, after: DecoderConfig, planned: PlannedGrowth) -> DecoderConfig | str:
+        if planned.factor is None:
             return "needs the sizes to start from in [growth.base], because the stage gives no factor"
-        return shallower(after, stage.factor)
+        return shallower(after, planned.factor)
 
-    def grow(self, before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap | str:
-        if stage.layer_map is not None:
-            layers = stage.layer_map
+    def grow(self, before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap | str:
+        if planned.layer_map is not None:
+            layers = planned.layer_map
         else:
-            num_layers = stage.n_layers or before.num_layers * (stage.factor or 1)
+            num_layers = planned.n_layers or before.num_layers * (planned.factor or 1)
             layers = [layer % before.num_layers for layer in range(num_layers)]
         if beyond := [layer for layer in layers if layer >= before.num_layers]:
             return f"layer_map names layer {beyond[0]}, but the model has only {before.num_layers} layers by then"
         if len(layers) < before.num_layers:
             return f"{len(layers)} layers are fewer than the {before.num_layers} there are"
-        sizes: dict[str, Any] = {field: getattr(stage, key) or getattr(before, field) for key, field in WIDTHS.items()}
+        sizes: dict[str, Any] = {
+            field: getattr(planned, key) or getattr(before, field) for key, field in WIDTHS.items()
+        }
         after = replace(before, num_layers=len(layers), **sizes)
         if problem := width_problem(before, after):
             return problem
         if after == before:
             return "changes nothing: give a factor, or the sizes after this growth"
-        if problem := self._odd_options(stage):
+        if problem := self._odd_options(planned):
             return problem
         axes = axis_maps(before, after, appended)
         return GrowthMap(before=before, after=after, layers=tuple(layers), axes=axes, learned=True)
 
-    def _odd_options(self, stage: PlannedGrowth) -> str | None:
-        steps, lr = learning_options(stage)
+    def _odd_options(self, planned: PlannedGrowth) -> str | None:
+        steps, lr = learning_options(planned)
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             return f"options.steps must be a whole number of at least 1, got {steps!r}"
         if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < float("inf"):
             return f"options.lr must be a positive number, got {lr!r}"
-        if stage.optimizer_state != "reset":
-            return (
-                f"optimizer_state = '{stage.optimizer_state}': moments cannot be carried through maps that are learned"
-            )
-        if stage.noise:
+        if planned.optimizer_state != "reset":
+            state = planned.optimizer_state
+            return f"optimizer_state = '{state}': moments cannot be carried through maps that are learned"
+        if planned.noise:
             return "noise has no meaning: nothing is a copy"
         return None
 
 
-def learning_options(stage: PlannedGrowth) -> tuple[Any, Any]:
-    """(steps, learning rate) of a stage's learning phase."""
-    return stage.options.get("steps", DEFAULT_STEPS), stage.options.get("lr", DEFAULT_LR)
+class LearningOptions(NamedTuple):
+    """Options of a learning phase, as the recipe gives them."""
+
+    steps: Any
+    lr: Any
+
+
+def learning_options(planned: PlannedGrowth) -> LearningOptions:
+    """The options of a growth's learning phase, or their defaults."""
+    return LearningOptions(planned.options.get("steps", DEFAULT_STEPS), planned.options.get("lr", DEFAULT_LR))

@@ -31,17 +31,18 @@ class WidthOperator(ABC):
 
     grows = frozenset({"width"})
 
-    def base(self, after: DecoderConfig, stage: PlannedGrowth) -> DecoderConfig | str:
-        if stage.factor is None:
+    def base(self, after: DecoderConfig, planned: PlannedGrowth) -> DecoderConfig | str:
+        if planned.factor is None:
             return "needs the sizes to start from in [growth.base], because the stage gives no factor"
         sizes = {field: getattr(after, field) for field in WIDTHS.values()}
-        if odd := [key for key, field in WIDTHS.items() if sizes[field] % stage.factor]:
-            return f"the factor {stage.factor} does not divide {odd[0]} = {sizes[WIDTHS[odd[0]]]}"
-        return replace(after, **{field: size // stage.factor for field, size in sizes.items()})
+        if odd := [key for key, field in WIDTHS.items() if sizes[field] % planned.factor]:
+            return f"the factor {planned.factor} does not divide {odd[0]} = {sizes[WIDTHS[odd[0]]]}"
+        return replace(after, **{field: size // planned.factor for field, size in sizes.items()})
 
-    def grow(self, before: DecoderConfig, stage: PlannedGrowth) -> GrowthMap | str:
+    def grow(self, before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap | str:
         sizes: dict[str, Any] = {
-            field: getattr(stage, key) or getattr(before, field) * (stage.factor or 1) for key, field in WIDTHS.items()
+            field: getattr(planned, key) or getattr(before, field) * (planned.factor or 1)
+            for key, field in WIDTHS.items()
         }
         after = replace(before, **sizes)
         if problem := width_problem(before, after):

@@ -1,0 +1,24 @@
+"""Numbers and foreign text, as messages show them."""
+
+from __future__ import annotations
+
+
+def many(number: int, word: str) -> str:
+    """`1 layer`, `2 layers`, `1,000 batches`."""
+    plural = f"{word}es" if word.endswith("ch") else f"{word}s"
+    return f"{number:,} {word if number == 1 else plural}"
+
+
+def gib(num_bytes: int) -> str:
+    """`1.50 GiB`, or MiB below a tenth of one."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def one_line(text: str, max_length: int = 2000) -> str:
+    """Text from elsewhere as one line, which a terminal prints and does not obey."""
+    shown = "".join(
+        letter if letter.isprintable() else " " if letter.isspace() else letter.encode("unicode_escape").decode()
+        for letter in text[:max_length]
+    )
+    shown = " ".join(shown.split())
+    return shown if len(text) <= max_length else shown + "..."
