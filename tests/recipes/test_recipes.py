@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from titan_growth.__main__ import main
-from titan_growth.commands.plan import report_lines
+from titan_growth.commands.plan import start_lines
+from titan_growth.commands.plan_report import report_lines
 from titan_growth.config.loader import inspect_recipe
-from titan_growth.run.plan import plan_run
+from titan_growth.run.start import RunStart, Site, resolve
 from titan_growth.tools.findings import Findings
+from titan_growth.tools.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
@@ -31,10 +33,10 @@ def plan_text(recipe_file: Path, num_ranks: int, *words: str) -> str:
     """The report of `plan`; any problem or warning fails the test."""
     recipe = inspect_recipe(["--job.config_file", str(recipe_file), *words], found := Findings())
     assert recipe is not None, found.problems
-    plan = plan_run(recipe, planning := Findings(), num_ranks=num_ranks, device_type="cuda")
-    assert [str(problem) for problem in found.problems + planning.problems + found.warnings + planning.warnings] == []
-    assert plan is not None
-    return "\n".join(report_lines(plan, "cuda")) + "\n"
+    start = resolve(recipe, Site(RunFolder("a folder that is not there"), num_ranks, "cuda"))
+    assert isinstance(start, RunStart)
+    assert [str(problem) for problem in [*found.problems, *found.warnings, *start.warnings]] == []
+    return "\n".join(report_lines(start.plan, "cuda", start_lines(start))) + "\n"
 
 
 def test_there_are_recipes() -> None:

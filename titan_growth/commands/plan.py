@@ -1,34 +1,29 @@
 """`python -m titan_growth plan`: the run plan, what a recipe resolves to on N ranks.
 
-Model, mesh, batch, stages, which rank holds what and how many bytes of it, and how the run grows: everything that
-follows from the recipe and a number of ranks. Nothing is started, read or written (but the recipe, and a pipeline
-schedule or plugins that it names), so a plan for 512 GPUs is made on a laptop. All numbers are exact unless a line says
-otherwise; `shards.py` has the arithmetic of the shares.
-
-The report is text for people, and a golden test for every shipped recipe: it names no absolute paths and no times.
+Nothing is started or written, and neither data nor devices are looked at, so a plan for 512 GPUs is made on a laptop. A
+run that is in the recipe's folder already is planned from its newest checkpoint, as a start would do it; only the bytes
+of its shards are not read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from titan_growth.commands.args import CommandLine
 from titan_growth.commands.check import report_problems
+from titan_growth.commands.plan_report import report_lines
 from titan_growth.config.loader import dry_run_of, inspect_recipe
-from titan_growth.config.schema.recipe import Recipe
-from titan_growth.layout.pipeline_layout import part_table, plan_pipeline
-from titan_growth.layout.pipeline_parts import Part
-from titan_growth.layout.shards import EMBEDDING, HEAD, LAYER, NORM, ModelShards
-from titan_growth.models.registry import family_module
-from titan_growth.run.phases import Phase
-from titan_growth.run.plan import RunPlan, plan_run, stage_lines
+from titan_growth.run.plan import plan_run
 from titan_growth.tools.errors import ConfigError, TitanGrowthError
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.logs import say, setup_logging
+from titan_growth.tools.run_folder import RunFolder
 from titan_growth.tools.text import many
+
+if TYPE_CHECKING:
+    from titan_growth.run.start import RunStart
 
 DEVICES = ("cuda", "cpu")
 
@@ -83,216 +78,44 @@ def _device(text: str) -> str:
 
 
 def _report(line: CommandLine, argv: list[str]) -> list[str]:
-    """The report of a recipe; its warnings are printed on the way.
+    """The report of a recipe, and of the run that its folder holds; warnings are printed on the way.
 
     Raises:
         ConfigError: with all problems of the command line, the recipe, and the recipe on this number of ranks.
+        CheckpointError: when the folder holds a run that cannot go on.
     """
+    # Not at the top: --help and a typo in a recipe need not wait for torch.
+    from titan_growth.run.start import Finished, Site, resolve
+
     args = line.read(argv)
-    found, planning = Findings(problems=list(line.problems)), Findings()
+    found = Findings([*line.problems])
     recipe = inspect_recipe(args.recipe, found)
-    plan = None
-    if recipe is not None:
-        recipe = dry_run_of(recipe)
-        ranks, device = args.world_size or 1, args.device or DEVICES[0]
-        plan = plan_run(recipe, planning, num_ranks=ranks, device_type=device, elsewhere=True)
-    known = {problem.key for problem in found.problems}
-    # With defaults for wrong arguments, the plan's problems would be about the defaults.
-    planning.problems = [problem for problem in planning.problems if problem.key not in known and not line.problems]
-    found.extend(planning)
     for warning in found.warnings:
         say(f"warning: {warning}")
-    if found.problems or plan is None:
+    if recipe is None:
         raise ConfigError(found.problems)
-    return report_lines(plan, args.device)
+    recipe = dry_run_of(recipe)
+    if found.problems:
+        # With defaults for wrong arguments, the plan's problems would be about the defaults.
+        if not line.problems:
+            plan_run(recipe, more := Findings(), num_ranks=args.world_size, device_type=args.device, elsewhere=True)
+            known = {problem.key for problem in found.problems}
+            found.problems += [problem for problem in more.problems if problem.key not in known]
+        raise ConfigError(found.problems)
+    site = Site(RunFolder(recipe.job.dump_folder), args.world_size, args.device, elsewhere=True)
+    start = resolve(recipe, site, reads_shards=lambda checkpoint, now: False)
+    if isinstance(start, Finished):
+        return [start.message]
+    for text in (*start.refused, *map(str, start.warnings)):
+        say(f"warning: {text}")
+    return report_lines(start.plan, args.device, start_lines(start))
 
 
-def report_lines(plan: RunPlan, device_type: str) -> list[str]:
-    """The long description of a plan."""
-    family = family_module(plan.recipe.model.name)
-    depths = [ModelShards(phase.config, family, phase.mesh_shape) for phase in plan.phases]
-    blocks = [
-        [plan.recipe.job.description],
-        _model(plan, depths[-1]),
-        _batch(plan),
-        *_stages(plan, device_type),
-        _growth(plan),
-        *(_ranks(phase, shards) for phase, shards in zip(plan.phases, depths, strict=True)),
-        _checkpoints(plan, depths),
-    ]
-    return [line for block in blocks if block for line in ("", *block)][1:]
-
-
-def _stages(plan: RunPlan, device_type: str) -> Iterator[list[str]]:
-    """The stages of the first phase, and those of each later one that has others."""
-    shown = stage_lines(plan.phases[0], device_type)
-    yield shown
-    for number, phase in enumerate(plan.phases[1:], start=1):
-        lines = stage_lines(phase, device_type)
-        if plan.growth_plan.planned[number - 1].changes_layout and lines != shown:
-            shape = str(phase.mesh_shape)
-            yield [f"after {many(number, 'growth')}, on {shape}, {lines[0]}", *lines[1:]]
-            shown = lines
-
-
-def _model(plan: RunPlan, shards: ModelShards) -> list[str]:
-    config, seq_len = shards.config, plan.recipe.training.seq_len
-    head = "tied head" if config.tie_word_embeddings else f"head {shards.numel(HEAD):,}"
-    which = " in the end" if plan.growth_plan.planned else ""
-    return [
-        f"model: {plan.recipe.model.name} {plan.recipe.model.flavor}{which}",
-        f"  dim {config.dim}, {config.num_layers} layers, {config.num_heads} query heads of {config.head_dim}, "
-        f"{config.num_kv_heads} key/value heads, hidden_dim {config.hidden_dim}, vocabulary {config.vocab_size}",
-        f"  parameters: {shards.num_params:,}",
-        f"    = embedding {shards.numel(EMBEDDING):,} + {config.num_layers} layers x {shards.numel(LAYER):,} "
-        f"+ norm {shards.numel(NORM):,} + {head}",
-        f"  FLOPs per token: {config.flops_per_token(seq_len):,} (forward and backward, {seq_len} tokens a sequence)",
-    ]
-
-
-def _batch(plan: RunPlan) -> list[str]:
-    training, shape, steps = plan.recipe.training, plan.mesh_shape, plan.num_accumulation_steps
-    *_, (_, last) = timeline(plan)
-    fewer = "at most " if plan.recipe.data.document_mask else ""
-    return [
-        f"mesh: {shape} = {many(shape.num_ranks, 'rank')}" if shape.num_ranks > 1 else "mesh: 1 rank",
-        f"batch: {training.global_batch_size} sequences of {training.seq_len} tokens a step = "
-        f"{plan.tokens_per_step:,} tokens",
-        f"  = {many(shape.dp_degree, 'data-parallel rank')} x local batch {training.local_batch_size} x "
-        f"{many(steps, 'accumulation step')}",
-        f"run: {many(training.steps, 'step')}, {fewer}{last.tokens:,} tokens, {fewer}{last.flops:.4e} FLOPs",
-    ]
-
-
-# ---- growth ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """How far a phase of the run goes."""
-
-    last_step: int
-    """Its last step; the model grows before the next one."""
-    tokens: int
-    """Target positions trained on until then, from the start of the run; masked ones are counted."""
-    flops: int
-    """FLOPs until then."""
-
-
-def timeline(plan: RunPlan) -> Iterator[tuple[Phase, Stretch]]:
-    """The phases of a run with their ends: a growth comes after the first step that has reached its count.
-
-    One that waits for a slope is taken to come as early as it can.
-    """
-    now = {"steps": 0, "tokens": 0, "FLOPs": 0}
-    for phase, end in zip(plan.phases, [*plan.growth_plan.points, None], strict=True):
-        tokens = phase.tokens_per_step
-        rate = {"steps": 1, "tokens": tokens}
-        rate["FLOPs"] = tokens * phase.config.flops_per_token(phase.recipe.training.seq_len)
-        if end is None:
-            num_steps = plan.recipe.training.steps - now["steps"]
-        elif end.unit == "slope":
-            num_steps = end.window
-        else:
-            num_steps = -(-(end.count - now[end.unit]) // rate[end.unit])
-        now = {unit: count + num_steps * rate[unit] for unit, count in now.items()}
-        yield phase, Stretch(now["steps"], now["tokens"], now["FLOPs"])
-
-
-def _growth(plan: RunPlan) -> list[str]:
-    """The timeline: the depths, how long each lasts, and the growths between them."""
-    if not plan.growth_plan.planned:
-        return []
-    lines = ["growth (tokens and FLOPs are counted from the start of the run):"]
-    for index, (event, (phase, stretch)) in enumerate(zip([*plan.growth_lines(), ""], timeline(plan), strict=True)):
-        config = phase.config
-        waits = index < len(plan.growth_plan.points) and plan.growth_plan.points[index].unit == "slope"
-        lines += [
-            f"  {many(config.num_layers, 'layer')}: {config.num_params:,} parameters, "
-            f"{config.flops_per_token(phase.recipe.training.seq_len):,} FLOPs per token",
-            f"    until step {stretch.last_step:,}{' or later' if waits else ''}: {stretch.tokens:,} tokens, "
-            f"{stretch.flops:.4e} FLOPs",
-            *([f"  {event}"] if event else []),
-        ]
-    if plan.recipe.data.document_mask:
-        lines.append("  (data.document_mask leaves some positions out, so tokens and FLOPs are upper bounds)")
-    return lines
-
-
-# ---- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def _ranks(phase: Phase, shards: ModelShards) -> list[str]:
-    """Which ranks hold which parts of the model of one phase, and how many bytes that is."""
-    config, shape, recipe = shards.config, phase.mesh_shape, phase.recipe
-    table, parts_of = _pipeline(phase)
-    rows: list[tuple[str, ...]] = [
-        ("pp", "ranks", "layers", "parameters of a rank", "weights", "gradients", "moments", "sum")
-    ]
-    largest = 0
-    each = shape.num_ranks // shape.pp
-    for place, parts in enumerate(parts_of):
-        held = shards.held(parts)
-        largest = max(largest, held.most)
-        share = f"{held.most:,}" if held.least == held.most else f"{held.least:,} to {held.most:,}"
-        ranks = f"{place * each}-{(place + 1) * each - 1}" if each > 1 else str(place)
-        num_layers = sum(len(part.layers) for part in parts)
-        num_bytes = [held.most * size for size in _sizes(recipe)]
-        rows.append((str(place), ranks, str(num_layers), share, *(_gib(number) for number in num_bytes)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    dtype = recipe.training.dtype
-    where = " in host memory" if recipe.training.enable_cpu_offload else ""
-    return [
-        f"ranks at {many(config.num_layers, 'layer')} (GiB of {dtype}{where} on the ranks that hold most):",
-        *table,
-        *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
-        f"  largest: {_gib(sum(_sizes(recipe)[:-1]) * largest)} GiB; activations and gathered parameters come on top",
-    ]
-
-
-def _sizes(recipe: Recipe) -> tuple[int, int, int, int]:
-    """Bytes per parameter: weights, gradients, the two moments, and all together."""
-    size = _bytes_per_value(recipe)
-    return size, size, 2 * size, 4 * size
-
-
-def _pipeline(phase: Phase) -> tuple[list[str], list[tuple[Part, ...]]]:
-    """(lines about schedule and parts, the parts of each pp rank)."""
-    config = phase.config
-    if phase.mesh_shape.pp == 1:
-        return [], [(Part(0, tuple(range(config.num_layers)), first=True, last=True),)]
-    recipe = phase.recipe
-    found = Findings()
-    layout = plan_pipeline(recipe.parallelism, config.num_layers, recipe.training.local_batch_size, found)
-    assert layout is not None, f"the pipeline was not checked: {found.problems}"
-    lines = [
-        f"  schedule {layout.schedule}, {many(layout.num_microbatches, 'microbatch')} of "
-        f"{many(recipe.parallelism.pipeline_parallel_microbatch_size, 'sequence')} in each accumulation step",
-        *(f"  {line}" for line in part_table(layout)),
-    ]
-    return lines, [layout.parts_of(place) for place in range(phase.mesh_shape.pp)]
-
-
-def _checkpoints(plan: RunPlan, depths: list[ModelShards]) -> list[str]:
-    """What a checkpoint takes on disk: weights and both moments, in the type that they are trained in."""
-    section, size = plan.recipe.checkpoint, _bytes_per_value(plan.recipe)
-    if not section.enable or section.load_only:
-        return ["checkpoints: none are saved"]
-    sizes = " -> ".join(_gib(3 * size * shards.num_stored) for shards in depths)
-    last = _gib(size * depths[-1].num_stored)
-    kept = f"the newest {section.keep_latest_k} are kept" if section.keep_latest_k else "all are kept"
-    and_growths = ", and those of growths" if plan.growth_plan.planned and section.keep_latest_k else ""
-    return [
-        f"checkpoints: {sizes} GiB each on disk (weights and moments), every {many(section.interval, 'step')}; "
-        f"{kept}{and_growths}",
-        *([f"  the last one has the weights only: {last} GiB"] if section.last_save_model_only else []),
-    ]
-
-
-def _bytes_per_value(recipe: Recipe) -> int:
-    return 2 if recipe.training.dtype == "bfloat16" else 4
-
-
-def _gib(num_bytes: int) -> str:
-    """Without the unit, for tables."""
-    return f"{num_bytes / 2**30:,.3f}"
+def start_lines(start: RunStart) -> list[str]:
+    """What the run would start from, and what it has decided by itself."""
+    lines = []
+    if start.checkpoint is not None:
+        manifest = start.checkpoint.manifest
+        done = f"step {manifest.progress.step:,} of {start.plan.total_steps:,}, {many(manifest.num_layers, 'layer')}"
+        lines = [f"goes on from {start.checkpoint.path.name}: {done}", *start.changes]
+    return [*lines, str(start.precision)] if start.precision.reason else lines

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from tests.harness import run_ranks
 from tests.runs import BASE, argv_of
 from titan_growth.__main__ import main
-from titan_growth.commands.plan import report_lines, timeline
+from titan_growth.commands.plan_report import report_lines, timeline
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.schema.recipe import ModelConfig
 from titan_growth.engine.build import build
