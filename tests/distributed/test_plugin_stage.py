@@ -195,7 +195,7 @@ def test_its_place_does_not_depend_on_what_is_imported_first(example: str, modul
     code = "import logit_cap; from titan_growth.stages.order import *; print(*resolve_order(registered_stages()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.split() == order, result.stderr
-    named = re.search(r"The order of ours is (.*?) \(\[composition", PAGE.read_text(), re.DOTALL)
+    named = re.search(r"The built-in order is (.*?) \(\[composition", PAGE.read_text(), re.DOTALL)
     assert named is not None
     assert re.findall(r"`(\w+)`", named[1]) == [name for name in order if name != "logit_cap"]
 
