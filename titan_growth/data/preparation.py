@@ -1,13 +1,12 @@
 """Preparing a corpus: tokenize it once, split it, and keep the tokens as memory-mapped shards in the cache.
 
-The result's folder is named after a hash of everything that determines it. Work in progress leaves a journal, a small
-file that says up to which piece of which document all is safely on disk; a preparation that was killed goes on from
-there and ends with the same bytes as one that was not. `meta.json`, written last, is what makes a folder valid.
+The result's folder is named after a hash of everything that determines it, and valid once it has `meta.json`. A journal
+says what is safely on disk; a preparation that was killed goes on from there and ends with the same bytes.
 
 Where a document is cut between the splits: BOS comes only before the document's real beginning and EOS only after its
 real end, since a model must not learn that texts end where the split happened to cut. Each contiguous run of a
-document's pieces in one split is a "document" of its own in that split's index, because what precedes the run in the
-stream is not what precedes it in the text; with document_mask, attention does not reach across.
+document's pieces in one split is a "document" of its own in that split's index: the stream before it is other text,
+which attention does not reach with document_mask.
 """
 
 from __future__ import annotations
