@@ -116,7 +116,7 @@ def train_and_tell(rank: int, num_ranks: int, recipe: Any) -> list[str]:
     """Trains to the end; the stages that took part."""
     with trainer_of(recipe, num_ranks) as trainer:
         assert trainer.fit()
-        return [stage.name for stage in trainer.engine.model.stages]
+        return [stage.name for stage in trainer.runtime.engine.model.stages]
 
 
 pytestmark = pytest.mark.usefixtures("warm_imports")

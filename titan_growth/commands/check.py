@@ -86,7 +86,7 @@ def _check(argv: list[str]) -> int:
         logger.info("%s", start.message)
         return NOTHING_TO_DO
     start.log()
-    if slow := slow_precision(start.plan.recipe, start.site.device_type):
+    if slow := slow_precision(start.plan.recipe.training, start.site.device_type):
         logger.warning("%s", slow)
     if not dry_run:
         _check_space(folder, start.plan)

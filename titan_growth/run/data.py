@@ -61,28 +61,18 @@ class RunData:
                 return [Problem(key, message, hint)]
         return []
 
-    def train_blocks(self, recipe: Recipe, base_seq_len: int | None = None) -> BlockDataset:
-        """The training samples in the order that the seed fixes; the cursor counts blocks of `base_seq_len`."""
-        assert recipe.debug.seed is not None, "the seed has not been resolved"
-        return BlockDataset(
-            self.corpus.train,
-            recipe.training.seq_len,
-            recipe.data.document_mask,
-            recipe.debug.seed,
-            recipe.data.shuffle,
-            base_seq_len,
-        )
-
-    def loader(self, recipe: Recipe, mesh: Mesh, cursor: int, base_seq_len: int | None = None) -> BatchLoader:
-        """This rank's global batches from a cursor on."""
+    def loader(self, recipe: Recipe, mesh: Mesh, cursor: int, base_seq_len: int) -> BatchLoader:
+        """This rank's global batches from a cursor on, which counts blocks of `base_seq_len`, in the seed's order."""
+        training, data, seed = recipe.training, recipe.data, recipe.debug.seed
+        assert seed is not None, "the seed has not been resolved"
         return BatchLoader(
-            self.train_blocks(recipe, base_seq_len),
-            global_batch_size=recipe.training.global_batch_size,
-            local_batch_size=recipe.training.local_batch_size,
+            BlockDataset(self.corpus.train, training.seq_len, data.document_mask, seed, data.shuffle, base_seq_len),
+            global_batch_size=training.global_batch_size,
+            local_batch_size=training.local_batch_size,
             dp_rank=mesh.dp_rank,
             dp_degree=mesh.shape.dp_degree,
             cursor=cursor,
-            **recipe.training.dataloader.model_dump(),
+            **training.dataloader.model_dump(),
         )
 
     def validation_blocks(self, recipe: Recipe) -> BlockDataset | None:
@@ -126,9 +116,21 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool) -> RunD
             key="validation.dataset_path",
         )
         held_out = prepare(other, corpus.tokenizer, validation_fraction=0.0, **settings).train
-    run_data = RunData(corpus, held_out)
-    _require_sequences(run_data, recipe)
-    return run_data
+    longest = max([training.seq_len, *(planned.seq_len or 0 for planned in recipe.growth.active_stages)])
+    _require_sequence(corpus.train, longest)
+    if validation.enable and held_out is not None:
+        try:
+            _require_sequence(held_out, validation.seq_len or training.seq_len)
+        except DataError as error:
+            raise DataError(
+                f"validation: {error}; or raise data.validation_fraction, or set validation.dataset_path"
+            ) from None
+    return RunData(corpus, held_out)
+
+
+def _require_sequence(split: TokenSplit, seq_len: int) -> None:
+    """Raises DataError when a split is shorter than one sequence."""
+    BlockDataset(split, seq_len, document_mask=False, seed=0, shuffle=False)
 
 
 def with_stand_ins(recipe: Recipe, found: Findings) -> Recipe:
@@ -172,17 +174,3 @@ def with_stand_ins(recipe: Recipe, found: Findings) -> Recipe:
 def _is_beside_torchtitan(path: str | None) -> bool:
     """Whether a recipe means the files beside torchtitan's source code, and no files of its user's own."""
     return path is None or Path(path) == Path(C4_TEST_PATH)
-
-
-def _require_sequences(run_data: RunData, recipe: Recipe) -> None:
-    """Raises DataError when a split that will be used is shorter than one sequence."""
-    seq_len = recipe.training.seq_len
-    longest = max([seq_len, *(planned.seq_len or 0 for planned in recipe.growth.active_stages)])
-    BlockDataset(run_data.corpus.train, longest, False, 0, False)
-    if recipe.validation.enable and run_data.validation is not None:
-        try:
-            BlockDataset(run_data.validation, recipe.validation.seq_len or seq_len, False, 0, False)
-        except DataError as error:
-            raise DataError(
-                f"validation: {error}; or raise data.validation_fraction, or set validation.dataset_path"
-            ) from None

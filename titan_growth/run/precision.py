@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.recipe import TrainingConfig
 from titan_growth.metrics.formatting import format_rate
 from titan_growth.metrics.hardware import peak_flops_per_second
 from titan_growth.tools.errors import Problem
@@ -33,18 +33,17 @@ class Precision:
         return f'{KEY} = "auto" is {self.param}: {self.reason}'
 
 
-def decide_precision(recipe: Recipe, device_type: str, before: Recipe | None) -> Precision:
+def decide_precision(training: TrainingConfig, device_type: str, before: TrainingConfig | None) -> Precision:
     """The type of the computation of a run.
 
     Args:
-        before: the effective recipe of its earlier start.
+        before: the section as it was decided at an earlier start.
     """
-    asked = recipe.training.mixed_precision_param
-    if asked != "auto":
-        return Precision(asked)
-    if before is not None and before.training.mixed_precision_param != "auto":
-        return Precision(before.training.mixed_precision_param, "the run began with it")
-    if recipe.training.dtype == "bfloat16":
+    if training.mixed_precision_param != "auto":
+        return Precision(training.mixed_precision_param)
+    if before is not None and before.mixed_precision_param != "auto":
+        return Precision(before.mixed_precision_param, "the run began with it")
+    if training.dtype == "bfloat16":
         return Precision("bfloat16", "the parameters are bfloat16 (training.dtype)")
     if device_type != "cpu":
         return Precision("bfloat16", "CUDA devices have matrix units for it")
@@ -53,9 +52,9 @@ def decide_precision(recipe: Recipe, device_type: str, before: Recipe | None) ->
     return Precision("float32", "this CPU has no matrix units for bfloat16 (AMX)")
 
 
-def slow_precision(recipe: Recipe, device_type: str) -> Problem | None:
+def slow_precision(training: TrainingConfig, device_type: str) -> Problem | None:
     """A warning when bfloat16 is slower here than float32, with both rates; takes a second on a CPU without AMX."""
-    if device_type != "cpu" or recipe.training.mixed_precision_param != "bfloat16" or has_amx():
+    if device_type != "cpu" or training.mixed_precision_param != "bfloat16" or has_amx():
         return None
     bfloat16, float32 = (peak_flops_per_second("cpu", "", dtype)[0] for dtype in (torch.bfloat16, torch.float32))
     if bfloat16 >= float32:

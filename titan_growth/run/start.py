@@ -188,7 +188,7 @@ def decide(recipe: Recipe, site: Site, checkpoint: StepFolder | None) -> Decisio
     batch = before.training.global_batch_size if before is not None else -1
     return Decisions(
         seed=secrets.randbelow(2**31) if seed is None else seed,
-        precision=decide_precision(recipe, site.device_type, before),
+        precision=decide_precision(recipe.training, site.device_type, before.training if before is not None else None),
         global_batch_size=None if batch == -1 else batch,
         num_growths=num_growths_of(checkpoint) if checkpoint is not None else 0,
     )

@@ -37,7 +37,7 @@ def test_auto_is_what_the_device_does_fast(
     device_type: str, has_amx: bool, changes: dict[str, Any], param: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     amx(monkeypatch, has_amx)
-    decided = decide_precision(recipe(**{**AUTO, **changes}), device_type, None)
+    decided = decide_precision(recipe(**{**AUTO, **changes}).training, device_type, None)
     assert decided.param == param
     assert reason in decided.reason
     assert bool(reason) == bool(decided.reason)
@@ -73,13 +73,13 @@ def test_bfloat16_where_it_is_slow_gets_one_warning_with_both_rates(monkeypatch:
     amx(monkeypatch, False)
     rates = {torch.bfloat16: 155e9, torch.float32: 285e9}
     monkeypatch.setattr(precision, "peak_flops_per_second", lambda kind, name, dtype: (rates[dtype], ""))
-    slow = recipe(training__mixed_precision_param="bfloat16")
+    slow = recipe(training__mixed_precision_param="bfloat16").training
     warning = str(slow_precision(slow, "cpu"))
     assert warning == (
         "training.mixed_precision_param: bfloat16 products are slower on this CPU (155 GFLOP/s against 285 GFLOP/s in "
         'float32). Set it to "auto" for new runs'
     )
-    assert slow_precision(recipe(training__mixed_precision_param="float32"), "cpu") is None
+    assert slow_precision(recipe(training__mixed_precision_param="float32").training, "cpu") is None
     assert slow_precision(slow, "cuda") is None
     rates[torch.bfloat16] = 300e9
     assert slow_precision(slow, "cpu") is None
