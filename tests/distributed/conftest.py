@@ -45,5 +45,6 @@ def warm_imports() -> None:
     """What the compiler and torchao import takes 4 s: once in this process, before ranks are forked from it."""
     import torchao.float8  # noqa: F401
 
-    torch.compile(torch.nn.Linear(1, 1), backend="aot_eager")(torch.zeros(1, 1))
+    with torch.no_grad():  # a backward pass here would start autograd's threads, which do not survive a fork
+        torch.compile(torch.nn.Linear(1, 1), backend="aot_eager")(torch.zeros(1, 1))
     torch._dynamo.reset()
