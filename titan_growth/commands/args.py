@@ -1,8 +1,4 @@
-"""The command line of a command: arguments, `--help`, and one line for each problem.
-
-argparse reads the words. What all commands share is here: the look of the help, `--some_name` for `--some-name`, and
-errors in the style of the package, all at once instead of argparse's first one and its usage.
-"""
+"""The command line of a command: argparse, with one look of `--help`, and a line for every problem at once."""
 
 from __future__ import annotations
 
@@ -23,14 +19,14 @@ python -m titan_growth train --help lists every key with its text and default.""
 
 
 def given(text: str) -> str:
-    """Any text but none."""
+    """Any non-empty text."""
     if not text:
         raise ValueError("needs a value")
     return text
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """A positive whole number."""
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"expected a positive whole number, got '{text}'")
     return int(text)
@@ -43,21 +39,20 @@ def names(text: str) -> list[str]:
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        """No brackets around values: `nargs="?"` only lets a missing one through, to be refused with the rest."""
+        """No brackets around values: with `nargs="?"`, a missing value is reported along with all other problems."""
         return str(action.metavar or default_metavar)
 
 
 class CommandLine:
-    """The arguments of one command; reads one list of words."""
+    """The arguments of one command."""
 
     def __init__(self, command: str, about: str, *, example: str, statuses: str, recipe: bool = False) -> None:
         """A command line without arguments.
 
         Args:
-            about: one paragraph.
             example: what may follow the command.
             statuses: what its exit statuses mean.
-            recipe: words that are no argument are the recipe's, and left in `Namespace.recipe`.
+            recipe: leave unknown words in `Namespace.recipe`; they set keys of a recipe.
         """
         self.prog, self.recipe = f"python -m titan_growth {command}", recipe
         self.problems: list[Problem] = []
@@ -70,6 +65,8 @@ class CommandLine:
             add_help=False,
         )
         self._group = self._parser.add_argument_group("arguments")
+        if recipe:
+            self._parser.add_argument_group("recipe", _RECIPE_HELP)
         self._flags: list[str] = []
         self._words: list[str] = []
         self._required: dict[str, Problem] = {}
@@ -91,10 +88,10 @@ class CommandLine:
         """Adds `--flag VALUE`.
 
         Args:
-            convert: makes a value of the text, which is empty where none follows; raises ValueError with a message.
-            repeated: keep every value instead of the last.
-            dest: attribute of the namespace, where it is not the flag.
-            key: name in messages, where it is not the flag.
+            convert: text to value; raises ValueError with a message. A missing value is the empty text.
+            repeated: keep every value, not only the last.
+            dest: attribute of the namespace (default: the flag).
+            key: name in messages (default: the flag).
         """
         dest = dest or flag.removeprefix("--").replace("-", "_")
         if required:
@@ -116,7 +113,7 @@ class CommandLine:
         )
 
     def words(self, metavar: str, text: str, *, dest: str, many: bool, missing: Problem | None = None) -> None:
-        """Adds the words without a flag: exactly one, or at least one."""
+        """Adds positional words: exactly one, or at least one."""
         self._words.append(dest)
         self._required[dest] = missing or Problem(metavar, "is missing")
         self._usage.append(f"{metavar} [{metavar} ...]" if many else metavar)
@@ -133,19 +130,18 @@ class CommandLine:
         self.option("--plugins", "a,b", text, names, default=[])
 
     def prints_help(self, argv: Sequence[str]) -> bool:
-        """Whether the words ask for help; prints it then."""
+        """Prints the help if the words ask for it, and says whether they do."""
         if "--help" not in argv and "-h" not in argv:
             return False
         some_optional = len(self._flags) + len(self._words) > len(self._required)
         recipe = ["[--job.config_file FILE] [--section.key VALUE ...]"] if self.recipe else []
         self._parser.usage = " ".join([self.prog, *self._usage, *(["[options]"] if some_optional else []), *recipe])
-        if self.recipe:
-            self._parser.add_argument_group("recipe", _RECIPE_HELP)
         print(self._parser.format_help(), end="")
         return True
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The values of the words. What is wrong with them is in `problems`; such a value is None."""
+        """The values of the words. Those that are wrong are None, and named in `problems`."""
+        self.problems.clear()
         parse = self._parser.parse_known_intermixed_args if self._words else self._parser.parse_known_args
         args, rest = parse([self._with_dashes(word) for word in argv])
         if self.recipe:
@@ -159,7 +155,9 @@ class CommandLine:
         return args
 
     def run(self, argv: Sequence[str], body: Callable[[argparse.Namespace], int]) -> int:
-        """Answers `--help`, or calls the command with its arguments; prints errors and returns the exit status."""
+        """Prints the help, or calls `body`; turns errors into lines and an exit status."""
+        if not argv and self._flags:
+            argv = ["--help"]
         if self.prints_help(argv):
             return 0
         try:
@@ -169,6 +167,10 @@ class CommandLine:
             return body(args)
         except TitanGrowthError as error:
             return print_error(error)
+
+    def command(self, body: Callable[[argparse.Namespace], int]) -> Callable[[list[str]], int]:
+        """Decorates the body of a command: makes it the `main(argv)` that `run` is."""
+        return lambda argv: self.run(argv, body)
 
     def _with_dashes(self, word: str) -> str:
         flag, equals, value = word.partition("=")
@@ -183,7 +185,7 @@ class CommandLine:
             return None
 
     def _unknown(self, words: Sequence[str]) -> Iterator[Problem]:
-        """A problem for each word that means nothing here, but none for the value of an unknown option."""
+        """A problem for each unknown word, except values of unknown options."""
         known = [flag.removeprefix("--") for flag in self._flags]
         for before, word in zip(["", *words], words, strict=False):
             if before.startswith("--") and "=" not in before and not word.startswith("-"):

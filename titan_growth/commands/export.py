@@ -1,7 +1,7 @@
 """`python -m titan_growth export`: a step folder becomes a Hugging Face folder.
 
-A checkpoint of any mesh will do: each tensor is put together from its stored pieces, written and let go, so the largest
-tensor is what has to fit into memory. config.json comes last; without it nobody takes the folder for a model.
+The checkpoint may be of any mesh: one tensor at a time is assembled from its chunks and written, so only the largest
+has to fit into memory. config.json comes last; without it the folder is not taken for a model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.commands.args import CommandLine
 from titan_growth.commands.source import Source, open_source, whole_tensor
-from titan_growth.commands.target import emptied, failure, require_new, require_space
+from titan_growth.commands.target import new_folder, require_new
 from titan_growth.config.plugins import load_plugins
 from titan_growth.interchange.config_json import config_json, layout_of
 from titan_growth.interchange.folder import CONFIG, INDEX, SINGLE, is_hugging_face
@@ -28,10 +28,10 @@ from titan_growth.interchange.safetensors_file import total_bytes, write_file
 from titan_growth.interchange.tokenizer_files import tokenizer_of
 from titan_growth.models.hugging_face import parameter_shapes
 from titan_growth.models.registry import family_module
-from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, TitanGrowthError
+from titan_growth.tools.errors import CheckpointError, ConfigError, Problem
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import folder_at
-from titan_growth.tools.text import gib
+from titan_growth.tools.text import gib, many
 
 MAX_FILE_BYTES = 2 * 2**30
 """Of a safetensors file, unless one tensor has more."""
@@ -41,43 +41,36 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
-def command_line() -> CommandLine:
-    """The arguments of `export`."""
-    line = CommandLine(
-        "export",
-        """Makes a Hugging Face folder of a checkpoint's weights: config.json, safetensors, and the tokenizer's files.
-        Moments and counters stay behind. transformers, vLLM and lm-eval read it.""",
-        example="--from outputs/checkpoint/step-5000 --to exported",
-        statuses="0 written and read back, 1 failed, 2 wrong arguments",
-    )
-    line.source_and_target("A committed step folder, written on any mesh.", "The folder to write.")
-    line.option("--dtype", "TYPE", f"{', '.join(_DTYPES)}. Default: as stored.", _dtype)
-    line.plugins()
-    return line
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command; returns its exit status."""
-    return command_line().run(argv or ["--help"], _export)
-
-
-def _export(args: Namespace) -> int:
-    load_plugins(args.plugins)
-    print(export_folder(folder_at(args.source), Path(args.target), dtype=args.dtype, plugins=args.plugins))
-    return 0
-
-
 def _dtype(text: str) -> str:
     if text not in _DTYPES:
         raise ValueError(f"expected one of {', '.join(_DTYPES)}, got '{text}'")
     return text
 
 
+_LINE = CommandLine(
+    "export",
+    """Makes a Hugging Face folder of a checkpoint's weights: config.json, safetensors, and the tokenizer's files.
+    Moments and counters stay behind. transformers, vLLM and lm-eval read it.""",
+    example="--from outputs/checkpoint/step-5000 --to exported",
+    statuses="0 written and read back, 1 failed, 2 wrong arguments",
+)
+_LINE.source_and_target("A committed step folder, written on any mesh.", "The folder to write.")
+_LINE.option("--dtype", "TYPE", f"{', '.join(_DTYPES)}. Default: as stored.", _dtype)
+_LINE.plugins()
+
+
+@_LINE.command
+def main(args: Namespace) -> int:
+    """Writes the folder; returns the exit status."""
+    load_plugins(args.plugins)
+    print(export_folder(folder_at(args.source), Path(args.target), dtype=args.dtype, plugins=args.plugins))
+    return 0
+
+
 @dataclass(frozen=True)
 class _Weight:
     """A tensor to be written."""
 
-    parameter: str
     chunks: list[StoredChunk]
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -99,7 +92,7 @@ def export_folder(
 
     Args:
         dtype: of the weights; None keeps them as stored.
-        plugins: those already loaded.
+        plugins: those loaded already.
 
     Raises:
         ConfigError: when the source is not there, or the target in the way.
@@ -113,14 +106,13 @@ def export_folder(
     reader = opened.reader()
     weights = _weights(opened, reader, dtype)
     types = {weight.dtype for weight in weights.values()}
-    # What a reader is to compute in: the type of the matrices, where norms are kept in a wider one.
+    # The type to compute in: that of the matrices, where norms have a wider one.
     widest_share = max(types, key=lambda one: sum(one == weight.dtype for weight in weights.values()))
     table = config_json(opened.config, opened.recipe.model.name, str(widest_share).removeprefix("torch."))
     shapes = {name: (weight.dtype, weight.shape) for name, weight in weights.items()}
     num_bytes = total_bytes(shapes.values())
-    try:
+    with new_folder(target, num_bytes, "the model"):
         tokenizer = tokenizer_of(opened.folder, opened.recipe)
-        require_space(target, num_bytes, "the model")
         files = _files(shapes, max_file_bytes)
         for name, names in files.items():
             write_file(target / name, {one: shapes[one] for one in names}, lambda one: weights[one].made(reader))
@@ -129,36 +121,28 @@ def export_folder(
         if list(files) != [SINGLE]:
             write_atomic(target / INDEX, _index(files, num_bytes))
         write_atomic(target / CONFIG, json.dumps({**table, **tokenizer.tokens}, indent=2, sort_keys=True) + "\n")
-    except (OSError, TitanGrowthError) as error:
-        emptied(target)
-        raise failure(target, error) from error
-    count = f"{len(files)} file{'s' if len(files) > 1 else ''}"
     return (
         f"{target}: {opened.config.num_params:,} parameters of step {opened.folder.step:,} as "
-        f"{table['architectures'][0]}, {gib(num_bytes)} in {count}; {tokenizer.said}"
+        f"{table['architectures'][0]}, {gib(num_bytes)} in {many(len(files), 'file')}; {tokenizer.said}"
     )
 
 
 def _weights(opened: Source, reader: SafeReader, dtype: str | None) -> dict[str, _Weight]:
-    """Name there -> what it is made of. A head that is the embedding, too, is not written twice."""
+    """Name there -> what it is made of. A head tied to the embedding is not written twice."""
     config, family = opened.config, opened.recipe.model.name
     layout, chunks, entries = layout_of(family), reader.chunks(), reader.tensor_entries()
     weights = {}
     for parameter, shape in parameter_shapes(config, family_module(family).ROLES):
         if parameter in config.tied:
             continue
-        where = f"{opened.folder.path.name} refused"
         if parameter not in chunks:
-            raise CheckpointError(f"{where}: it has no {parameter}")
-        if tuple(entries[parameter].size) != shape:
-            message = f"is {tuple(entries[parameter].size)}, and {shape} by its recipe"
-            raise CheckpointError(f"{where}: {parameter} {message}")
-        stored = entries[parameter].properties.dtype
+            raise opened.folder.refused(f"it has no {parameter}")
+        if (size := tuple(entries[parameter].size)) != shape:
+            raise opened.folder.refused(f"{parameter} is {size}, and {shape} by its recipe")
         weights[layout.name_of(parameter)] = _Weight(
-            parameter,
             chunks[parameter],
             shape,
-            stored if dtype is None else _DTYPES[dtype],
+            entries[parameter].properties.dtype if dtype is None else _DTYPES[dtype],
             layout.group_of(parameter, config),
         )
     return weights
@@ -189,7 +173,7 @@ def _index(files: dict[str, list[str]], num_bytes: int) -> str:
 
 
 def _read_back(path: Path, names: list[str]) -> None:
-    """The library that others read the file with finds in it what should be there."""
+    """Checks with the library that reads such files elsewhere."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,37 +1,37 @@
 """`python -m titan_growth grow`: grow a checkpoint on disk, in one process and bounded memory.
 
-The same operators, rules and reader as in a run. Tensors are made one at a time while they are written, so a model
-needs no more memory than its largest tensor and what that is made of. The result is a step folder: another
-run starts from it with `checkpoint.initial_load_path`, and its lineage names the checkpoint that it was grown from.
+Operators, rules and reader are those of a run. Tensors are made one at a time while they are written, so memory must
+hold the largest tensor and what it is made of. The result is a step folder: a run starts from it with
+`checkpoint.initial_load_path`, and its lineage names the checkpoint it was grown from.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from titan_growth.checkpoint.folder import LINEAGE, RECIPE, StepFolder, file_entry, write_manifest
+from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import GrowthEvent, Lineage
 from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
-from titan_growth.checkpoint.writer import ShardWriter
 from titan_growth.commands.args import CommandLine
-from titan_growth.commands.growth_args import SETTINGS, add_settings, growth_map, planned_growth, settings_of
+from titan_growth.commands.growth_args import (
+    SETTINGS,
+    add_settings,
+    growth_map,
+    model_keys,
+    planned_growth,
+    settings_of,
+)
 from titan_growth.commands.source import open_any
-from titan_growth.commands.target import failure, require_new, require_space
-from titan_growth.config.loader import to_toml, with_values
+from titan_growth.commands.target import commit, new_folder, require_new, save_tensors
+from titan_growth.config.loader import with_values
 from titan_growth.config.plugins import load_plugins
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.config.schema.recipe import Recipe
@@ -44,41 +44,9 @@ from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.models.roles import OPTIMIZER_PREFIX
 from titan_growth.run.phases import recipe_in_phase
 from titan_growth.tools.errors import ConfigError, GrowthError, Problem
-from titan_growth.tools.files import write_atomic
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.text import gib
-
-
-def command_line() -> CommandLine:
-    """The arguments of `grow`."""
-    line = CommandLine(
-        "grow",
-        """Grows a checkpoint on disk, without a run. The settings are those of [[growth.stages]]; moments are copied
-        unless --optimizer-state says otherwise ("reset" leaves them out).""",
-        example="--from outputs/checkpoint/step-5000 --operator stack --factor 4 --to grown/step-5000",
-        statuses="0 grown and verified, 1 failed, 2 wrong arguments",
-    )
-    operators = "stack, interpose, middle, map, zero_depth, split_width, zero_width, or one of a plugin."
-    line.source_and_target("A committed step folder, or a Hugging Face folder.", "The step folder to write.")
-    line.option("--operator", "NAME", operators, required=True)
-    add_settings(line, SETTINGS, optimizer_state="copy")
-    line.option("--seed", "N", "Seed of new values.", _seed, default=0)
-    line.plugins()
-    return line
-
-
-def main(argv: list[str]) -> int:
-    """Runs the command; returns its exit status."""
-    return command_line().run(argv or ["--help"], _grow)
-
-
-def _grow(args: Namespace) -> int:
-    load_plugins(args.plugins)
-    planned = planned_growth({"operator": args.operator, **settings_of(args, SETTINGS)})
-    source, target = folder_at(args.source), Path(args.target)
-    print(grow_checkpoint(source, target, planned, seed=args.seed, plugins=args.plugins))
-    return 0
 
 
 def _seed(text: str) -> int:
@@ -87,18 +55,43 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+_LINE = CommandLine(
+    "grow",
+    """Grows a checkpoint on disk, without a run. The settings are those of [[growth.stages]]; moments are copied
+    unless --optimizer-state says otherwise ("reset" leaves them out).""",
+    example="--from outputs/checkpoint/step-5000 --operator stack --factor 4 --to grown/step-5000",
+    statuses="0 grown and verified, 1 failed, 2 wrong arguments",
+)
+_OPERATORS = "stack, interpose, middle, map, zero_depth, split_width, zero_width, or one of a plugin."
+_LINE.source_and_target("A committed step folder, or a Hugging Face folder.", "The step folder to write.")
+_LINE.option("--operator", "NAME", _OPERATORS, required=True)
+add_settings(_LINE, SETTINGS, optimizer_state="copy")
+_LINE.option("--seed", "N", "Seed of new values.", _seed, default=0)
+_LINE.plugins()
+
+
+@_LINE.command
+def main(args: Namespace) -> int:
+    """Grows the checkpoint; returns the exit status."""
+    load_plugins(args.plugins)
+    planned = planned_growth({"operator": args.operator, **settings_of(args, SETTINGS)})
+    source, target = folder_at(args.source), Path(args.target)
+    print(grow_checkpoint(source, target, planned, seed=args.seed, plugins=args.plugins))
+    return 0
+
+
 def grow_checkpoint(
     source: Path, target: Path, planned: PlannedGrowth, *, seed: int = 0, plugins: Sequence[str] = ()
 ) -> str:
     """Writes the grown model of a step folder into another one; returns one line about it.
 
     Args:
-        plugins: those already loaded.
+        plugins: those loaded already.
 
     Raises:
         ConfigError: when the growth does not fit the model, or the target is in the way.
-        CheckpointError: when the source cannot be used or the target not written.
-        GrowthError: when what was written is not what it should be. Nothing is committed then.
+        CheckpointError: when the source cannot be used, or the target cannot be written.
+        GrowthError: when what was written is wrong. Nothing is committed then.
     """
     began = time.perf_counter()
     opened = open_any(source, plugins)
@@ -113,20 +106,21 @@ def grow_checkpoint(
     tensors = _meta_tensors(module, growth.after, getattr(torch, recipe.training.dtype), with_state)
     tensors = _as_stored(tensors, rules, stored)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    try:
-        require_space(target, num_bytes, "the grown model")
-        reader = _OneSourceReader(stored)
-        planner = _GrowingPlanner(reader, rules, std_of, seed)
-        writer = ShardWriter(target)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(dict(tensors), storage_writer=writer, planner=planner, no_dist=True)
+    reader = _OneSourceReader(stored)
+
+    def make(name: str) -> Tensor:
+        made = {name: torch.empty_like(tensors[name], device="cpu")}
+        read_grown(reader.folder, made, rules.of, std_of=std_of, seed=seed, reader=reader)
+        return made[name]
+
+    with new_folder(target, num_bytes, "the grown model"):
+        files = save_tensors(tensors, target, make, order=lambda name: rules.of(name).source or "")
         _verify(opened.reader(), target, tensors, rules, std_of)
         event = _event(folder, planned, growth, time.perf_counter() - began, reader.num_bytes_read)
-        files = writer.entries
-        _commit(folder, recipe, target, growth, event, files=files, model_only=not with_state, plugins=plugins)
-    except (OSError, CheckpointException) as error:
-        raise failure(target, error) from error
+        lineage = folder.lineage()
+        ancestors = Lineage(ancestors=(*lineage.ancestors, *lineage.events, event))
+        grown = _recipe_grown(_recipe_now(recipe, len(lineage.events)), growth.after, plugins)
+        commit(target, grown, ancestors, _manifest(folder, event, model_only=not with_state), files)
     return (
         f"{target}: {_sizes(growth.before)} -> {_sizes(growth.after)}, {growth.after.num_params:,} parameters"
         f"{'' if with_state else ', without moments'}, {gib(num_bytes)} written and verified"
@@ -155,13 +149,13 @@ def _meta_tensors(module: Any, config: DecoderConfig, dtype: torch.dtype, with_s
 
 
 def _as_stored(tensors: dict[str, Tensor], rules: Rules, stored: SafeReader) -> dict[str, Tensor]:
-    """The same tensors, of the types that their sources have: another program's folder may have more than one."""
+    """The same tensors, in the dtypes of their sources: a Hugging Face folder may mix them."""
     types = {name: entry.properties.dtype for name, entry in stored.tensor_entries().items()}
     return {name: tensor.to(types.get(rules.of(name).source or "", tensor.dtype)) for name, tensor in tensors.items()}
 
 
 class _OneSourceReader(SafeReader):
-    """Keeps the chunks of one stored tensor, for the layers that are all made of it."""
+    """Keeps the chunks of one stored tensor for all the layers made of it."""
 
     def __init__(self, stored: SafeReader) -> None:
         super().__init__(stored.folder)
@@ -176,34 +170,13 @@ class _OneSourceReader(SafeReader):
         if any(kept.name != chunk.name for kept in self._kept):
             self._kept.clear()
         if chunk not in self._kept:
-            self._kept[chunk] = self.stored.read_chunk(chunk)  # in memory of its own, since it stays
+            self._kept[chunk] = self.stored.read_chunk(chunk)  # without the buffer: it is kept
             self.num_bytes_read = self.stored.num_bytes_read
         return self._kept[chunk]
 
 
-class _GrowingPlanner(DefaultSavePlanner):
-    """A DCP save plan whose tensors are made when they are written, those of one source one after another."""
-
-    def __init__(self, reader: _OneSourceReader, rules: Rules, std_of: Any, seed: int) -> None:
-        super().__init__()
-        self.reader, self.rules, self.std_of, self.seed = reader, rules, std_of, seed
-
-    def create_local_plan(self) -> SavePlan:
-        plan = super().create_local_plan()
-        ordered = sorted(plan.items, key=lambda item: self.rules.of(item.index.fqn).source or "")
-        self.plan = replace(plan, items=ordered)
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        name = write_item.index.fqn
-        meta = self.lookup_object(write_item.index)
-        made = {name: torch.empty(meta.shape, dtype=meta.dtype)}
-        read_grown(self.reader.folder, made, self.rules.of, std_of=self.std_of, seed=self.seed, reader=self.reader)
-        return made[name]
-
-
 def _verify(source: SafeReader, target: Path, tensors: dict[str, Tensor], rules: Rules, std_of: Any) -> None:
-    """Reads back what was written, one tensor at a time, and compares it with what the source makes of it."""
+    """Reads each tensor back and compares it with what the source makes of it."""
     stored, written = _OneSourceReader(source), SafeReader(target)
     chunks = written.chunks()
     for name in sorted(tensors, key=lambda one: rules.of(one).source or ""):
@@ -235,54 +208,36 @@ def _event(
     )
 
 
-def _commit(
-    folder: StepFolder,
-    recipe: Recipe,
-    target: Path,
-    growth: GrowthMap,
-    event: GrowthEvent,
-    *,
-    files: dict[str, dict[str, Any]],
-    model_only: bool,
-    plugins: Sequence[str],
-) -> None:
-    lineage = folder.lineage()
-    ancestors = Lineage(ancestors=(*lineage.ancestors, *lineage.events, event))
-    num_growths = len(lineage.events)
+def _recipe_now(recipe: Recipe, num_growths: int) -> Recipe:
+    """The recipe as it holds after some growths, with their learning rate."""
     now = recipe_in_phase(recipe, num_growths)
-    given_lrs = [stage.lr for stage in recipe.growth.active_stages[:num_growths] if stage.lr is not None]
-    if given_lrs:
-        now = with_values(now, {"optimizer.lr": given_lrs[-1]})
-    grown = _recipe_grown(now, growth.after, plugins)
-    write_atomic(target / RECIPE, to_toml(grown))
-    write_atomic(target / LINEAGE, ancestors.to_json())
-    manifest = Manifest(
+    lrs = [stage.lr for stage in recipe.growth.active_stages[:num_growths] if stage.lr is not None]
+    return with_values(now, {"optimizer.lr": lrs[-1]}) if lrs else now
+
+
+def _manifest(folder: StepFolder, event: GrowthEvent, *, model_only: bool) -> Manifest:
+    return Manifest(
         progress=folder.manifest.progress,
-        num_layers=growth.after.num_layers,
-        num_ranks=1,
-        mesh="grown on disk",
+        num_layers=event.to_sizes["n_layers"],
+        num_ranks=event.num_ranks,
+        mesh=event.mesh,
         model_only=model_only,
         permanent=False,
         metrics_offset=0,
         seconds=folder.manifest.seconds + (event.seconds or 0.0),
         data=folder.manifest.data,
-        files={**files, **{name: file_entry(target / name) for name in (RECIPE, LINEAGE)}},
     )
-    write_manifest(target, manifest)
 
 
 def _recipe_grown(recipe: Recipe, config: DecoderConfig, plugins: Sequence[str]) -> Recipe:
-    """The recipe of a run with the grown model: the checkpoint's own at that step, without its growths."""
+    """The checkpoint's recipe for a run with the grown model, without growths."""
     grown = with_values(
         recipe,
         {
             "plugins": sorted({*recipe.plugins, *plugins}),
             "growth.stages": [],
             "growth.base": {},
-            **{f"model.{key}": size for key, size in config.sizes.items()},
-            "model.head_dim": config.head_dim,
-            "model.multiple_of": None,
-            "model.ffn_dim_multiplier": None,
+            **model_keys(config),
             "model.norm_eps": config.norm_eps,
             "model.qk_norm_eps": config.qk_norm_eps,
         },

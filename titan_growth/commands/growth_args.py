@@ -1,4 +1,4 @@
-"""A growth that a command line describes (`grow`, `probe`): settings of [[growth.stages]], written as options."""
+"""A growth on the command line of `grow` and `probe`: the settings of [[growth.stages]], as options."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from titan_growth.tools.findings import Findings
 
 SETTINGS = ("factor", "layer_map", "n_layers", "dim", "n_heads", "n_kv_heads", "hidden_dim", "noise",
             "optimizer_state", "optimizer_step", "options")  # fmt: skip
-"""Besides the operator: what means something without a run."""
+"""Besides the operator: those that mean something without a run."""
 
 _METAVARS = {int: "N", float: "X", list: "0,1,1,2", dict: "JSON"}
 
 
 def add_settings(line: CommandLine, settings: Iterable[str], **defaults: Any) -> None:
-    """Adds an option for each of these settings, with the text of the recipe's key, and defaults of the command."""
+    """Adds an option for each setting, with the recipe key's text; `defaults` are the command's own."""
     for name in settings:
         field = PlannedGrowth.model_fields[name]
         annotation = without_none(field.annotation)
@@ -42,7 +42,7 @@ def add_settings(line: CommandLine, settings: Iterable[str], **defaults: Any) ->
 
 
 def settings_of(args: argparse.Namespace, settings: Iterable[str]) -> dict[str, Any]:
-    """Those of the settings that were given."""
+    """The settings that were given."""
     return {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
 
 
@@ -54,21 +54,20 @@ def _value(name: str, text: str) -> Any:
 
 
 def planned_growth(settings: Mapping[str, Any]) -> PlannedGrowth:
-    """A growth with these settings; when it happens is up to the caller. Raises ConfigError for unusable values."""
+    """A growth with these settings, at some step. Raises ConfigError for unusable values."""
+    found = Findings()
     try:
         return PlannedGrowth.model_validate({"at": "1 step", **settings})
     except ValidationError as error:
-        raise ConfigError([_on_command_line(details) for details in error.errors()]) from None
-
-
-def _on_command_line(details: Any) -> Problem:
-    key = ".".join(map(str, details["loc"]))
-    problem = problem_of(f"growth.stages.0.{key}", details)
-    return Problem(f"--{key}" if key else "", problem.message, problem.hint)
+        for details in error.errors():
+            key = ".".join(map(str, details["loc"]))
+            problem = problem_of(f"growth.stages.0.{key}", details)
+            found.problem(f"--{key}" if key else "", problem.message, problem.hint)
+    raise ConfigError(found.problems)
 
 
 def growth_map(before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap:
-    """What a planned growth makes of a model. Raises ConfigError when it does not fit the model."""
+    """What a planned growth makes of a model. Raises ConfigError when it does not fit."""
     known = operators()
     if planned.operator not in known:
         message = f"unknown operator '{planned.operator}'; known: {', '.join(known)}"
@@ -79,3 +78,13 @@ def growth_map(before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap:
     if isinstance(growth, str):
         raise ConfigError([Problem("--operator", f"{planned.operator}: {growth}")])
     return growth
+
+
+def model_keys(config: DecoderConfig) -> dict[str, Any]:
+    """Recipe keys that make a model of these sizes out of another one."""
+    return {
+        **{f"model.{key}": size for key, size in config.sizes.items()},
+        "model.head_dim": config.head_dim,
+        "model.multiple_of": None,
+        "model.ffn_dim_multiplier": None,
+    }

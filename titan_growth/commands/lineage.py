@@ -12,26 +12,20 @@ from titan_growth.checkpoint.history import GrowthEvent, RollBack
 from titan_growth.commands.args import CommandLine
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
 from titan_growth.tools.location import folder_at
+from titan_growth.tools.text import many
+
+_LINE = CommandLine(
+    "lineage",
+    "Prints the growths behind a checkpoint: when, by which operator, from which checkpoint and on which mesh.",
+    example="outputs/checkpoint/step-5000",
+    statuses="0 printed, 1 no such checkpoint, 2 wrong arguments",
+)
+_LINE.words("STEP_FOLDER", "A committed step folder.", dest="folder", many=False)
 
 
-def command_line() -> CommandLine:
-    """The arguments of `lineage`."""
-    line = CommandLine(
-        "lineage",
-        "Prints the growths behind a checkpoint: when, by which operator, from which checkpoint and on which mesh.",
-        example="outputs/checkpoint/step-5000",
-        statuses="0 printed, 1 no such checkpoint, 2 wrong arguments",
-    )
-    line.words("STEP_FOLDER", "A committed step folder.", dest="folder", many=False)
-    return line
-
-
-def main(argv: list[str]) -> int:
+@_LINE.command
+def main(args: Namespace) -> int:
     """Prints the lineage of a step folder; returns 0, or 1 when there is none."""
-    return command_line().run(argv, _lineage)
-
-
-def _lineage(args: Namespace) -> int:
     try:
         print("\n".join(lineage_lines(folder_at(args.folder))))
     except TitanGrowthError as error:
@@ -41,24 +35,19 @@ def _lineage(args: Namespace) -> int:
 
 
 def lineage_lines(path: Path) -> Iterator[str]:
-    """The lines of the report.
-
-    Raises:
-        CheckpointError: when the folder is no committed checkpoint, or its lineage cannot be read.
-    """
+    """The lines of the report. Raises CheckpointError when there is no checkpoint, or its lineage cannot be read."""
     folder = open_step(path)
     if folder is None:
         raise CheckpointError(f"{path}: is no committed checkpoint. Name a step-N folder")
     lineage = folder.lineage()
-    taken_back = list(lineage.roll_backs)
     for event in lineage.ancestors:
         yield from _event(event, "before this run, ")
-    for number, event in enumerate(lineage.events):
-        for roll_back in (one for one in taken_back if one.growth == number):
-            yield _roll_back(roll_back)
-        yield from _event(event, "")
-    for roll_back in (one for one in taken_back if one.growth >= len(lineage.events)):
-        yield _roll_back(roll_back)
+    for number, growth in enumerate([*lineage.events, None]):
+        for roll_back in lineage.roll_backs:
+            if min(roll_back.growth, len(lineage.events)) == number:
+                yield _roll_back(roll_back)
+        if growth is not None:
+            yield from _event(growth, "")
     yield from _now(folder)
 
 
@@ -73,8 +62,7 @@ def _event(event: GrowthEvent, prefix: str) -> Iterator[str]:
     if event.loss_before is not None and event.loss_after is not None:
         losses = f"; held-out loss {event.loss_before:.4f} -> {event.loss_after:.4f}"
     took = "" if event.seconds is None else f" in {event.seconds:.1f} s"
-    ranks = f"{event.num_ranks} rank{'s' if event.num_ranks > 1 else ''}"
-    yield f"    on {event.mesh} ({ranks}), {event.bytes_read:,} bytes read{took}{losses}"
+    yield f"    on {event.mesh} ({many(event.num_ranks, 'rank')}), {event.bytes_read:,} bytes read{took}{losses}"
 
 
 def _roll_back(roll_back: RollBack) -> str:

@@ -1,6 +1,6 @@
 """`python -m titan_growth plot`: validation loss against FLOPs, tokens and seconds, and the speedup at equal loss.
 
-The first run is what the others are compared with. Everything comes from the `metrics.jsonl` of the runs.
+The first run is the baseline. All numbers come from the `metrics.jsonl` of the runs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +20,50 @@ from titan_growth.tools.packages import missing_package
 
 SUFFIXES = (".png", ".svg", ".pdf")
 LABELS = {"flops": "training FLOPs", "tokens": "training tokens", "seconds": "seconds"}
-# Okabe and Ito's colours, which the colour-blind can tell apart.
+# Okabe and Ito's colours, distinct to the colour-blind.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run to be drawn."""
+    """A run to draw: its folder, or a metrics.jsonl."""
 
     name: str
     path: Path
-    """Its folder, or a metrics.jsonl."""
 
 
-def command_line() -> CommandLine:
-    """The arguments of `plot`."""
-    line = CommandLine(
-        "plot",
-        """Compares runs by their validation loss. The first run is the baseline: for each other one it prints the
-        speedup at the lowest loss that both reach, in FLOPs, tokens and seconds.""",
-        example="scratch=outputs/scratch grown=outputs/grown --to curves.png",
-        statuses="0 printed, 2 wrong arguments",
-    )
-    run = "A run's job.dump_folder, or a metrics.jsonl."
-    missing = Problem("", "no run is named", "Name at least one, as NAME=FOLDER")
-    line.words("NAME=RUN", run, dest="runs", many=True, missing=missing)
-    line.option("--to", "FILE", f"Draw the curves into a {', '.join(SUFFIXES)}, with growths marked.", _picture)
-    line.option("--title", "TEXT", "Printed above the picture.")
-    return line
+def _picture(text: str) -> Path:
+    path = Path(given(text))
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent}")
+    if problem := missing_package("--to", "matplotlib", "leave it out"):
+        raise ValueError(f"{problem.message}. {problem.hint}")
+    return path
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command; returns its exit status."""
-    return command_line().run(argv or ["--help"], _plot)
+_LINE = CommandLine(
+    "plot",
+    """Compares runs by their validation loss. The first run is the baseline: for each other one it prints the
+    speedup at the lowest loss that both reach, in FLOPs, tokens and seconds.""",
+    example="scratch=outputs/scratch grown=outputs/grown --to curves.png",
+    statuses="0 printed, 2 wrong arguments",
+)
+_LINE.words(
+    "NAME=RUN",
+    "A run's job.dump_folder, or a metrics.jsonl.",
+    dest="runs",
+    many=True,
+    missing=Problem("", "no run is named", "Name at least one, as NAME=FOLDER"),
+)
+_LINE.option("--to", "FILE", f"Draw the curves into a {', '.join(SUFFIXES)}, with growths marked.", _picture)
+_LINE.option("--title", "TEXT", "Printed above the picture.")
 
 
-def _plot(args: Namespace) -> int:
+@_LINE.command
+def main(args: Namespace) -> int:
+    """Compares the runs; returns the exit status."""
     runs = [_run(word) for word in args.runs]
     if twice := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
         raise ConfigError([Problem(name, "is given twice") for name in twice])
@@ -80,23 +89,8 @@ def _run(word: str) -> Run:
     return Run(Path(word).resolve().name, Path(word))
 
 
-def _picture(text: str) -> Path:
-    path = Path(given(text))
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent}")
-    if problem := missing_package("--to", "matplotlib", "leave it out"):
-        raise ValueError(f"{problem.message}. {problem.hint}")
-    return path
-
-
 def draw(curves: Sequence[Curve], target: Path, title: str = "") -> None:
-    """Draws one panel for each cost that all runs know.
-
-    Raises:
-        ConfigError: when the picture cannot be written.
-    """
+    """Draws a panel for each cost that all runs have. Raises ConfigError when the picture cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,7 +101,7 @@ def draw(curves: Sequence[Curve], target: Path, title: str = "") -> None:
         1, len(costs), figsize=(4.4 * len(costs), 3.8), sharey=True, squeeze=False, layout="constrained"
     )
     for cost, panel in zip(costs, panels[0], strict=True):
-        for curve, color in zip(curves, _colors(len(curves)), strict=True):
+        for curve, color in zip(curves, cycle(COLORS), strict=False):
             _panel(panel, curve, cost, color)
         panel.set_xlabel(LABELS[cost])
         panel.set_xlim(left=0)
@@ -152,14 +146,9 @@ def _panel(panel: Any, curve: Curve, cost: str, color: str) -> None:
         )
 
 
-def _colors(num_curves: int) -> list[str]:
-    return [COLORS[index % len(COLORS)] for index in range(num_curves)]
-
-
 def _range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Losses to show: all but the first fall, beside which the rest would be flat."""
+    """The losses to show: without the first fall, which would flatten the rest."""
     low = min(curve.best_loss for curve in curves)
-    late = [point.loss for curve in curves for point in curve.points[max(1, len(curve.points) // 10) :]]
-    high = max(late)
+    high = max(point.loss for curve in curves for point in curve.points[max(1, len(curve.points) // 10) :])
     margin = 0.04 * max(high - low, 1e-3)
     return low - margin, high + margin

@@ -1,10 +1,11 @@
-"""The model that a command reads: a step folder, or a Hugging Face folder as if it were one."""
+"""The model that a command reads: a step folder, or a Hugging Face folder, shown as one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import Chain, chain_of
 from titan_growth.interchange.folder import HuggingFaceFolder, is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
+from titan_growth.interchange.tokenizer_files import TOKENIZER_JSON, TOKENIZER_MODEL
 from titan_growth.models.config import DecoderConfig
 from titan_growth.run.vet import history_of, problem_of, whole_problem
 from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError
@@ -28,7 +30,7 @@ from titan_growth.tools.text import one_line
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk that can be grown or written: here, a committed checkpoint."""
+    """A model on disk, to be grown or exported: here, a committed checkpoint."""
 
     folder: StepFolder
     recipe: Recipe
@@ -46,11 +48,19 @@ class Source:
         return SafeReader(self.folder.path)
 
 
+def committed(path: Path) -> StepFolder:
+    """A step folder. Raises CheckpointError when it was never committed."""
+    folder = open_step(path)
+    if folder is None:
+        raise RefusedCheckpointError(str(path), "it has no manifest, so it was never committed")
+    return folder
+
+
 def open_source(path: Path, plugins: Sequence[str] = ()) -> Source:
     """A step folder, checked in full.
 
     Args:
-        plugins: those already loaded. A stored recipe cannot cause an import.
+        plugins: those loaded already. A stored recipe cannot cause an import.
 
     Raises:
         ConfigError: when it is not there, or its recipe needs plugins that have not been loaded.
@@ -58,9 +68,7 @@ def open_source(path: Path, plugins: Sequence[str] = ()) -> Source:
     """
     if not path.is_dir():
         raise ConfigError([Problem("--from", f"{path}: no such folder", "Name a step-N folder")])
-    folder = open_step(path)
-    if folder is None:
-        raise RefusedCheckpointError(str(path), "it has no manifest, so it was never committed")
+    folder = committed(path)
     if damage := folder.damage(checksums=True, names=(RECIPE, LINEAGE)):
         raise folder.refused(damage)
     if missing := [name for name in _plugins_of(folder) if name not in plugins]:
@@ -86,7 +94,7 @@ def _plugins_of(folder: StepFolder) -> list[str]:
 
 
 class _NeverRun(StepFolder):
-    """In place of a step folder: weights that no run has written."""
+    """Stands in for a step folder: weights that no run has written."""
 
     def lineage(self) -> Lineage:
         return Lineage()
@@ -103,12 +111,7 @@ class HuggingFaceSource(Source):
 
 
 def open_any(path: Path, plugins: Sequence[str] = ()) -> Source:
-    """Opens a folder of either kind, told apart by its files and checked in full.
-
-    Raises:
-        ConfigError: as `open_source`.
-        CheckpointError: when it cannot be used.
-    """
+    """A folder of either kind, checked in full. Raises as `open_source` does."""
     return open_hugging_face(path) if path.is_dir() and is_hugging_face(path) else open_source(path, plugins)
 
 
@@ -138,14 +141,14 @@ def recipe_for(opened: HuggingFaceFolder) -> Recipe:
     """The recipe of a run with this model: its sizes and tokenizer, and the defaults of all other keys."""
     types = {tensor.dtype for tensor in opened.tensors.values()}
     base = Recipe()
-    has_tokenizer = any((opened.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    values = {
+    values: dict[str, Any] = {
         "model": opened.section.model_dump(),
         "training.dtype": "bfloat16" if types == {torch.bfloat16} else "float32",
         "training.seq_len": min(base.training.seq_len, opened.config.max_seq_len),
     }
-    recipe = with_values(base, values)
-    return with_values(recipe, {"model.hf_assets_path": str(opened.path.resolve())}) if has_tokenizer else recipe
+    if any((opened.path / name).is_file() for name in (TOKENIZER_JSON, TOKENIZER_MODEL)):
+        values["model.hf_assets_path"] = str(opened.path.resolve())
+    return with_values(base, values)
 
 
 def whole_tensor(reader: SafeReader, chunks: Sequence[StoredChunk], shape: tuple[int, ...]) -> Tensor:

@@ -1,7 +1,7 @@
 """`python -m titan_growth verify FOLDER ...`: is a checkpoint complete, and what does it hold?
 
-Reads everything: sizes and SHA-256 sums of all files, the metadata (nothing in it is run), that the stored chunks
-of every tensor tile it and can be read, recipe and lineage, and that no weight of the model is missing.
+Reads everything: sizes and SHA-256 sums of all files, metadata, recipe and lineage, and the chunks, which must tile
+every tensor of the model.
 """
 
 from __future__ import annotations
@@ -12,34 +12,28 @@ from pathlib import Path
 
 import torch
 
-from titan_growth.checkpoint.folder import StepFolder, open_step, step_numbers, step_path
+from titan_growth.checkpoint.folder import StepFolder, step_numbers, step_path
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.commands.args import CommandLine
+from titan_growth.commands.source import committed
 from titan_growth.models.roles import OPTIMIZER_PREFIX
 from titan_growth.run.vet import problem_of, whole_problem
-from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError, TitanGrowthError, print_error
+from titan_growth.tools.errors import CheckpointError, TitanGrowthError, print_error
 from titan_growth.tools.location import folder_at
-from titan_growth.tools.text import gib, one_line
+from titan_growth.tools.text import gib, many, one_line
+
+_LINE = CommandLine(
+    "verify",
+    "Checks step folders in full: every file, every tensor. Nothing in a checkpoint is run.",
+    example="outputs/checkpoint",
+    statuses="0 all are complete, 1 one or more are not, 2 wrong arguments",
+)
+_LINE.words("FOLDER", "A step folder, or a folder of them to check them all.", dest="folders", many=True)
 
 
-def command_line() -> CommandLine:
-    """The arguments of `verify`."""
-    line = CommandLine(
-        "verify",
-        "Checks step folders in full: every file, every tensor. Nothing in a checkpoint is run.",
-        example="outputs/checkpoint",
-        statuses="0 all are complete, 1 one or more are not, 2 wrong arguments",
-    )
-    line.words("FOLDER", "A step folder, or a folder of them to check them all.", dest="folders", many=True)
-    return line
-
-
-def main(argv: list[str]) -> int:
+@_LINE.command
+def main(args: Namespace) -> int:
     """Checks the folders; returns the exit status."""
-    return command_line().run(argv, _verify)
-
-
-def _verify(args: Namespace) -> int:
     status = 0
     for word in args.folders:
         try:
@@ -59,27 +53,20 @@ def _verify(args: Namespace) -> int:
 
 
 def verified(path: Path) -> Iterator[str]:
-    """What a step folder holds, line by line.
-
-    Raises:
-        CheckpointError: when it is not whole.
-    """
+    """What a step folder holds, line by line. Raises CheckpointError when it is not whole."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
-    folder = open_step(path)
-    if folder is None:
-        raise RefusedCheckpointError(str(path), "it has no manifest, so it was never committed")
+    folder = committed(path)
     # In this order: an untrusted file may be absurdly large, and is read only once its size is known to be right.
     if damage := folder.damage(checksums=False) or problem_of(folder) or whole_problem(folder):
         raise folder.refused(damage)
     manifest = folder.manifest
     num_bytes = sum(entry["bytes"] for entry in manifest.files.values())
-    ranks = f"{manifest.num_ranks} rank{'s' if manifest.num_ranks != 1 else ''}"
+    ranks = many(manifest.num_ranks, "rank")
     yield f"{path}: step {folder.step:,}, {manifest.num_layers} layers, written by {ranks} ({manifest.mesh})"
     yield f"    {len(manifest.files)} files, {gib(num_bytes)}: sizes and checksums are right"
     yield f"    {_tensors(folder)}"
-    growths = len(folder.lineage().events)
-    yield f"    {manifest.progress.tokens:,} tokens, {growths} growth{'s' if growths != 1 else ''} behind it"
+    yield f"    {manifest.progress.tokens:,} tokens, {many(len(folder.lineage().events), 'growth')} behind it"
 
 
 def _tensors(folder: StepFolder) -> str:

@@ -110,7 +110,7 @@ def test_the_checkpoint_of_a_candidate_links_to_the_shards_and_writes_nothing_th
         ("--from SOURCE/.. --operator stack --factor 2", "refused: it has no manifest, so it was never committed"),
         ("--from none --operator stack --factor 2", "--from: none: no such folder"),
         ("--from SOURCE --operator stack --factor 2 --to SOURCE/../..", "is not empty"),
-        ("--from SOURCE --operator stack --factor 2 --to SOURCE/mine", "is inside the checkpoint"),
+        ("--from SOURCE --operator stack --factor 2 --to SOURCE/mine", "is inside the source"),
         (
             "--from SOURCE --operator stack --factor 2 -- --job.dump_folder x",
             "--job.dump_folder: would make it another",

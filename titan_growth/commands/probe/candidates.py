@@ -1,9 +1,8 @@
 """The candidates of a command line, and the recipe of each candidate's run.
 
-A candidate must differ from the run that the checkpoint is from in nothing but its growth. So its recipe is that of the
-checkpoint as it holds at that step: the growths that have happened stay in it (the schedule of the learning rate counts
-from them), the mesh and the local batch are those of the moment, and only such keys may be changed from outside that do
-not change what is computed.
+A candidate must differ from the checkpoint's run in its growth only. So its recipe is the checkpoint's as it holds at
+that step: past growths stay (the learning rate schedule counts from them), mesh and local batch are those of that
+phase, and only keys that do not change what is computed may be given.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import tomli
 
-from titan_growth.commands.growth_args import SETTINGS, growth_map, planned_growth
+from titan_growth.commands.growth_args import SETTINGS, growth_map, model_keys, planned_growth
 from titan_growth.commands.source import Source
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.growth import SIZES, PlannedGrowth
@@ -28,17 +27,17 @@ from titan_growth.tools.findings import Findings
 
 SHARED = (*SETTINGS, "mask_steps", "lr_policy", "lr", "warmup_steps", "global_batch_size", "local_batch_size",
           "seq_len")  # fmt: skip
-"""Settings that may be given for all candidates."""
+"""Settings that can be shared by all candidates."""
 
 CHANGEABLE = ("parallelism.", "compile.", "activation_checkpoint.", "training.local_batch_size", "comm.")
-"""Keys of a recipe, or beginnings of them, that change where and how a candidate is computed, and not what."""
+"""Recipe keys, or prefixes of them, that change where and how a candidate is computed, but not what."""
 
 _HOW_LARGE = frozenset({"factor", "layer_map", *SIZES})
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A growth to try; None for the small model as it is."""
+    """A growth to try; `planned` is None for the small model as it is."""
 
     name: str
     planned: PlannedGrowth | None
@@ -50,9 +49,9 @@ def candidates_of(
     """The small model, then every growth in the order given.
 
     Args:
-        operator_names: a candidate each.
-        tables: TOML, a candidate each.
-        shared: settings of all candidates that do not set them.
+        operator_names: one candidate each.
+        tables: TOML, one candidate each.
+        shared: settings for candidates that do not set them.
 
     Raises:
         ConfigError: when there is none, two are the same, or one does not fit the model.
@@ -76,11 +75,10 @@ def candidates_of(
 
 
 def _planned(own: dict[str, Any], common: dict[str, Any], source: Source) -> PlannedGrowth:
-    """A candidate's growth: its own settings, and the shared ones that its operator knows."""
-    operator = operators().get(str(own["operator"]))
-    known: frozenset[str] = getattr(operator, "options", frozenset())
+    """A candidate's growth: its own settings, and the shared ones its operator knows."""
     taken = {key: value for key, value in common.items() if not (_HOW_LARGE & own.keys() and key in _HOW_LARGE)}
     if "options" in taken:
+        known: frozenset[str] = getattr(operators().get(str(own["operator"])), "options", frozenset())
         taken["options"] = {key: value for key, value in taken["options"].items() if key in known}
     planned = planned_growth({**taken, **own})
     growth = growth_map(source.config, planned)
@@ -109,7 +107,7 @@ def _inline(text: str) -> dict[str, Any]:
 
 
 def key_problems(words: Sequence[str]) -> Iterator[Problem]:
-    """What is wrong with the recipe keys of a command line: those that would make it another run."""
+    """A problem for each recipe key that would make it another run."""
     for word in words:
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
         if word.startswith("--") and not name.startswith(CHANGEABLE):
@@ -118,11 +116,11 @@ def key_problems(words: Sequence[str]) -> Iterator[Problem]:
 
 
 def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: Sequence[str] = ()) -> Recipe:
-    """The recipe of a candidate's run: that of the checkpoint, with the growth as its next one, and `steps` to go.
+    """The recipe of a candidate's run: the checkpoint's, with this growth as the next one, and `steps` to go.
 
     Raises:
-        ConfigError: when the growths that the checkpoint has behind it and this one make no chain.
-        CheckpointError: when the checkpoint has no moments to go on with.
+        ConfigError: when the growth does not follow from the checkpoint's own.
+        CheckpointError: when the checkpoint has no moments to continue with.
     """
     recipe, step, num_growths = source.recipe, source.folder.step, len(source.lineage.events)
     if source.folder.manifest.model_only:
@@ -136,10 +134,7 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: 
         model = growth_map(source.config, candidate.planned).after
     values: dict[str, Any] = {
         "plugins": sorted({*recipe.plugins, *plugins}),
-        **{f"model.{key}": size for key, size in model.sizes.items()},
-        "model.head_dim": model.head_dim,
-        "model.multiple_of": None,
-        "model.ffn_dim_multiplier": None,
+        **model_keys(model),
         "parallelism": now.parallelism.model_dump(),
         "training.local_batch_size": now.training.local_batch_size,
         "training.steps": step + steps,
@@ -175,10 +170,7 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: 
 
 
 def _learning_rate(recipe: Recipe, *, grows: bool) -> dict[str, Any]:
-    """Keys that keep the learning rate of the checkpoint's run, whether or not its recipe and the candidate's grow.
-
-    `[growth.base]` counts in recipes that grow, and in those alone.
-    """
+    """Keys that keep the learning rate of the checkpoint's run: `[growth.base]` counts only in recipes that grow."""
     base = recipe.growth.base
     if grows and recipe.growth.active_stages:
         return {}
@@ -191,7 +183,7 @@ def _learning_rate(recipe: Recipe, *, grows: bool) -> dict[str, Any]:
 
 
 def doubts(source: Source, candidates: Sequence[Candidate], steps: int) -> Iterator[str]:
-    """What the reader of a ranking should know about the candidates."""
+    """Caveats about the candidates, for the reader of the ranking."""
     for one in candidates:
         if one.planned is None:
             continue

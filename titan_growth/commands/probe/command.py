@@ -1,11 +1,9 @@
 """`python -m titan_growth probe`: which growth is best for this checkpoint? Try several for a few steps each.
 
-Every candidate is a real run: the checkpoint is taken into a folder of its own (its shards as links), the candidate is
-written into its recipe as the next growth, and the launcher starts it on as many ranks as asked for. So whatever a run
-can do can be probed, on the mesh it will have: every operator and map, masks and learned growths, policies for moments
-and learning rate. All candidates go on at the same batch and on the same learning rate schedule, which stays laid out
-to the end of the run that the checkpoint is from, or to the end of the probe where that is later. The small model goes
-on as well, for comparison.
+Every candidate is a real run: its folder links the checkpoint's shards, its recipe has the candidate as the next
+growth, and the launcher starts it. So whatever a run can do can be probed, on the mesh it will have. All candidates
+continue at the same batch on the same learning rate schedule, which still ends where the checkpoint's run does, or with
+the probe if that is later. The small model continues too, for comparison.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import signal
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from titan_growth.commands.args import CommandLine, positive
 from titan_growth.commands.growth_args import add_settings, settings_of
@@ -25,41 +22,37 @@ from titan_growth.commands.probe.runs import carried_out, prepared, work_folder
 from titan_growth.commands.source import open_source
 from titan_growth.config.plugins import load_plugins
 from titan_growth.tools.errors import ConfigError
+from titan_growth.tools.text import many
 
-
-def command_line() -> CommandLine:
-    """The arguments of `probe`."""
-    line = CommandLine(
-        "probe",
-        """Grows a checkpoint by several operators or maps, trains each result for K steps from the same batch on, and
-        ranks them by their validation loss (by the loss of the last batch, where the recipe validates nothing). A
-        setting of [[growth.stages]] holds for every candidate that does not set it. What follows -- goes to every run:
-        recipe keys that change how it is computed, and not what.""",
-        example="""--from outputs/checkpoint/step-5000 --steps 100 --num-ranks 8 --factor 2 \\
+_LINE = CommandLine(
+    "probe",
+    """Grows a checkpoint by several operators or maps, trains each result for K steps from the same batch on, and
+    ranks them by their validation loss (by the loss of the last batch, where the recipe validates nothing). A
+    setting of [[growth.stages]] holds for every candidate that does not set it. What follows -- goes to every run:
+    recipe keys that change how it is computed, and not what.""",
+    example="""--from outputs/checkpoint/step-5000 --steps 100 --num-ranks 8 --factor 2 \\
     --operator stack --operator interpose --stage 'operator = "map", layer_map = [0, 0, 1, 2]' \\
     -- --parallelism.tensor_parallel_degree 2 --training.local_batch_size 4""",
-        statuses="0 all candidates ran, 1 one or more failed, 2 wrong arguments, 130 interrupted",
-    )
-    ranks = "Ranks to run on, on this machine. The mesh is that of the checkpoint's recipe."
-    target = "Keep recipes, logs and metrics of the candidates there. Must not exist, or be empty."
-    line.option("--from", "FOLDER", "A committed step folder with moments.", required=True, dest="source")
-    line.option("--operator", "NAME", "A candidate. Give it several times.", repeated=True)
-    line.option("--stage", "TOML", "A candidate with settings of its own. Give it several times.", repeated=True)
-    line.option("--steps", "K", "Steps after each growth.", positive, default=50)
-    line.option("--num-ranks", "N", ranks, positive, default=1)
-    line.option("--to", "FOLDER", target)
-    line.plugins()
-    add_settings(line, SHARED)
-    return line
+    statuses="0 all candidates ran, 1 one or more failed, 2 wrong arguments, 130 interrupted",
+)
+_RANKS = "Ranks to run on, on this machine. The mesh is that of the checkpoint's recipe."
+_TARGET = "Keep recipes, logs and metrics of the candidates there. Must not exist, or be empty."
+_LINE.option("--from", "FOLDER", "A committed step folder with moments.", required=True, dest="source")
+_LINE.option("--operator", "NAME", "A candidate. Give it several times.", repeated=True)
+_LINE.option("--stage", "TOML", "A candidate with settings of its own. Give it several times.", repeated=True)
+_LINE.option("--steps", "K", "Steps after each growth.", positive, default=50)
+_LINE.option("--num-ranks", "N", _RANKS, positive, default=1)
+_LINE.option("--to", "FOLDER", _TARGET)
+_LINE.plugins()
+add_settings(_LINE, SHARED)
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; returns its exit status."""
     end = argv.index("--") if "--" in argv else len(argv)
-    words, keys = argv[:end] or ["--help"], argv[end + 1 :]
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return command_line().run(words, partial(_probe, keys=keys))
+        return _LINE.run(argv[:end], partial(_probe, keys=argv[end + 1 :]))
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}")
         return 1
@@ -70,27 +63,22 @@ def main(argv: list[str]) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def _probe(args: Namespace, keys: list[str]) -> int:
     if problems := list(key_problems(keys)):
         raise ConfigError(problems)
     load_plugins(args.plugins)
     source = open_source(Path(args.source), args.plugins)
     candidates = candidates_of(args.operator, args.stage, settings_of(args, SHARED), source)
-    steps, num_ranks, wanted = args.steps, args.num_ranks, args.to
     outcomes: list[Outcome] = []
-    with work_folder(wanted, source) as folder:
+    with work_folder(args.to, source) as folder:
         # All of them are prepared and checked before any is started.
         runs = [
             prepared(
                 source,
                 one,
                 folder / f"{number}-{_file_name(one.name)}",
-                steps=steps,
-                num_ranks=num_ranks,
+                steps=args.steps,
+                num_ranks=args.num_ranks,
                 keys=keys,
                 plugins=args.plugins,
             )
@@ -98,15 +86,14 @@ def _probe(args: Namespace, keys: list[str]) -> int:
         ]
         try:
             for run in runs:
-                print(f"{run.name}: {steps} steps on {num_ranks} rank{'s' if num_ranks > 1 else ''} ...", flush=True)
-                outcomes.append(carried_out(source, run, num_ranks, keys))
+                print(f"{run.name}: {args.steps} steps on {many(args.num_ranks, 'rank')} ...", flush=True)
+                outcomes.append(carried_out(source, run, args.num_ranks, keys))
         finally:
             if outcomes:
-                print("\n".join(report(outcomes, steps, str(source.folder.path))))
-                for line in doubts(source, candidates, steps):
-                    print(line)
-        failed = any(outcome.failure for outcome in outcomes)
-        if wanted is None and not failed:
+                lines = report(outcomes, args.steps, str(source.folder.path))
+                print("\n".join([*lines, *doubts(source, candidates, args.steps)]))
+        failed = any(one.failure for one in outcomes)
+        if args.to is None and not failed:
             shutil.rmtree(folder)
         else:
             print(f"recipes, logs and metrics: {folder}")

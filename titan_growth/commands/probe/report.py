@@ -1,4 +1,4 @@
-"""What a probe has found: one row for each candidate, best first."""
+"""The result of a probe: one row for each candidate, best first."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from titan_growth.models.config import DecoderConfig
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a candidate."""
+    """How a candidate did."""
 
     name: str
     num_layers: int
     num_params: int
     loss_before: float | None = None
-    """On one held-out batch, right before the growth; None for a model that has not grown."""
+    """On one held-out batch, right before the growth; None without a growth."""
     loss_after: float | None = None
     """On the same batch, right after."""
     loss: float = math.nan
-    """At the end: on the held-out set, or of the last batch."""
+    """At the end: on the validation set, or of the last batch."""
     validated: bool = False
     tokens: int = 0
-    """Trained on since the checkpoint, those of a learning phase included."""
+    """Since the checkpoint, including those of a learning phase."""
     flops: float = math.nan
-    """Spent since the checkpoint."""
+    """Since the checkpoint."""
     seconds: float = math.nan
-    """The same; start-up is not in it."""
+    """Since the checkpoint, without start-up."""
     failure: str = ""
 
 
 def outcome_of(
     name: str, config: DecoderConfig, lines: Sequence[dict[str, Any]], start: Manifest, failure: str
 ) -> Outcome:
-    """The outcome that a run's metrics show.
+    """The outcome of a run, by its metrics.
 
     Args:
         lines: of its metrics.jsonl.
-        start: of the checkpoint that it went on from.
-        failure: why it ended early; empty when it did not.
+        start: of the checkpoint it continued from.
+        failure: why it ended early, or empty.
     """
     sizes = (name, config.num_layers, config.num_params)
     growth = next((line for line in lines if line.get("event") == "growth"), {})
@@ -68,7 +68,7 @@ def outcome_of(
 def report(outcomes: Sequence[Outcome], steps: int, source: str) -> Iterator[str]:
     """The lines of the report."""
     ended = [one for one in outcomes if not one.failure]
-    # NaN, a run that diverged, compares false with everything; it is the worst of those that ended.
+    # NaN (diverged) compares false with everything; it ranks last.
     ended.sort(key=lambda one: math.inf if math.isnan(one.loss) else one.loss)
     by = "validation loss" if any(one.validated for one in ended) else "loss of the last batch"
     width = max((len(one.name) for one in outcomes), default=0)

@@ -1,4 +1,4 @@
-"""The run of a candidate: its folder, with the checkpoint linked into it, and the launcher that trains it."""
+"""A candidate's run: its folder, with the checkpoint linked into it, and the launcher that trains it."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from titan_growth.checkpoint.folder import LINEAGE, MANIFEST, RECIPE, file_entry, step_path, write_manifest
+from titan_growth.checkpoint.folder import LINEAGE, MANIFEST, RECIPE, step_path
 from titan_growth.checkpoint.history import Lineage
 from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.commands.probe.candidates import Candidate, candidate_recipe
 from titan_growth.commands.probe.report import Outcome, outcome_of
 from titan_growth.commands.source import Source
+from titan_growth.commands.target import commit, require_new
 from titan_growth.config.loader import load_recipe, to_toml, with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.plan import ResumePoint, plan_run
 from titan_growth.tools.errors import ConfigError, Problem
-from titan_growth.tools.files import write_atomic
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.run_folder import METRICS_FILE
 
 NOT_PASSED_ON = ("COMM_MODE", "LOG_RANK", "CONFIG_FILE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Settings of `run_train.sh` that mean another run: a probe is on one machine."""
+"""Settings of `run_train.sh` that do not apply: a probe runs on one machine."""
 
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """A candidate that is ready to start."""
+    """A candidate ready to start."""
 
     name: str
     folder: Path
@@ -45,7 +45,7 @@ class ProbeRun:
 
     @property
     def recipe_file(self) -> Path:
-        """What it is started with."""
+        """The recipe to start it with."""
         return self.folder / "probe.toml"
 
 
@@ -62,12 +62,12 @@ def prepared(
     """Makes the folder of a candidate's run.
 
     Args:
-        folder: does not exist.
-        keys: words of the command line for the recipe.
-        plugins: that are loaded, besides those of the recipe.
+        folder: does not exist yet.
+        keys: recipe keys of the command line.
+        plugins: loaded besides those of the recipe.
 
     Raises:
-        ConfigError: when its recipe does not fit the number of ranks, or the keys are wrong.
+        ConfigError: when the recipe does not fit the number of ranks, or the keys are wrong.
     """
     folder.mkdir()
     recipe = candidate_recipe(source, candidate, steps, plugins)
@@ -95,11 +95,10 @@ def _device_type() -> str:
 
 
 def linked(source: Source, manifest: Manifest, target: Path, recipe: Recipe) -> None:
-    """A copy of a checkpoint that is written with another recipe; the shards are links, and nothing is written there.
+    """Copies a checkpoint, with another recipe; shards are hard links, or copies on another file system.
 
-    The links are hard, so that the run the checkpoint is from may remove it meanwhile; on another file system they are
-    copies.
-    Growths that were taken back are forgotten: they would put off the one that is tried.
+    So its own run may remove the checkpoint meanwhile. Rolled-back growths are left out: they would postpone the one
+    to try.
     """
     target.mkdir(parents=True)
     for name in manifest.files:
@@ -110,17 +109,15 @@ def linked(source: Source, manifest: Manifest, target: Path, recipe: Recipe) -> 
             os.link(shard, target / name)
         except OSError:
             shutil.copyfile(shard, target / name)  # a symbolic link would be refused: it leaves the checkpoint
-    write_atomic(target / RECIPE, to_toml(recipe))
-    write_atomic(target / LINEAGE, Lineage(source.lineage.events, source.lineage.ancestors).to_json())
-    files = {**manifest.files, **{name: file_entry(target / name) for name in (RECIPE, LINEAGE)}}
     fresh: dict[str, Any] = {"roll_back": None, "metrics_offset": 0, "permanent": False}
-    write_manifest(target, replace(manifest, files=files, **fresh))
+    lineage = Lineage(source.lineage.events, source.lineage.ancestors)
+    commit(target, recipe, lineage, replace(manifest, **fresh), manifest.files)
 
 
 def carried_out(source: Source, run: ProbeRun, num_ranks: int, keys: Sequence[str]) -> Outcome:
-    """Trains a candidate, and removes its checkpoints.
+    """Trains a candidate and removes its checkpoints.
 
-    The launcher is in a session of its own: when the probe is interrupted it is asked to end, and waited for.
+    The launcher has a session of its own: when the probe is interrupted, it is terminated and waited for.
     """
     command = [sys.executable, "-m", "titan_growth", "launch", "--job.config_file", str(run.recipe_file), *keys]
     environ = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON}
@@ -149,15 +146,12 @@ def work_folder(wanted: str | None, source: Source) -> Iterator[Path]:
     """A folder for the runs: the one asked for, which stays, or one beside the checkpoint, which goes if all is well.
 
     Raises:
-        ConfigError: when the folder asked for is in the way of something.
+        ConfigError: when the folder asked for cannot be used.
     """
     step_folder = source.folder.path.resolve()
     if wanted is not None:
         folder = Path(wanted)
-        if step_folder in (folder.resolve(), *folder.resolve().parents):
-            raise ConfigError([Problem("--to", f"{folder} is inside the checkpoint", "Name another folder")])
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError([Problem("--to", f"{folder} is not empty", "Name a folder that does not exist")])
+        require_new(folder, step_folder)
         folder.mkdir(parents=True, exist_ok=True)
     else:
         try:
@@ -166,15 +160,10 @@ def work_folder(wanted: str | None, source: Source) -> Iterator[Path]:
             folder = Path(tempfile.mkdtemp(prefix="titan_growth-probe-"))
     try:
         yield folder
-    except ConfigError:  # nothing was started
-        for path in folder.iterdir():
-            shutil.rmtree(path, ignore_errors=True)
-        if wanted is None:
-            folder.rmdir()
-        raise
-    except BaseException:
-        for path in folder.glob("*/checkpoint"):
-            shutil.rmtree(path, ignore_errors=True)
+    except BaseException as error:
         if wanted is None:
             shutil.rmtree(folder, ignore_errors=True)
+        # Logs and metrics of runs that were started stay; after a ConfigError there are none.
+        for path in folder.glob("*" if isinstance(error, ConfigError) else "*/checkpoint"):
+            shutil.rmtree(path, ignore_errors=True)
         raise
