@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from titan_growth.config.schema.recipe import OptimizerConfig
 from titan_growth.engine.build import BuiltModel
 from titan_growth.tools.gradients import reduced
-from titan_growth.tools.torch_private import norms
+from titan_growth.tools.torch_private import foreach_norm
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -144,7 +144,7 @@ def global_norm(gradients: Sequence[Tensor], pipeline_group: dist.ProcessGroup |
     on how the tensor is sharded: on the CPU one rank and two then differ by 4e-5 (docs/log.md).
     """
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    squares = torch.stack(norms(local, torch.float64)).square()
+    squares = torch.stack(foreach_norm(local, dtype=torch.float64)).square()
     total = torch.zeros((), dtype=torch.float64, device=squares.device)
     # Tensors that are sharded over the same axes are summed on each rank first, then over those axes once.
     by_axes: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}

@@ -101,7 +101,7 @@ class Profiler:
         if enable_memory_snapshot:
             from titan_growth.tools.torch_private import record_memory_history
 
-            record_memory_history(_MAX_MEMORY_EVENTS)
+            record_memory_history(max_entries=_MAX_MEMORY_EVENTS)
         if enable_profiling:
             self._profile = self._started_profile(device_type, profiler_active, profiler_warmup)
 
@@ -139,7 +139,7 @@ class Profiler:
             from titan_growth.tools.torch_private import record_memory_history
 
             self._records_memory = False
-            record_memory_history(None)
+            record_memory_history(enabled=None)
 
     def __enter__(self) -> Profiler:
         return self

@@ -1,7 +1,7 @@
 """Small helpers around `torch.distributed`: starting it, agreeing on results, and failing together.
 
-A check that only one rank can make (a disk, a folder) must have the same outcome everywhere, or the others wait in a
-collective until it times out. `on_rank0` runs such work on rank 0 and gives its result, or its error, to all.
+A check that only one rank makes (a disk, a folder) must have the same outcome on all, or the others block in a
+collective until it times out.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from titan_growth.tools.torch_private import FakeStore, process_groups, set_grou
 
 Result = TypeVar("Result")
 
-
 DEVICE_MARGIN_SECONDS = 60
-"""By how much NCCL's time limit is longer. Its watchdog aborts the process; ours can name the rank (heartbeat.py)."""
+"""By how much NCCL's time limit is longer: its watchdog aborts the process, heartbeat.py first names the rank."""
 
 _timeout_seconds = float("inf")
 
 
 def timeout_in_force() -> float:
-    """The present time limit of collectives, in seconds."""
+    """The current time limit of collectives, in seconds."""
     return _timeout_seconds
 
 
@@ -50,8 +49,8 @@ def init_process_group(device_type: str, timeout_seconds: int, *, fake: bool = F
     else:
         store, rank, num_ranks = next(dist.rendezvous("env://", rank, num_ranks, timeout=timeout))
         store.set_timeout(timeout)
-        # Torchrun keeps its store when it starts failed ranks again. Without a prefix of their own they would find the
-        # addresses of the dead there.
+        # Torchrun keeps its store when it restarts failed ranks: without a prefix they would find addresses of dead
+        # ranks.
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
         if device_type == "cuda":
@@ -60,14 +59,14 @@ def init_process_group(device_type: str, timeout_seconds: int, *, fake: bool = F
 
 _SAVING = "checkpoint"
 _SAVING_TIMEOUT_SECONDS = 3600
-"""Ranks may be far apart in writing their shards, on a slow or busy file system."""
+"""On a slow or busy file system, ranks finish writing far apart."""
 
 
 def saving_group() -> dist.ProcessGroup | None:
-    """The group of all ranks that saves agree in, made once in a process; None for one rank, which needs none.
+    """The group of all ranks for saves, made once; None for a single rank. All ranks must call it at the same point.
 
-    It carries host objects only, and is apart from the groups of the training, so that a save in the background and
-    the steps beside it do not take each other's messages. Every rank must call this at the same point.
+    It carries host objects only, and is separate from the training's groups: a save in the background must not mix its
+    messages with those of the steps.
     """
     if dist.get_world_size() == 1 or dist.get_backend() == "fake":
         return None
@@ -79,7 +78,7 @@ def saving_group() -> dist.ProcessGroup | None:
 
 
 def set_timeout(timeout_seconds: int) -> None:
-    """Changes the time limit of collectives of every process group of this process but that of the saves."""
+    """Changes the time limit of all process groups but that of the saves."""
     _remember_timeout(timeout_seconds)
     for group in process_groups():
         if dist.get_backend(group) != "fake" and group.group_desc != _SAVING:
@@ -92,7 +91,7 @@ def _remember_timeout(timeout_seconds: int) -> None:
 
 
 def place() -> tuple[int, int]:
-    """(this rank, number of ranks); (0, 1) in a process without a process group, such as the preflight's."""
+    """(this rank, number of ranks); (0, 1) without a process group, as in the preflight."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -100,10 +99,10 @@ def on_rank0(work: Callable[[], Result], group: dist.ProcessGroup | None = None)
     """Runs `work` on rank 0 and returns its (picklable) result on every rank.
 
     Args:
-        group: of all ranks, that carries the result; default: that of the training.
+        group: of all ranks; default: that of the training.
 
     Raises:
-        TitanGrowthError: on every rank, when rank 0 raised one. An OSError becomes one too.
+        TitanGrowthError: on every rank, when rank 0 raised one, or an OSError.
     """
     outcome: list[Any] = [None, None]
     rank, num_ranks = place()
@@ -132,21 +131,16 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
 
 
 def fail_together(errors: Sequence[str], kind: type[TitanGrowthError], group: dist.ProcessGroup | None = None) -> None:
-    """Raises `kind` on every rank when any rank has an error; each rank passes its own (possibly none).
-
-    Raises:
-        TitanGrowthError: of the given kind, with the first rank's message.
-    """
+    """Raises `kind` on every rank, with the first error, when any rank passes errors."""
     for rank, found in enumerate(gather_objects(list(errors), group)):
         if found:
             raise kind(found[0] if rank == place()[0] == 0 else f"rank {rank}: {found[0]}")
 
 
 def require_agreement(facts: Mapping[str, str]) -> None:
-    """Makes sure that every rank sees what rank 0 sees: a recipe, a corpus. Machines may have files of their own.
+    """Raises ConfigError on every rank, naming the first difference, unless all see the same recipe, corpus, ...
 
-    Raises:
-        ConfigError: on every rank, naming the first rank and fact that differ.
+    Machines may have files of their own.
     """
     ranks = gather_objects(dict(facts))
     for rank, found in enumerate(ranks):

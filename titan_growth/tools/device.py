@@ -1,4 +1,4 @@
-"""The device of this process, chosen when the run starts and passed on as an object."""
+"""The device of this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """A device and what is known about it."""
+    """A device, chosen once at start-up."""
 
     type: str
     index: int
@@ -27,10 +27,10 @@ class Device:
 
     @property
     def torch(self) -> torch.device:
-        """As PyTorch's own object."""
+        """As PyTorch's object."""
         return torch.device(self.type, self.index) if self.type == "cuda" else torch.device("cpu")
 
     def free_memory(self) -> None:
-        """Returns cached blocks to the device; called when a model has been dropped."""
+        """Returns cached blocks to the device, after a model was dropped."""
         if self.type == "cuda":
             torch.cuda.empty_cache()

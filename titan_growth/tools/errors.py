@@ -1,8 +1,8 @@
-"""The one tree of errors that users see.
+"""The errors that users see.
 
-Whatever a user can cause (a recipe, a file, a checkpoint, a disk) is raised as a `TitanGrowthError`. Its message is the
-whole report: where, what, and what to do. The entry points print it as one line and leave without a traceback; anything
-else that escapes is a defect of ours and keeps its traceback.
+Anything a user can cause (a recipe, a file, a checkpoint, a disk) is raised as a `TitanGrowthError`. Its message is the
+whole report: where, what, and what to do. Entry points print it without a traceback; any other exception is a bug and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from titan_growth.tools.text import one_line
 
 
 class TitanGrowthError(Exception):
-    """Base of every error that is reported to the user as a message instead of a traceback."""
+    """Base of all errors reported as a message instead of a traceback."""
 
     exit_status = 1
-    """Status that `run_train.sh` ends with: 1 failed, 2 bad recipe (nothing was started)."""
+    """Exit status of `run_train.sh`: 1 failed, 2 bad recipe (nothing was started)."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a recipe: the dotted key, what is wrong, and what to do about it."""
+    """One problem of a recipe: the dotted key, what is wrong, and what to do."""
 
     key: str
     message: str
@@ -34,7 +34,7 @@ class Problem:
 
 
 class ConfigError(TitanGrowthError):
-    """One or more problems of a recipe, reported together before anything has been started."""
+    """One or more problems of a recipe, reported together before anything is started."""
 
     exit_status = 2
 
@@ -44,20 +44,20 @@ class ConfigError(TitanGrowthError):
 
 
 def print_error(error: TitanGrowthError) -> int:
-    """Prints every problem of an error on a line of its own; returns the status to end a command with."""
+    """Prints an error, one line for each problem; returns the exit status."""
     problems = error.problems if isinstance(error, ConfigError) else [error]
     print("\n".join(f"error: {problem}" for problem in problems))
     return error.exit_status
 
 
 class DataError(TitanGrowthError):
-    """A corpus, a tokenizer or prepared data that cannot be used."""
+    """A corpus, tokenizer or prepared data that cannot be used."""
 
     exit_status = 2
 
 
 class LocationError(TitanGrowthError):
-    """A URL that cannot be used here: unknown, without its package, or incomplete."""
+    """A URL that cannot be used: unknown scheme, missing package, or incomplete."""
 
     exit_status = 2
 
@@ -67,11 +67,7 @@ class LocationError(TitanGrowthError):
 
 
 class CheckpointError(TitanGrowthError):
-    """A checkpoint that cannot be written, is incomplete, or does not belong to this run. Always one line.
-
-    Attributes:
-        reason: what is wrong, without the name of a folder that was refused.
-    """
+    """A checkpoint that cannot be written or used. Always one line; `reason` leaves out the refused folder."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
@@ -79,11 +75,7 @@ class CheckpointError(TitanGrowthError):
 
 
 class RefusedCheckpointError(CheckpointError):
-    """A folder that is not loaded, and why.
-
-    Attributes:
-        folder: its name or path, as messages show it.
-    """
+    """A folder that is not loaded, by its name or path in messages, and why."""
 
     def __init__(self, folder: str, reason: str) -> None:
         super().__init__(f"{folder} refused: {reason}")
@@ -94,21 +86,21 @@ class RefusedCheckpointError(CheckpointError):
 
 
 class GrowthError(TitanGrowthError):
-    """A growth that did not produce what its operator declares."""
+    """A growth whose result is not what its operator declares."""
 
 
 class RunFolderError(TitanGrowthError):
-    """The run's folder cannot be used: locked by another run, not writable, or out of space."""
+    """A run folder that cannot be used: locked by another run, not writable, or full."""
 
     exit_status = 2
 
 
 class TrainingError(TitanGrowthError):
-    """Training cannot go on: a loss that is not finite, a batch without tokens."""
+    """Training cannot continue: a loss that is not finite, a batch without tokens."""
 
 
 def require_finite(step: int, **values: float) -> None:
-    """Raises TrainingError when any value of a step is not finite, naming them all."""
+    """Raises TrainingError, with all values of a step, when one of them is not finite."""
     if not all(math.isfinite(value) for value in values.values()):
         found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
         raise TrainingError(

@@ -1,7 +1,7 @@
-"""Files and folders, written so that no reader, and no power cut, ever sees half of one; on this machine or by URL.
+"""Files and folders on disk or by URL, written so that a reader or a power cut never sees half of one.
 
-A `UPath` (tools/location.py) has the methods of a `Path`, but a store of objects has neither renames nor a disk that
-could be full, and an object appears in it when it is whole. What is different is all in here.
+A `UPath` (tools/location.py) has the methods of a `Path`, but object stores have no renames and no free space, and an
+object appears in them whole. Only this module knows the difference.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ _COPIES_AT_ONCE = 8
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Makes or replaces a file in one step: at every instant it is as it was before, or whole. Text is UTF-8.
-
-    By URL that holds as far as the store keeps it: those of objects do.
+    """Creates or replaces a file atomically (by URL, as far as the store does). Text is UTF-8.
 
     Raises:
-        OSError: when it cannot be written; the file is then as it was, and nothing is left beside it.
+        OSError: when it cannot be written. The file is then unchanged, and no temporary one is left.
     """
     data = data.encode() if isinstance(data, str) else data
     if is_remote(path):
@@ -43,7 +41,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, too; by URL they are."""
+    """Makes the names in a folder durable; by URL they are."""
     if is_remote(folder):
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -54,16 +52,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Room on the disk of a folder; None by URL, where nothing says."""
+    """Free space on the disk of a folder; None by URL."""
     return None if is_remote(folder) else shutil.disk_usage(folder).free
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder and all that is in it.
-
-    Raises:
-        OSError: when a part of it cannot be removed.
-    """
+    """Removes a folder and everything in it. Raises OSError when a part cannot be removed."""
     if not is_remote(folder):
         shutil.rmtree(folder)
         return
@@ -73,24 +67,17 @@ def remove_folder(folder: Path) -> None:
         else:
             path.unlink()
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, NotImplementedError):
-        # Without files, a store has no folder any more; packages disagree about what to say then.
+        # Without files a store has no folder; packages report that differently.
         folder.rmdir()
 
 
 def move_folder(folder: Path, target: Path) -> None:
-    """Gives a folder of files another name beside it. By URL the files are copied, and then removed.
-
-    Raises:
-        OSError: when it cannot be done; by URL a part may have been.
-    """
+    """Renames a folder of files. By URL the files are copied, then removed, and an OSError may come in between."""
     if not is_remote(folder):
         folder.rename(target)
         return
     target.mkdir(parents=True, exist_ok=True)
-
-    def copy(path: Any) -> None:
-        path.fs.copy(path.path, (target / path.name).path)
-
+    files: list[Any] = list(folder.iterdir())
     with ThreadPoolExecutor(_COPIES_AT_ONCE) as threads:
-        list(threads.map(copy, list(folder.iterdir())))
+        list(threads.map(lambda path: path.fs.copy(path.path, (target / path.name).path), files))
     remove_folder(folder)

@@ -1,7 +1,7 @@
-"""What a check finds: problems, which stop a run before it starts, and warnings, which do not.
+"""What checks find: problems, which stop a run before it starts, and warnings, which do not.
 
-A function that may find something takes the `Findings` to write to and returns its value, or None where there is none.
-So everything that is wrong is reported at once, and no caller can drop a problem without saying so.
+A check writes to the `Findings` it is given, and returns its value, or None without one. So all problems are reported
+together, and no caller drops one unnoticed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from titan_growth.tools.errors import ConfigError, Problem
 
 @dataclass
 class Findings:
-    """Problems and warnings of a recipe, in the order in which they were found."""
+    """Problems and warnings of a recipe, in the order found."""
 
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
@@ -23,11 +23,11 @@ class Findings:
         self.problems.append(Problem(key, message, hint))
 
     def warn(self, key: str, message: str, hint: str = "") -> None:
-        """Adds something that works, but is probably not meant."""
+        """Adds something that works but is probably unintended."""
         self.warnings.append(Problem(key, message, hint))
 
     def extend(self, other: Findings) -> None:
-        """Adds all that another check has found."""
+        """Adds the findings of another check."""
         self.problems += other.problems
         self.warnings += other.warnings
 

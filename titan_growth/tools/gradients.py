@@ -7,10 +7,10 @@ from torch.distributed.tensor import DTensor
 
 
 def reduced(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """The gradient with the placements of its parameter; summed over ranks where it is still each rank's own share.
+    """The gradient with the placements of its parameter, summed over ranks where it is partial.
 
-    FSDP leaves nothing to do. Without it the gradient of a norm under sequence parallelism is each rank's sum over its
-    piece of the sequence, and that of a split embedding arrives whole.
+    With FSDP there is nothing to do. Without it, a norm's gradient under sequence parallelism is partial, and that of a
+    split embedding is whole.
     """
     if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
         return gradient

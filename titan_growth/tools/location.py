@@ -1,10 +1,8 @@
 """Paths and URLs: where a recipe says that something lies.
 
-A recipe may name a place in storage (`s3://bucket/corpus`, `gs://...`, `memory://...`, `file:///...`) wherever this is
-said of its key. `location` is the one place that tells the two apart: a path stays a `pathlib.Path`, a URL becomes a
-`UPath`, which has the same methods but is no `pathlib.Path` (so `isinstance` tells them apart, too). Nothing is looked
-up here: whether the thing exists, and whether we may read it, shows when it is used. Credentials and endpoints are not
-a recipe's business; every fsspec package reads its own environment variables and files for them.
+Keys that say so take URLs (`s3://bucket/corpus`, `gs://...`, `memory://...`, `file:///...`). A path becomes a
+`pathlib.Path`, a URL a `UPath`, which has the same methods but is no `pathlib.Path`. Nothing is looked up here.
+Credentials and endpoints are not in a recipe: every fsspec package reads its own environment variables and files.
 """
 
 from __future__ import annotations
@@ -32,11 +30,7 @@ def is_remote(place: str | Path | UPath) -> bool:
 
 
 def location(text: str) -> Path | UPath:
-    """What a recipe's text names: a Path, with ~ replaced, or for a URL a UPath.
-
-    Raises:
-        LocationError: when the URL's scheme is unknown, its package is not installed, or it names nothing.
-    """
+    """A Path, with ~ expanded, or for a URL a UPath. Raises LocationError when the URL cannot be used."""
     match = _URL.match(text)
     if match is None:
         return Path(text).expanduser()
@@ -68,13 +62,9 @@ def location(text: str) -> Path | UPath:
 
 
 def folder_at(text: str) -> Path:
-    """The folder that a text names, to write to or to read a checkpoint from.
+    """The folder that a text names: a Path, or a UPath, which has the same methods. Raises as `location` does.
 
-    `file://` is a path here: a disk has renames and fsync, which a URL would do without. What is typed as a Path may
-    be a UPath, which has the same methods.
-
-    Raises:
-        LocationError: as `location`.
+    `file://` is a path here: a disk has renames and fsync.
     """
     place = location(text)
     if isinstance(place, Path):

@@ -1,4 +1,4 @@
-"""One logger for the whole package: rank 0 says what happens, the other ranks only what goes wrong."""
+"""The package's logger: rank 0 logs everything, other ranks only warnings and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger("titan_growth")
 
 
 class _RankFormatter(logging.Formatter):
-    """`12:03:44  message`; warnings and errors say so, and ranks other than 0 name themselves."""
+    """`12:03:44  message`, with the level above INFO and the rank other than 0."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(datefmt="%H:%M:%S")
@@ -24,7 +24,7 @@ class _RankFormatter(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler):
-    """Loses a line that cannot be written (a full disk, a closed pipe) instead of printing a traceback for each."""
+    """Drops a line that cannot be written (a full disk, a closed pipe) without a traceback."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         if not isinstance(sys.exc_info()[1], OSError):
@@ -32,13 +32,13 @@ class _Handler(logging.StreamHandler):
 
 
 def say(message: str) -> None:
-    """Prints an error on standard error. Never fails: what follows, above all the exit report, must still happen."""
+    """Prints to standard error. Never fails: the exit report has to follow."""
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
 
 
 def setup_logging(rank: int | None = None) -> None:
-    """Sends the package's log to standard output (warnings too, so that order is kept)."""
+    """Logs to standard output, warnings too, so that their order is kept."""
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     handler = _Handler(sys.stdout)
     handler.setFormatter(_RankFormatter(rank))

@@ -1,7 +1,7 @@
 """Packages that may be missing, and how to install them.
 
-Every run needs the core: entry points call `require_core` before they import anything else. The others are extras of
-pyproject.toml, asked for where a recipe or a command needs one, and never imported at module level.
+Every run needs the core: entry points call `require_core` before they import anything else. The others are extras,
+checked where a recipe or command needs one, and never imported at module level.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CORE = {
     "tqdm": "tqdm>=4.66",
     "zstandard": "zstandard>=0.22",
 }
-"""Module -> its requirement, as pyproject.toml has it."""
+"""Module -> its requirement in pyproject.toml."""
 
 EXTRAS = {
     "matplotlib": "plot",
@@ -42,7 +42,7 @@ EXTRAS = {
 """Module -> the extra of pyproject.toml that installs it."""
 
 _NAMES = {"upath": "universal_pathlib", "tomli_w": "tomli-w"}
-"""Module -> its package, where that has another name."""
+"""Module -> its package, where the names differ."""
 
 
 def is_installed(module: str) -> bool:
@@ -64,7 +64,7 @@ def missing_package(key: str, module: str, alternative: str = "") -> Problem | N
     """The problem of a key that needs an optional package, or None when it is installed.
 
     Args:
-        alternative: what to do without the package, such as "set it to false".
+        alternative: what to do instead, such as "set it to false".
     """
     if is_installed(module):
         return None
@@ -82,5 +82,5 @@ def require_core() -> None:
     requirements = " ".join(f"'{CORE[module]}'" for module in missing)
     hint = f"Run pip install {requirements}, or ./setup.sh train, which installs everything"
     print(f"error: {names} {verb} not installed for {sys.executable}. {hint}", file=sys.stderr)
-    # Every rank prints it: torchrun may end the others before they get here.
+    # Every rank prints it: torchrun may kill the others first.
     sys.exit(ConfigError.exit_status)

@@ -1,7 +1,7 @@
-"""The run's folder: made, checked, locked, and holding the effective recipe.
+"""The run's folder: made, checked, and locked.
 
-A lock keeps two runs out of one folder. It is an advisory lock of the operating system on an open file, so it goes with
-the process, however that ends, and can never be left behind.
+The lock keeps two runs out of one folder. It is an advisory lock on an open file, so it ends with the process, however
+that ends.
 """
 
 from __future__ import annotations
@@ -22,18 +22,14 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class RunFolder:
-    """A dump_folder that is known to be writable."""
+    """A dump_folder."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser().absolute()
         self._lock: IO[str] | None = None
 
     def create(self) -> None:
-        """Makes the folder.
-
-        Raises:
-            RunFolderError: when it cannot be made or written to.
-        """
+        """Makes the folder. Raises RunFolderError when it cannot be made or written to."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe-{os.getpid()}"
@@ -41,47 +37,39 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             reason = error.strerror or str(error)
-            raise RunFolderError(
-                f"job.dump_folder {self.path}: cannot be written to ({reason}). Name another folder, or make room in it"
-            ) from None
+            raise self._error(f"cannot be written to ({reason}). Name another folder, or make room in it") from None
 
     def lock(self) -> None:
-        """Takes the folder for this process.
-
-        Raises:
-            RunFolderError: when another run has it, or when it cannot be locked.
-        """
+        """Takes the folder for this process. Raises RunFolderError when another run has it, or it has no locks."""
+        file = None
         try:
             file = open(self.path / ".lock", "a+")  # noqa: SIM115 (kept open: closing it gives up the lock)
-        except OSError as error:
-            raise self._unlockable(error) from None
-        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            file.close()
-            raise RunFolderError(
-                f"job.dump_folder {self.path}: in use by {owner}. Wait for that run, or name another folder"
-            ) from None
+            assert file is not None
+            with file:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+            raise self._error(f"in use by {owner}. Wait for that run, or name another folder") from None
         except OSError as error:
-            file.close()
-            raise self._unlockable(error) from None
+            if file is not None:
+                file.close()
+            raise self._error(
+                f"cannot be locked ({error.strerror or error}). "
+                "Remove .lock from it if that is not a plain file, or name a folder on a file system that has locks"
+            ) from None
         file.seek(0)
         file.truncate()
-        with contextlib.suppress(OSError):  # on a full disk: the name of the owner is a courtesy to others
+        with contextlib.suppress(OSError):  # a full disk: the owner's name only helps others
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
         self._lock = file
 
-    def _unlockable(self, error: OSError) -> RunFolderError:
-        return RunFolderError(
-            f"job.dump_folder {self.path}: cannot be locked ({error.strerror or error}). "
-            "Remove .lock from it if that is not a plain file, or name a folder on a file system that has locks"
-        )
+    def _error(self, message: str) -> RunFolderError:
+        return RunFolderError(f"job.dump_folder {self.path}: {message}")
 
     def unlock(self) -> None:
-        """Gives the folder back."""
+        """Releases the folder."""
         if self._lock is not None:
             with contextlib.suppress(OSError):
                 self._lock.close()
@@ -91,17 +79,11 @@ class RunFolder:
         """Raises RunFolderError when fewer bytes than that are free."""
         free = shutil.disk_usage(self.path).free
         if free < num_bytes:
-            raise RunFolderError(
-                f"job.dump_folder {self.path}: {what} needs {gib(num_bytes)}, but only {gib(free)} are free. "
-                "Make room, or name another folder"
-            )
+            needs = f"{what} needs {gib(num_bytes)}, but only {gib(free)} are free"
+            raise self._error(f"{needs}. Make room, or name another folder")
 
     def write_text(self, name: str, text: str) -> None:
-        """Replaces a file of the folder in one step.
-
-        Raises:
-            RunFolderError: when it cannot be written.
-        """
+        """Replaces a file of the folder atomically. Raises RunFolderError when it cannot be written."""
         try:
             write_atomic(self.path / name, text)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Numbers and foreign text, as messages show them."""
+"""How messages show numbers and untrusted text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def gib(num_bytes: int) -> str:
 
 
 def one_line(text: str, max_length: int = 2000) -> str:
-    """Text from elsewhere as one line, which a terminal prints and does not obey."""
+    """Untrusted text as one printable line, without control characters."""
     shown = "".join(
         letter if letter.isprintable() else " " if letter.isspace() else letter.encode("unicode_escape").decode()
         for letter in text[:max_length]

@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo  # where a chunk is stored, in .metadata
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _get_default_store as default_store  # messages beside the collectives
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.experimental import context_parallel
@@ -31,14 +32,26 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
 
-__all__ = ["FakeStore", "StorageInfo"]
+__all__ = ["FakeStore", "StorageInfo", "default_store"]
+
+# fully_shard takes one sharded axis, and there is no public way to make one of two.
+flattened = DeviceMesh._flatten
+# Slicing by name cannot put flattened axes beside others.
+concatenated = DeviceMesh._concatenate
+# The norms of many tensors in one kernel, in a dtype of choice; torch.nn.utils.get_total_norm cannot choose it.
+foreach_norm = torch._foreach_norm
+# PyTorch documents these two under their private names.
+record_memory_history = torch.cuda.memory._record_memory_history
+dump_memory_snapshot = torch.cuda.memory._dump_snapshot
+# Whether the CPU has matrix units for bfloat16 (Intel's AMX).
+has_amx = torch.cpu._is_amx_tile_supported
 
 
-# ---- process groups --------------------------------------------------------------------------------------------------
+# ---- process groups and DTensors -------------------------------------------------------------------------------------
 
 
 def process_groups() -> list[ProcessGroup]:
-    """Every process group of this process. Public functions know only groups that one holds already."""
+    """Every process group of this process; publicly one cannot list them."""
     return list(dist.distributed_c10d._world.pg_map)
 
 
@@ -50,46 +63,23 @@ def set_group_timeout(group: ProcessGroup, seconds: float, nccl_seconds: float) 
         backend._set_default_timeout(timedelta(seconds=nccl_seconds))
 
 
-def default_store() -> dist.Store:
-    """The store of the default process group, for messages beside the collectives; there is no public way to it."""
-    return dist.distributed_c10d._get_default_store()
-
-
-# ---- meshes and DTensors ---------------------------------------------------------------------------------------------
-
-
-def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """All axes of a mesh as one; `fully_shard` takes one sharded axis, and has no public way to make it of two."""
-    return mesh._flatten(name)
-
-
-def concatenated(meshes: Sequence[DeviceMesh]) -> DeviceMesh:
-    """The axes of several meshes side by side; slicing by name cannot mix flattened axes with others."""
-    return DeviceMesh._concatenate(list(meshes))
-
-
 def offset_of(tensor: DTensor) -> tuple[int, ...]:
     """Where in the whole tensor this rank's shard begins; the public API gives the shard only."""
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(offset)
 
 
-# ---- tensors ---------------------------------------------------------------------------------------------------------
-
-
-def norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Euclidean norms in one kernel, summed in `dtype`, which `torch.nn.utils.get_total_norm` cannot."""
-    return list(torch._foreach_norm(list(tensors), 2.0, dtype=dtype))
-
-
 def unwrapped(tensor: Tensor) -> Tensor | None:
-    """The one tensor inside a wrapper subclass such as torchao's; None for a plain one. Wrappers have no public API."""
+    """The one tensor inside a wrapper subclass such as torchao's, else None. Wrappers have no public API."""
     if not is_traceable_wrapper_subclass(tensor):
         return None
     names, _ = tensor.__tensor_flatten__()
     assert len(names) == 1, f"a {type(tensor).__name__} is more than one tensor"
     values: Tensor = getattr(tensor, names[0])
     return values
+
+
+# ---- attention and collectives ---------------------------------------------------------------------------------------
 
 
 def all_gather_with_grad(tensor: Tensor, group: ProcessGroup) -> Tensor:
@@ -103,16 +93,16 @@ def ring_attention(mesh: DeviceMesh, *, rotate_method: str, balanced: bool, devi
     """Makes scaled-dot-product attention pass keys and values around `mesh`. All of it is experimental."""
     set_rotate_method(rotate_method)
     _cp_options.enable_load_balance = balanced
-    # It divides the buffers it is given, and wants at least one; batches have been divided already.
+    # It shards the buffers it is given, and needs at least one; batches are sharded already.
     buffer = torch.zeros(2 * mesh.size(), device=device_type)
     with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0], no_restore_buffers={buffer}):
         yield
 
 
 def expensive_operations() -> set[Any]:
-    """Attention of every kind, scaled products, and reductions over ranks: what costs more to repeat than to keep.
+    """What costs more to recompute than to keep: attention, scaled products, and reductions over ranks.
 
-    The dispatcher's names of what `F.scaled_dot_product_attention` and the collectives end in.
+    These are the dispatcher's names, which `F.scaled_dot_product_attention` and the collectives resolve to.
     """
     aten, collectives = torch.ops.aten, torch.ops._c10d_functional
     return {
@@ -153,49 +143,23 @@ def set_memory_budget(budget: float | None, pareto_folder: str | None = None) ->
 
 
 def compile_with_hooks() -> None:
-    """Compiled code that several modules share is chosen by their hooks too, which by default it is not."""
+    """Makes compiled code shared by several modules depend on their hooks, which by default it does not."""
     import torch._dynamo.config
 
     torch._dynamo.config.skip_nnmodule_hook_guards = False
-
-
-# ---- memory snapshots ------------------------------------------------------------------------------------------------
-
-
-def record_memory_history(max_entries: int | None) -> None:
-    """Records allocations on CUDA, or with None stops. PyTorch documents these two under their private names."""
-    if max_entries is None:
-        torch.cuda.memory._record_memory_history(enabled=None)
-    else:
-        torch.cuda.memory._record_memory_history(max_entries=max_entries)
-
-
-def dump_memory_snapshot(path: str) -> None:
-    """Writes the recorded allocations to a file."""
-    torch.cuda.memory._dump_snapshot(path)
 
 
 # ---- pipelines -------------------------------------------------------------------------------------------------------
 
 Order = Sequence[Sequence[tuple[int, str, int]]]
 """For each pipeline rank, its (part, "F" | "B" | "I" | "W", microbatch) in order."""
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
-def schedule_of(
-    pipeline_stages: list[PipelineStage],
-    num_microbatches: int,
-    order: Order,
-    *,
-    loss_fn: LossFunction,
-    scale_grads: bool,
-) -> Any:
+def schedule_of(pipeline_stages: list[PipelineStage], num_microbatches: int, order: Order, **options: Any) -> Any:
     """A schedule of these actions. Publicly PyTorch takes them from a file only."""
-    from torch.distributed.pipelining import schedules
+    from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
-    schedule = schedules._PipelineScheduleRuntime(
-        pipeline_stages, num_microbatches, loss_fn=loss_fn, scale_grads=scale_grads
-    )
+    schedule = _PipelineScheduleRuntime(pipeline_stages, num_microbatches, **options)
     schedule._prepare_schedule_with_comms(_actions(order))
     return schedule
 
@@ -206,7 +170,7 @@ def forward_schedule_of(
     order: Order,
     rank_of_part: Sequence[int],
     *,
-    loss_fn: LossFunction,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
     """A schedule of forward passes alone: some of PyTorch's schedules cannot leave out their backward passes."""
     from torch.distributed.pipelining import schedules
@@ -242,11 +206,3 @@ def answer_votes(pipeline_stage: PipelineStage) -> None:
     """For a dry run, where no other rank answers: all parts have static metadata, so the vote on that is known."""
     for vote in ("_warmup_forward_vote", "_warmup_backward_result"):
         setattr(pipeline_stage, vote, lambda *_args, **_kwargs: torch.ones(1, dtype=torch.int32))
-
-
-# ---- devices ---------------------------------------------------------------------------------------------------------
-
-
-def has_amx() -> bool:
-    """Whether the CPU has matrix units for bfloat16 (Intel's AMX); there is no public question for it."""
-    return bool(torch.cpu._is_amx_tile_supported())

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from titan_growth.metrics.profiling import Profiler, check
+from titan_growth.tools import torch_private
 
 ROOT = Path(__file__).parents[3]
 SETTINGS: dict[str, object] = {
@@ -138,8 +139,8 @@ def cuda_memory(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     def record(enabled: object = "all", max_entries: int = 0) -> None:
         switched.append(enabled)
 
-    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record)
-    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"snapshot"))
+    monkeypatch.setattr(torch_private, "record_memory_history", record)
+    monkeypatch.setattr(torch_private, "dump_memory_snapshot", lambda path: Path(path).write_bytes(b"snapshot"))
     return switched
 
 
