@@ -1,4 +1,4 @@
-"""`python -m titan_growth COMMAND`: a table of commands, and nothing else."""
+"""`python -m titan_growth COMMAND`: the table of commands."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ COMMANDS = {
     "plot": "plot validation loss of runs against FLOPs, tokens and seconds; the speedup at equal loss",
     "launch": "what run_train.sh calls: check, start the ranks, report how it ended",
 }
-"""Every command with one line about it."""
+"""Command -> its line in the help."""
 
 _ELSEWHERE = {
     "train": "titan_growth.train",
     "import": "titan_growth.commands.import_",
     "launch": "titan_growth.launch.launcher",
+    "probe": "titan_growth.commands.probe.command",
 }
-"""The module of a command that is not in `titan_growth.commands` under its own name."""
+"""Modules of commands that are not `titan_growth.commands.<word>`."""
 
 
 def main(argv: list[str] | None = None) -> int:

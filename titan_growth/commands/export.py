@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import mode
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from titan_growth.tools.text import gib, many
 MAX_FILE_BYTES = 2 * 2**30
 """Of a safetensors file, unless one tensor has more."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = ("float32", "bfloat16", "float16")
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
@@ -105,10 +105,9 @@ def export_folder(
     require_new(target, source)
     reader = opened.reader()
     weights = _weights(opened, reader, dtype)
-    types = {weight.dtype for weight in weights.values()}
-    # The type to compute in: that of the matrices, where norms have a wider one.
-    widest_share = max(types, key=lambda one: sum(one == weight.dtype for weight in weights.values()))
-    table = config_json(opened.config, opened.recipe.model.name, str(widest_share).removeprefix("torch."))
+    # The dtype to compute in: that of the matrices, where norms have a wider one.
+    usual = mode(weight.dtype for weight in weights.values())
+    table = config_json(opened.config, opened.recipe.model.name, str(usual).removeprefix("torch."))
     shapes = {name: (weight.dtype, weight.shape) for name, weight in weights.items()}
     num_bytes = total_bytes(shapes.values())
     with new_folder(target, num_bytes, "the model"):
@@ -119,7 +118,9 @@ def export_folder(
             _read_back(target / name, names)
         tokenizer.write(target)
         if list(files) != [SINGLE]:
-            write_atomic(target / INDEX, _index(files, num_bytes))
+            weight_map = {name: file for file, names in files.items() for name in names}
+            index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+            write_atomic(target / INDEX, json.dumps(index, indent=2) + "\n")
         write_atomic(target / CONFIG, json.dumps({**table, **tokenizer.tokens}, indent=2, sort_keys=True) + "\n")
     return (
         f"{target}: {opened.config.num_params:,} parameters of step {opened.folder.step:,} as "
@@ -142,7 +143,7 @@ def _weights(opened: Source, reader: SafeReader, dtype: str | None) -> dict[str,
         weights[layout.name_of(parameter)] = _Weight(
             chunks[parameter],
             shape,
-            entries[parameter].properties.dtype if dtype is None else _DTYPES[dtype],
+            entries[parameter].properties.dtype if dtype is None else getattr(torch, dtype),
             layout.group_of(parameter, config),
         )
     return weights
@@ -162,14 +163,6 @@ def _files(shapes: dict[str, Shape], max_file_bytes: int) -> dict[str, list[str]
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{number:05}-of-{len(groups):05}.safetensors": names for number, names in enumerate(groups, 1)}
-
-
-def _index(files: dict[str, list[str]], num_bytes: int) -> str:
-    table: dict[str, Any] = {
-        "metadata": {"total_size": num_bytes},
-        "weight_map": {name: file for file, names in files.items() for name in names},
-    }
-    return json.dumps(table, indent=2) + "\n"
 
 
 def _read_back(path: Path, names: list[str]) -> None:

@@ -15,7 +15,7 @@ from titan_growth.checkpoint.folder import file_entry
 from titan_growth.checkpoint.history import Lineage
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.commands.args import CommandLine
-from titan_growth.commands.source import HuggingFaceSource, new_manifest, open_hugging_face, whole_tensor
+from titan_growth.commands.source import new_manifest, open_hugging_face, whole_tensor
 from titan_growth.commands.target import FileEntries, commit, new_folder, require_new, save_tensors
 from titan_growth.config.loader import with_values
 from titan_growth.interchange.folder import CONFIG, is_hugging_face
@@ -54,17 +54,22 @@ def import_folder(source: Path, target: Path) -> str:
         raise ConfigError([Problem("--from", f"{source} is a step folder already", "Name a Hugging Face folder")])
     if not is_hugging_face(source):
         raise RefusedCheckpointError(source.name, f"it has no {CONFIG}")
-    opened = open_hugging_face(source)
+    model = open_hugging_face(source)
     require_new(target, source)
     assets = checked_assets(source, [CONFIG, *assets_in(source)])
-    num_bytes = opened.opened.opened.num_bytes
-    with new_folder(target, num_bytes, "the model"):
-        entries = _write(opened.opened, target)
-        tokenizer = _commit(opened, target, assets, entries)
-    config = opened.config
+    folder, recipe, config = model.stored.opened, model.recipe, model.config
+    tokenizer = "it has no tokenizer"
+    if recipe.model.hf_assets_path is not None:
+        recipe = with_values(recipe, {"model.hf_assets_path": str(target.resolve())})
+        tokenizer = "tokenizer files beside it"
+    with new_folder(target, folder.num_bytes, "the model"):
+        files = _write(model.stored, target)
+        copy_assets(assets, target)
+        files |= {name: file_entry(target / name) for name in assets}
+        commit(target, recipe, Lineage(), new_manifest(folder), files)
     return (
         f"{target}: {config.num_layers} layers of width {config.dim}, {config.num_params:,} parameters, "
-        f"{gib(num_bytes)} written and verified; {tokenizer}"
+        f"{gib(folder.num_bytes)} written and verified; {tokenizer}"
     )
 
 
@@ -89,16 +94,3 @@ def _write(reader: HuggingFaceReader, target: Path) -> FileEntries:
             if not torch.equal(there.view(torch.uint8), here.narrow(0, piece.offsets[0], len(there)).view(torch.uint8)):
                 raise CheckpointError(f"{target}: {name} is not what was read. Nothing was committed")
     return entries
-
-
-def _commit(source: HuggingFaceSource, target: Path, assets: dict[str, Path], entries: FileEntries) -> str:
-    """Copies the tokenizer and commits the folder; returns what became of the tokenizer, in words."""
-    copy_assets(assets, target)
-    recipe = source.recipe
-    tokenizer = "it has no tokenizer"
-    if recipe.model.hf_assets_path is not None:
-        recipe = with_values(recipe, {"model.hf_assets_path": str(target.resolve())})
-        tokenizer = "tokenizer files beside it"
-    files = {**entries, **{name: file_entry(target / name) for name in assets}}
-    commit(target, recipe, Lineage(), new_manifest(source.opened.opened), files)
-    return tokenizer

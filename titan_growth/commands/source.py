@@ -104,10 +104,10 @@ class _NeverRun(StepFolder):
 class HuggingFaceSource(Source):
     """A Hugging Face folder."""
 
-    opened: HuggingFaceReader
+    stored: HuggingFaceReader
 
     def reader(self) -> SafeReader:
-        return self.opened
+        return self.stored
 
 
 def open_any(path: Path, plugins: Sequence[str] = ()) -> Source:

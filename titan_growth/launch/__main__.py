@@ -1,4 +1,4 @@
-"""`python -m titan_growth.launch`: what `run_train.sh` becomes."""
+"""`python -m titan_growth.launch`: what `run_train.sh` runs."""
 
 import sys
 

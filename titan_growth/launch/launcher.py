@@ -1,15 +1,13 @@
-"""`python -m titan_growth.launch`: check a recipe, start its ranks, and end with a status that means something.
+"""`python -m titan_growth.launch`: check a recipe, start its ranks, and end with a meaningful status.
 
-`run_train.sh` becomes this process, and this process is torchrun: it calls torch's elastic launcher as a library, so
-that a failing rank's own message is the last thing on the screen and not torchrun's report about the rank. The order is
-always the same. The environment is read and refused by name where it is wrong; the preflight validates the recipe and
-prepares the data while nothing is running yet; torchrun starts one process per rank; and the report that the ranks
-leave (`titan_growth.liveness.exit_report`) becomes the status: 0 done, 1 failed, 2 bad recipe, 75 saved and to be
-queued again, 76 saved and to go on with another number of ranks. On one node without a scheduler 76 is done here and
-now.
+`run_train.sh` becomes this process, which runs torchrun as a library, so that the last thing on the screen is the
+failing rank's own message and not torchrun's report. First the environment is read, then the preflight validates the
+recipe and prepares the data, then torchrun starts one process per rank. The ranks' report
+(`titan_growth.liveness.exit_report`) gives the status: 0 done, 1 failed, 2 bad recipe, 75 saved and to be queued again,
+76 saved and to continue with another number of ranks, which on one node without a scheduler happens here at once.
 
-Signals do not go through torchrun, which gives the ranks a fixed time and then kills them, in the middle of a save if
-need be. This process passes them on (`titan_growth.launch.relay`) and keeps waiting for the ranks to end.
+Torchrun would give signalled ranks a fixed time and then kill them, maybe during a save. So signals are passed on here
+(`titan_growth.launch.relay`), and the launcher waits for the ranks to end.
 """
 
 from __future__ import annotations
@@ -31,6 +29,8 @@ from titan_growth.liveness import exit_report
 from titan_growth.liveness.exit_report import DONE, NOTHING_TO_DO, REQUEUE, RESIZE, RankEnd, Verdict
 from titan_growth.liveness.stop_signal import LAUNCHED_VARIABLE
 from titan_growth.tools.errors import TitanGrowthError
+from titan_growth.tools.logs import say
+from titan_growth.tools.text import many
 
 DUMP_FOLDER_VARIABLE = "TITAN_GROWTH_DUMP_FOLDER"
 CHECKOUT_VARIABLE = "TITAN_GROWTH_CHECKOUT"
@@ -40,13 +40,13 @@ Preflight = Callable[[list[str]], int]
 
 
 def main(argv: list[str] | None = None, preflight: Preflight | None = None) -> int:
-    """Launch a run and return the status to end with. Tests pass a `preflight` of their own."""
+    """Launches a run; returns its exit status. Tests pass their own `preflight`."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         os.execv(sys.executable, [sys.executable, "-m", "titan_growth", "train", *argv])
     os.environ[LAUNCHED_VARIABLE] = repr(time.monotonic())
     for stream in (sys.stdout, sys.stderr):
-        # The ranks' lines pass through this process; into a pipe they would otherwise come in blocks of 8 KiB.
+        # The ranks' output passes through here; into a pipe it would otherwise come in blocks of 8 KiB.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)
     relay = SignalRelay()
@@ -54,13 +54,12 @@ def main(argv: list[str] | None = None, preflight: Preflight | None = None) -> i
         with relay.installed():
             return _launch(argv, preflight or _preflight, relay)
     except Interrupted as stop:
-        # Before the ranks there is nothing to save, and between two launches everything is saved already.
+        # Before the ranks start there is nothing to save; between two launches everything is saved.
         signal_ranks(rank_processes(), signal.SIGKILL)
-        _tell(exit_report.judge(None, [], stopped_by=stop.name).message)
+        say(exit_report.judge(None, [], stopped_by=stop.name).message)
         return REQUEUE
     except TitanGrowthError as error:
-        for line in str(error).splitlines():
-            _tell(f"error: {line}")
+        say("\n".join(f"error: {line}" for line in str(error).splitlines()))
         return error.exit_status
 
 
@@ -69,7 +68,7 @@ def _launch(argv: list[str], preflight: Preflight, relay: SignalRelay) -> int:
     settings = read_settings(argv, os.environ, checkout, _cuda_devices)
     if settings.comm_mode:
         arguments = drop_option(drop_option(settings.args, "--comm.mode"), "--training.steps")
-        # The dry run of a command must stay short whatever number of steps the command asks for.
+        # A dry run stays short, whatever number of steps is asked for.
         arguments += ["--comm.mode", settings.comm_mode, "--training.steps", "1"]
         settings = replace(settings, args=tuple(arguments))
     while True:
@@ -80,33 +79,33 @@ def _launch(argv: list[str], preflight: Preflight, relay: SignalRelay) -> int:
             _dry_run(settings)
         verdict, hidden_output = _train(settings, relay)
         if verdict.message and (not verdict.reported or verdict.local_rank not in settings.shown):
-            # A rank that is shown and could not say it itself may have been cut off in the middle of a line.
+            # A shown rank without a report may have died in the middle of a line.
             cut_off = not verdict.reported and verdict.local_rank in settings.shown
-            _tell("\n" * cut_off + verdict.message)
+            say("\n" * cut_off + verdict.message)
             if hidden_output is not None and verdict.status not in (DONE, REQUEUE, RESIZE):
-                _tell(f"Output of local rank {verdict.local_rank}: {hidden_output}")
+                say(f"Output of local rank {verdict.local_rank}: {hidden_output}")
         if verdict.status != RESIZE or not _may_relaunch(settings, verdict, relay):
             return verdict.status
         settings = replace(settings, ranks=verdict.num_ranks or settings.ranks)
-        _tell(f"Going on with {settings.ranks} rank{'s' if settings.ranks > 1 else ''}")
+        say(f"Going on with {many(settings.ranks, 'rank')}")
 
 
 def _check(settings: LaunchSettings, preflight: Preflight) -> int:
-    """Run the preflight in this process, where it sees the number of ranks that the run will have."""
+    """Runs the preflight in this process, with the run's number of ranks in WORLD_SIZE."""
     os.environ.pop(DUMP_FOLDER_VARIABLE, None)
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(settings.world_size)
     try:
         return preflight(list(settings.args))
     finally:
-        # Torchrun tells each rank the size itself; a variable left over would only confuse libraries in this process.
+        # Torchrun sets it for each rank; here it would only confuse libraries.
         del os.environ["WORLD_SIZE"]
         if before is not None:
             os.environ["WORLD_SIZE"] = before
 
 
 def _preflight(argv: list[str]) -> int:
-    # Imported late: it loads torch and the data libraries, which a wrong variable should not have to wait for.
+    # Imported late: it loads torch and the data libraries, and a wrong variable need not wait for those.
     from titan_growth.commands.check import main as preflight
 
     return preflight(argv)
@@ -119,7 +118,7 @@ def _cuda_devices() -> int:
 
 
 def _dry_run(settings: LaunchSettings) -> None:
-    """Become the one process of a dry run. It believes to be rank 0 of all, and its status is ours."""
+    """Becomes the one process of a dry run, which acts as rank 0; we exit with its status."""
     environ = dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(settings.world_size))
     environ["LOCAL_WORLD_SIZE"] = str(settings.ranks)
     environ[exit_report.LAUNCH_ID_VARIABLE] = _new_launch_id()
@@ -127,7 +126,7 @@ def _dry_run(settings: LaunchSettings) -> None:
 
 
 def _train(settings: LaunchSettings, relay: SignalRelay) -> tuple[Verdict, Path | None]:
-    """Run all ranks of this node to their end; the verdict, and the output of the rank it is about if not shown."""
+    """Runs all ranks of this node; (the verdict, the output of the rank it is about if that was not shown)."""
     launch_id = _new_launch_id()
     os.environ[exit_report.LAUNCH_ID_VARIABLE] = launch_id
     dump_folder = Path(os.environ.get(DUMP_FOLDER_VARIABLE) or dump_folder_of(settings.args))
@@ -135,12 +134,12 @@ def _train(settings: LaunchSettings, relay: SignalRelay) -> tuple[Verdict, Path 
     user_threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = user_threads or str(settings.threads)
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait for each other soon stop spinning: 3 % slower on free cores, twice as fast on shared ones.
+        # Waiting threads soon stop spinning: 3 % slower on free cores, twice as fast on shared ones.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         failed = _run_elastic(settings, launch_id, logs)
     except Interrupted:
-        # The signal came when the last rank had just ended: their report still counts.
+        # The signal came just after the last rank had ended: the report still counts.
         failed = []
         signal_ranks(rank_processes(), signal.SIGKILL)
     finally:
@@ -157,7 +156,7 @@ def _train(settings: LaunchSettings, relay: SignalRelay) -> tuple[Verdict, Path 
 
 
 def _run_elastic(settings: LaunchSettings, launch_id: str, logs: Path) -> list[RankEnd]:
-    """Start the ranks with torchrun and wait for them; those that did not end with status 0."""
+    """Starts the ranks with torchrun and waits; returns those that did not end with status 0."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -165,8 +164,8 @@ def _run_elastic(settings: LaunchSettings, launch_id: str, logs: Path) -> list[R
     _quiet_torchrun()
     options = [f"--nproc-per-node={settings.ranks}", f"--max-restarts={settings.max_restarts}"]
     if settings.nodes == 1:
-        # Port 0 is any free port, so that two runs on one machine do not meet. The address is given because the
-        # machine's own name, torchrun's choice, does not resolve everywhere.
+        # Port 0 is any free port, so that runs on one machine do not meet. The address is given because the host name,
+        # torchrun's choice, does not resolve everywhere.
         options += ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--local-addr=localhost"]
         options += [f"--rdzv-id={launch_id}"]
     else:
@@ -174,7 +173,7 @@ def _run_elastic(settings: LaunchSettings, launch_id: str, logs: Path) -> list[R
         options += [f"--master-addr={settings.master_addr}", f"--master-port={settings.master_port}"]
     options += ["--role=rank", "--tee=3", f"--log-dir={logs}"]
     options += [f"--local-ranks-filter={','.join(map(str, settings.shown))}"]
-    # No signal has this name: torchrun then leaves this process's handlers alone.
+    # No signal has this name, so torchrun leaves our handlers alone.
     options += ["--signals-to-handle=NONE"]
     try:
         torchrun.run(torchrun.parse_args([*options, "-m", settings.module, *settings.args]))
@@ -184,14 +183,14 @@ def _run_elastic(settings: LaunchSettings, launch_id: str, logs: Path) -> list[R
     except (OSError, RuntimeError, ValueError, RendezvousError) as error:
         where = f"{settings.master_addr}:{settings.master_port}" if settings.nodes > 1 else "this machine"
         hint = "Check MASTER_ADDR, MASTER_PORT and that all nodes are started" if settings.nodes > 1 else "Try again"
-        # Below its first line, an error of torch's store lists the C++ frames it came from.
+        # After its first line, an error of torch's store lists C++ frames.
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise TitanGrowthError(f"The ranks could not be started at {where}: {reason}. {hint}") from error
     return []
 
 
 def _quiet_torchrun() -> None:
-    """Keep torchrun's log off the screen, unless its own LOGLEVEL asks for it: the ranks tell how it went."""
+    """Keeps torchrun's log off the screen unless LOGLEVEL is set: the ranks report themselves."""
     if "LOGLEVEL" not in os.environ:
         logger = logging.getLogger("torch.distributed")
         logger.propagate = False
@@ -199,7 +198,7 @@ def _quiet_torchrun() -> None:
 
 
 def _log_folder(dump_folder: Path, launch_id: str) -> Path:
-    """Where the output of all ranks is kept, shown or not: `<dump_folder>/logs/<launch>`."""
+    """Where the output of all ranks is kept: `<dump_folder>/logs/<launch>`."""
     folder = dump_folder.absolute() / "logs" / launch_id
     try:
         folder.mkdir(parents=True)
@@ -209,26 +208,22 @@ def _log_folder(dump_folder: Path, launch_id: str) -> Path:
 
 
 def _new_launch_id() -> str:
-    """Readable, and unlike any other: in a container the process id is often the same, and a clock can be set back."""
+    """Readable and unique: in containers process ids repeat, and clocks can be set back."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{secrets.token_hex(2)}"
 
 
 def _may_relaunch(settings: LaunchSettings, verdict: Verdict, relay: SignalRelay) -> bool:
-    """Whether status 76 is for us to act on; says what to do instead where it is not."""
+    """Whether to act on status 76 here; prints what to do instead if not."""
     wanted = verdict.num_ranks
     if not isinstance(wanted, int) or wanted < 1 or wanted == settings.ranks:
-        _tell(f"The run asks for {wanted} ranks and had {settings.ranks}; run the same command again with NGPU set")
+        say(f"The run asks for {wanted} ranks and had {settings.ranks}; run the same command again with NGPU set")
     elif settings.devices and wanted > settings.devices:
-        _tell(
+        say(
             f"Saved. The run goes on with {wanted} ranks and this machine has {settings.devices} devices; "
             f"run the same command with NGPU={wanted} on a larger one"
         )
     elif settings.nodes > 1 or relay.stopped_by or any(name in os.environ for name in SCHEDULER_VARIABLES):
-        _tell(f"Saved. The run goes on with {wanted} ranks in all: run the same command again with that number")
+        say(f"Saved. The run goes on with {wanted} ranks in all: run the same command again with that number")
     else:
         return True
     return False
-
-
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr)

@@ -1,11 +1,10 @@
-"""Passing signals on to the ranks.
+"""Passes signals on to the ranks.
 
-Torchrun puts every rank in a session of its own, so neither Ctrl-C nor a scheduler's signal to the launcher reaches a
-rank unless the launcher passes it on. A signal that comes before there are ranks ends the launch at once; nothing has
-been started that could be lost.
+Torchrun puts every rank in its own session, so Ctrl-C and a scheduler's signals reach only the launcher. Without ranks,
+a signal ends the launch at once: there is nothing to lose.
 
-Whatever asks for an end arrives at the ranks as SIGTERM: a rank that is still importing torch then ends silently, where
-SIGINT would make Python print a traceback. SIGUSR1, a scheduler's early warning, stays what it is.
+Ranks get SIGTERM: one that is still importing torch then ends silently, where SIGINT would print a traceback. SIGUSR1,
+a scheduler's early warning, is passed on as it is.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ INTERRUPTS_THAT_KILL = 3
 
 
 class Interrupted(BaseException):
-    """A signal arrived while no rank was running. Not an `Exception`, so that no code on the way swallows it."""
+    """A signal arrived while no rank was running. Not an `Exception`, so that nothing swallows it."""
 
     def __init__(self, number: int) -> None:
         self.name = signal.Signals(number).name
@@ -32,7 +31,7 @@ class Interrupted(BaseException):
 
 
 class SignalRelay:
-    """Handles this process's signals while it is installed, and remembers what came."""
+    """Handles this process's signals while installed, and remembers them."""
 
     def __init__(self) -> None:
         self.stopped_by = ""
@@ -42,7 +41,7 @@ class SignalRelay:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[SignalRelay]:
-        # A signal that is ignored on purpose (nohup, a shell's background job) stays ignored.
+        # Signals ignored on purpose (nohup, a shell's background job) stay ignored.
         numbers = [number for number in HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
         previous = {number: signal.signal(number, self._handle) for number in numbers}
         try:
@@ -53,7 +52,7 @@ class SignalRelay:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
-            # A forked child, such as a data worker of the preflight, inherits the handler but has no ranks to tell.
+            # A forked child, such as a data worker of the preflight, inherits the handler but has no ranks.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
@@ -68,13 +67,13 @@ class SignalRelay:
                 self.killed = True
                 forwarded = signal.SIGKILL
             elif self._interrupts == INTERRUPTS_THAT_KILL - 1:
-                # os.write, because print may be in the middle of a line when the signal comes.
+                # os.write: the signal may have interrupted a print.
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"Ctrl-C once more stops without saving\n")
         signal_ranks(ranks, forwarded)
 
 
 def signal_ranks(ranks: list[int], number: int) -> None:
-    """Send a signal to each rank. Only a kill goes to its whole session: a rank that saves needs its data workers."""
+    """Sends a signal to each rank. Only a kill goes to its whole session: a rank that saves needs its data workers."""
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if number == signal.SIGKILL:
@@ -84,7 +83,7 @@ def signal_ranks(ranks: list[int], number: int) -> None:
 
 
 def rank_processes() -> list[int]:
-    """Processes of the ranks: this process's children that lead a session, which only torchrun's are."""
+    """Process ids of the ranks: the children that lead a session, as only torchrun's do."""
     ranks = []
     for pid in _children():
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -104,7 +103,7 @@ def _children() -> list[int]:
         if entry.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
                 stat = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8", errors="replace")
-                # The command's name may hold spaces and brackets; after its last bracket come state and parent.
+                # The command's name may hold spaces and brackets; state and parent follow its last bracket.
                 state, parent = stat.rpartition(")")[2].split()[:2]
                 if int(parent) == me and state != "Z":
                     children.append(int(entry))
