@@ -119,7 +119,7 @@ def grow_checkpoint(
         event = _event(folder, planned, growth, time.perf_counter() - began, reader.num_bytes_read)
         lineage = folder.lineage()
         ancestors = Lineage(ancestors=(*lineage.ancestors, *lineage.events, event))
-        grown = _recipe_grown(_recipe_now(recipe, len(lineage.events)), growth.after, plugins)
+        grown = _recipe_grown(recipe, len(lineage.events), growth.after, plugins)
         commit(target, grown, ancestors, _manifest(folder, event, model_only=not with_state), files)
     return (
         f"{target}: {_sizes(growth.before)} -> {_sizes(growth.after)}, {growth.after.num_params:,} parameters"
@@ -208,13 +208,6 @@ def _event(
     )
 
 
-def _recipe_now(recipe: Recipe, num_growths: int) -> Recipe:
-    """The recipe as it holds after some growths, with their learning rate."""
-    now = recipe_in_phase(recipe, num_growths)
-    lrs = [stage.lr for stage in recipe.growth.active_stages[:num_growths] if stage.lr is not None]
-    return with_values(now, {"optimizer.lr": lrs[-1]}) if lrs else now
-
-
 def _manifest(folder: StepFolder, event: GrowthEvent, *, model_only: bool) -> Manifest:
     return Manifest(
         progress=folder.manifest.progress,
@@ -229,11 +222,13 @@ def _manifest(folder: StepFolder, event: GrowthEvent, *, model_only: bool) -> Ma
     )
 
 
-def _recipe_grown(recipe: Recipe, config: DecoderConfig, plugins: Sequence[str]) -> Recipe:
-    """The checkpoint's recipe for a run with the grown model, without growths."""
+def _recipe_grown(recipe: Recipe, num_growths: int, config: DecoderConfig, plugins: Sequence[str]) -> Recipe:
+    """The checkpoint's recipe as it holds after its growths, for a run with the grown model and no more of them."""
+    lrs = [stage.lr for stage in recipe.growth.active_stages[:num_growths] if stage.lr is not None]
     grown = with_values(
-        recipe,
+        recipe_in_phase(recipe, num_growths),
         {
+            **({"optimizer.lr": lrs[-1]} if lrs else {}),
             "plugins": sorted({*recipe.plugins, *plugins}),
             "growth.stages": [],
             "growth.base": {},

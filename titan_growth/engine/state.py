@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_growth.engine.optimizer import Optimizer
 from titan_growth.models.roles import OPTIMIZER_PREFIX
-from titan_growth.tools.torch_private import unwrapped
+from titan_growth.tools.torch_private import is_traceable_wrapper_subclass
 
 
 def model_tensors(parts: Iterable[nn.Module]) -> dict[str, Tensor]:
@@ -28,9 +28,10 @@ def plain(tensor: Tensor) -> Tensor:
     A checkpoint holds plain tensors, which any program reads without torchao.
     """
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    values = unwrapped(local)
-    if values is None:
+    if not is_traceable_wrapper_subclass(local):
         return tensor
+    (name,), _ = local.__tensor_flatten__()
+    values: Tensor = getattr(local, name)
     if not isinstance(tensor, DTensor):
         return values
     return DTensor.from_local(

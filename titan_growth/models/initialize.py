@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_growth.tools.torch_private import offset_of
+from titan_growth.tools.torch_private import compute_local_shape_and_global_offset
 
 ROWS_PER_BLOCK = 256
 
@@ -45,7 +45,8 @@ def local_and_offset(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """This rank's box of a tensor, and where in the tensor it begins."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.dim()
-    return parameter.to_local(), offset_of(parameter)
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), tuple(offset)
 
 
 def draw(local: Tensor, offset: tuple[int, ...], shape: torch.Size, name: str, std: float | None, seed: int) -> None:

@@ -26,7 +26,7 @@ from titan_growth.stages.base import BuildContext, Microbatch, ModelParts, PlanC
 from titan_growth.stages.order import register_stage
 from titan_growth.stages.tensor_parallel import sequence_problems
 from titan_growth.tools.errors import Problem
-from titan_growth.tools.torch_private import all_gather_with_grad, ring_attention
+from titan_growth.tools.torch_private import all_gather_single_autograd, ring_attention, wait_tensor
 
 
 def positions_by_rank(num_tokens: int, degree: int, balancer: str) -> Tensor:
@@ -45,7 +45,8 @@ class GatheredContext(SequenceContext):
 
     def attend(self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> Tensor:
         both = torch.cat((k_BSKH, v_BSKH), dim=2).transpose(0, 1).contiguous()  # it gathers along the first dimension
-        k_BTKH, v_BTKH = all_gather_with_grad(both, self.group).transpose(0, 1).chunk(2, dim=2)
+        gathered = wait_tensor(all_gather_single_autograd(both, gather_dim=0, group=self.group))
+        k_BTKH, v_BTKH = gathered.transpose(0, 1).chunk(2, dim=2)
         return super().attend(q_BSNH, k_BTKH, v_BTKH)
 
 

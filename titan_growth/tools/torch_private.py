@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch._functorch.config
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import all_gather_single_autograd, wait_tensor
 from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo  # where a chunk is stored, in .metadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store as default_store  # messages beside the collectives
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.experimental._attention import _cp_options, set_rotate_method
@@ -32,7 +31,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
 
-__all__ = ["FakeStore", "StorageInfo", "default_store"]
+__all__ = [
+    "FakeStore",
+    "StorageInfo",
+    "all_gather_single_autograd",  # dist.all_gather has no backward pass
+    "compute_local_shape_and_global_offset",  # publicly a DTensor gives its shard, but not where that begins
+    "default_store",
+    "is_traceable_wrapper_subclass",  # the wrappers of torchao have no public API
+    "wait_tensor",
+]
 
 # fully_shard takes one sharded axis, and there is no public way to make one of two.
 flattened = DeviceMesh._flatten
@@ -47,7 +54,7 @@ dump_memory_snapshot = torch.cuda.memory._dump_snapshot
 has_amx = torch.cpu._is_amx_tile_supported
 
 
-# ---- process groups and DTensors -------------------------------------------------------------------------------------
+# ---- process groups --------------------------------------------------------------------------------------------------
 
 
 def process_groups() -> list[ProcessGroup]:
@@ -63,29 +70,7 @@ def set_group_timeout(group: ProcessGroup, seconds: float, nccl_seconds: float) 
         backend._set_default_timeout(timedelta(seconds=nccl_seconds))
 
 
-def offset_of(tensor: DTensor) -> tuple[int, ...]:
-    """Where in the whole tensor this rank's shard begins; the public API gives the shard only."""
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(offset)
-
-
-def unwrapped(tensor: Tensor) -> Tensor | None:
-    """The one tensor inside a wrapper subclass such as torchao's, else None. Wrappers have no public API."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return None
-    names, _ = tensor.__tensor_flatten__()
-    assert len(names) == 1, f"a {type(tensor).__name__} is more than one tensor"
-    values: Tensor = getattr(tensor, names[0])
-    return values
-
-
-# ---- attention and collectives ---------------------------------------------------------------------------------------
-
-
-def all_gather_with_grad(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """The ranks' tensors joined along the first dimension; `dist.all_gather` has no backward pass."""
-    gathered = functional_collectives.all_gather_single_autograd(tensor, gather_dim=0, group=group)
-    return functional_collectives.wait_tensor(gathered)
+# ---- attention -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
