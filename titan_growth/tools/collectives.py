@@ -49,8 +49,8 @@ def init_process_group(device_type: str, timeout_seconds: int, *, fake: bool = F
     else:
         store, rank, num_ranks = next(dist.rendezvous("env://", rank, num_ranks, timeout=timeout))
         store.set_timeout(timeout)
-        # Torchrun keeps its store when it restarts failed ranks: without a prefix they would find addresses of dead
-        # ranks.
+        # Torchrun keeps its store when it restarts failed ranks: without a prefix they would find the addresses of
+        # dead ones.
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
         if device_type == "cuda":

@@ -41,23 +41,20 @@ class RunFolder:
 
     def lock(self) -> None:
         """Takes the folder for this process. Raises RunFolderError when another run has it, or it has no locks."""
-        file = None
-        try:
-            file = open(self.path / ".lock", "a+")  # noqa: SIM115 (kept open: closing it gives up the lock)
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            assert file is not None
-            with file:
-                file.seek(0)
-                owner = file.read().strip() or "another process"
-            raise self._error(f"in use by {owner}. Wait for that run, or name another folder") from None
-        except OSError as error:
-            if file is not None:
-                file.close()
-            raise self._error(
-                f"cannot be locked ({error.strerror or error}). "
-                "Remove .lock from it if that is not a plain file, or name a folder on a file system that has locks"
-            ) from None
+        path = self.path / ".lock"
+        with contextlib.ExitStack() as closed_on_errors:
+            try:
+                file = closed_on_errors.enter_context(open(path, "a+"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = path.read_text().strip() or "another process"
+                raise self._error(f"in use by {owner}. Wait for that run, or name another folder") from None
+            except OSError as error:
+                raise self._error(
+                    f"cannot be locked ({error.strerror or error}). "
+                    "Remove .lock from it if that is not a plain file, or name a folder on a file system that has locks"
+                ) from None
+            closed_on_errors.pop_all()  # closing it would give up the lock
         file.seek(0)
         file.truncate()
         with contextlib.suppress(OSError):  # a full disk: the owner's name only helps others
