@@ -361,7 +361,7 @@ def test_check_and_train_find_it(example: str, tmp_path: Path) -> None:
 WRONG = [
     ('name: ClassVar[str] = "logit_cap"', 'name: ClassVar[str] = "fsdp"', "logit_cap cannot be used: "
      "logit_cap.LogitCap: 'fsdp' is the name of a stage of titan_growth itself. Give it another name"),
-    ('"float8")', '"flaot8")', "the stage 'logit_cap' is to come after 'flaot8', which is no stage. "
+    ('"float8")', '"flaot8")', "the stage 'logit_cap' must come after 'flaot8', which is not a stage. "
      "Did you mean 'float8'?"),
     ('("pipeline", "float8")', '"float8"', "logit_cap cannot be used: logit_cap.LogitCap: `after` must be a tuple"),
     ('table: ClassVar[str] = "logit_cap"', 'table: ClassVar[str] = "model"', "logit_cap cannot be used: "

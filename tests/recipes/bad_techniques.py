@@ -266,7 +266,7 @@ PLUGINS = [
     ),
     Case(
         "plugin after a stage that is not there",
-        r"plugins: the stage 'mine' is to come after 'pipelin', which is no stage\. Did you mean 'pipeline'",
+        r"plugins: the stage 'mine' must come after 'pipelin', which is not a stage\. Did you mean 'pipeline'",
         flags="--plugins my_stage",
         setup=plugin("my_stage", STAGE.replace('("pipeline",)', '("pipelin",)')),
     ),

@@ -2,7 +2,7 @@
 
     meta device -> stages in their declared order -> materialise -> weights
 
-It keeps nothing between calls: another depth or another mesh is another call.
+It keeps no state between calls: another depth or mesh is another call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from titan_growth.stages.base import BuildContext, Microbatch, ModelParts, Stage
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """The model parts of this rank together with the stages that made them."""
+    """This rank's model parts and the stages applied to them."""
 
     config: DecoderConfig
     parts: ModelParts
@@ -31,14 +31,14 @@ class BuiltModel:
 
     @contextmanager
     def train_context(self) -> Iterator[None]:
-        """The context managers of all stages, around a forward pass, its loss and its backward pass."""
+        """All stages' context managers, around a forward pass, its loss and its backward pass."""
         with ExitStack() as stack:
             for stage in self.stages:
                 stack.enter_context(stage.train_context(self.context))
             yield
 
     def before_step(self, step: int) -> None:
-        """The hooks of all stages before a training step, and once when the model has been built."""
+        """All stages' hooks, before each training step and once after the build."""
         for stage in self.stages:
             stage.before_step(self.parts, step)
 
@@ -49,18 +49,18 @@ class BuiltModel:
         return microbatch
 
     def after_backward(self) -> None:
-        """The hooks of all stages on a step's complete gradients."""
+        """All stages' hooks, when a step's gradients are complete."""
         for stage in self.stages:
             stage.after_backward(self.parts, self.context)
 
     def after_optimizer_step(self) -> None:
-        """The post-step hooks of all stages."""
+        """All stages' hooks, after each optimizer step."""
         for stage in self.stages:
             stage.after_optimizer_step(self.parts)
 
     @property
     def tied(self) -> dict[str, str]:
-        """Parameters that are copies of another one, by its name."""
+        """Copies of parameters -> the name of the original."""
         return self.config.tied
 
 
@@ -79,8 +79,8 @@ def build(
     """Builds this rank's parts of a model.
 
     Args:
-        transition: the growth that the model comes from, if it has grown.
-        seed: of the initial weights; None leaves them uninitialised, for a model that is about to be loaded.
+        transition: the growth the model comes from, if it has grown.
+        seed: of the initial weights; None leaves them uninitialised, for a model about to be loaded.
     """
     module = family_module(family)
     context = BuildContext(model_config, mesh.shape, device.type, seq_len, module, transition, mesh=mesh)
@@ -90,7 +90,7 @@ def build(
     active = [stage for stage in stages if stage.enabled(context)]
     for stage in active:
         parts = stage.apply(parts, context)
-    # A stage may want the parameters to live elsewhere (host memory); buffers stay with the computation.
+    # A stage may keep parameters elsewhere (host memory); buffers stay on the compute device.
     home = next((place for stage in active if (place := stage.parameter_device(context))), None)
     for part in parts:
         part.to_empty(device=home or device)

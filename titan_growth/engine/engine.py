@@ -1,8 +1,8 @@
-"""Forward and backward over the model parts of a rank.
+"""Forward and backward over a rank's model parts.
 
-The loss of a token is divided by the number of valid tokens of the whole global batch *before* the backward pass. Every
-reduction over ranks and microbatches is then a plain sum, and gradients, gradient norm and loss are the same for every
-layout and every way of accumulating.
+A token's loss is divided by the global batch's number of valid tokens *before* the backward pass. Every reduction over
+ranks and microbatches is then a plain sum, and gradients, gradient norm and loss do not depend on the layout or on
+gradient accumulation.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ __all__ = ["Engine", "Microbatch", "num_valid_tokens", "sum_over_ranks"]
 
 
 def num_valid_tokens(microbatches: Iterable[Microbatch]) -> int:
-    """Valid positions in this rank's share of a batch. Counted on the host, so that no device has to be waited for."""
+    """Valid positions in this rank's share of a batch. Counted on the host, so no device synchronisation."""
     return sum(int((microbatch["labels"] != IGNORE_INDEX).sum()) for microbatch in microbatches)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """All-reduce in place, and return it."""
+    """All-reduces a tensor in place and returns it."""
     if dist.get_world_size() > 1:
         dist.all_reduce(value)
     return value
 
 
 class Engine:
-    """Runs an unsplit model: one part that goes from tokens to the loss."""
+    """Runs an unsplit model: one part, from tokens to loss."""
 
     holds_last = True
     """Whether this rank computes losses."""
@@ -43,11 +43,11 @@ class Engine:
         self.device = device
 
     def forward_backward(self, microbatches: Sequence[Microbatch], num_tokens: int) -> Tensor:
-        """Accumulates the gradients of one global batch.
+        """Accumulates gradients over one global batch.
 
         Args:
             microbatches: this rank's share of the batch.
-            num_tokens: valid tokens of the whole batch, over all ranks.
+            num_tokens: valid tokens of the whole batch, on all ranks.
 
         Returns:
             The mean loss over the whole global batch, a float32 scalar, the same on every rank.
@@ -58,7 +58,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, microbatches: Iterable[Microbatch]) -> float:
-        """Mean loss over the valid positions of all ranks' microbatches; every rank passes equally many."""
+        """Mean loss over the valid positions of all ranks' microbatches; every rank must pass the same number."""
         for part in self.model.parts:
             part.eval()
         num_tokens = 0
@@ -82,7 +82,7 @@ class Engine:
 
     @property
     def _counts(self) -> bool:
-        """Whether this rank's losses belong into the sum over all ranks: tensor-parallel ranks have the same ones."""
+        """Whether this rank's losses go into the sum over ranks: tensor-parallel ranks compute the same ones."""
         return self.holds_last and self.model.context.mesh.rank_of("tp") == 0
 
     def _accumulate(self, microbatches: Sequence[Microbatch], num_tokens: int) -> Tensor:
@@ -97,7 +97,7 @@ class Engine:
         return total
 
     def _loss_sums(self, microbatches: Iterable[Microbatch]) -> Iterable[Tensor]:
-        """The sum of this rank's losses, for each microbatch."""
+        """The sum of this rank's losses for each microbatch."""
         for microbatch in microbatches:
             batch = self.on_device(microbatch)
             with self.model.train_context():
@@ -108,6 +108,6 @@ class Engine:
         return part(batch["input"], batch.get("positions"), batch["labels"]).sum()
 
     def on_device(self, microbatch: Microbatch) -> Microbatch:
-        """This rank's share of a microbatch, on the device of the computation."""
+        """This rank's share of a microbatch, on the compute device."""
         share = self.model.prepare_microbatch(microbatch)
         return {key: value.to(self.device, non_blocking=True) for key, value in share.items()}

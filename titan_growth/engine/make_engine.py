@@ -1,4 +1,4 @@
-"""Which engine runs a built model."""
+"""Chooses the engine of a built model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from titan_growth.stages.pipeline import Pipeline
 
 
 def make_engine(model: BuiltModel, device: torch.device) -> Engine:
-    """The pipeline's engine for a model in parts, the plain one for a whole model."""
+    """The pipeline engine for a pipelined model, the plain one otherwise."""
     for stage in model.stages:
         if isinstance(stage, Pipeline):
             return PipelineEngine(model, stage, device)

@@ -1,7 +1,7 @@
-"""The optimizer of all model parts of a rank: gradient clipping, the step, and its state by parameter name.
+"""The optimizer of a rank's model parts: gradient clipping, the step, and state by parameter name.
 
-State is created at once instead of at the first step, so a checkpoint can be read straight into it. Hyper-parameters
-are not state: they come from the recipe, every time.
+State is created up front, not at the first step, so a checkpoint can be read straight into it. Hyper-parameters are not
+state: they always come from the recipe.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Optimizer:
     """Adam or AdamW over the parameters of all parts.
 
     Args:
-        tied: parameters that are copies of another one, by its name. A copy on another pipeline part has moments of its
-            own, which stay equal; one in the same part is no parameter at all, and its moments go by both names.
+        tied: copies of parameters -> the name of the original. A copy on another pipeline part has its own moments,
+            which stay equal; one in the same part is not a parameter, and its moments go by both names.
         pipeline_group: the ranks that hold the other parts.
     """
 
@@ -44,7 +44,7 @@ class Optimizer:
         self.tied = dict(tied or {})
         self.pipeline_group = pipeline_group
         self.fresh: dict[str, Tensor] = {}
-        """Parameters with elements that came with the last growth: a mask that broadcasts to this rank's shard."""
+        """Parameters with elements new since the last growth -> a mask that broadcasts to this rank's shard."""
         self.parameters: dict[str, nn.Parameter] = {}
         for part in parts:
             for name, parameter in part.named_parameters():
@@ -71,13 +71,13 @@ class Optimizer:
 
     @classmethod
     def of(cls, model: BuiltModel, section: OptimizerConfig, *, max_norm: float) -> Optimizer:
-        """The optimizer of a built model."""
+        """The optimizer for a built model."""
         mesh = model.context.mesh
         group = mesh.group_of("pp") if mesh.shape.pp > 1 else None
         return cls(model.parts, section, max_norm=max_norm, tied=model.tied, pipeline_group=group)
 
     def named_state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(parameter name, state key, tensor) of all state; the tensors in use, so they can be loaded into."""
+        """(parameter name, state key, tensor) of all state; the live tensors, to save from or load into."""
         for name, parameter in self.parameters.items():
             for key in STATE_KEYS:
                 yield name, key, self.inner.state[parameter][key]
@@ -93,13 +93,13 @@ class Optimizer:
         return norm
 
     def clip(self) -> Tensor:
-        """Clips the gradients to `max_norm`; returns their global norm before that, a float32 scalar."""
+        """Clips the gradients to `max_norm`; returns their global norm before clipping, a float32 scalar."""
         counted = []
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
             parameter.grad = reduced(parameter.grad, parameter)
-            # A copy of a parameter has the gradient of both; it is the original that counts.
+            # A copy has the gradient of both; only the original counts.
             if name not in self.tied:
                 counted.append(parameter.grad)
         norm = global_norm(counted, self.pipeline_group)
@@ -107,24 +107,24 @@ class Optimizer:
         return norm
 
     def step(self, lr: float, fresh_share: float = 1.0) -> None:
-        """Updates the parameters, and drops the gradients.
+        """Updates the parameters and drops the gradients.
 
         Args:
-            fresh_share: of the learning rate, for the elements in `fresh`.
+            fresh_share: fraction of the learning rate for the elements in `fresh`.
         """
         for group in self.inner.param_groups:
             group["lr"] = lr
         before = self._fresh_values() if fresh_share != 1.0 else {}
         self.inner.step()
         for name, old in before.items():
-            # An Adam step, weight decay included, is linear in the learning rate, so a share of it is a share of the
-            # step: old + share * (new - old).
+            # An Adam step, weight decay included, is linear in the learning rate, so a fraction of the rate is a
+            # fraction of the step: old + share * (new - old).
             local = _local(self.parameters[name])
             local.copy_(torch.where(self.fresh[name], torch.lerp(old, local, fresh_share), local))
         self.drop()
 
     def drop(self) -> None:
-        """Forgets the gradients. Parameters, moments and step counters stay as they are."""
+        """Drops the gradients. Parameters, moments and step counters are unchanged."""
         self.inner.zero_grad(set_to_none=True)
 
     @torch.no_grad()
@@ -138,15 +138,15 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def global_norm(gradients: Sequence[Tensor], pipeline_group: dist.ProcessGroup | None = None) -> Tensor:
-    """Euclidean norm of all gradients together, over every rank that holds a part of them; a float32 scalar.
+    """Euclidean norm of all gradients, over every rank that holds a part of them; a float32 scalar.
 
-    Squares are summed in float64. In float32 the sum over a large tensor loses its last digits in an order that depends
-    on how the tensor is sharded: on the CPU one rank and two then differ by 4e-5 (docs/log.md).
+    Squares are summed in float64. In float32 the rounding of a large sum depends on the sharding: on the CPU, one rank
+    and two differ by 4e-5 (docs/log.md).
     """
     local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     squares = torch.stack(foreach_norm(local, dtype=torch.float64)).square()
     total = torch.zeros((), dtype=torch.float64, device=squares.device)
-    # Tensors that are sharded over the same axes are summed on each rank first, then over those axes once.
+    # Tensors sharded over the same axes are summed locally first, then once over those axes.
     by_axes: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
     for position, gradient in enumerate(gradients):
         if not isinstance(gradient, DTensor):

@@ -1,11 +1,11 @@
 """Forward and backward over model parts on several ranks, run by PyTorch's pipeline schedules.
 
-The last part returns the sum of losses of a microbatch, divided here by the number of valid tokens of the whole global
-batch: gradients are those of an unsplit model, whatever the schedule (`scale_grads` is off).
+The last part returns a microbatch's sum of losses, divided here by the global batch's number of valid tokens: gradients
+are those of an unsplit model, whatever the schedule (`scale_grads` is off).
 
-PyTorch is given the shapes between parts (static metadata), so nothing is run or sent to find them out. Evaluation has
-`PipelineStage` and schedule objects of its own around the same modules: some schedules cannot leave out their backward
-passes, and validation may have other shapes.
+PyTorch gets the shapes between parts (static metadata), so it does not have to infer or send them. Evaluation has its
+own `PipelineStage` and schedule objects around the same modules: some schedules cannot skip their backward passes, and
+validation may have other shapes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from titan_growth.layout.pipeline_layout import PipelineLayout
 from titan_growth.stages.pipeline import Pipeline
 from titan_growth.tools.torch_private import answer_votes, drop_activations, forward_schedule_of, schedule_of
 
-logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.ERROR)  # it names the class at each build
+logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.ERROR)  # it logs its class at each build
 
 
 class PipelineEngine(Engine):
-    """Runs the parts of this rank together with those of the other pipeline ranks."""
+    """Runs this rank's parts together with those of the other pipeline ranks."""
 
     def __init__(self, model: BuiltModel, stage: Pipeline, device: torch.device) -> None:
         super().__init__(model, device)
@@ -42,8 +42,8 @@ class PipelineEngine(Engine):
         self.holds_first = any(part.first for part in self.parts)
         self.holds_last = any(part.last for part in self.parts)
         self.divisor = 1.0
-        # Mixed sends and receives go through a communicator of the whole group. NCCL makes it at its first use, in
-        # which all ranks must take part: here, not in a schedule that has only two of them talking.
+        # Mixed sends and receives use a communicator of the whole group. NCCL creates it at first use, which all ranks
+        # must join: here, not in a schedule where only two ranks communicate.
         dist.all_reduce(torch.zeros(1, device=device), group=self.group)
         self._training: tuple[tuple[int, ...], Any] | None = None
         self._evaluations: dict[tuple[int, ...], Any] = {}
@@ -77,7 +77,7 @@ class PipelineEngine(Engine):
         self._evaluations.clear()  # with their receive buffers
 
     def _run(self, step: Callable[..., Any], batch: Microbatch) -> Tensor:
-        """One pass over a batch; the sum of its losses on the rank with the last part, elsewhere 0."""
+        """One pass over a batch; the sum of its losses on the rank with the last part, 0 elsewhere."""
         tokens = (batch["input"],) if self.holds_first else ()
         kwargs: dict[str, Any] = {}
         if "positions" in batch:
@@ -104,7 +104,7 @@ class PipelineEngine(Engine):
         return kind(pipeline_stages[0] if self.layout.is_single else pipeline_stages, num_microbatches, **options)
 
     def _evaluation_schedule(self, shape: tuple[int, ...]) -> Any:
-        """Forward passes alone, all microbatches through one part and then through the rank's next."""
+        """Forward passes only: all microbatches through one part, then through the rank's next."""
         size = self.microbatch_size if shape[0] % self.microbatch_size == 0 else 1
         num_microbatches = shape[0] // size
         microbatches = range(num_microbatches)
@@ -119,7 +119,7 @@ class PipelineEngine(Engine):
 
     def _pipeline_stages(self, num_sequences: int, num_tokens: int) -> list[PipelineStage]:
         """PyTorch's objects around this rank's parts, for microbatches of (num_sequences, num_tokens)."""
-        num_hidden = num_tokens // self.model.context.mesh_shape.tp  # sequence parallel: a piece for each rank
+        num_hidden = num_tokens // self.model.context.mesh_shape.tp  # sequence parallel: one shard per rank
         with torch.device("meta"):
             tokens = torch.empty(num_sequences, num_tokens, dtype=torch.int64)
             size = (num_sequences, num_hidden, self.model.config.dim)

@@ -1,6 +1,6 @@
-"""The tensors of a run by name: weights, moments, random states.
+"""A run's tensors by name: weights, moments, random states.
 
-Weights have their bare names and moments are `optimizer.state.<weight>.<exp_avg|exp_avg_sq|step>`, as in torchtitan's
+Weights have their bare names, moments are `optimizer.state.<weight>.<exp_avg|exp_avg_sq|step>`, as in torchtitan's
 checkpoints. There are no byte entries: everything that is not a tensor is JSON beside them.
 """
 
@@ -18,14 +18,14 @@ from titan_growth.tools.torch_private import is_traceable_wrapper_subclass
 
 
 def model_tensors(parts: Iterable[nn.Module]) -> dict[str, Tensor]:
-    """Every parameter and persistent buffer of this rank's parts; the tensors in use, so they can be loaded into."""
+    """Every parameter and persistent buffer of this rank's parts; the live tensors, to save from or load into."""
     return {name: plain(tensor.detach()) for part in parts for name, tensor in part.state_dict(keep_vars=True).items()}
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The same memory without the wrapper that torchao puts around a weight for Float8 all-gathers.
+    """The same memory without torchao's wrapper for Float8 all-gathers.
 
-    A checkpoint holds plain tensors, which any program reads without torchao.
+    Checkpoints hold plain tensors, which any program can read without torchao.
     """
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if not is_traceable_wrapper_subclass(local):
@@ -53,12 +53,12 @@ def rng_tensors(rank: int) -> dict[str, Tensor]:
 
 
 def stored_rng(rank: int, stored: Collection[str]) -> dict[str, Tensor]:
-    """Room for this rank's random states, as far as a checkpoint has them; it may be one of fewer ranks."""
+    """Tensors to load this rank's random states into, if the checkpoint has them: it may be from fewer ranks."""
     return {name: state for name, state in rng_tensors(rank).items() if name in stored}
 
 
 def set_rng(rank: int, states: dict[str, Tensor]) -> None:
-    """Puts loaded random states in force."""
+    """Sets this rank's random states to the loaded ones."""
     if f"rng.rank_{rank}.cpu" in states:
         torch.set_rng_state(states[f"rng.rank_{rank}.cpu"])
     if f"rng.rank_{rank}.cuda" in states:

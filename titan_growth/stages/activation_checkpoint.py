@@ -1,13 +1,13 @@
-"""Activation checkpointing: layers forget what they computed, and compute it again for the backward pass.
+"""Activation checkpointing: layers drop activations and recompute them in the backward pass.
 
-    full           every layer keeps its input alone
+    full           every layer keeps only its input
     selective, k   every k-th layer does
-    selective, op  every layer keeps the results of its expensive operations and recomputes the cheap ones
-    memory_budget  the compiler decides what to keep, within a share of all there is; nothing to do here
+    selective, op  every layer keeps the results of expensive operations and recomputes cheap ones
+    memory_budget  the compiler decides what to keep, within a fraction of all activations; nothing to do here
 
-A layer's `forward` is replaced by a `Checkpointed` one. PyTorch's wrapper module would put itself into the parameters'
-names, which checkpoints and growth rely on. Layers are chosen by their global id, so a layer is treated alike on every
-pipeline split and after a growth.
+A layer's `forward` is replaced with a `Checkpointed` one. PyTorch's wrapper module would change the parameters' names,
+which checkpoints and growth rely on. Layers are chosen by global id, so a layer is treated alike on every pipeline
+split and after growth.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Checkpointed:
 
 @register_stage
 class ActivationCheckpoint(Stage):
-    """Recomputation of layers, or of their cheap operations."""
+    """Recomputes layers, or their cheap operations."""
 
     name: ClassVar[str] = "activation_checkpoint"
     after: ClassVar[tuple[str, ...]] = (
@@ -67,7 +67,7 @@ class ActivationCheckpoint(Stage):
 
     @property
     def per_op(self) -> bool:
-        """Whether single operations are chosen."""
+        """Whether checkpointing selects operations rather than layers."""
         return self.section.mode == "selective" and self.section.selective_ac_option == "op"
 
     def check(self, context: PlanContext) -> Iterator[Problem]:
@@ -84,7 +84,7 @@ class ActivationCheckpoint(Stage):
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         if self.section.mode == "memory_budget":
-            return parts  # the compile stage passes it on
+            return parts  # the compile stage sets it
         options: dict[str, Any] = {
             "preserve_rng_state": self.section.preserve_rng_state,
             "determinism_check": self.section.determinism_check,
@@ -103,7 +103,7 @@ class ActivationCheckpoint(Stage):
         return parts
 
     def _recomputed_shapes(self, part: nn.Module) -> frozenset[tuple[int, ...]]:
-        """Shapes of the weights whose products are recomputed: (in, out), as the product sees them."""
+        """Shapes (in, out) of the weights whose products are recomputed, as the matrix product sees them."""
         patterns = self.section.per_op_sac_force_recompute_mm_shapes_by_fqns
         return frozenset(
             (module.in_features, module.out_features)
@@ -127,12 +127,12 @@ class ActivationCheckpoint(Stage):
 
 
 def _per_operation(recomputed_shapes: frozenset[tuple[int, ...]]) -> Any:
-    """The two dispatch modes of selective checkpointing, made for each forward pass anew.
+    """The two dispatch modes of selective checkpointing, made anew for each forward pass.
 
-    A function and not an object, because the compiler takes nothing else.
+    A function, not an object: the compiler accepts nothing else.
     """
     saved, products = expensive_operations(), {torch.ops.aten.mm.default, torch.ops.aten.linear.default}
-    # Half of the products are kept: the memory of all of them would be close to no checkpointing at all.
+    # Every other product is kept: keeping all would need nearly as much memory as no checkpointing.
     num_products = {False: 0, True: 0}
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:

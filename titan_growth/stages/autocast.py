@@ -1,8 +1,7 @@
-"""Mixed precision where FSDP does not provide it: on one rank, matrix products run in bfloat16 through autocast.
+"""Mixed precision without FSDP: on one rank, autocast runs matrix products in bfloat16.
 
-FSDP on one rank would cost 20-40 % of a small step for gathers that gather nothing. On several ranks, and under Float8,
-it is FSDP's in any case: it casts each parameter once and all of them alike. The two do not round alike: autocast
-leaves the residual stream in float32.
+FSDP on one rank would cost 20-40 % of a small step for no-op gathers. On several ranks, and under Float8, FSDP does it:
+it casts each parameter once, all alike. The two round differently: autocast leaves the residual stream in float32.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Autocast(Stage):
 
     def enabled(self, context: PlanContext) -> bool:
         if self.training.enable_cpu_offload and context.device_type != "cpu":
-            return False  # that takes FSDP
+            return False  # offload needs FSDP
         return self.training.mixes_precision and context.mesh_shape.num_ranks == 1 and not self.float8
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:

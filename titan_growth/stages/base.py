@@ -1,8 +1,8 @@
-"""What a stage is: a technique that is composed onto a plain model, one after another, in a declared order.
+"""What a stage is: a technique applied to a plain model, one after another, in a declared order.
 
-A stage is one class in one file. It says which stages must have run before it (`after`), checks a recipe without
-devices (`check`), and transforms the model parts (`apply`). The order of composition is nowhere written as code: it is
-the topological sort of what the stages declare (`order.py`), printed by every run and pinned by a golden test. A plugin
+A stage is one class in one file. It names the stages that must run before it (`after`), checks a recipe without
+devices (`check`), and transforms the model parts (`apply`). The order is not written down as code: it is the
+topological sort of what the stages declare (`order.py`), printed by every run and pinned by a golden test. A plugin
 adds a stage in the same way (docs/extending/adding_a_stage.md).
 
 In this field "stage" also means a chunk of a pipeline. Here a chunk is a *part*.
@@ -24,37 +24,37 @@ from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import Problem
 
-if TYPE_CHECKING:  # the commands import this module; a typo in a recipe is reported without the wait for torch
+if TYPE_CHECKING:  # commands import this module, and report a typo in a recipe without loading torch
     from torch import Tensor
 
     from titan_growth.layout.mesh import Mesh
     from titan_growth.models.decoder import Decoder
 
 ModelParts: TypeAlias = "list[Decoder]"
-"""The model parts of this rank: the whole model, or the chunks of it that a pipeline gives the rank."""
+"""This rank's model parts: the whole model, or its chunks of a pipeline."""
 
 Microbatch: TypeAlias = "dict[str, Tensor]"
-"""`input` and `labels`, both (B, S) int64, and `positions` (B, S) when attention stays inside documents."""
+"""`input` and `labels`, both (B, S) int64, and `positions` (B, S) if attention stays within documents."""
 
 
 @dataclass(frozen=True)
 class Transition:
-    """A growth as the model after it sees it."""
+    """The growth a model comes from."""
 
     growth: GrowthMap
     mask_steps: int
-    """Steps over which the mask of what is new opens; 0 without one."""
+    """Steps over which the mask on new parameters opens; 0 for no mask."""
     step: int
-    """The last step of the model before."""
+    """The small model's last step."""
 
     def opening(self, step: int) -> float:
-        """How far the mask is open at a step: the first one after the growth is the first with anything new."""
+        """How far the mask is open at a step, from 0 to 1; already above 0 at the first step after the growth."""
         return min(1.0, max(0.0, (step - self.step) / self.mask_steps)) if self.mask_steps else 1.0
 
 
 @dataclass(frozen=True)
 class PlanContext:
-    """What a stage may look at while planning: arithmetic, without devices and process groups."""
+    """What a stage sees while planning: arithmetic, no devices or process groups."""
 
     model_config: DecoderConfig
     mesh_shape: MeshShape
@@ -63,12 +63,12 @@ class PlanContext:
     family: ModuleType
     """The model family's module, with its `fsdp_units` and `tensor_parallel_plan`."""
     transition: Transition | None = None
-    """The growth that the model has come from; None for a model that has not grown."""
+    """The growth the model comes from; None if it has not grown."""
 
 
 @dataclass(frozen=True)
 class BuildContext(PlanContext):
-    """What a stage may look at when the model is built and run: the same, and this rank's process groups."""
+    """What a stage sees when the model is built and run: the plan's context and this rank's process groups."""
 
     mesh: Mesh = field(kw_only=True)
 
@@ -76,7 +76,7 @@ class BuildContext(PlanContext):
 class Stage(ABC):
     """One transformation of the model, applied once per build.
 
-    A stage of a plugin names its TOML `table` and the `Section` with its `settings`; our own tables are in the schema.
+    A plugin's stage names its TOML `table` and the `Section` of its `settings`; built-in tables are in the schema.
     """
 
     name: ClassVar[str]
@@ -87,18 +87,18 @@ class Stage(ABC):
     @classmethod
     @abstractmethod
     def from_recipe(cls, recipe: Recipe) -> Stage:
-        """Takes the sections that the stage owns out of the recipe; nothing else of the recipe is kept."""
+        """The stage, with the sections it owns; it keeps nothing else of the recipe."""
 
     @abstractmethod
     def enabled(self, context: PlanContext) -> bool:
-        """Whether the stage does anything in this context."""
+        """Whether the stage has anything to do in this context."""
 
     def check(self, context: PlanContext) -> Iterator[Problem]:
-        """Problems of the settings; pure, needs no devices."""
+        """Problems with the settings; pure, needs no devices."""
         return iter(())
 
     def warnings(self, context: PlanContext) -> Iterator[Problem]:
-        """Settings that are allowed but do less than a reader would think; pure like `check`."""
+        """Settings that are valid but do less than they suggest; pure like `check`."""
         return iter(())
 
     @abstractmethod
@@ -106,15 +106,15 @@ class Stage(ABC):
         """Transforms the parts, which are on the meta device."""
 
     def parameter_device(self, context: BuildContext) -> str | None:
-        """Where the parameters are to live, when that is not the device of the computation."""
+        """Where parameters live, if not on the compute device."""
         return None
 
     def before_step(self, parts: ModelParts, step: int) -> None:
-        """Called when the model has been built, and before each training step, with the number of the step."""
+        """Called after the build and before each training step, with the step's number."""
         return None
 
     def prepare_microbatch(self, microbatch: Microbatch, context: BuildContext) -> Microbatch:
-        """This rank's share of a microbatch, just before it is moved to the device."""
+        """This rank's share of a microbatch, before it moves to the device."""
         return microbatch
 
     def train_context(self, context: BuildContext) -> contextlib.AbstractContextManager[Any]:
@@ -122,7 +122,7 @@ class Stage(ABC):
         return contextlib.nullcontext()
 
     def after_backward(self, parts: ModelParts, context: BuildContext) -> None:
-        """Called when a step's gradients are complete, before they are clipped."""
+        """Called when a step's gradients are complete, before clipping."""
         return None
 
     def after_optimizer_step(self, parts: ModelParts) -> None:

@@ -1,7 +1,7 @@
-"""Chunked loss: head and cross-entropy for a few positions at a time, so that the logits of a batch never exist.
+"""Chunked loss: head and cross-entropy on a few positions at a time, so the full logits never exist.
 
-At a vocabulary of 128k the float32 logits of one sequence of 8k tokens are 4 GiB, more than all that a layer keeps.
-Under tensor parallelism each rank works on its part of the vocabulary, on the whole sequence.
+With a vocabulary of 128k, the float32 logits of one 8k-token sequence take 4 GiB, more than a layer's activations.
+Under tensor parallelism each rank handles its shard of the vocabulary, for the whole sequence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from titan_growth.stages.order import register_stage
 
 
 class ChunkedLossHead(LossHead):
-    """A linear head that computes the loss chunk by chunk, or plain logits when there are no labels.
+    """A linear head that computes the loss chunk by chunk, or plain logits without labels.
 
     Args:
         weight: a parameter (V, D), a DTensor split over the vocabulary under tensor parallelism.
@@ -42,7 +42,7 @@ class ChunkedLossHead(LossHead):
             if labels_BS is None:
                 logits = F.linear(x_BSD.redistribute(placements=[Replicate()]), weight_VD)
                 return logits.full_tensor() if isinstance(logits, DTensor) else logits
-            # Each rank's gradient of the hidden state is the share of its vocabulary: a partial sum.
+            # Each rank's gradient of the hidden state covers its vocabulary shard only: a partial sum.
             x_BSD = x_BSD.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         elif labels_BS is None:
             return F.linear(x_BSD, weight_VD)

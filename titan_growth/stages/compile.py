@@ -1,7 +1,7 @@
 """torch.compile, one transformer block at a time.
 
-Blocks are alike, so the compiler works on one and all profit. Compiling `block.forward` rather than the whole model
-keeps FSDP's hooks outside, where they can gather and free parameters between blocks.
+Blocks are alike, so the compiler compiles one and all reuse it. Compiling `block.forward`, not the whole model, leaves
+FSDP's hooks outside, where they gather and free parameters between blocks.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Compile(Stage):
     def check(self, context: PlanContext) -> Iterator[Problem]:
         backends = torch.compiler.list_backends(exclude_tags=())
         if self.section.backend not in backends:
-            # PyTorch knows two dozen, most of them for its own tests.
+            # PyTorch has two dozen, most of them for its own tests.
             hint = suggestion(self.section.backend, backends) or 'Use "inductor", or "aot_eager" without a compiler'
             yield Problem("compile.backend", f"there is no backend '{self.section.backend}'", hint)
         elif self.section.backend == "inductor" and context.device_type == "cpu" and not _has_compiler():
@@ -74,7 +74,7 @@ class Compile(Stage):
     def _compile_block(self, block: nn.Module, context: BuildContext) -> None:
         checkpointed = block.forward
         if isinstance(checkpointed, Checkpointed) and context.mesh_shape.tp > 1:
-            # The compiler cannot trace a recomputation with DTensors in it, so there it goes around the compiled block.
+            # The compiler cannot trace recomputation with DTensors, so checkpointing wraps the compiled block.
             checkpointed.function = self._compiled(checkpointed.function)
         else:
             block.forward = self._compiled(block.forward)
@@ -83,7 +83,7 @@ class Compile(Stage):
         return torch.compile(function, backend=self.section.backend, fullgraph=fullgraph)
 
     def _set_memory_budget(self) -> None:
-        """The budget is a setting of the whole process, so it is set at every build, also back to "keep everything"."""
+        """The budget is process-wide, so every build sets it, also back to "keep everything"."""
         if self.checkpointing.mode != "memory_budget":
             set_memory_budget(None)
             return

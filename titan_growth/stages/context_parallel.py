@@ -1,12 +1,11 @@
-"""Context parallelism: each sequence is divided over the `cp` axis, and attention alone looks across.
+"""Context parallelism: each sequence is sharded over the `cp` axis; only attention communicates.
 
-Every rank loads the whole sequence and keeps its positions of it. `headtail` gives rank r the r-th piece of 2n from the
-front and the r-th from the back, so that under the causal mask all ranks have equally much to attend to. Two ways of
-attending:
+Every rank loads the whole sequence and keeps its own positions. `headtail` cuts it into 2n pieces and gives rank r the
+r-th from the front and the r-th from the back, which balances the work under a causal mask. Two kinds of attention:
 
-    ring    PyTorch's ring attention (`context_parallel`): flash attention on passing keys and values. CUDA.
-    gather  keys and values of all ranks are gathered, and a mask says who sees whom. Exact on every device; used on a
-            CPU, whose attention kernels ring attention cannot call, and where documents are masked.
+    ring    PyTorch's ring attention (`context_parallel`): flash attention while keys and values rotate. CUDA only.
+    gather  all ranks' keys and values are gathered and masked. Exact on every device; used on CPUs, whose attention
+            kernels ring attention cannot call, and with document masks.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from titan_growth.tools.torch_private import all_gather_single_autograd, ring_at
 
 
 def positions_by_rank(num_tokens: int, degree: int, balancer: str) -> Tensor:
-    """Which positions of a sequence of `num_tokens` each rank holds, in its order; (degree, num_tokens / degree)."""
+    """The positions each rank holds of a sequence, in its order; shape (degree, num_tokens / degree)."""
     if balancer == "none":
         return torch.arange(num_tokens).view(degree, -1)
     pieces = torch.arange(num_tokens).view(2 * degree, -1)
@@ -44,7 +43,7 @@ class GatheredContext(SequenceContext):
     group: dist.ProcessGroup
 
     def attend(self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> Tensor:
-        both = torch.cat((k_BSKH, v_BSKH), dim=2).transpose(0, 1).contiguous()  # it gathers along the first dimension
+        both = torch.cat((k_BSKH, v_BSKH), dim=2).transpose(0, 1).contiguous()  # gathered along the first dimension
         gathered = wait_tensor(all_gather_single_autograd(both, gather_dim=0, group=self.group))
         k_BTKH, v_BTKH = gathered.transpose(0, 1).chunk(2, dim=2)
         return super().attend(q_BSNH, k_BTKH, v_BTKH)
@@ -70,7 +69,7 @@ class ShardedSequence(SequenceLayout):
         own_S, gathered_T, causal_ST = self._tables(total, cos.device)
         if positions_BT is None:
             if self.ring:
-                return SequenceContext(cos[own_S], sin[own_S], None)  # `context_parallel` takes its attention over
+                return SequenceContext(cos[own_S], sin[own_S], None)  # `context_parallel` replaces its attention
             return GatheredContext(cos[own_S], sin[own_S], causal_ST[None, None], self.group)
         document_BT = documents_of(positions_BT)
         same_document = document_BT[:, own_S].unsqueeze(2) == document_BT[:, gathered_T].unsqueeze(1)
@@ -79,7 +78,7 @@ class ShardedSequence(SequenceLayout):
         return GatheredContext(cos[own_BS], sin[own_BS], mask, self.group)
 
     def _tables(self, total: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Own positions, positions in the order they are gathered in, and who may see whom; kept on the device."""
+        """Own positions, all positions in gathered order, and the causal mask; cached on the device."""
         if (total, device) not in self._placed:
             by_rank = positions_by_rank(total, self.degree, self.balancer)
             own_S, gathered_T = by_rank[self.rank].to(device), by_rank.flatten().to(device)
@@ -90,10 +89,10 @@ class ShardedSequence(SequenceLayout):
 
 @register_stage
 class ContextParallel(Stage):
-    """Sequences divided between ranks."""
+    """Sequences sharded over ranks."""
 
     name: ClassVar[str] = "context_parallel"
-    after: ClassVar[tuple[str, ...]] = ("pipeline", "tensor_parallel")  # which sets `hidden_shards`
+    after: ClassVar[tuple[str, ...]] = ("pipeline", "tensor_parallel")  # the latter sets `hidden_shards`
 
     def __init__(self, parallelism: ParallelismConfig, validation_seq_len: int | None, document_mask: bool) -> None:
         self.parallelism = parallelism

@@ -1,11 +1,11 @@
 """Float8 training of linear layers through torchao.
 
-Each product casts its operands to 8-bit floating point with a scale that is found on the fly: one for a whole tensor
-(`tensorwise`), or one a row and column (`rowwise`; `rowwise_with_gw_hp` keeps the gradient of the weight in high
-precision). Where the device has no Float8 products (GPUs before Ada and Hopper, and CPUs) torchao's emulation computes
-the same numbers in higher precision; that is chosen by itself and said in the plan.
+Each matrix product casts its operands to 8-bit floating point with dynamic scales: one per tensor (`tensorwise`), or
+one per row and column (`rowwise`; `rowwise_with_gw_hp` keeps the weight gradient in high precision). On devices without
+Float8 products (CPUs, GPUs before Ada and Hopper) torchao emulates them in higher precision, with the same results;
+this is automatic, and the plan shows it.
 
-torchao takes seconds to import, so it is imported when the stage is applied and never for a plan.
+torchao takes seconds to import, so it is imported when the stage is applied, never for a plan.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from titan_growth.tools.errors import Problem
 from titan_growth.tools.logs import logger
 
 MULTIPLE = 16
-"""Float8 products need sizes that are multiples of this."""
+"""Float8 products need sizes that are multiples of this number."""
 
 
 @register_stage
@@ -55,7 +55,7 @@ class Float8(Stage):
 
     @property
     def recipe_name(self) -> str:
-        """The granularity in force."""
+        """The scaling granularity, with its default."""
         return self.section.recipe_name or "tensorwise"
 
     def check(self, context: PlanContext) -> Iterator[Problem]:
@@ -82,7 +82,7 @@ class Float8(Stage):
             yield Problem("quantize.linear.float8.filter_fqns", message, 'Add "output" to it')
 
     def _token_problems(self, context: PlanContext) -> Iterator[Problem]:
-        """The gradient of a weight is a product over the tokens of a microbatch."""
+        """A weight's gradient is a product over a microbatch's tokens, so their number matters too."""
         shape = context.mesh_shape
         size = self.microbatch_size if shape.pp > 1 else self.local_batch_size
         num_tokens = size * context.seq_len // shape.cp
@@ -99,19 +99,19 @@ class Float8(Stage):
         leaves = sorted({leaf for name in names for leaf in name.split(".") if not leaf.isdigit()})
         for pattern in self.section.filter_fqns:
             if not any(pattern in name for name in names):
-                message = f'"{pattern}" is in the name of no linear layer'
+                message = f'"{pattern}" matches no linear layer'
                 yield Problem("quantize.linear.float8.filter_fqns", message, suggestion(pattern, leaves))
 
     def _filtered(self, name: str) -> bool:
         return any(pattern in name for pattern in self.section.filter_fqns)
 
     def _keeps(self, name: str, context: PlanContext) -> bool:
-        """A tied head stays: its weight is the embedding's, which is looked up and not multiplied with."""
+        """Whether a layer is not converted. A tied head is not: its weight is also the embedding's lookup table."""
         tied = context.model_config.tie_word_embeddings and name == "output"
         return self._filtered(name) or tied
 
     def emulates(self, context: PlanContext) -> bool:
-        """Whether Float8 products are emulated. A plan without devices assumes that the GPUs have them."""
+        """Whether Float8 products are emulated. A plan made without GPUs assumes that they have them."""
         if self.section.emulate or context.device_type == "cpu":
             return True
         return torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
@@ -150,14 +150,14 @@ class Float8(Stage):
 
 
 def _in_all_layers(name: str, context: PlanContext) -> list[str]:
-    """A name in the first layer, in every layer; other names as they are."""
+    """A first-layer name, repeated for every layer; other names unchanged."""
     if not name.startswith("layers.0."):
         return [name]
     return [f"layers.{layer}.{name.removeprefix('layers.0.')}" for layer in range(context.model_config.num_layers)]
 
 
 def _import_torchao() -> None:
-    """Imports torchao without its complaints about kernels of other GPUs and about its own deprecations."""
+    """Imports torchao without its warnings about other GPUs' kernels and its own deprecations."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -168,7 +168,7 @@ def _import_torchao() -> None:
 def linear_sizes(context: PlanContext) -> Iterator[tuple[str, int, int]]:
     """(name, output channels, input channels) of every linear layer on one tensor-parallel rank.
 
-    Channels that the ranks cannot share evenly count as 1, which no Float8 product takes.
+    Channels that do not divide evenly over the ranks count as 1, which no Float8 product accepts.
     """
     degree = context.mesh_shape.tp
     config = dataclasses.replace(context.model_config, num_layers=1)  # all layers are alike

@@ -1,10 +1,10 @@
 """FSDP2 and HSDP: parameters, gradients and moments sharded over `dp_shard`, replicated over `dp_replicate`.
 
-With a shard degree of 1 the same call gives plain data parallelism: the sharded axis has one rank. Context-parallel
-ranks hold the same weights and see different tokens, so they are one axis with `dp_shard`.
+With a shard degree of 1 the same call gives plain data parallelism. Context-parallel ranks hold the same weights and
+see different tokens, so they form one axis with `dp_shard`.
 
-The loss is divided by the number of valid tokens of the *global* batch before the backward pass, so gradients must be
-summed over ranks, never averaged: the divide factor is 1. gloo has no pre-multiplied sum, hence the forced plain one.
+The loss is divided by the *global* batch's number of valid tokens before the backward pass, so gradients are summed
+over ranks, never averaged: the divide factor is 1. gloo has no pre-multiplied sum, so a plain one is forced.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from titan_growth.tools.errors import Problem
 
 @register_stage
 class FSDP(Stage):
-    """Fully sharded data parallelism, per unit that the model family declares."""
+    """Fully sharded data parallelism, over the units that the model family declares."""
 
     name: ClassVar[str] = "fsdp"
     after: ClassVar[tuple[str, ...]] = (
@@ -83,7 +83,7 @@ class FSDP(Stage):
         for part in parts:
             units = context.family.fsdp_units(part)
             for position, unit in enumerate(units):
-                # The last unit's gather would be repeated at once by the backward pass.
+                # The backward pass needs the last unit at once, so resharding it would only repeat the gather.
                 is_last = position == len(units) - 1
                 modules = unit if len(unit) > 1 else unit[0]
                 fully_shard(modules, reshard_after_forward=reshard and (always or not is_last), **shared)

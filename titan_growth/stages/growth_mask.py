@@ -1,13 +1,13 @@
-"""The mask of G_random: what a growth has added is multiplied by c, which goes from 0 to 1 over the first steps.
+"""The mask of G_random: what a growth added is multiplied by c, which rises from 0 to 1 over the first steps.
 
-    x' = [x, x_new * c]      where a new channel of the residual stream is written        (Du et al., Eq. 33)
-    y  = W [h, h_new * c]    where new heads and SwiGLU channels are read
-    Y  = X + F(X) * c        F the attention or SwiGLU of a new layer                      (Du et al., Eq. 34-36)
+    x' = [x, x_new * c]      new channels of the residual stream, where written           (Du et al., Eq. 33)
+    y  = W [h, h_new * c]    new heads and SwiGLU channels, where read
+    Y  = X + F(X) * c        F the attention or SwiGLU of a new layer                     (Du et al., Eq. 34-36)
 
-New heads are masked where they are read and not at their queries: attention with queries of zero is a mean of values
-and not nothing. All three are one thing, the input or output of a module times a vector, and which modules and channels
-follows from the growth map and from what the family says of its parameters; so the stage knows no model. The vector is
-a buffer that is neither stored nor trained; c is a function of the step alone, so a run resumes with the right one.
+New heads are masked where they are read, not at their queries: attention with zero queries averages the values. All
+three multiply a module's input or output by a vector. Which modules and channels follows from the growth map and the
+family's roles, so the stage knows no model. The vector is a buffer that is neither stored nor trained; c depends only
+on the step, so a resumed run has the right one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INPUT, OUTPUT = "growth_mask_of_input", "growth_mask_of_output"
 
 @register_stage
 class GrowthMask(Stage):
-    """Multiplies what the last growth has added by a mask that opens."""
+    """Multiplies what the last growth added by a mask that opens."""
 
     name: ClassVar[str] = "growth_mask"
     after: ClassVar[tuple[str, ...]] = ("pipeline", "float8", "tensor_parallel", "context_parallel", "chunked_loss")
@@ -48,18 +48,18 @@ class GrowthMask(Stage):
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         assert context.transition is not None
         self.transition = context.transition
-        # Blocks share their compiled code, which by default does not look at hooks: a block with a mask would run as
-        # one without, of the same model or of the one before.
+        # Blocks share compiled code, which by default ignores hooks: a masked block would run the code of an unmasked
+        # one, of this model or of the one before.
         compile_with_hooks()
         tp_rank = context.mesh.rank_of("tp") if context.mesh_shape.tp > 1 else 0
         for part in parts:
             for module, buffer, pattern in masked_modules(part, context.transition.growth, context.family.ROLES):
                 module.register_buffer(buffer, torch.empty(len(pattern)), persistent=False)
-                # Held beside the buffer: on the meta device there is nothing to hold it in.
+                # Kept beside the buffer, which holds no data on the meta device.
                 setattr(module, f"{buffer}_pattern", pattern)
                 mask = _Mask(tp_rank)
                 if buffer == INPUT:
-                    # Before tensor parallelism's own hook, which makes a DTensor of the input.
+                    # Before tensor parallelism's hook, which turns the input into a DTensor.
                     module.register_forward_pre_hook(mask.on_input, prepend=True)
                 else:
                     module.register_forward_hook(mask.on_output)
@@ -76,13 +76,13 @@ class GrowthMask(Stage):
 
     def describe(self, context: PlanContext) -> str:
         assert context.transition is not None
-        return f"growth_mask: what the last growth has added opens over {context.transition.mask_steps} steps"
+        return f"growth_mask: what the last growth added opens over {context.transition.mask_steps} steps"
 
 
 def masked_modules(
     part: nn.Module, growth: GrowthMap, roles: dict[str, Role]
 ) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """(module, buffer that its mask is kept in, which channels are under the mask) of a part."""
+    """(module, its mask's buffer, which channels are masked) for every masked module of a part."""
     for name, _ in part.named_parameters():
         path, _, leaf = name.rpartition(".")
         if leaf != "weight":
@@ -102,13 +102,13 @@ def masked_modules(
 
 
 def _new(growth: GrowthMap, name: str) -> Tensor | None:
-    """Which positions of an axis are new; None when none is."""
+    """Which positions of an axis are new; None if none are."""
     axis = growth.axes.get(name)
     return None if axis is None or NEW not in axis.source else torch.tensor([at == NEW for at in axis.source])
 
 
 class _Mask:
-    """Forward hooks: a tensor times this rank's share of the module's mask."""
+    """Forward hooks that multiply a tensor by this rank's share of the module's mask."""
 
     def __init__(self, tp_rank: int) -> None:
         self.tp_rank = tp_rank

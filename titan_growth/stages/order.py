@@ -1,4 +1,4 @@
-"""The registry of stages, and the order in which they are applied."""
+"""The stage registry, and the order in which stages are applied."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ OWN = (
     "pipeline",
     "tensor_parallel",
 )
-"""The stages of this package, each in a module of its name. Named, not imported: they import torch and this module."""
+"""The built-in stages, each in a module of its name. Named, not imported: they import torch and this module."""
 
 _REGISTRY: dict[str, type[Stage]] = {}
 
 
 def register_stage(stage: type[Any]) -> type[Any]:
-    """Class decorator: makes a stage known under its name. A module that is imported again replaces its own stage.
+    """Class decorator: registers a stage under its name. Importing a module again replaces its own stage.
 
     Raises:
-        ConfigError: with everything that keeps the class from being a stage. Nothing has been registered then.
+        ConfigError: with everything that keeps the class from being a stage; nothing is registered.
     """
     if problems := list(_flaws(stage)):
         raise ConfigError(problems)
@@ -46,7 +46,7 @@ def register_stage(stage: type[Any]) -> type[Any]:
 
 
 def _flaws(stage: type[Any]) -> Iterator[Problem]:
-    """What is wrong with a class that wants to be a stage, for the author of a plugin."""
+    """What is wrong with a would-be stage, for the plugin's author."""
     if not isinstance(stage, type):
         yield Problem("register_stage", f"takes a class, got {stage!r}", "Write @register_stage above a class")
         return
@@ -76,7 +76,7 @@ def _flaws(stage: type[Any]) -> Iterator[Problem]:
 
 
 def _missing(stage: type[Any]) -> list[str]:
-    """Methods of a stage that the class leaves abstract, or has not at all."""
+    """Stage methods that the class lacks or leaves abstract."""
     wanted = [name for name in vars(Stage) if not name.startswith("_") and callable(getattr(Stage, name))]
     abstract = getattr(stage, "__abstractmethods__", ())
     return [name for name in wanted if name in abstract or not callable(getattr(stage, name, None))]
@@ -87,25 +87,25 @@ def _is_own(stage: type[Any]) -> bool:
 
 
 def registered_stages() -> dict[str, type[Stage]]:
-    """All known stages by name, those of this package included."""
+    """All known stages by name, built-in ones included."""
     for name in OWN:
         importlib.import_module(f"titan_growth.stages.{name}")  # registers it
     return dict(_REGISTRY)
 
 
 def resolve_order(stages: Mapping[str, type[Any]]) -> list[str]:
-    """Names of the stages in the order they are applied.
+    """Names of the stages in order of application.
 
-    Each comes as early as its `after` allows. Where several could be next, those of plugins come before our own, in
-    the order of their registration: so `fsdp`, which ends our own, comes after every stage that does not name it.
+    Each comes as early as its `after` allows. Ties go to plugins, in order of registration, so `fsdp`, the last
+    built-in stage, comes after every stage that does not name it.
 
     Raises:
-        ConfigError: when an `after` names no stage, or when they contradict each other.
+        ConfigError: when an `after` names an unknown stage, or when they contradict each other.
     """
     unknown = [
         Problem(
             PLUGINS_KEY,
-            f"the stage {name!r} is to come after {other!r}, which is no stage",
+            f"the stage {name!r} must come after {other!r}, which is not a stage",
             suggestion(other, stages) or f"The stages are {', '.join(stages)}",
         )
         for name, stage in stages.items()
@@ -118,7 +118,7 @@ def resolve_order(stages: Mapping[str, type[Any]]) -> list[str]:
     try:
         sorter.prepare()
     except CycleError as error:
-        message = f"the stages cannot be ordered: {' is to come after '.join(reversed(error.args[1]))}"
+        message = f"the stages cannot be ordered: {' must come after '.join(reversed(error.args[1]))}"
         raise ConfigError([Problem(PLUGINS_KEY, message, "Take one of these names out of an `after`")]) from None
     plugins_first = sorted(stages, key=lambda name: _is_own(stages[name]))
     place = {name: position for position, name in enumerate(plugins_first)}
@@ -134,6 +134,6 @@ def resolve_order(stages: Mapping[str, type[Any]]) -> list[str]:
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
-    """Every registered stage with its settings from the recipe, in the order of application."""
+    """All registered stages with their settings from the recipe, in order of application."""
     known = registered_stages()
     return [known[name].from_recipe(recipe) for name in resolve_order(known)]

@@ -1,10 +1,10 @@
-"""Pipeline parallelism: the layers are divided over the `pp` axis, in one or several parts a rank.
+"""Pipeline parallelism: the layers are split over the `pp` axis, in one or more parts per rank.
 
-Here the model is split; which part goes where is worked out in `pipeline_layout.py`, and the passes through the parts
-are run by `pipeline_engine.py` on PyTorch's schedules. Parts keep the global names of their layers.
+This stage splits the model; `pipeline_layout.py` decides which part goes where, and `pipeline_engine.py` runs the parts
+on PyTorch's schedules. Layers keep their global names.
 
-A tied head on another part than the embedding is a second copy of one parameter. Both copies start from the same
-numbers, get the sum of both gradients here, and so stay equal.
+A tied head on a different part than the embedding is a second copy of one parameter. Both copies start equal, get the
+sum of both gradients here, and so stay equal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from titan_growth.tools.gradients import reduced
 
 @register_stage
 class Pipeline(Stage):
-    """The model in parts."""
+    """Splits the model into parts."""
 
     name: ClassVar[str] = "pipeline"
 
@@ -50,7 +50,7 @@ class Pipeline(Stage):
         return context.mesh_shape.pp > 1
 
     def layout(self, context: PlanContext) -> PipelineLayout:
-        """Which part holds what, on which rank, for a recipe that has passed its checks."""
+        """Which part holds what, on which rank. The recipe must have passed its checks."""
         layout = self._plan(context, found := Findings())
         assert layout is not None, f"the pipeline was not checked: {found.problems}"
         return layout
@@ -63,7 +63,7 @@ class Pipeline(Stage):
         yield from found.problems
         if layout is None or not layout.conditions.splits_backward:
             return
-        # These schedules run the two halves of a backward pass at different times, outside autograd's own order.
+        # These schedules run the two halves of a backward pass at different times, outside autograd's order.
         name = f"the {layout.schedule} schedule"
         if self.parallelism.fsdp_reshard_after_forward == "always":
             message = f'"always" gives wrong gradients with {name}, which splits the backward pass'
@@ -109,7 +109,7 @@ class Pipeline(Stage):
 
 
 def _sum_tied_gradients(parts: ModelParts, layout: PipelineLayout, context: BuildContext) -> None:
-    """Gives the embedding on the first part and the head on the last one the sum of both gradients."""
+    """Gives the embedding on the first part and the head on the last the sum of both gradients."""
 
     def gradient_of(module: nn.Embedding | nn.Linear | LossHead) -> Tensor:
         assert module.weight.grad is not None
@@ -132,7 +132,7 @@ def _sum_tied_gradients(parts: ModelParts, layout: PipelineLayout, context: Buil
     received = torch.empty_like(own)
     exchange = [dist.P2POp(dist.isend, own, peer, group), dist.P2POp(dist.irecv, received, peer, group)]
     if embedding is None:
-        exchange.reverse()  # both sides must name the two transfers in the same order
+        exchange.reverse()  # both sides must list the two transfers in the same order
     for work in dist.batch_isend_irecv(exchange):
         work.wait()
     own.add_(received)

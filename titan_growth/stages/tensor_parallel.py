@@ -1,10 +1,10 @@
-"""Tensor parallelism with sequence parallelism: each matrix product is divided over the `tp` axis.
+"""Tensor parallelism with sequence parallelism: matrix products are sharded over the `tp` axis.
 
-The model family says, as data, what becomes of each module (`tensor_parallel_plan`, see `models.decoder.Split`); here
-those words become PyTorch's parallel styles. Between the products the residual stream is split over the sequence, so
-norms, residuals and dropped-in activations cost each rank only its share.
+The model family declares how each module is split (`tensor_parallel_plan`, see `models.decoder.Split`); this stage
+maps that to PyTorch's parallel styles. Between products the residual stream is sharded over the sequence, so norms,
+residuals and activations cost each rank only its share.
 
-Under loss parallel (the default) the logits stay split over the vocabulary and the loss is computed on the pieces.
+With loss parallel (the default) the logits stay sharded over the vocabulary and the loss is computed on the shards.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TensorParallel(Stage):
     """DTensor tensor and sequence parallelism, with loss parallel."""
 
     name: ClassVar[str] = "tensor_parallel"
-    after: ClassVar[tuple[str, ...]] = ("pipeline", "float8")  # it must see Float8's linear layers
+    after: ClassVar[tuple[str, ...]] = ("pipeline", "float8")  # it must see the Float8 layers
 
     def __init__(self, parallelism: ParallelismConfig, validation_seq_len: int | None, chunked_loss: bool) -> None:
         self.parallelism = parallelism
@@ -56,7 +56,7 @@ class TensorParallel(Stage):
 
     @property
     def loss_parallel(self) -> bool:
-        """Whether the loss is computed on logits that are split over the vocabulary."""
+        """Whether the loss is computed on logits sharded over the vocabulary."""
         return not self.parallelism.disable_loss_parallel and not self.chunked_loss
 
     def check(self, context: PlanContext) -> Iterator[Problem]:
@@ -91,7 +91,7 @@ class TensorParallel(Stage):
             parallelize_module(part, mesh, styles)
             if part.tok_embeddings is not None:
                 part.tok_embeddings.register_forward_hook(_owned)
-            part.tie_weights()  # each module was given a parameter of its own
+            part.tie_weights()  # parallelize_module gave each module its own parameter
             part.sequence.hidden_shards = context.mesh_shape.tp
         if self.parallelism.enable_async_tensor_parallel:
             overlap_tensor_parallel(mesh.get_group())
@@ -102,7 +102,7 @@ class TensorParallel(Stage):
     ) -> ParallelStyle:
         columns, rows, gather = ColwiseParallel, RowwiseParallel, PrepareModuleInput
         extra: dict[str, Any] = {}
-        # gloo cannot carry Float8 tensors, so on a CPU the casts stay behind the collectives.
+        # gloo cannot send Float8 tensors, so on a CPU the casts come after the collectives.
         if context.device_type == "cuda" and (casts := _float8_linears(part, name, split, plan)):
             from torchao.float8.float8_tensor_parallel import (
                 Float8ColwiseParallel,
@@ -142,16 +142,16 @@ class TensorParallel(Stage):
 
 
 def _owned(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-    """The embedding's output as a tensor of its own.
+    """The embedding's output as a tensor that owns its memory.
 
-    DTensor hands on a view of a collective's result. Compiled blocks lose the gradient of such an input (torch 2.13:
-    the embedding was not trained at all), and FSDP warns of it.
+    DTensor returns a view of a collective's result. Compiled blocks lose the gradient of such an input (torch 2.13: the
+    embedding was not trained at all), and FSDP warns about it.
     """
     return output.clone()
 
 
 def sequence_problems(context: PlanContext, validation_seq_len: int | None) -> Iterator[Problem]:
-    """Sequences that cannot be divided evenly over the tensor- and context-parallel ranks."""
+    """Sequence lengths that do not divide evenly over the tensor- and context-parallel ranks."""
     shape = context.mesh_shape
     pieces = shape.tp * (2 * shape.cp if shape.cp > 1 else 1)
     product = f"tensor-parallel degree {shape.tp}" if shape.tp > 1 else ""
@@ -166,9 +166,9 @@ def sequence_problems(context: PlanContext, validation_seq_len: int | None) -> I
 
 
 def _float8_linears(part: Decoder, name: str, split: Split, plan: dict[str, Split]) -> list[str]:
-    """The Float8 tensorwise layers that a module is or, for one whose input is gathered, that read that input.
+    """Names of the Float8 tensorwise layers: the module itself, or those that read its gathered input.
 
-    Empty unless all of them are: an input cannot be gathered in Float8 for some of its readers.
+    Empty unless all of them are Float8: an input cannot be gathered in Float8 for only some of its readers.
     """
     if split in (Split.COLUMNS, Split.ROWS):
         names = [name]

@@ -95,7 +95,7 @@ def test_tokens_of_a_microbatch_are_multiples_of_16_too(name: str) -> None:
 def test_filters_that_filter_nothing_are_told() -> None:
     stage, context = stage_and_context(quantize__linear__float8__filter_fqns="ouput,layers.1.attention")
     (warning,) = stage.warnings(context)
-    assert warning.message == '"ouput" is in the name of no linear layer'
+    assert warning.message == '"ouput" matches no linear layer'
     assert warning.hint == "Did you mean 'output'?"
     stage, context = stage_and_context(quantize__linear__float8__filter_fqns="auto_filter_small_kn")
     assert "is not supported in this version" in next(iter(stage.check(context))).message

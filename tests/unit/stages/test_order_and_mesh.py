@@ -131,10 +131,10 @@ def test_order_follows_after_and_then_registration(stages: dict[str, type], expe
 def test_a_circle_is_named() -> None:
     with pytest.raises(ConfigError, match="plugins: the stages cannot be ordered: ") as caught:
         resolve_order({"a": stage("b"), "b": stage("c"), "c": stage("a"), "d": stage()})
-    named = caught.value.problems[0].message.split(": ")[1].split(" is to come after ")
+    named = caught.value.problems[0].message.split(": ")[1].split(" must come after ")
     assert set(named) == {"a", "b", "c"}
     assert all(before == {"a": "b", "b": "c", "c": "a"}[name] for name, before in pairwise(named))
-    with pytest.raises(ConfigError, match="cannot be ordered: a is to come after a"):
+    with pytest.raises(ConfigError, match="cannot be ordered: a must come after a"):
         resolve_order({"a": stage("a")})
 
 
@@ -143,8 +143,8 @@ def test_a_name_that_no_stage_has() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_order({"mine": stage("fdsp", "fsdp"), "yours": stage("nowhere"), "fsdp": stage()})
     assert [str(problem) for problem in caught.value.problems] == [
-        "plugins: the stage 'mine' is to come after 'fdsp', which is no stage. Did you mean 'fsdp'?",
-        "plugins: the stage 'yours' is to come after 'nowhere', which is no stage. The stages are mine, yours, fsdp",
+        "plugins: the stage 'mine' must come after 'fdsp', which is not a stage. Did you mean 'fsdp'?",
+        "plugins: the stage 'yours' must come after 'nowhere', which is not a stage. The stages are mine, yours, fsdp",
     ]
 
 
