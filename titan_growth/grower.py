@@ -1,9 +1,9 @@
-"""Growing in the middle of a run.
+"""Growth in the middle of a run.
 
     the small model's checkpoint -> build in the next phase -> read, or learn -> verify -> loss after
 
-The trainer saves and lets go of the small model first, and takes over what comes out. Nothing is written before the
-grown model has proved right, so a crash anywhere in here resumes at the small model and grows again to the same bits.
+The trainer saves and releases the small model first, then takes over the grown one. Nothing is written until the grown
+model is verified, so after a crash anywhere in here the run resumes at the small model and grows to the same bits.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from titan_growth.tools.logs import logger
 
 
 class StoppedWhileLearningError(Exception):
-    """The run was asked to stop during a learning phase; it goes on from the checkpoint before the growth."""
+    """The run was asked to stop during a learning phase; it resumes from the checkpoint before the growth."""
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """What all ranks know of the next step before it is taken."""
+    """What all ranks know about the next step."""
 
     num_tokens: int
     """Valid tokens of the global batch."""
@@ -47,7 +47,7 @@ Agree = Callable[[PhaseRuntime, list[Microbatch]], Agreed]
 
 @dataclass(frozen=True)
 class Grown:
-    """A growth that has proved right."""
+    """A growth that has been verified."""
 
     runtime: PhaseRuntime
     progress: Progress
@@ -57,17 +57,17 @@ class Grown:
 
 @dataclass
 class LearningSteps:
-    """The training steps of a growth that is learned. They consume data, and are no steps of the run."""
+    """The training steps of a learned growth. They consume data but do not count as steps of the run."""
 
     runtime: PhaseRuntime
     progress: Progress
     agree: Agree
 
     def __call__(self) -> float:
-        """Trains on the next batch without a step of the optimizer, and returns the loss.
+        """Forward and backward on the next batch, without an optimizer step; returns the loss.
 
         Raises:
-            StoppedWhileLearningError: on every rank, when any was asked to stop.
+            StoppedWhileLearningError: on every rank, when any rank was asked to stop.
         """
         runtime = self.runtime
         runtime.engine.model.after_optimizer_step()
@@ -85,7 +85,7 @@ class LearningSteps:
 
 
 class Grower:
-    """Carries out the growths of a run on this rank."""
+    """Carries out a run's growths on this rank."""
 
     def __init__(self, plan: RunPlan, run_data: RunData, device: Device) -> None:
         self.plan = plan
@@ -93,12 +93,12 @@ class Grower:
         self.device = device
 
     def grow(self, source: StepFolder, progress: Progress, lineage: Lineage, agree: Agree, began: float) -> Grown:
-        """Builds and fills the next model of the run. The small one is gone already.
+        """Builds and fills the run's next model. The small one has already been released.
 
         Args:
-            source: the small model's checkpoint of this very step.
-            agree: what the ranks agree on before each step of a learning phase.
-            began: when the growth began, as a `time.perf_counter`.
+            source: the small model's checkpoint of this step.
+            agree: called before each step of a learning phase.
+            began: `time.perf_counter()` at the start of the growth.
 
         Raises:
             StoppedWhileLearningError: on every rank.
@@ -129,7 +129,7 @@ class Grower:
     def _event(
         self, planned: PlannedGrowth, growth: GrowthMap, source: StepFolder, progress: Progress, lineage: Lineage
     ) -> GrowthEvent:
-        """A growth as it is known before it is carried out."""
+        """The event, as far as it is known before the growth."""
         assert source.manifest.held_out_loss is not None, "the checkpoint that a model grows from has its loss"
         return GrowthEvent(
             step=progress.step,
@@ -155,7 +155,7 @@ class Grower:
         steps: LearningSteps,
         seed: int,
     ) -> GrowthEvent:
-        """Learns the maps of a growth on the batches that come next; the event tells how it went."""
+        """Learns the growth's maps on the next batches; the returned event records how it went."""
         runtime = steps.runtime
         learning, num_bytes = learn_growth(
             source.path,
@@ -173,9 +173,9 @@ class Grower:
     def _check_preserved(
         self, planned: PlannedGrowth, growth: GrowthMap, source: StepFolder, loss_after: float, *, holds_out: bool
     ) -> None:
-        """Raises GrowthError when an operator that preserves the function has not done so."""
+        """Raises GrowthError if a function-preserving operator did not preserve the function."""
         if not holds_out and growth.tolerance is not None and planned.changes_layout:
-            logger.warning("nothing is held out, and the batch has changed: losses before and after do not compare")
+            logger.warning("nothing is held out and the batch has changed: losses before and after are not comparable")
             return
         assert source.manifest.held_out_loss is not None, "the checkpoint that a model grows from has its loss"
         check_preserved(planned.operator, growth, source.manifest.held_out_loss, loss_after, self.plan.recipe.training)

@@ -1,6 +1,6 @@
-"""A run from its first or next step to its end, on this rank: also when it goes back on the way.
+"""One run on this rank, from its first or next step to its end, over roll-backs.
 
-Folder, data, checkpoints and heartbeat stay over a roll-back; model, optimizer and observers are made anew.
+Folder, data, checkpoints and heartbeat outlive a roll-back; model, optimizer and observers are rebuilt.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from titan_growth.tools.run_folder import RunFolder
 from titan_growth.trainer import Trainer
 
 LAST_SAVE_SECONDS = 30.0
-"""How long a run that fails waits for a save in the background."""
+"""How long a failing run waits for a background save."""
 
 
 @dataclass
 class Session:
-    """What stays when a run goes back to an earlier checkpoint and on from there."""
+    """What outlives a roll-back to an earlier checkpoint."""
 
     folder: RunFolder
     device: Device
@@ -46,14 +46,14 @@ class Session:
     heartbeat: Heartbeat | None = None
 
     def last_checkpoint(self) -> str:
-        """What the run can go on from, for the message of a run that fails."""
+        """What a failed run can resume from, for its error message."""
         saved = self.checkpointer.last_saved
         if saved is None:
-            return "There is no checkpoint yet; the same command starts anew"
+            return "There is no checkpoint yet; the same command starts over"
         return f"The last checkpoint is {saved.path.name}; run the same command again"
 
     def run(self, start: RunStart) -> Outcome:
-        """Trains to the end, and again from an earlier checkpoint when the run has to go back."""
+        """Trains to the end, and restarts from an earlier checkpoint whenever the run rolls back."""
         while True:
             try:
                 return self._train(start)
@@ -61,7 +61,7 @@ class Session:
                 if dist.get_world_size() > 1:
                     set_timeout(start.recipe.comm.init_timeout_seconds)
                 checkpoint = self.checkpointer.roll_back(back)
-            gc.collect()  # the error has kept the model alive, and another one is about to be built
+            gc.collect()  # the error kept the model alive, and the next one is about to be built
             self.device.free_memory()
             start = start.back_to(checkpoint)
 
@@ -74,7 +74,7 @@ class Session:
 
     @contextlib.contextmanager
     def trainer(self, start: RunStart) -> Iterator[Trainer]:
-        """A trainer that is ready to fit. What it holds is closed afterwards, however that ends."""
+        """A trainer ready to fit. What it holds is closed on exit, whatever happens."""
         self._prepare(start)
         plan = start.plan
         observers = Observers(plan.recipe, self.folder, self.device, start.checkpoint, self.heartbeat)
@@ -87,10 +87,10 @@ class Session:
             yield Trainer(state, checkpointer=self.checkpointer, observers=observers, stop=self.stop)
             self.checkpointer.close()
         except TitanGrowthError:
-            self.checkpointer.close()  # all ranks can still finish what they write in the background
+            self.checkpointer.close()  # all ranks are alive, so a background save can finish
             raise
         except BaseException:
-            # Another rank may be gone. If it only waits for its own part of a save, the save is still worth a moment.
+            # Another rank may be gone. If only this rank's part of a background save is missing, let it finish.
             self.checkpointer.close(min(LAST_SAVE_SECONDS, timeout_in_force()))
             raise
         finally:
@@ -98,7 +98,7 @@ class Session:
             state.close()
 
     def _prepare(self, start: RunStart) -> None:
-        """Makes the run folder fit the start: later checkpoints are set aside, and the recipe is written down."""
+        """Prepares the run folder: sets later checkpoints aside and writes the recipe."""
         start.log()
         start.require_same_data(self.run_data)
         if start.checkpoint is not None and not start.recipe.checkpoint.load_only:
@@ -122,7 +122,7 @@ class Session:
 
 
 def _fit(trainer: Trainer) -> bool:
-    """From here on the run has started: whatever fails is a failure (1), and no longer a bad recipe or folder (2)."""
+    """The run has started: any error from here on is a failure (1), no longer a bad recipe or folder (2)."""
     try:
         return trainer.fit()
     except TitanGrowthError as error:

@@ -1,7 +1,7 @@
 """The entry of every rank: `torchrun ... -m titan_growth.train --job.config_file FILE --section.key value`.
 
-Parses, starts the process group, trains, and says how it ended: a message instead of a traceback for whatever a user
-can cause, and an exit report for `run_train.sh`.
+Parses, starts the process group, trains and reports the outcome: a message, not a traceback, for what a user can
+cause, and an exit report for `run_train.sh`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from titan_growth.tools.run_folder import RunFolder
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs this rank to its end and returns the exit status of its process."""
+    """Runs this rank to its end and returns the process's exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         return _help(argv)
@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _help(argv: Sequence[str]) -> int:
-    """Prints every key of a recipe, or those of the section named after `--help`."""
-    asked = next(position for position, word in enumerate(argv) if word in ("--help", "-h"))
-    section = argv[asked + 1] if len(argv) > asked + 1 and not argv[asked + 1].startswith("-") else None
+    """Prints all keys of a recipe, or those of the section named after `--help`."""
+    position = next(position for position, word in enumerate(argv) if word in ("--help", "-h"))
+    section = argv[position + 1] if len(argv) > position + 1 and not argv[position + 1].startswith("-") else None
     try:
         load_named_plugins(list(argv))  # their tables belong to the help
     except ConfigError as error:
@@ -87,17 +87,17 @@ def _help(argv: Sequence[str]) -> int:
     if section is not None and section not in recipe_class().model_fields:
         print(f"error: there is no section {section!r}; the sections are {', '.join(section_names(recipe_class()))}")
         return BAD_RECIPE
-    with contextlib.suppress(BrokenPipeError):  # the reader had seen enough, as in `--help | head`
+    with contextlib.suppress(BrokenPipeError):  # `--help | head`
         print(help_text(section), flush=True)
         return DONE
     os._exit(DONE)
 
 
 def _unexpected(error: Exception, rank: int, *, lost_peer: bool) -> Outcome:
-    """The outcome of a run that failed by an error that no user can cause, or by the end of another rank."""
+    """The outcome of a run that failed with an error no user can cause, or that lost another rank."""
     if lost_peer:
         reason = str(error).strip().split("\n")[0]
-        message = f"rank {rank} lost another rank: {reason}. The last checkpoint is whole; run the command again"
+        message = f"rank {rank} lost another rank: {reason}. The last checkpoint is intact; run the command again"
         say(f"error: {message}")
     else:
         message = f"rank {rank}: {type(error).__name__}: {error}"
@@ -106,7 +106,7 @@ def _unexpected(error: Exception, rank: int, *, lost_peer: bool) -> Outcome:
 
 
 def _leave(report: ExitReport, outcome: Outcome, secondary: bool, hanging: Sequence[int]) -> int:
-    """Writes the exit report and returns the status of this process; after a failure the process ends here."""
+    """Writes the exit report and returns the process's status; after a failure the process ends here."""
     report.write(outcome.status, outcome.message, num_ranks=outcome.num_ranks, secondary=secondary)
     end_processes(hanging)
     for stream in (sys.stdout, sys.stderr):
@@ -119,7 +119,7 @@ def _leave(report: ExitReport, outcome: Outcome, secondary: bool, hanging: Seque
 
 
 def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> Outcome:
-    """Trains a recipe on this rank, inside a process group of its own making."""
+    """Trains a recipe on this rank, in a process group that it starts and ends."""
     import torch.distributed as dist
 
     from titan_growth.checkpoint.manager import CheckpointManager
@@ -139,7 +139,7 @@ def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> Outcome:
     _record_flights(recipe.comm, folder)
     _set_determinism(recipe.debug)
     device = Device.detect()
-    # The corpus is prepared before the process group exists: it may take longer than any collective should.
+    # The corpus is prepared before the process group exists: it may take longer than any collective timeout.
     run_data = prepare_run_data(recipe, vocab_size_of(recipe.model), progress=report.rank == 0)
     timeout = recipe.comm.init_timeout_seconds
     init_process_group(device.type, timeout, fake=dry_run)
@@ -194,6 +194,6 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    # Everything is closed, written and said. Interpreter shutdown would only take down C++ objects under threads that
-    # still run, which aborts one rank of eight in about ten runs on a busy machine: a finished run that failed.
+    # Everything is closed and written. Interpreter shutdown would only destroy C++ objects under running threads, which
+    # on a busy machine aborts one of eight ranks in about one run of ten, and fails a finished run.
     os._exit(status)

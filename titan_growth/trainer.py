@@ -1,8 +1,8 @@
 """The trainer: fit, grow, save.
 
-`fit` is the whole story of a run. The state of the run (`run/state.py`) is loaded before; each phase trains with what
-is built for it (`run/runtime.py`); the grower makes the next phase's model from a checkpoint. The trainer knows of no
-parallelism and no precision: those are stages, and it calls an engine.
+`fit` is the whole run. Its state (`run/state.py`) is loaded first; each phase has a runtime of its own
+(`run/runtime.py`); the grower builds the next phase's model from a checkpoint. Parallelism and precision are stages:
+the trainer only calls an engine.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from titan_growth.tools.logs import logger
 
 
 class Trainer:
-    """One run, on this rank.
+    """One run on this rank.
 
     Args:
-        state: loaded.
+        state: already loaded.
         observers: metrics and profiler of this rank.
-        stop: set when the run should save and end early.
+        stop: set when the run should save and stop early.
     """
 
     def __init__(
@@ -51,26 +51,26 @@ class Trainer:
         self.grower = Grower(state.plan, state.run_data, state.device)
         self.watchdog = Watchdog.of(state.plan)
         self.wanted_ranks: int | None = None
-        """The number of ranks that the run is to go on with, once it has saved and stopped for that."""
+        """The number of ranks to continue with, once the run has saved and stopped for a resize."""
 
     @property
     def progress(self) -> Progress:
-        """Counters of the run."""
+        """The run's counters."""
         return self.state.progress
 
     @property
     def lineage(self) -> Lineage:
-        """Growths of the run."""
+        """The run's growths."""
         return self.state.lineage
 
     @property
     def runtime(self) -> PhaseRuntime:
-        """What trains in the present phase."""
+        """The current phase's runtime."""
         return self.state.runtime
 
     def fit(self) -> bool:
-        """Trains to the last step. Returns False when the run was asked to stop early (and has saved, if it saves)."""
-        gc.disable()  # collected after steps, on all ranks at once, so that no rank stalls the others at its own moment
+        """Trains to the last step. Returns False if the run was asked to stop early (and has saved, if it saves)."""
+        gc.disable()  # collected after steps, on all ranks at once, so that no rank stalls the others
         try:
             self._loop()
             with self.observers.meter.pause("checkpoint"):
@@ -99,8 +99,8 @@ class Trainer:
         """One optimizer step and everything that belongs to it. Returns whether any rank was asked to stop.
 
         Raises:
-            TrainingError: when the run cannot go on.
-            RollBackError: when it is to go on from an earlier checkpoint.
+            TrainingError: the run cannot continue.
+            RollBackError: the run has to continue from an earlier checkpoint.
         """
         state, runtime, step = self.state, self.runtime, self.progress.step + 1
         with self.observers.meter.data():
@@ -121,10 +121,10 @@ class Trainer:
         return agreed.stop
 
     def agree(self, runtime: PhaseRuntime, batch: list[Microbatch]) -> Agreed:
-        """What all ranks have to know before a step: the size of the batch, and whether any was asked to stop.
+        """What all ranks must know before a step: the size of the batch, and whether any rank was asked to stop.
 
         Raises:
-            CheckpointError: on every rank, when a save in the background has failed on any.
+            CheckpointError: on every rank, when a background save has failed on any rank.
         """
         num_tokens = num_valid_tokens(batch) if runtime.mesh.speaks_for_its_data else 0
         flags = [int(self.stop.is_set), int(self.checkpointer.save_failed)]
@@ -132,11 +132,11 @@ class Trainer:
         if save_failed:
             self.checkpointer.wait()
         if num_tokens == 0:
-            raise TrainingError(f"step {self.progress.step + 1}: the global batch has no token to train on")
+            raise TrainingError(f"step {self.progress.step + 1}: the global batch has no tokens to train on")
         return Agreed(num_tokens, stop > 0)
 
     def record(self, batch: list[Microbatch], loss: Tensor, grad_norm: Tensor, lr: float, saving: bool) -> None:
-        """Logs the step when it is to be logged; a loss or gradient that is not finite ends the run before a save."""
+        """Logs the step if it is due; a non-finite loss or gradient ends the run before it is saved."""
         step, skipped = self.progress.step, self.state.stability.skipped
         logged = self.observers.recorder.should_log(step) or bool(skipped)
         if not (logged or saving):
@@ -159,7 +159,7 @@ class Trainer:
         self.state.stability.require_finite(step, *values)
 
     def after_step(self, growing: bool, saving: bool) -> None:
-        """Validates, judges the last growth and saves, as far as they are due."""
+        """Validation, the watchdog's check of the last growth, and the save, each if due."""
         runtime, step = self.runtime, self.progress.step
         if runtime.validator.due(step) or (growing and runtime.recipe.validation.enable):
             with self.observers.meter.pause("validation"):
@@ -170,7 +170,7 @@ class Trainer:
             with self.observers.meter.pause("validation"):
                 loss = runtime.held_out_loss(self.progress)
             logger.info("%s", self.watchdog.judge(event, self.lineage, step, loss))
-        # After the validation, so that a resume finds its line already written.
+        # After validation, so that a resume finds the validation line already written.
         if saving:
             self.save(growing=growing)
         self.observers.end_of_step()
@@ -178,7 +178,7 @@ class Trainer:
             gc.collect()
 
     def save(self, *, growing: bool) -> None:
-        """Saves this step, on all ranks; `growing`: the model grows from it."""
+        """Saves this step on all ranks; `growing`: the model grows from this checkpoint."""
         with self.observers.meter.pause("checkpoint"):
             self.state.save(
                 self.checkpointer,
@@ -190,16 +190,16 @@ class Trainer:
     # ---- growth --------------------------------------------------------------------------------------------------
 
     def grow(self) -> bool:
-        """Replaces the model by the grown one, read from the checkpoint that this step was saved in.
+        """Replaces the model with the grown one, read from this step's checkpoint.
 
-        Returns False when the run was asked to stop while it learned the growth. The model is gone then, and the run
-        goes on from that checkpoint.
+        Returns False if the run was asked to stop during a learning phase. The model is gone then; the run resumes
+        from that checkpoint.
         """
         began = time.perf_counter()
-        # Ranks may be minutes apart in reading and verifying, and the grown model compiles anew.
+        # Ranks may be minutes apart in reading and verifying, and the grown model is compiled again.
         self._set_timeout(self.plan.recipe.comm.init_timeout_seconds)
         with self.observers.meter.pause("growth"):
-            source = self.way_back()
+            source = self.growth_checkpoint()
             self.state.release()
             try:
                 grown = self.grower.grow(source, self.progress, self.lineage, self.agree, began)
@@ -209,24 +209,24 @@ class Trainer:
             self.observers.recorder.record(grown.event, GrowthRecord.of(grown.event))
         return True
 
-    def way_back(self) -> StepFolder:
-        """The small model's checkpoint of this very step, which stays for good; normally the loop has just saved it."""
+    def growth_checkpoint(self) -> StepFolder:
+        """The small model's checkpoint of this step, made permanent; normally the loop has just saved it."""
         self.checkpointer.wait()
         saved = self.checkpointer.last_saved
         if saved is None or saved.step != self.progress.step:
             self.save(growing=True)
             self.checkpointer.wait()
             saved = self.checkpointer.last_saved
-        assert saved is not None, "a save that has not failed leaves a checkpoint"
+        assert saved is not None, "a save that did not fail leaves a checkpoint"
         loss = saved.manifest.held_out_loss
         return self.checkpointer.make_permanent(self.runtime.held_out_loss(self.progress) if loss is None else loss)
 
     def _wants_other_ranks(self) -> bool:
-        """Whether the growth that is due needs another number of ranks; its checkpoint is then ready."""
+        """Whether the due growth needs a different number of ranks; if so, its checkpoint is ready."""
         wanted = self.plan.growth_plan.planned[len(self.lineage.events)].num_ranks
         if wanted in (None, dist.get_world_size()):
             return False
-        self.way_back()
+        self.growth_checkpoint()
         self.wanted_ranks = wanted
         return True
 

@@ -58,7 +58,7 @@ def test_the_cluster_grows_with_the_model(tmp_path: Path) -> None:
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert "saved at step 3; the growth wants 4 ranks" in said
-    assert "Going on with 4 ranks" in said
+    assert "Continuing with 4 ranks" in said
     (event,) = lineage(tmp_path / "run", 6)["events"]
     assert (event["mesh"], event["num_ranks"]) == ("dp_shard 2 x tp 2", 4)
     alone = make_recipe(tmp_path / "alone", debug__log_batch_hash=True, training__steps=6)

@@ -87,7 +87,7 @@ def _launch(argv: list[str], preflight: Preflight, relay: SignalRelay) -> int:
         if verdict.status != RESIZE or not _may_relaunch(settings, verdict, relay):
             return verdict.status
         settings = replace(settings, ranks=verdict.num_ranks or settings.ranks)
-        say(f"Going on with {many(settings.ranks, 'rank')}")
+        say(f"Continuing with {many(settings.ranks, 'rank')}")
 
 
 def _check(settings: LaunchSettings, preflight: Preflight) -> int:
@@ -219,11 +219,11 @@ def _may_relaunch(settings: LaunchSettings, verdict: Verdict, relay: SignalRelay
         say(f"The run asks for {wanted} ranks and had {settings.ranks}; run the same command again with NGPU set")
     elif settings.devices and wanted > settings.devices:
         say(
-            f"Saved. The run goes on with {wanted} ranks and this machine has {settings.devices} devices; "
+            f"Saved. The run continues with {wanted} ranks, but this machine has {settings.devices} devices; "
             f"run the same command with NGPU={wanted} on a larger one"
         )
     elif settings.nodes > 1 or relay.stopped_by or any(name in os.environ for name in SCHEDULER_VARIABLES):
-        say(f"Saved. The run goes on with {wanted} ranks in all: run the same command again with that number")
+        say(f"Saved. The run continues with {wanted} ranks in total: run the same command again with that number")
     else:
         return True
     return False

@@ -184,7 +184,7 @@ def test_other_number_of_ranks_is_started_here_or_left_to_the_scheduler(folder: 
     status, output = folder.run(NGPU="2", SLURM_JOB_ID="7")
     assert status == 76
     assert "ranks 1" not in output
-    assert "goes on with 1 ranks" in output
+    assert "continues with 1 ranks" in output
 
 
 def test_restarted_ranks_are_judged_by_their_last_attempt(folder: Folder) -> None:
