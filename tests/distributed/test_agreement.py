@@ -24,7 +24,7 @@ def test_a_rank_with_other_data_is_named_on_every_rank() -> None:
     """Nobody waits for a rank that has left."""
     messages = run_ranks(disagree, 3)
     assert len(set(messages)) == 1
-    assert "rank 2 has another corpus than rank 0 (other instead of same)" in messages[0]
+    assert "rank 2 has a different corpus from rank 0 (other instead of same)" in messages[0]
 
 
 def fail_on_rank0(rank: int) -> list[str]:

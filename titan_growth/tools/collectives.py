@@ -1,4 +1,4 @@
-"""Small helpers around `torch.distributed`: starting it, agreeing on results, and failing together.
+"""Helpers around `torch.distributed`: starting it, agreeing on results, failing together.
 
 A check that only one rank makes (a disk, a folder) must have the same outcome on all, or the others block in a
 collective until it times out.
@@ -20,7 +20,7 @@ from titan_growth.tools.torch_private import FakeStore, process_groups, set_grou
 Result = TypeVar("Result")
 
 DEVICE_MARGIN_SECONDS = 60
-"""By how much NCCL's time limit is longer: its watchdog aborts the process, heartbeat.py first names the rank."""
+"""How much longer NCCL's time limit is: its watchdog aborts the process, heartbeat.py first names the rank."""
 
 _timeout_seconds = float("inf")
 
@@ -31,9 +31,9 @@ def timeout_in_force() -> float:
 
 
 def init_process_group(device_type: str, timeout_seconds: int, *, fake: bool = False) -> None:
-    """Starts the default process group from torchrun's environment, or for one rank when there is none.
+    """Starts the default process group from torchrun's environment, or for a single rank without one.
 
-    On CUDA, NCCL carries device tensors and gloo host tensors and objects.
+    On CUDA, NCCL carries device tensors, and gloo host tensors and objects.
     """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
@@ -78,7 +78,7 @@ def saving_group() -> dist.ProcessGroup | None:
 
 
 def set_timeout(timeout_seconds: int) -> None:
-    """Changes the time limit of all process groups but that of the saves."""
+    """Changes the time limit of all process groups except the one for saves."""
     _remember_timeout(timeout_seconds)
     for group in process_groups():
         if dist.get_backend(group) != "fake" and group.group_desc != _SAVING:
@@ -138,15 +138,15 @@ def fail_together(errors: Sequence[str], kind: type[TitanGrowthError], group: di
 
 
 def require_agreement(facts: Mapping[str, str]) -> None:
-    """Raises ConfigError on every rank, naming the first difference, unless all see the same recipe, corpus, ...
+    """Raises ConfigError on every rank, naming the first difference, unless all have the same recipe, corpus, ...
 
-    Machines may have files of their own.
+    Machines may have local files.
     """
     ranks = gather_objects(dict(facts))
     for rank, found in enumerate(ranks):
         for name, value in ranks[0].items():
             if found.get(name) != value:
-                message = f"rank {rank} has another {name} than rank 0 ({found.get(name)} instead of {value})"
+                message = f"rank {rank} has a different {name} from rank 0 ({found.get(name)} instead of {value})"
                 raise ConfigError(f"{message}. Give every machine the same files, versions and arguments")
 
 

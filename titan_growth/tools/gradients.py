@@ -1,4 +1,4 @@
-"""Gradients laid out like their parameters."""
+"""Gradients sharded like their parameters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor
 def reduced(gradient: Tensor, parameter: Tensor) -> Tensor:
     """The gradient with the placements of its parameter, summed over ranks where it is partial.
 
-    With FSDP there is nothing to do. Without it, a norm's gradient under sequence parallelism is partial, and that of a
-    split embedding is whole.
+    With FSDP there is nothing to do. Without it, a norm's gradient under sequence parallelism is partial, and a sharded
+    embedding's arrives unsharded.
     """
     if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
         return gradient

@@ -1,8 +1,8 @@
-"""Paths and URLs: where a recipe says that something lies.
+"""Paths and URLs in recipes.
 
 Keys that say so take URLs (`s3://bucket/corpus`, `gs://...`, `memory://...`, `file:///...`). A path becomes a
-`pathlib.Path`, a URL a `UPath`, which has the same methods but is no `pathlib.Path`. Nothing is looked up here.
-Credentials and endpoints are not in a recipe: every fsspec package reads its own environment variables and files.
+`pathlib.Path`, a URL a `UPath`, which has the same methods but is not a `pathlib.Path`. Nothing is looked up here.
+Credentials and endpoints do not belong in a recipe: every fsspec package reads its own environment variables and files.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def location(text: str) -> Path | UPath:
         place = UPath(text)
         named = place.path
     except ValueError as error:
-        raise LocationError(f"{text}: not a URL that can be used ({error})", usual) from error
+        raise LocationError(f"{text}: not a usable URL ({error})", usual) from error
     if not named:
         raise LocationError(f"{text}: names no bucket", usual)
     return place

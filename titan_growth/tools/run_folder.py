@@ -1,4 +1,4 @@
-"""The run's folder: made, checked, and locked.
+"""The run folder: created, checked and locked.
 
 The lock keeps two runs out of one folder. It is an advisory lock on an open file, so it ends with the process, however
 that ends.
@@ -22,7 +22,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class RunFolder:
-    """A dump_folder."""
+    """A run's `job.dump_folder`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser().absolute()
@@ -57,7 +57,7 @@ class RunFolder:
             closed_on_errors.pop_all()  # closing it would give up the lock
         file.seek(0)
         file.truncate()
-        with contextlib.suppress(OSError):  # a full disk: the owner's name only helps others
+        with contextlib.suppress(OSError):  # a full disk: the owner's name is only for the other run's message
             file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
         self._lock = file
@@ -73,7 +73,7 @@ class RunFolder:
             self._lock = None
 
     def require_space(self, num_bytes: int, what: str) -> None:
-        """Raises RunFolderError when fewer bytes than that are free."""
+        """Raises RunFolderError when fewer than `num_bytes` are free."""
         free = shutil.disk_usage(self.path).free
         if free < num_bytes:
             needs = f"{what} needs {gib(num_bytes)}, but only {gib(free)} are free"

@@ -1,8 +1,8 @@
-"""PyTorch's private and experimental names: all that this package uses, each with the reason.
+"""PyTorch's private and experimental names: all that this package uses, with a reason for each.
 
-They may change with any release of PyTorch, so they are used here and nowhere else
-(tests/unit/tools/test_torch_private.py): an upgrade begins with this file. Imports inside functions are of what loads
-the compiler, which takes half a second that most commands do not need.
+They may change in any PyTorch release, so they are used here and nowhere else (tests/unit/tools/test_torch_private.py):
+an upgrade starts with this file. What loads the compiler is imported inside functions: it takes half a second that most
+commands do not need.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ has_amx = torch.cpu._is_amx_tile_supported
 
 
 def process_groups() -> list[ProcessGroup]:
-    """Every process group of this process; publicly one cannot list them."""
+    """Every process group of this process; there is no public way to list them."""
     return list(dist.distributed_c10d._world.pg_map)
 
 
 def set_group_timeout(group: ProcessGroup, seconds: float, nccl_seconds: float) -> None:
-    """Changes the time limit of a group's collectives; publicly it is fixed when the group is made."""
+    """Changes a group's timeout; publicly it is fixed when the group is created."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
     if "nccl" in dist.get_backend_config(group):
         backend: Any = group._get_backend(torch.device("cuda"))
@@ -75,7 +75,7 @@ def set_group_timeout(group: ProcessGroup, seconds: float, nccl_seconds: float) 
 
 @contextlib.contextmanager
 def ring_attention(mesh: DeviceMesh, *, rotate_method: str, balanced: bool, device_type: str) -> Iterator[None]:
-    """Makes scaled-dot-product attention pass keys and values around `mesh`. All of it is experimental."""
+    """Makes scaled-dot-product attention pass keys and values around `mesh`; experimental throughout."""
     set_rotate_method(rotate_method)
     _cp_options.enable_load_balance = balanced
     # It shards the buffers it is given, and needs at least one; batches are sharded already.
@@ -105,7 +105,7 @@ def expensive_operations() -> set[Any]:
 
 
 def overlap_tensor_parallel(group: ProcessGroup) -> None:
-    """Lets the compiler overlap collectives with products ("async tensor parallel"), which is experimental."""
+    """Lets the compiler overlap collectives with matrix products ("async tensor parallel"); experimental."""
     import torch._inductor.config
 
     torch._inductor.config._micro_pipeline_tp = True
@@ -113,13 +113,13 @@ def overlap_tensor_parallel(group: ProcessGroup) -> None:
 
 
 def set_memory_budget(budget: float | None, pareto_folder: str | None = None) -> None:
-    """The share of activations that compiled code keeps, None for all; the setting is documented but has no API.
+    """The fraction of activations that compiled code keeps, None for all; documented, but without a public API.
 
     Args:
-        pareto_folder: where the compiler draws what other budgets would cost.
+        pareto_folder: where the compiler plots what other budgets would cost.
     """
     config = torch._functorch.config
-    # The objects without a size are process groups, which hold no tensors.
+    # Objects without a size are process groups, which hold no tensors.
     config.unsafe_treat_script_objects_as_zero_size = budget is not None
     config.activation_memory_budget = 1.0 if budget is None else budget
     if pareto_folder is not None:
@@ -157,7 +157,7 @@ def forward_schedule_of(
     *,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
-    """A schedule of forward passes alone: some of PyTorch's schedules cannot leave out their backward passes."""
+    """A schedule of forward passes only: some of PyTorch's schedules cannot skip their backward passes."""
     from torch.distributed.pipelining import schedules
 
     schedule = schedules._PipelineScheduleRuntime(pipeline_stages, num_microbatches, loss_fn=loss_fn)
@@ -182,12 +182,12 @@ def _actions(order: Order) -> dict[int, list[Any]]:
 
 
 def drop_activations(schedule: Any) -> None:
-    """Frees what a schedule would otherwise keep of all microbatches until its next pass."""
+    """Frees all microbatches' activations, which a schedule would otherwise keep until its next pass."""
     for pipeline_stage in schedule._stages:
         pipeline_stage.clear_runtime_states()
 
 
 def answer_votes(pipeline_stage: PipelineStage) -> None:
-    """For a dry run, where no other rank answers: all parts have static metadata, so the vote on that is known."""
+    """For a dry run, where no other rank answers: all parts have static metadata, so the vote is known."""
     for vote in ("_warmup_forward_vote", "_warmup_backward_result"):
         setattr(pipeline_stage, vote, lambda *_args, **_kwargs: torch.ones(1, dtype=torch.int32))
