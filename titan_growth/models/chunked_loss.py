@@ -1,23 +1,23 @@
 """Cross-entropy of the output projection, without ever holding all logits.
 
-The logits of a microbatch are its largest tensor by far: 8,192 positions of a 128,256-word vocabulary are 4.2 GB in
-float32, and a plain cross-entropy keeps several such tensors (logits, log-probabilities, their gradients). Yet the loss
-of a position depends on that position's logits only, and so does its gradient,
+A microbatch's logits are its largest tensor by far: 8,192 positions over a 128,256-word vocabulary take 4.2 GB in
+float32, and plain cross-entropy keeps several such tensors (logits, log-probabilities, their gradients). Yet a
+position's loss depends only on its own logits, and so does its gradient,
 
     d loss / d logits = softmax(logits) - one_hot(label).
 
-So nothing has to be kept for the backward pass: a few hundred positions at a time, we compute the logits, turn them
-into probabilities and those into the gradient, all in one buffer, and multiply that at once with the weight and the
-hidden states. What survives the forward pass has the size of the hidden states and of the weight. The backward pass
-only scales it by the incoming gradient. The work is that of the plain loss, three matrix products, in another order.
+So the backward pass needs none of them: for a few hundred positions at a time, one buffer takes the logits, the
+probabilities and the gradient in turn, and the gradient is multiplied at once with the weight and the hidden states.
+What outlives the forward pass has the size of the hidden states and the weight; the backward pass only scales it by the
+incoming gradient. The work is that of the plain loss, three matrix products, in a different order.
 
-With the rows of the vocabulary sharded over the ranks of a group, each rank computes the logits of its own rows. For
-every position it contributes three numbers (the largest logit, the sum of the exponentials relative to that, and the
-label's logit if the label is one of its rows), gathered in one collective per chunk. From these every rank derives the
-same loss, and the gradient of its own logits.
+With the vocabulary's rows sharded over a group, each rank computes the logits of its own rows. Per position it
+contributes three numbers (the largest logit, the sum of exponentials relative to it, and the label's logit if the label
+is one of its rows), gathered in one collective per chunk. From these every rank derives the same loss, and the gradient
+of its own logits.
 
 Shape suffixes: N positions, C positions of a chunk, D model width, V rows of the vocabulary on this rank, R ranks of
-the group, 3 the numbers named above.
+the group, 3 the numbers above.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from titan_growth.tools.labels import IGNORE_INDEX
 
 SLICE_ROWS = 4096
-"""Rows of a gradient that are converted between dtypes at a time, so that no second whole copy comes into being."""
+"""Rows of a gradient converted between dtypes at a time, to avoid a second full copy."""
 
 
 def chunked_cross_entropy_sum(
@@ -46,21 +46,21 @@ def chunked_cross_entropy_sum(
 ) -> Tensor:
     """Sum over positions with a label of -log softmax(hidden @ weight^T)[label], in nats.
 
-    Gradients are computed here, in the forward pass, and only those that are asked for: none under `torch.no_grad()`.
-    Activation checkpointing around it is correct, but pointless: it would compute everything twice.
+    Gradients are computed here, in the forward pass, and only those required: none under `torch.no_grad()`. Activation
+    checkpointing around it is correct but pointless: it would compute everything twice.
 
-    Matrix products run in the dtype of the inputs, or in autocast's where that is enabled; softmax, loss and the sum of
-    the weight's gradient over chunks are float32 (float64 for float64 inputs). Each chunk reads and writes that whole
-    sum once, so chunks should be as long as memory allows.
+    Matrix products run in the inputs' dtype, or autocast's if enabled; softmax, loss and the weight gradient's sum over
+    chunks are float32 (float64 for float64 inputs). Each chunk reads and writes that whole sum once, so chunks should
+    be as long as memory allows.
 
     Args:
         hidden_ND: hidden states after the last norm, a plain tensor, not a DTensor.
         weight_VD: the output projection; with `group`, this rank's rows of it. Shards may differ in length or be empty.
         labels_N: int64 indices into the whole vocabulary. -100 contributes neither loss nor gradient. Any other label
-            that no rank has a row for makes the loss inf and the gradients NaN: checking it on a device costs a
-            synchronisation, and passing over it in silence would corrupt the model.
+            that no rank has a row for makes the loss inf and the gradients NaN: checking it would cost a device
+            synchronisation, and ignoring it would silently corrupt the model.
         chunk_tokens: positions whose logits exist at the same time. The last chunk may be shorter.
-        group: the ranks among which the vocabulary is sharded. All of them call this together, with the same hidden
+        group: the ranks that the vocabulary is sharded over. All of them call this together, with the same hidden
             states, labels and `chunk_tokens`.
         vocab_offset: index in the whole vocabulary of this rank's first row.
 
@@ -70,11 +70,11 @@ def chunked_cross_entropy_sum(
 
         Its gradient for `weight_VD` is that of this rank's rows. Its gradient for `hidden_ND` is **this rank's share
         only**, what flows back through its own rows: the caller sums it over the group, as DTensor does for a gradient
-        declared `Partial()`, so that the sum can become a reduce-scatter to sequence shards. The gradient of the loss
-        must be the same on all ranks. Differentiating twice is not supported.
+        declared `Partial()`, so that the sum can be a reduce-scatter to sequence shards. The gradient of the loss must
+        be the same on all ranks. Double backward is not supported.
 
     Raises:
-        AssertionError: shapes or dtypes that do not belong together, `chunk_tokens` below 1.
+        AssertionError: mismatched shapes or dtypes, or `chunk_tokens` below 1.
     """
     assert chunk_tokens >= 1, f"chunk_tokens is {chunk_tokens}, it must be at least 1"
     assert hidden_ND.ndim == weight_VD.ndim == 2, f"two matrices, not {hidden_ND.shape} and {weight_VD.shape}"
@@ -87,7 +87,7 @@ def chunked_cross_entropy_sum(
         group,
         vocab_offset,
         _matmul_dtype(hidden_ND, weight_VD),
-        # Asked here because inside a Function gradients are always off, and needs_input_grad ignores no_grad().
+        # Checked here: inside a Function gradients are always off, and needs_input_grad ignores no_grad().
         needs_hidden_grad=torch.is_grad_enabled() and hidden_ND.requires_grad,
         needs_weight_grad=torch.is_grad_enabled() and weight_VD.requires_grad,
     )
@@ -114,14 +114,14 @@ def _matmul_dtype(hidden_ND: Tensor, weight_VD: Tensor) -> torch.dtype:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Gradients of the sum for an incoming gradient of 1, kept until that gradient is known."""
+    """Computes gradients for an incoming gradient of 1 in the forward pass; the backward pass scales them."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, settings: _Settings) -> Tensor:
         with torch.autocast(hidden_ND.device.type, enabled=False):
             loss, hidden_grad_ND, weight_grad_VD = _loss_and_gradients(hidden_ND, weight_VD, labels_N, settings)
-        # The weight's stays float32 until it is scaled: the sum over thousands of positions may not fit float16, and
-        # is not rounded twice. The peak is the same as if it were rounded here, where both copies would exist too.
+        # The weight's stays float32 until it is scaled: a sum over thousands of positions may overflow float16, and is
+        # not rounded twice. Rounding here would not lower the peak: both copies would exist too.
         ctx.save_for_backward(hidden_grad_ND, weight_grad_VD)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         return loss
@@ -140,7 +140,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _loss_and_gradients(
     hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, settings: _Settings
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss, its gradient for the hidden states in their dtype, and for the weight in the dtype of the softmax."""
+    """The loss, its gradient for the hidden states in their dtype, and for the weight in the softmax's dtype."""
     num_positions, num_rows = hidden_ND.shape[0], weight_VD.shape[0]
     chunk_tokens = min(settings.chunk_tokens, num_positions)
     dtype = settings.dtype
@@ -150,8 +150,8 @@ def _loss_and_gradients(
     nll_N = hidden_ND.new_zeros(num_positions, dtype=softmax_dtype)
     hidden_grad_ND = torch.zeros_like(hidden_ND) if settings.needs_hidden_grad else None
     weight_grad_VD = torch.zeros_like(weight_VD, dtype=softmax_dtype) if settings.needs_weight_grad else None
-    # The buffers of all chunks: one for the softmax, and one for the operands of the matrix products if those have
-    # another dtype. Each holds the logits first and their gradient in the end.
+    # Buffers shared by all chunks: one for the softmax, and one for the matrix products' operands if their dtype
+    # differs. Each holds the logits first and finally their gradient.
     softmax_buffer_CV = hidden_ND.new_empty(chunk_tokens, num_rows, dtype=softmax_dtype)
     matmul_buffer_CV = softmax_buffer_CV if dtype == softmax_dtype else torch.empty_like(softmax_buffer_CV, dtype=dtype)
     weight_VD = weight_VD.to(dtype)  # a copy under autocast only
@@ -176,7 +176,7 @@ def _loss_and_gradients(
 
 
 def _losses_and_gradient_(logits_CV: Tensor, labels_C: Tensor, settings: _Settings, needs_grad: bool) -> Tensor:
-    """The losses of a chunk, shape (C,); `logits_CV` is overwritten by the gradient of their sum, if needed."""
+    """The losses of a chunk, shape (C,); overwrites `logits_CV` with the gradient of their sum, if needed."""
     num_positions, num_rows = logits_CV.shape
     local_C = labels_C - settings.vocab_offset
     is_here_C = (local_C >= 0) & (local_C < num_rows)
@@ -192,11 +192,11 @@ def _losses_and_gradient_(logits_CV: Tensor, labels_C: Tensor, settings: _Settin
         logits_CV.sub_(own_max_C.unsqueeze(1)).exp_()
     torch.sum(logits_CV, dim=1, out=own_sum_C)
 
-    # Gathered rather than reduced: a maximum and a sum relative to it would take two collectives, one after the other.
+    # Gathered, not reduced: a maximum and a sum relative to it would take two collectives in sequence.
     max_RC, sum_RC, label_RC = _gather(stats_3C, settings.group).unbind(1)
     max_C = max_RC.amax(dim=0)
     sum_C = (sum_RC * (max_RC - max_C).exp()).sum(dim=0)
-    # The two large numbers are subtracted from each other first, or their difference would drown in them.
+    # Subtract the two large numbers first, or their difference loses its digits.
     nll_C = (max_C - label_RC.amax(dim=0)) + sum_C.log()
     ignored_C = labels_C == IGNORE_INDEX
 
@@ -205,7 +205,7 @@ def _losses_and_gradient_(logits_CV: Tensor, labels_C: Tensor, settings: _Settin
         scale_C.masked_fill_(nll_C.isinf(), torch.nan)  # no rank has a row for this label
         scale_C.masked_fill_(ignored_C, 0.0)
         logits_CV.mul_(scale_C.unsqueeze(1))
-        # Indexing with each position once is deterministic on every device; scatter_add_ is not.
+        # Indexing each position once is deterministic on every device; scatter_add_ is not.
         logits_CV[position_C, row_C] -= is_here_C.to(logits_CV.dtype)
     return nll_C.masked_fill_(ignored_C, 0.0)
 
@@ -220,7 +220,7 @@ def _gather(stats_3C: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _add_product_(weight_grad_VD: Tensor, logits_grad_CV: Tensor, hidden_CD: Tensor) -> None:
-    """weight_grad += logits_grad^T @ hidden, where the operands may have a narrower dtype than the sum."""
+    """weight_grad += logits_grad^T @ hidden; the operands may have a narrower dtype than the sum."""
     if logits_grad_CV.dtype == weight_grad_VD.dtype:
         weight_grad_VD.addmm_(logits_grad_CV.t(), hidden_CD)
         return
@@ -233,8 +233,8 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor in `dtype`, multiplied in the dtype of the (scalar) factor."""
     if grad.dtype == factor.dtype == dtype:
         return grad * factor
-    # With a dimension the factor takes part in type promotion. A scalar on a GPU would be rounded to the gradient's
-    # dtype first, and 1 / (number of tokens) in bfloat16 is off by up to 0.4%, for all gradients alike.
+    # With a dimension the factor takes part in type promotion. A GPU would round a scalar to the gradient's dtype
+    # first, and 1 / (number of tokens) in bfloat16 is off by up to 0.4%, for all gradients alike.
     factor = factor.reshape(1, 1)
     scaled = torch.empty_like(grad, dtype=dtype)
     for start in range(0, len(grad), SLICE_ROWS):

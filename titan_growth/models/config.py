@@ -1,6 +1,6 @@
-"""The sizes of a decoder model, and what follows from them alone: parameters and FLOPs.
+"""The sizes of a decoder, and what follows from them alone: parameter counts and FLOPs.
 
-A `DecoderConfig` is all that `build()` needs to know about the model, so growth is: another `DecoderConfig`.
+A `DecoderConfig` is all that `build()` knows about a model, so growing means building from another one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class DecoderConfig:
     depth_init: bool = True
     tie_word_embeddings: bool = False
     qk_norm: bool = False
-    """Queries and keys are normalised per head (RMSNorm over the head's channels)."""
+    """Normalise queries and keys per head (RMSNorm over the head's channels)."""
     qk_norm_eps: float | None = None
-    """Epsilon of those norms; None for `norm_eps`. Width growth scales the one and keeps the other."""
+    """Epsilon of those norms; None for `norm_eps`. Width growth scales `norm_eps` and keeps this one."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -46,7 +46,7 @@ class DecoderConfig:
 
     @property
     def tied(self) -> dict[str, str]:
-        """Parameters that are copies of another one, by its name."""
+        """Copies of parameters -> the name of the original."""
         return {"output.weight": "tok_embeddings.weight"} if self.tie_word_embeddings else {}
 
     @property
@@ -65,8 +65,8 @@ class DecoderConfig:
     def flops_per_token(self, seq_len: int) -> int:
         """FLOPs to train on one token: 6 x (parameters - input embedding) + 12 x layers x heads x head_dim x seq_len.
 
-        torchtitan's formula: forward and backward, no causal halving, no recomputation. A tied embedding is the output
-        head too, so it is not subtracted.
+        torchtitan's formula: forward and backward, no causal halving, no recomputation. A tied embedding is also the
+        output head, so it is not subtracted.
         """
         input_embedding = 0 if self.tie_word_embeddings else self.vocab_size * self.dim
         attention = 12 * self.num_layers * self.num_heads * self.head_dim * seq_len

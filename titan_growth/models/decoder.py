@@ -1,14 +1,14 @@
 """The frame that all decoder families share: embedding, a dictionary of blocks, norm, head, loss.
 
-A family (a file such as `llama.py`) supplies the block; everything around it, and everything that the stages look at,
-is here, so no stage knows which family it works on. Layers live in a `ModuleDict` keyed by the *global* layer id:
-`layers.7` has that name on every pipeline rank and in every layout, which is what growth and resharding rely on.
+A family (a file such as `llama.py`) supplies the block; everything around it, and everything stages use, is here, so no
+stage knows which family it works on. Layers live in a `ModuleDict` keyed by the *global* layer id: `layers.7` has that
+name on every pipeline rank and in every layout, which growth and resharding rely on.
 
-Three things that parallelism changes are objects a stage can replace, not branches in the math:
+What parallelism changes are objects that a stage can replace, not branches in the math:
 
-    part.sequence   which positions this rank holds, and whom its queries may see   (context parallelism)
-    part.output     the head; a `LossHead` computes the loss without whole logits   (chunked loss)
-    part.loss       from logits to the sum of losses                                (compile)
+    part.sequence   which positions this rank holds, and what its queries attend to  (context parallelism)
+    part.output     the head; a `LossHead` computes the loss without full logits     (chunked loss)
+    part.loss       from logits to the sum of losses                                 (compile)
 
 Shape suffixes: B batch, S sequence (of this rank), T sequence (of all context-parallel ranks), D model width,
 V vocabulary, N query heads, K key/value heads, H head width.
@@ -34,11 +34,11 @@ ROLES = {
     "norm.weight": Role(("dim",)),
     "output.weight": Role(("vocab", "dim"), reads=1),
 }
-"""What the dimensions of the frame's parameters mean; a family adds those of its block."""
+"""Roles of the frame's parameters; a family adds those of its block."""
 
 
 class Split(Enum):
-    """What tensor parallelism does with a module. Between modules the residual stream is split over the sequence."""
+    """How tensor parallelism splits a module. Between modules the residual stream is sharded over the sequence."""
 
     VOCABULARY = "rows of the embedding are split; the result is split over the sequence"
     SEQUENCE = "computed on this rank's piece of the sequence (norms of the residual stream)"
@@ -51,13 +51,13 @@ class Split(Enum):
 
 @dataclass(frozen=True)
 class SequenceContext:
-    """What attention needs to know about positions; the same for all layers of a forward pass."""
+    """What attention needs to know about positions; shared by all layers of a forward pass."""
 
     cos: Tensor
-    """(S, H/2), or (B, S, H/2) when every row has positions of its own."""
+    """(S, H/2), or (B, S, H/2) if each row has its own positions."""
     sin: Tensor
     mask_B1ST: Tensor | None
-    """True where attention is allowed, of shape (B or 1, 1, S, T); None = plain causal."""
+    """True where attention is allowed, shape (B or 1, 1, S, T); None = plain causal."""
 
     def attend(self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> Tensor:
         """Causal grouped-query attention; (B, S, N * H)."""
@@ -78,8 +78,8 @@ class SequenceContext:
 class SequenceLayout:
     """Which positions a rank holds: here, all of them.
 
-    `hidden_shards` is the number of pieces that the hidden state between pipeline parts is split into along the
-    sequence (the tensor-parallel degree): an inner part sees only its piece but needs the whole length.
+    `hidden_shards` is the number of sequence shards of the hidden state between pipeline parts (the tensor-parallel
+    degree): an inner part sees only its shard but needs the full length.
     """
 
     hidden_shards = 1
@@ -88,9 +88,9 @@ class SequenceLayout:
         """The context of a forward pass over `num_tokens` positions of this rank.
 
         Args:
-            cos, sin: rotary tables of all positions that the model is built for.
-            positions_BT: place of each token in its document, of the whole sequence; attention then stays inside each
-                run of positions that starts at 0.
+            cos, sin: rotary tables of all positions the model is built for.
+            positions_BT: each token's position in its document, for the whole sequence; attention then stays within
+                each run of positions that starts at 0.
         """
         assert num_tokens <= cos.shape[0], f"sequence of {num_tokens} tokens in a model built for {cos.shape[0]}"
         if positions_BT is None:
@@ -101,31 +101,31 @@ class SequenceLayout:
 
 
 def documents_of(positions_BT: Tensor) -> Tensor:
-    """A number for the document that each position belongs to."""
+    """The number of each position's document."""
     return (positions_BT == 0).cumsum(dim=1)
 
 
 def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Sum over valid positions of the negative log-likelihood, in float32, as a tensor of shape (1,).
 
-    One number and not none: a pipeline joins the results of its microbatches along their first dimension.
+    Not a scalar: a pipeline concatenates its microbatches' results along the first dimension.
     """
     loss = F.cross_entropy(
         logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    # With the vocabulary split between ranks (loss parallel) the sum is a DTensor, the same on all of them.
-    # FSDP hangs its hooks on the result, which must not be a view: stack copies.
+    # With the vocabulary sharded (loss parallel) the sum is a DTensor, the same on all ranks.
+    # FSDP registers hooks on the result, which must not be a view: stack copies.
     return torch.stack([loss.to_local() if isinstance(loss, DTensor) else loss])
 
 
 class LossHead(nn.Module):
-    """A head that computes the loss itself: `head(hidden_BSD, labels_BS)` is the sum of losses, shape (1,)."""
+    """A head that computes the loss itself: `head(hidden_BSD, labels_BS)` returns the sum of losses, shape (1,)."""
 
     weight: Tensor
 
 
 class Decoder(nn.Module):
-    """The whole model. A pipeline part is one with some layers, `tok_embeddings`, `norm` or `output` set to None.
+    """The whole model. A pipeline part lacks some layers, or has `tok_embeddings`, `norm` or `output` set to None.
 
     Args:
         make_block: the family's transformer block, called as `block(x_BSD, context)`.
@@ -162,15 +162,15 @@ class Decoder(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def materialized(self, device: torch.device) -> None:
-        """To be called when the model has left the meta device, which unties weights and leaves buffers empty."""
+        """Call when the model has left the meta device, which unties weights and leaves buffers empty."""
         self.tie_weights()
-        # New tensors, not copies into the old ones: those have taken the parameters' dtype, and angles need float32.
+        # New tensors, not copies into the old ones: those were cast to the parameters' dtype, and angles need float32.
         self.rope_cos, self.rope_sin = self.rope_tables(self.config, self.seq_len, device)
 
     def forward(self, tokens: Tensor, positions_BT: Tensor | None = None, labels_BS: Tensor | None = None) -> Tensor:
-        """From token ids (B, S) to logits (B, S, V), or, with labels, to the sum of their losses, shape (1,).
+        """From token ids (B, S) to logits (B, S, V) or, with labels, to the sum of losses, shape (1,).
 
-        An inner pipeline part takes and returns hidden states. With `positions_BT` attention stays inside each run of
+        An inner pipeline part takes and returns hidden states. With `positions_BT` attention stays within each run of
         positions that starts at 0.
         """
         num_tokens = tokens.shape[1]
@@ -191,10 +191,10 @@ class Decoder(nn.Module):
 
 
 def fsdp_units(part: Decoder) -> list[list[nn.Module]]:
-    """The groups of modules that FSDP shards and gathers together, in the order of the forward pass.
+    """The groups of modules that FSDP shards and gathers together, in forward order.
 
-    The last group, norm and head, is needed again at once by the backward pass, so it is kept gathered. With a tied
-    head in the same part the embedding belongs to the root.
+    The backward pass needs the last group, norm and head, at once, so it stays gathered. With a tied head in the same
+    part the embedding belongs to the root.
     """
     units: list[list[nn.Module]] = []
     tied = part.config.tie_word_embeddings and part.tok_embeddings is not None and part.output is not None
@@ -207,7 +207,7 @@ def fsdp_units(part: Decoder) -> list[list[nn.Module]]:
 
 
 def tensor_parallel_plan(part: Decoder, block: dict[str, Split]) -> dict[str, Split]:
-    """Module name -> how it is split, for a part whose blocks are split as `block` says."""
+    """Module name -> how it is split; `block` is the plan of one block."""
     plan = {}
     if part.tok_embeddings is not None:
         plan["tok_embeddings"] = Split.VOCABULARY

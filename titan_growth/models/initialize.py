@@ -1,8 +1,8 @@
 """Initial weights that do not depend on the layout.
 
-A parameter is drawn in blocks of rows, each from a generator of its own, seeded by (seed, parameter name, block).
-Names carry the global layer id, so a rank draws exactly the blocks that its shard overlaps and every mesh, on CPU or
-GPU, starts from the same bits. Numbers are drawn on the CPU: generators of different devices disagree.
+A parameter is drawn in blocks of rows, each from its own generator, seeded by (seed, parameter name, block). Names
+carry the global layer id, so a rank draws only the blocks that its shard overlaps, and every mesh, on CPU or GPU,
+starts from the same bits. Numbers are drawn on the CPU: generators differ between devices.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def init_weights(
     Args:
         parts: the model parts of this rank, plain or sharded.
         std_of: standard deviation by parameter name; None means ones.
-        seed: of the whole run; the same on every rank.
-        tied: parameters that are copies of another one, by its name; they get the same numbers.
+        seed: the run's; the same on every rank.
+        tied: copies of parameters -> the name of the original; both get the same values.
     """
     for part in parts:
         for name, parameter in part.named_parameters():
@@ -42,7 +42,7 @@ def init_weights(
 
 
 def local_and_offset(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """This rank's box of a tensor, and where in the tensor it begins."""
+    """This rank's box of a tensor, and its offset in the whole tensor."""
     if not isinstance(parameter, DTensor):
         return parameter, (0,) * parameter.dim()
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -50,13 +50,13 @@ def local_and_offset(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def draw(local: Tensor, offset: tuple[int, ...], shape: torch.Size, name: str, std: float | None, seed: int) -> None:
-    """Fills a box of a parameter with its initial values, which do not depend on how the parameter is cut into boxes.
+    """Fills a box of a parameter with its initial values, which do not depend on how the parameter is sharded.
 
     Args:
-        local: the box, of one or two dimensions.
-        offset: where in the parameter it begins.
+        local: the box, one- or two-dimensional.
+        offset: of the box in the parameter.
         shape: of the whole parameter.
-        std: deviation of the truncated normal distribution; None means ones.
+        std: standard deviation of the truncated normal distribution; None means ones.
     """
     if std is None:
         local.fill_(1.0)

@@ -1,8 +1,8 @@
 """The Llama 3 family: grouped-query attention, rotary embeddings, SwiGLU, RMSNorm.
 
-Pure math. What surrounds the blocks is in `decoder.py`; how the model is sharded and initialised is written beside the
-math as data (`fsdp_units`, `tensor_parallel_plan`, `init_rule`), so that no parallelism needs to know that this is a
-llama. Parameter names are torchtitan's.
+Pure math. What surrounds the blocks is in `decoder.py`; how the model is sharded and initialised is declared beside the
+math (`fsdp_units`, `tensor_parallel_plan`, `init_rule`), so parallelism code need not know the family. Parameter names
+are torchtitan's.
 
 Shape suffixes: B batch, S sequence, D model width, F SwiGLU width, N query heads, K key/value heads, H head width.
 """
@@ -62,9 +62,9 @@ FLAVORS: dict[str, dict[str, Any]] = {
     "gstack_3B": {"dim": 2560, "n_layers": 32, "n_heads": 20, "n_kv_heads": 4, "hidden_dim": 7040, **_GSTACK},
     "gstack_7B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "hidden_dim": 11008, **_GSTACK},
 }
-"""The llama3 flavors are those of the Llama 3.1 release as torchtitan lists them; the gstack flavors are the sizes that
-the G_stack paper (Du et al., NeurIPS 2024) trained, as its released configurations and checkpoints have them. The
-paper's names are rounder than its models: "7B" has 5.93B parameters."""
+"""The llama3 flavors are those of the Llama 3.1 release as torchtitan lists them; the gstack flavors are the models of
+the G_stack paper (Du et al., NeurIPS 2024), as in its released configurations and checkpoints. The paper's names are
+nominal: "7B" has 5.93B parameters."""
 
 DEFAULTS: dict[str, Any] = {
     "norm_eps": 1e-5,
@@ -78,14 +78,14 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "qk_norm": False,
 }
-"""What a flavor does not say."""
+"""For what a flavor leaves open."""
 
 
 def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
     """Angular frequencies of the channel pairs, shape (H/2,), float32, with Llama 3.1 scaling.
 
-    Wavelengths shorter than original / high_freq_factor stay, those longer than original / low_freq_factor are
-    stretched by the scaling factor, and those between are blended linearly (Llama 3.1 release).
+    Wavelengths shorter than original / high_freq_factor are kept, those longer than original / low_freq_factor are
+    stretched by the scaling factor, and those in between are blended linearly (Llama 3.1 release).
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
@@ -98,7 +98,7 @@ def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) 
 
 
 def rope_cache(config: DecoderConfig, seq_len: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0..seq_len-1, each of shape (S, H/2), float32."""
+    """Cosines and sines of positions 0..seq_len-1, each (S, H/2), float32."""
     angles = torch.outer(
         torch.arange(seq_len, dtype=torch.float32, device=device), rope_frequencies(config, device=device)
     )
@@ -108,7 +108,7 @@ def rope_cache(config: DecoderConfig, seq_len: int, device: torch.device | None 
 def apply_rope(x_BSNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates adjacent channel pairs (2i, 2i+1), as Meta's and torchtitan's code do.
 
-    cos and sin have shape (S, H/2), or (B, S, H/2) when every row has positions of its own.
+    cos and sin have shape (S, H/2), or (B, S, H/2) if each row has its own positions.
     """
     cos, sin = (table.unsqueeze(-2) for table in (cos, sin))
     even, odd = x_BSNH.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -204,7 +204,7 @@ ROLES: dict[str, Role] = {
     "feed_forward.w3.weight": Role(("hidden_dim", "dim"), reads=1),
     "feed_forward.w2.weight": Role(("dim", "hidden_dim"), reads=1),
 }
-"""What the dimensions of each parameter mean, for width growth."""
+"""Role of each parameter, for width growth."""
 
 HUGGING_FACE = HuggingFaceLayout(
     model_type="llama",
@@ -229,15 +229,15 @@ HUGGING_FACE = HuggingFaceLayout(
     ignored=("rotary_emb.inv_freq",),
     heads_divide_width=True,
 )
-"""The model as `transformers` has it."""
+"""The model in `transformers`."""
 
 
 def init_rule(config: DecoderConfig, name: str) -> float | None:
-    """Standard deviation that a parameter starts from (truncated at three of them), or None for ones.
+    """Standard deviation of a parameter's initial values (truncated at three of them), or None for ones.
 
-    Llama 3 as torchtitan trains it: 0.02 for the projections that read the residual stream; for those that write to it,
-    and the SwiGLU gate's partner w3, 0.02 / sqrt(2 * depth), where depth is the layer's own (`depth_init`) or the
-    model's; 1 for the embedding; dim ** -0.5 for the head.
+    Llama 3 as torchtitan trains it: 0.02 for projections that read the residual stream; 0.02 / sqrt(2 * depth) for
+    those that write to it and for w3 of the SwiGLU, where depth is the layer's own (`depth_init`) or the model's; 1 for
+    the embedding; dim ** -0.5 for the head.
     """
     leaf = name.split(".")[-2]
     if "norm" in leaf:

@@ -1,12 +1,12 @@
-"""The dense Qwen3 family: a Llama block whose queries and keys are normalised, head by head, before they are rotated.
+"""The dense Qwen3 family: a Llama block whose queries and keys are normalised, head by head, before rotation.
 
-Pure math, as in `llama.py`, from which everything is taken that the two families share. What differs:
+Pure math, as in `llama.py`, which has what the two families share. What differs:
 
     QK-norm      RMSNorm over the channels of each query and key, one weight for all heads of a layer. It bounds the
-                 attention scores, whatever wq and wk grow to (Henry et al. 2020; Dehghani et al. 2023).
-    head width   a size of its own, 128 in every released model, and not dim / n_heads: wq need not be square.
-    rotation     channel i turns together with channel i + H/2, as the released weights expect, where llama's turn with
-                 their neighbours. Same angles, other order of channels.
+                 attention scores, however large wq and wk grow (Henry et al. 2020; Dehghani et al. 2023).
+    head width   independent of dim / n_heads, 128 in every released model: wq need not be square.
+    rotation     channel i pairs with channel i + H/2, as the released weights expect; llama's pairs are neighbours.
+                 Same angles, different order of channels.
     tied head    in the models up to 4B.
 
 Parameter names are torchtitan's.
@@ -62,13 +62,13 @@ DEFAULTS: dict[str, Any] = {
     "max_seq_len": 40960,
     "qk_norm": True,
 }
-"""What a flavor does not say."""
+"""For what a flavor leaves open."""
 
 
 def apply_rope(x_BSNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the channel pairs (i, i + H/2), as the released weights expect.
 
-    cos and sin have shape (S, H/2), or (B, S, H/2) when every row has positions of its own.
+    cos and sin have shape (S, H/2), or (B, S, H/2) if each row has its own positions.
     """
     cos, sin = (table.unsqueeze(-2) for table in (cos, sin))
     first, second = x_BSNH.float().chunk(2, dim=-1)
@@ -97,7 +97,7 @@ class Attention(llama.Attention):
 
 
 class TransformerBlock(llama.TransformerBlock):
-    """Llama's block around this family's attention."""
+    """Llama's block with this family's attention."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
@@ -122,7 +122,7 @@ ROLES: dict[str, Role] = {
     "attention.q_norm.weight": Role(("head_dim",)),
     "attention.k_norm.weight": Role(("head_dim",)),
 }
-"""What the dimensions of each parameter mean, for width growth."""
+"""Role of each parameter, for width growth."""
 
 HUGGING_FACE = replace(
     llama.HUGGING_FACE,
@@ -143,4 +143,4 @@ HUGGING_FACE = replace(
     required={"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
     heads_divide_width=False,
 )
-"""The model as `transformers` has it. Channels turn in the same pairs here as there, so no order differs."""
+"""The model in `transformers`. Channels rotate in the same pairs, so nothing is permuted."""

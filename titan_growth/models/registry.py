@@ -1,4 +1,4 @@
-"""Families and flavors by name, and the step from the `[model]` table to a `DecoderConfig`.
+"""Families and flavors by name, and the `DecoderConfig` of a `[model]` table.
 
 A family is a module with `Decoder`, `fsdp_units`, `tensor_parallel_plan`, `init_rule`, the `ROLES` of its parameters'
 dimensions, and its named sizes: `FLAVORS` with the `DEFAULTS` of what they leave open.
@@ -31,12 +31,12 @@ _CONFIG_KEYS = (
     "tie_word_embeddings",
     "qk_norm",
 )
-"""Keys that pass from the table, the flavor or the family's defaults into the `DecoderConfig` as they are."""
+"""Keys passed unchanged from the table, the flavor or the family's defaults to the `DecoderConfig`."""
 
 _NOT_SIZES = {"name", "flavor", "hf_assets_path", "converters", "print_after_conversion"}
 
 SIZE_KEYS = ("dim", "n_layers", "n_heads", "vocab_size")
-"""What a custom flavor must spell out."""
+"""Keys that a custom flavor must set."""
 
 
 def family_module(name: str) -> ModuleType:

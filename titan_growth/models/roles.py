@@ -1,6 +1,6 @@
-"""What the dimensions of a parameter mean, which is all that width growth has to know about a model.
+"""What a parameter's dimensions mean: all that width growth knows about a model.
 
-A family lists its parameters by name (`ROLES`); a parameter of a block is listed without `layers.<n>.`. The axes are
+A family lists its parameters by name (`ROLES`), those of a block without `layers.<n>.`. The axes are
 
     dim        the residual stream                     hidden_dim   the SwiGLU layer
     heads      query heads x head_dim                  kv_heads     key/value heads x head_dim
@@ -29,16 +29,16 @@ class Role:
 
     dims: tuple[str, ...]
     reads: int | None = None
-    """The dimension that a product sums over, None where there is none (a norm, the rows of an embedding)."""
+    """The dimension that a matrix product sums over; None without one (norms, the embedding)."""
 
     @property
     def writes_residual(self) -> bool:
-        """Whether the output is added to the residual stream: such a projection at zero makes its branch vanish."""
+        """Whether the output is added to the residual stream: at zero, such a projection removes its branch."""
         return self.reads is not None and self.dims[0] == RESIDUAL
 
     @property
     def is_norm(self) -> bool:
-        """Whether it weighs the channels of a norm."""
+        """Whether it is the weight of a norm."""
         return len(self.dims) == 1
 
 
@@ -53,7 +53,7 @@ def axis_lengths(config: DecoderConfig) -> dict[str, int]:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to, by its name."""
+    """The layer a tensor belongs to, from its name; None outside the layers."""
     match = _LAYER.search(name)
     return int(match[1]) if match else None
 
@@ -64,7 +64,7 @@ def with_layer(name: str, layer: int) -> str:
 
 
 def role_of(roles: Mapping[str, Role], name: str) -> Role:
-    """The role of a parameter. Every parameter of a family must have one: a missing entry is a bug of the family."""
+    """The role of a parameter. Every parameter must have one: a missing entry is a bug in the family."""
     bare = _LAYER.sub("", name, count=1)
     assert bare in roles, f"the family's ROLES do not list {bare}"
     return roles[bare]
