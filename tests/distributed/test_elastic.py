@@ -1,6 +1,6 @@
-"""A run saved on one mesh goes on on another, with the batches and the losses of one rank.
+"""A run saved on one mesh resumes on another, with the batches and losses of one rank.
 
-Two pairs of the matrix, all of which `tests/faults/test_elastic.py` asserts. What a recipe may change on a resume is
+Two pairs of the matrix; `tests/faults/test_elastic.py` covers all. What a recipe may change on a resume is
 tested beside it: it takes effect, and is logged.
 """
 
@@ -49,7 +49,7 @@ def logged_by_rank_0(rank: int, num_ranks: int, recipe: Any) -> list[str]:
     return lines
 
 
-def test_what_has_changed_takes_effect_and_is_said(tmp_path: Path) -> None:
+def test_what_has_changed_takes_effect_and_is_logged(tmp_path: Path) -> None:
     """A finished run is resumed longer, faster, on another mesh: each difference is a line, and nothing else is."""
     settings = {**COMMON, "lr_scheduler__warmup_steps": 0, "lr_scheduler__decay_ratio": 0.0}
     del settings["lr_scheduler__total_steps"]

@@ -1,4 +1,4 @@
-"""Ranks that hang, freeze or die in real runs of `run_train.sh`: what is said, the status, and how soon."""
+"""Ranks that hang, freeze or die in real runs of `run_train.sh`: output, status, and how soon."""
 
 from __future__ import annotations
 
@@ -100,15 +100,15 @@ def test_a_frozen_rank_is_named_and_ended(tmp_path: Path) -> None:
     pid = run.pid_of(2)
     os.kill(pid, signal.SIGSTOP)
     began = time.monotonic()
-    status, said = run.finish()
+    status, output = run.finish()
     seconds = time.monotonic() - began
-    assert status == 1, said
-    assert seconds < TIMEOUT_SECONDS + 12, said
-    assert f"rank 2 (pid {pid} on " in said
-    assert re.search(r"has not answered for [4-9] s, stopped at step \d+ \(\w+\); the other", said), said
-    assert "the other ranks waited in a collective. The last checkpoint is step-" in said
-    assert said.count("has not answered") == 1
-    assert "Traceback" not in said
+    assert status == 1, output
+    assert seconds < TIMEOUT_SECONDS + 12, output
+    assert f"rank 2 (pid {pid} on " in output
+    assert re.search(r"has not answered for [4-9] s, stopped at step \d+ \(\w+\); the other", output), output
+    assert "the other ranks waited in a collective. The last checkpoint is step-" in output
+    assert output.count("has not answered") == 1
+    assert "Traceback" not in output
     report = json.loads((run.folder / "exit.json").read_text())
     assert report["status"] == 1
     assert "rank 2" in report["message"]
@@ -123,12 +123,12 @@ def test_a_rank_that_is_behind_is_named_with_its_place(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", num_ranks=3, plugins="sleeper_plugin")
     run.wait_for_step(5)
     began = time.monotonic()
-    status, said = run.finish()
-    assert status == 1, said
-    assert time.monotonic() - began < TIMEOUT_SECONDS + 15, said
-    assert "rank 1 (pid" in said
-    assert "is behind: at step 6 (train" in said
-    assert "The last checkpoint is step-5; run the same command again" in said
+    status, output = run.finish()
+    assert status == 1, output
+    assert time.monotonic() - began < TIMEOUT_SECONDS + 15, output
+    assert "rank 1 (pid" in output
+    assert "is behind: at step 6 (train" in output
+    assert "The last checkpoint is step-5; run the same command again" in output
 
 
 @pytest.mark.slow
@@ -137,9 +137,9 @@ def test_a_killed_rank_is_told_by_the_launcher(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", num_ranks=2)
     run.wait_for_step(8)
     os.kill(run.pid_of(1), signal.SIGKILL)
-    status, said = run.finish()
-    assert status == 1, said
-    assert said.rstrip().endswith(
+    status, output = run.finish()
+    assert status == 1, output
+    assert output.rstrip().endswith(
         "rank 1 was killed by signal 9 (SIGKILL); run the same command again to resume from the last checkpoint"
     )
 
@@ -153,9 +153,9 @@ def test_a_restart_heals_a_killed_rank(num_ranks: int, killed: int, tmp_path: Pa
     broken = Run(tmp_path / "broken", num_ranks=num_ranks, variables={"MAX_RESTARTS": "2"}, **settings)
     broken.wait_for_step(26 if killed else 12)
     os.kill(broken.pid_of(killed), signal.SIGKILL)
-    status, said = broken.finish()
-    assert status == 0, said
-    assert "resumed from" in said
+    status, output = broken.finish()
+    assert status == 0, output
+    assert "resumed from" in output
     whole = Run(tmp_path / "whole", num_ranks=num_ranks, **settings)
     assert whole.finish()[0] == 0
     assert without_timings(read_metrics(broken.folder)) == without_timings(read_metrics(whole.folder))
@@ -165,6 +165,6 @@ def test_a_restart_heals_a_killed_rank(num_ranks: int, killed: int, tmp_path: Pa
 def test_a_time_limit_ends_the_script_with_75(tmp_path: Path) -> None:
     """And the message says why."""
     run = Run(tmp_path / "run", num_ranks=2, **{"job.time_limit_seconds": 10})
-    status, said = run.finish()
-    assert status == 75, said
-    assert "and saved (job.time_limit_seconds = 10 is over); run the same command again to go on" in said
+    status, output = run.finish()
+    assert status == 75, output
+    assert "and saved (job.time_limit_seconds = 10 is over); run the same command again to go on" in output

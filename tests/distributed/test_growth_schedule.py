@@ -55,10 +55,10 @@ def test_the_cluster_grows_with_the_model(tmp_path: Path) -> None:
     command = [str(ROOT / "run_train.sh"), *argv_of(values)]
     environment = {**os.environ, "NGPU": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    assert "saved at step 3; the growth wants 4 ranks" in said
-    assert "Continuing with 4 ranks" in said
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "saved at step 3; the growth wants 4 ranks" in output
+    assert "Continuing with 4 ranks" in output
     (event,) = lineage(tmp_path / "run", 6)["events"]
     assert (event["mesh"], event["num_ranks"]) == ("dp_shard 2 x tp 2", 4)
     alone = make_recipe(tmp_path / "alone", debug__log_batch_hash=True, training__steps=6)
@@ -128,13 +128,13 @@ def test_three_stages_resume_from_any_checkpoint(steps: list[int], tmp_path: Pat
     events = lineage(tmp_path / "run", 10)["events"]
     assert [event["mesh"] for event in events] == ["dp_shard 2", "tp 2", "tp 2"]
     text = "\n".join(lineage_lines(tmp_path / "run" / "checkpoint" / "step-10"))
-    for said in (
+    for expected in (
         "step 2: interpose, n_layers 1 -> 2",
         "on tp 2 (2 ranks)",
         "zero_width, dim 32 -> 64",
         "step 10: 4 layers",
     ):
-        assert said in text
+        assert expected in text
     for step in steps:
         folder = tmp_path / f"from-{step}"
         shutil.copytree(tmp_path / "run", folder)

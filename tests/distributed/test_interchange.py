@@ -47,9 +47,9 @@ MESH_8 = {**MESH_4, "parallelism__data_parallel_shard_degree": 2}
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with grouped queries and scaled rotary embeddings."""
-    return make_folder(tmp_path_factory.mktemp("theirs") / "llama", rope_scaling=SCALED)
+    return make_folder(tmp_path_factory.mktemp("hf_folder") / "llama", rope_scaling=SCALED)
 
 
 def _first_batch(_rank: int, recipe: Recipe) -> list[dict[str, torch.Tensor]]:
@@ -57,9 +57,9 @@ def _first_batch(_rank: int, recipe: Recipe) -> list[dict[str, torch.Tensor]]:
         return trainer.runtime.data.next_batch()
 
 
-def _loss_by_transformers(theirs: Path, recipe: Recipe) -> float:
+def _transformers_loss(hf_folder: Path, recipe: Recipe) -> float:
     """The mean over the run's first global batch."""
-    model = their_model(theirs)
+    model = their_model(hf_folder)
     (batch,) = run_ranks(_first_batch, 1, recipe)
     losses = []
     for microbatch in batch:
@@ -69,23 +69,23 @@ def _loss_by_transformers(theirs: Path, recipe: Recipe) -> float:
     return float(torch.cat(losses).mean())
 
 
-def test_the_first_loss_is_theirs(theirs: Path, tmp_path: Path) -> None:
+def test_the_first_loss_is_that_of_transformers(hf_folder: Path, tmp_path: Path) -> None:
     """From the folder on one rank and on a mesh of four, from what was imported of it, and by transformers."""
     step = tmp_path / "imported" / "step-0"
-    import_folder(theirs, step)
+    import_folder(hf_folder, step)
     losses = {}
     for name, num_ranks, settings in (
         ("imported", 1, {"checkpoint__initial_load_path": str(step)}),
-        ("folder", 1, {"checkpoint__initial_load_path": str(theirs), "checkpoint__initial_load_in_hf": True}),
-        ("folder on four ranks", 4, {"checkpoint__initial_load_path": str(theirs), **MESH_4}),
+        ("folder", 1, {"checkpoint__initial_load_path": str(hf_folder), "checkpoint__initial_load_in_hf": True}),
+        ("folder on four ranks", 4, {"checkpoint__initial_load_path": str(hf_folder), **MESH_4}),
     ):
         recipe = make_recipe(tmp_path / name, **SAVING, **MODEL, **settings)
         run_ranks(train, num_ranks, num_ranks, recipe)
         losses[name] = read_metrics(tmp_path / name)[0]["loss"]
     assert losses["folder"] == losses["imported"]
     assert losses["folder on four ranks"] == pytest.approx(losses["folder"], rel=1e-6)
-    by_transformers = _loss_by_transformers(theirs, make_recipe(tmp_path / "x", **MODEL))
-    assert losses["folder"] == pytest.approx(by_transformers, rel=1e-6)
+    reference = _transformers_loss(hf_folder, make_recipe(tmp_path / "x", **MODEL))
+    assert losses["folder"] == pytest.approx(reference, rel=1e-6)
 
 
 def _read_by_a_rank(rank: int, num_ranks: int, recipe: Recipe, path: str) -> tuple[int, int]:
@@ -98,12 +98,12 @@ def _read_by_a_rank(rank: int, num_ranks: int, recipe: Recipe, path: str) -> tup
         return reader.num_bytes_read, sum(tensor.numel() * 4 for tensor in local)
 
 
-def test_a_rank_reads_its_shards_and_nothing_else(theirs: Path, tmp_path: Path) -> None:
+def test_a_rank_reads_its_shards_and_nothing_else(hf_folder: Path, tmp_path: Path) -> None:
     """Rows and columns: a pipeline of two tensor-parallel pairs reads the folder once, but for what all ranks hold."""
     recipe = make_recipe(tmp_path / "run", **SAVING, **MODEL, **MESH_4)
-    for read, held in run_ranks(_read_by_a_rank, 4, 4, recipe, str(theirs)):
+    for read, held in run_ranks(_read_by_a_rank, 4, 4, recipe, str(hf_folder)):
         assert read == held
-        assert held < HuggingFaceReader(theirs).opened.num_bytes / 3
+        assert held < HuggingFaceReader(hf_folder).opened.num_bytes / 3
 
 
 def _weights_on_one_rank(_rank: int, recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -135,7 +135,7 @@ def test_weights_are_cast(there: torch.dtype, here: str, imported: bool, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected"),
     [
         ({"model__n_heads": 8, "model__n_kv_heads": 2, "model__head_dim": 4}, "n_heads is 4 there and 8 here"),
         ({"model__name": "qwen3"}, "it is of the family llama3, the recipe of qwen3"),
@@ -145,24 +145,24 @@ def test_weights_are_cast(there: torch.dtype, here: str, imported: bool, tmp_pat
     ],
 )
 def test_another_model_is_refused_before_a_run(
-    settings: dict[str, Any], said: str, theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], expected: str, hf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = {key.replace("__", "."): value for key, value in {**SAVING, **MODEL, **settings}.items()}
-    values |= {"job.dump_folder": str(tmp_path / "run"), "checkpoint.initial_load_path": str(theirs)}
+    values |= {"job.dump_folder": str(tmp_path / "run"), "checkpoint.initial_load_path": str(hf_folder)}
     values["training.dataset_path"] = str(write_corpus(tmp_path / "corpus.txt"))
     assert check_main(argv_of({**BASE, **values})) == 2
-    assert said in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
-def test_what_must_agree_is_said(theirs: Path, tmp_path: Path) -> None:
+def test_what_must_agree_is_listed(hf_folder: Path, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "run", **{**MODEL, "model__rope_theta": 5e5}, **SAVING)
     config = model_config_of(recipe.model, Findings())
     assert config is not None
-    assert HuggingFaceReader(theirs, config=config).differences() == [
+    assert HuggingFaceReader(hf_folder, config=config).differences() == [
         "model.rope_theta is 500000.0, and llama was trained with 10000.0"
     ]
     step = tmp_path / "imported" / "step-0"
-    import_folder(theirs, step)
+    import_folder(hf_folder, step)
     settings = {"checkpoint__initial_load_path": str(step), "checkpoint__initial_load_in_hf": True}
     recipe = make_recipe(tmp_path / "run", **MODEL, **SAVING, **settings)
     with pytest.raises(AssertionError, match=r"is no Hugging Face folder, which checkpoint\.initial_load_in_hf"):
@@ -194,23 +194,23 @@ def test_out_of_a_3d_mesh(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_from_a_folder_grows(theirs: Path, tmp_path: Path) -> None:
+def test_a_run_from_a_folder_grows(hf_folder: Path, tmp_path: Path) -> None:
     """The folder is the small model of a recipe with growth; a resume needs it no more."""
     stage = {"growth__stages__0__at": "2 steps", "growth__stages__0__factor": 2}
-    settings = {**MODEL, **SAVING, **stage, "model__n_layers": 8, "checkpoint__initial_load_path": str(theirs)}
+    settings = {**MODEL, **SAVING, **stage, "model__n_layers": 8, "checkpoint__initial_load_path": str(hf_folder)}
     run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **{**settings, "training__steps": 3}))
     run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **{**settings, "training__steps": 4}))
     lines = [line for line in read_metrics(tmp_path / "run") if "grad_norm" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    by_transformers = _loss_by_transformers(theirs, make_recipe(tmp_path / "x", **MODEL))
-    assert lines[0]["loss"] == pytest.approx(by_transformers, rel=1e-6)
+    reference = _transformers_loss(hf_folder, make_recipe(tmp_path / "x", **MODEL))
+    assert lines[0]["loss"] == pytest.approx(reference, rel=1e-6)
     assert (tmp_path / "run" / "checkpoint" / "step-4").is_dir()
 
 
 @pytest.mark.slow
-def test_a_folder_is_grown_and_trained_on_a_3d_mesh(theirs: Path, tmp_path: Path) -> None:
+def test_a_folder_is_grown_and_trained_on_a_3d_mesh(hf_folder: Path, tmp_path: Path) -> None:
     grown = tmp_path / "grown" / "step-0"
-    assert grow_main(["--from", str(theirs), "--to", str(grown), "--operator", "stack", "--factor", "2"]) == 0
+    assert grow_main(["--from", str(hf_folder), "--to", str(grown), "--operator", "stack", "--factor", "2"]) == 0
     settings = {**MODEL, "model__n_layers": 8, "training__steps": 10, "checkpoint__initial_load_path": str(grown)}
     losses = {}
     for name, num_ranks, mesh in (("one", 1, {}), ("mesh", 8, MESH_8)):

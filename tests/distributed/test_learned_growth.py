@@ -135,13 +135,13 @@ def stopped_while_learning(rank: int, num_ranks: int, recipe: Any) -> None:
     with trainer_of(recipe, num_ranks) as trainer:
         agree, calls = trainer.agree, [0]
 
-        def asked(runtime: Any, batch: Any) -> Any:
+        def agree_or_stop(runtime: Any, batch: Any) -> Any:
             calls[0] += 1
             if calls[0] == 8:
                 trainer.stop.name = "SIGTERM"
             return agree(runtime, batch)
 
-        trainer.agree = asked
+        trainer.agree = agree_or_stop
         assert not trainer.fit()
         assert calls[0] == 8, "it has learned on"
         assert (trainer.progress.step, len(trainer.lineage.events)) == (4, 0)

@@ -58,8 +58,8 @@ def test_a_class_that_is_no_operator_is_refused_before_anything_starts(tmp_path:
 def test_the_example_grows_a_run(tmp_path: Path) -> None:
     """2 ranks; 3 layers become 4, and since its copies are silent the loss does not change."""
     corpus = str(write_corpus(tmp_path / "corpus.txt"))
-    status, said = run(tmp_path, "train", **{"training.dataset_path": corpus, "checkpoint.enable": True})
-    assert status == 0, said
+    status, output = run(tmp_path, "train", **{"training.dataset_path": corpus, "checkpoint.enable": True})
+    assert status == 0, output
     (growth,) = [line for line in read_metrics(tmp_path / "run") if "event" in line]
     assert (growth["from_layers"], growth["to_layers"]) == (3, 4)
     assert growth["loss_before"] == growth["loss_after"]
@@ -68,14 +68,14 @@ def test_the_example_grows_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "expected"),
     [
         ({"growth.stages.0.options": "{quiet = true}"}, "growth.stages.0.options.quiet: is no option of 'sandwich'"),
         ({"growth.base.n_layers": 2}, "growth.stages.0: needs 3 layers or more, and the model has 2"),
         ({"model.n_layers": 5}, "growth.stages: the growths do not end at the model of [model]"),
     ],
 )
-def test_its_mistakes_are_said_before_anything_starts(flags: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_its_mistakes_are_said_before_anything_starts(flags: dict[str, Any], expected: str, tmp_path: Path) -> None:
     status, found = run(tmp_path, "plan", **{"checkpoint.enable": True, **flags})
     assert status == 2, found
-    assert said in found
+    assert expected in found

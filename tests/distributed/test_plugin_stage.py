@@ -254,10 +254,10 @@ def test_a_resume_leaves_the_lines_of_an_unbroken_run(
         ({}, 'changed since step-8: plugins = [] (was ["logit_cap"])'),
     ):
         recipe = make_recipe(tmp_path / "run", **{**GROWING, "training__steps": 9}, **more)
-        assert expected in run_ranks(said, 1, 1, recipe)[0]
+        assert expected in run_ranks(startup_log, 1, 1, recipe)[0]
 
 
-def said(rank: int, num_ranks: int, recipe: Recipe) -> list[str]:
+def startup_log(rank: int, num_ranks: int, recipe: Recipe) -> list[str]:
     """What starting a trainer logs."""
     lines: list[str] = []
     handler = logging.Handler()
@@ -385,9 +385,9 @@ def test_what_is_wrong_is_one_message(
     for command in (check, plan_report.main):
         assert command(words) == 2
         output = "".join(capfd.readouterr())
-        said = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert len(said) == 1
-        assert said[0].startswith(f"error: plugins: {message}")
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert errors[0].startswith(f"error: plugins: {message}")
     assert not (tmp_path / "run").exists()
 
 

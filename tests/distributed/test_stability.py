@@ -189,10 +189,10 @@ def test_the_limit_holds_over_roll_backs_and_resumes(tmp_path: Path) -> None:
     first = make_recipe(tmp_path / "run", **{**settings, "training__steps": 4})
     assert run_ranks(session, 2, first, faults) == ["", ""]
     changed = make_recipe(tmp_path / "run", **{**settings, "stability__nonfinite": "roll_back"})
-    said = run_ranks(session, 2, changed, faults)
+    ended = run_ranks(session, 2, changed, faults)
     # Batch 6 takes step 6 back to step 4; then batch 7 is the next.
-    assert said[0] == said[1]
-    assert said[0] == (
+    assert ended[0] == ended[1]
+    assert ended[0] == (
         "step 5: loss nan, gradient norm nan. 2 steps have been skipped or rolled back before, which is all that "
         "stability.max_events allows: step 3 (skip: loss nan, gradient norm nan); "
         "step 6 (roll_back: loss nan, gradient norm nan)"
@@ -200,7 +200,7 @@ def test_the_limit_holds_over_roll_backs_and_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nonfinite", "said"),
+    ("nonfinite", "expected"),
     [
         ("stop", "step 1: loss nan, gradient norm nan. Nothing was saved from here"),
         (
@@ -209,10 +209,10 @@ def test_the_limit_holds_over_roll_backs_and_resumes(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_step_that_nothing_can_be_done_about_ends_the_run(nonfinite: str, said: str, tmp_path: Path) -> None:
+def test_a_step_that_nothing_can_be_done_about_ends_the_run(nonfinite: str, expected: str, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "run", **SAVING, stability__nonfinite=nonfinite)
     for message in run_ranks(session, 2, recipe, [{"cursor": 8, "loss": float("nan")}]):
-        assert message.startswith(said)
+        assert message.startswith(expected)
 
 
 @SLOW

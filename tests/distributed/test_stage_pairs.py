@@ -112,7 +112,7 @@ def pairs_of(entries: Iterable[str]) -> list[tuple[str, str]]:
     return [(one, other) for one, other in combinations(sorted(entries), 2) if kind_of(one) != kind_of(other)]
 
 
-def train_and_tell(rank: int, num_ranks: int, recipe: Any) -> list[str]:
+def stages_that_took_part(rank: int, num_ranks: int, recipe: Any) -> list[str]:
     """Trains to the end; the stages that took part."""
     with trainer_of(recipe, num_ranks) as trainer:
         assert trainer.fit()
@@ -129,7 +129,7 @@ def plain(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> di
     for masked in (False, True):
         folder = tmp_path_factory.mktemp("plain") / "run"
         recipe = make_recipe(folder, **MODEL, **ONE_RANK.layout, data__document_mask=masked)
-        assert warm_ranks(train_and_tell, 1, 1, recipe) == [[]]
+        assert warm_ranks(stages_that_took_part, 1, 1, recipe) == [[]]
         lines[masked] = read_metrics(folder)
     return lines
 
@@ -141,7 +141,7 @@ def assert_trains(names: tuple[str, ...], folder: Path, warm_ranks: WarmRanks, p
     if refused_by(names) == "quantize.linear.float8.filter_fqns":
         settings[f"{FLOAT8}filter_fqns"] = ["output"]  # as the problem advises
     active = set.intersection(
-        *map(set, warm_ranks(train_and_tell, case.num_ranks, case.num_ranks, make_recipe(folder, **settings)))
+        *map(set, warm_ranks(stages_that_took_part, case.num_ranks, case.num_ranks, make_recipe(folder, **settings)))
     )
     wanted = {kind_of(name) for name in names}
     if "autocast" in wanted and (case.num_ranks > 1 or "float8" in wanted):

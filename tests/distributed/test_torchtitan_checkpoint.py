@@ -56,13 +56,13 @@ def test_their_weights_start_a_run(
     num_ranks: int, mesh: dict[str, int], weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """The first loss is that of their weights, on one rank and on a mesh that they were not saved on."""
-    theirs = tmp_path / "theirs" / "step-3"
-    run_ranks(_their_checkpoint, 1, str(theirs), weights)
-    recipe = make_recipe(tmp_path / "run", **SAVING, **mesh, checkpoint__initial_load_path=str(theirs))
+    source = tmp_path / "torchtitan" / "step-3"
+    run_ranks(_their_checkpoint, 1, str(source), weights)
+    recipe = make_recipe(tmp_path / "run", **SAVING, **mesh, checkpoint__initial_load_path=str(source))
     run_ranks(train, num_ranks, num_ranks, recipe)
     first = read_metrics(tmp_path / "run")[0]
     assert first["step"] == 1
-    one = make_recipe(tmp_path / "one", **SAVING, checkpoint__initial_load_path=str(theirs))
+    one = make_recipe(tmp_path / "one", **SAVING, checkpoint__initial_load_path=str(source))
     run_ranks(train, 1, 1, one)
     assert first["loss"] == pytest.approx(read_metrics(tmp_path / "one")[0]["loss"], rel=1e-5)
     scratch = make_recipe(tmp_path / "scratch", training__steps=2)
@@ -93,14 +93,14 @@ def test_a_tied_model_takes_the_embedding_of_one_that_was_not_tied(
     num_ranks: int, mesh: dict[str, int], weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """Head and embedding are one parameter, so they must start from one tensor, on every mesh."""
-    theirs = tmp_path / "theirs" / "step-3"
-    run_ranks(_their_checkpoint, 1, str(theirs), weights)
+    source = tmp_path / "torchtitan" / "step-3"
+    run_ranks(_their_checkpoint, 1, str(source), weights)
     recipe = make_recipe(
         tmp_path / "run",
         **SAVING,
         **mesh,
         model__tie_word_embeddings=True,
-        checkpoint__initial_load_path=str(theirs),
+        checkpoint__initial_load_path=str(source),
     )
     copies = [copy for found in run_ranks(_tied_copies, num_ranks, num_ranks, recipe) for copy in found]
     assert len(copies) == 2

@@ -83,9 +83,9 @@ def run(folder: Path, times: int, action: str, **more: Any) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_a_spike_is_rolled_back_and_the_run_grows_later(tmp_path: Path) -> None:
-    status, said = run(tmp_path / "spike", 1, "roll_back")
-    assert status == 0, said
-    assert "rolled back to step-4; later checkpoints are kept as rolled-back-6" in said
+    status, output = run(tmp_path / "spike", 1, "roll_back")
+    assert status == 0, output
+    assert "rolled back to step-4; later checkpoints are kept as rolled-back-6" in output
     folder = tmp_path / "spike" / "run"
     lines = read_metrics(folder)
     steps = [line["step"] for line in lines if "num_layers" in line]
@@ -101,15 +101,15 @@ def test_a_spike_is_rolled_back_and_the_run_grows_later(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_growth_that_never_recovers_ends_the_run(tmp_path: Path) -> None:
-    status, said = run(tmp_path / "spikes", 2, "roll_back")
-    assert status == 1, said
-    assert "after 1 roll-back. The small model's checkpoint is step-7" in said
+    status, output = run(tmp_path / "spikes", 2, "roll_back")
+    assert status == 1, output
+    assert "after 1 roll-back. The small model's checkpoint is step-7" in output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("action", "status"), [("warn", 0), ("stop", 1)])
 def test_the_other_actions(action: str, status: int, tmp_path: Path) -> None:
-    found, said = run(tmp_path / action, 1, action)
-    assert found == status, said
-    assert "3 steps after growing to 4 layers the loss on the held-out batch is" in said
-    assert "nats more, where growth.watchdog.max_rise allows 1" in said
+    found, output = run(tmp_path / action, 1, action)
+    assert found == status, output
+    assert "3 steps after growing to 4 layers the loss on the held-out batch is" in output
+    assert "nats more, where growth.watchdog.max_rise allows 1" in output

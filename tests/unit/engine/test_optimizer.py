@@ -1,4 +1,4 @@
-"""One step of our optimizer against PyTorch's own, clipping, and state that is there before the first step."""
+"""Steps against PyTorch's own optimizers, clipping, and state that exists before the first step."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ def weights(model: nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_steps_equal_pytorchs(name: str, implementation: str) -> None:
-    """Three steps with other rates and gradients; no clipping."""
+    """Three steps with changing rates and gradients; no clipping."""
     section = OptimizerConfig(
         name=name, implementation=implementation, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.3
     )  # type: ignore[arg-type]
     model = model_with_gradients()
     twin = copy.deepcopy(model)
-    ours = Optimizer([model], section, max_norm=1e9)
-    theirs = getattr(torch.optim, name)(twin.parameters(), lr=1.0, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+    optimizer = Optimizer([model], section, max_norm=1e9)
+    reference = getattr(torch.optim, name)(twin.parameters(), lr=1.0, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
     for step, lr in enumerate((1e-2, 3e-2, 1e-3)):
         set_gradients(model, 1.0, seed=step)
         set_gradients(twin, 1.0, seed=step)
-        ours.clip_and_step(lr)
-        theirs.param_groups[0]["lr"] = lr
-        theirs.step()
-        for mine, expected in zip(model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
-    for mine, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        optimizer.clip_and_step(lr)
+        reference.param_groups[0]["lr"] = lr
+        reference.step()
+        for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-7)
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
         for key in STATE_KEYS:
-            torch.testing.assert_close(ours.inner.state[mine][key], theirs.state[expected][key])
+            torch.testing.assert_close(optimizer.inner.state[parameter][key], reference.state[expected][key])
 
 
 def test_adamw_by_hand() -> None:
@@ -84,7 +84,7 @@ def test_adam_is_not_adamw() -> None:
 def test_gradients_are_clipped_to_the_global_norm(max_norm: float) -> None:
     model, twin = model_with_gradients(scale=4.0), model_with_gradients(scale=4.0)
     expected_norm = torch.cat([p.grad.flatten() for p in twin.parameters()]).norm()  # type: ignore[union-attr]
-    # eps = 1 makes the step proportional to the gradient's size, so that clipping shows in the weights
+    # eps = 1 makes the step proportional to the gradient, so clipping shows in the weights
     section = OptimizerConfig(eps=1.0, weight_decay=0.0)
     norm = Optimizer([model], section, max_norm=max_norm).clip_and_step(0.1)
     assert norm.dtype == torch.float32
@@ -108,7 +108,7 @@ def test_gradients_are_dropped_and_missing_ones_left_alone() -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_state_is_there_at_once_and_is_the_state_in_use(implementation: str) -> None:
+def test_state_exists_at_once_and_is_live(implementation: str) -> None:
     """A checkpoint is read into it before the first step."""
     model = model_with_gradients()
     optimizer = Optimizer([model], OptimizerConfig(implementation=implementation), max_norm=1e9)  # type: ignore[arg-type]
@@ -118,21 +118,21 @@ def test_state_is_there_at_once_and_is_the_state_in_use(implementation: str) -> 
     assert all(not tensor.any() for tensor in state.values())
     assert all(state[name, "exp_avg"].shape == p.shape for name, p in model.named_parameters())
     twin = copy.deepcopy(model)
-    theirs = torch.optim.AdamW(twin.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    reference = torch.optim.AdamW(twin.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(3):
         set_gradients(twin, 1.0, seed=step)
-        theirs.step()
-    # as if loaded: two parameters' worth of copies into the tensors that named_state gave
-    for (name, parameter), theirs_parameter in zip(model.named_parameters(), twin.parameters(), strict=True):
-        parameter.data.copy_(theirs_parameter.data)
+        reference.step()
+    # as if loaded: copies into the tensors from named_state
+    for (name, parameter), trained in zip(model.named_parameters(), twin.parameters(), strict=True):
+        parameter.data.copy_(trained.data)
         for key in STATE_KEYS:
-            state[name, key].copy_(theirs.state[theirs_parameter][key])
+            state[name, key].copy_(reference.state[trained][key])
     set_gradients(model, 1.0, seed=9)
     set_gradients(twin, 1.0, seed=9)
     optimizer.clip_and_step(1e-2)
-    theirs.step()
-    for mine, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
+    reference.step()
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-7)
     assert {tensor.item() for (_, key), tensor in state.items() if key == "step"} == {4.0}
 
 
@@ -165,5 +165,5 @@ def test_the_norm_of_shards_is_that_of_the_whole() -> None:
     norm = Optimizer([model], OptimizerConfig(), max_norm=0.5).clip_and_step(0.1).item()
     for found, tensors in run_ranks(_sharded, 2):
         assert found == pytest.approx(norm, rel=1e-6)
-        for mine, expected in zip(tensors, model.parameters(), strict=True):
-            torch.testing.assert_close(mine, expected.detach(), rtol=1e-6, atol=1e-6)
+        for parameter, expected in zip(tensors, model.parameters(), strict=True):
+            torch.testing.assert_close(parameter, expected.detach(), rtol=1e-6, atol=1e-6)

@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).resolve().parents[3]
 OURS = ("NGPU", "CONFIG_FILE", "LOG_RANK", "TRAIN_FILE", "COMM_MODE", "NNODES", "NODE_RANK", "MASTER_ADDR")
 OTHERS = ("MASTER_PORT", "MAX_RESTARTS", "OMP_NUM_THREADS", "SLURM_JOB_ID", "LOGLEVEL", "TITAN_GROWTH_DUMP_FOLDER")
 
-# Every module of these tests starts like the trainer: who am I, and a pen for the report.
+# Every training module of these tests starts with its rank and an exit report.
 HEAD = """
 import os, signal, sys, time
 from pathlib import Path
@@ -25,7 +25,7 @@ from titan_growth.liveness.exit_report import ExitReport, process_status
 rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 report = ExitReport(Path("outputs"), rank)
 """
-# The preflight is the caller's to give, so the launch below differs from the real one in nothing else.
+# Only the preflight differs from the real launch.
 LAUNCH = """
 import os, sys, time
 from titan_growth.launch import launcher as launch
@@ -68,7 +68,7 @@ class Folder:
     def wait_for(self, *names: str) -> None:
         deadline = time.monotonic() + 40
         while not all((self.path / name).exists() for name in names):
-            assert time.monotonic() < deadline, f"none of {names} came"
+            assert time.monotonic() < deadline, f"not all of {names} appeared"
             time.sleep(0.05)
 
 
@@ -97,7 +97,7 @@ def test_ranks_run_the_module_and_only_log_rank_is_shown(folder: Folder) -> None
     assert "rank 0 of 2" not in output
 
 
-def test_failure_of_a_hidden_rank_is_told_once_with_its_status(folder: Folder) -> None:
+def test_failure_of_a_hidden_rank_is_reported_once_with_its_status(folder: Folder) -> None:
     folder.module("""
         if rank == 1:
             print("data.folder: no such folder", file=sys.stderr)
@@ -116,7 +116,7 @@ def test_failure_of_a_hidden_rank_is_told_once_with_its_status(folder: Folder) -
     assert output.count("data.folder: no such folder") == 1
 
 
-def test_killed_rank_is_told_in_one_line(folder: Folder) -> None:
+def test_killed_rank_is_reported_in_one_line(folder: Folder) -> None:
     folder.module("""
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What the launcher reads from the environment, and what it refuses by name."""
+"""What the launcher reads from the environment, and which variables it refuses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_callers_folder_comes_first_and_the_argument_beats_the_variable(checkout
 
 
 @pytest.mark.parametrize(
-    ("environ", "name", "said"),
+    ("environ", "name", "expected"),
     [
         ({"NGPU": "two"}, "NGPU", "'two'"),
         ({"NGPU": "0"}, "NGPU", "positive"),
@@ -63,12 +63,12 @@ def test_callers_folder_comes_first_and_the_argument_beats_the_variable(checkout
         ({"TRAIN_FILE": "no_such.module"}, "TRAIN_FILE", "no_such.module"),
     ],
 )
-def test_refused_by_name(checkout: Path, environ: dict[str, str], name: str, said: str) -> None:
+def test_refused_by_name(checkout: Path, environ: dict[str, str], name: str, expected: str) -> None:
     devices = int(environ.pop("devices", "0"))
     with pytest.raises(ConfigError) as refused:
         read(checkout, devices=devices, **environ)
     assert str(refused.value).startswith(name)
-    assert said in str(refused.value)
+    assert expected in str(refused.value)
     assert refused.value.exit_status == 2
     assert len(refused.value.problems) == 1
 

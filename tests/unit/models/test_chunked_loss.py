@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against the plain one: numbers, precision, autograd, memory."""
+"""Chunked against plain cross-entropy: values, precision, autograd, memory."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_huge_logits(scale: float) -> None:
 
 
 def test_a_small_loss_of_huge_logits() -> None:
-    """Two words share the largest logit, 10,000 or so, and the loss is log 2 to all digits."""
+    """Two words share the largest logit, about 10,000; the loss is log 2 to all digits."""
     hidden, weight, _ = inputs(scale=1e4)
     weight = torch.cat((weight, weight)).detach()
     labels = (hidden @ weight.t()).argmax(dim=1)
@@ -126,7 +126,7 @@ def test_the_incoming_gradient_is_not_rounded_to_bfloat16(tokens: int) -> None:
     factor = torch.ones(1) / tokens
     with Operations() as operations:
         scaled = torch.autograd.grad(loss / tokens, (hidden, weight))
-    # A CPU keeps a scalar's precision whatever the dtypes; a GPU has to be told by type promotion.
+    # A CPU keeps a scalar's precision whatever the dtypes; a GPU needs type promotion for it.
     products = [dtype for name, dtype in zip(operations.names, operations.dtypes, strict=True) if name == "mul"]
     assert products == [torch.float32] * 2
     assert torch.equal(scaled[0], (hidden_grad.float() * factor).to(torch.bfloat16))

@@ -1,4 +1,4 @@
-"""Sizes: flavors against published counts and the built modules, FLOPs by hand, and what a [model] table may say."""
+"""Sizes: flavors against published counts and built modules, FLOPs by hand, and what a [model] table may contain."""
 
 from __future__ import annotations
 

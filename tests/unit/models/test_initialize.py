@@ -18,7 +18,7 @@ from titan_growth.models.llama import Decoder, init_rule
 CONFIG = DecoderConfig(
     dim=36, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=6, hidden_dim=90, vocab_size=2 * ROWS_PER_BLOCK + 19
 )
-"""Odd sizes: a vocabulary of two blocks and a bit, rows that 4 ranks cannot divide."""
+"""Uneven sizes: a vocabulary of just over two blocks, rows that do not divide over 4 ranks."""
 
 
 def initialised(config: DecoderConfig, seed: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ LAYOUTS = {
 
 
 def sharded_equals_slices(rank: int, num_ranks: int, layout: str) -> int:
-    """Shards an uninitialised model, initialises the shards, and compares with slices of the whole."""
+    """Shards an uninitialised model, initialises the shards and compares them with slices of the whole."""
     placements, num_axes = LAYOUTS[layout]
     shape = (num_ranks,) if num_axes == 1 else (2, num_ranks // 2)
     mesh = init_device_mesh("cpu", shape)

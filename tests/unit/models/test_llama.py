@@ -1,4 +1,4 @@
-"""The model's math, against properties and independent computations."""
+"""The model's math, against its properties and independent computations."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_llama_3_1_scaling(head_dim: int) -> None:
 
 
 def test_positions_shift_the_rotation(tokens: torch.Tensor) -> None:
-    """One document that starts at 0 is the default; each row may have positions of its own."""
+    """The default is one document that starts at 0; each row may have its own positions."""
     model = built(CONFIG)
     plain = model(tokens)
     positions = torch.arange(16).expand(2, -1)
@@ -154,7 +154,7 @@ def test_grouped_heads_are_repeated_heads(num_kv_heads: int, tokens: torch.Tenso
 
 
 def test_a_block_by_hand(tokens: torch.Tensor) -> None:
-    """The whole model written out once more with explicit softmax, SiLU and RMS."""
+    """The whole model written out with explicit softmax, SiLU and RMS."""
     config = replace(CONFIG, num_layers=1, num_kv_heads=4)
     model = built(config)
     w = dict(model.named_parameters())
@@ -185,7 +185,7 @@ def test_a_block_by_hand(tokens: torch.Tensor) -> None:
 
 
 def test_with_labels_the_model_gives_the_sum_of_losses(tokens: torch.Tensor) -> None:
-    """In nats, in float32, over the positions that have a label; the positions of the documents are heeded."""
+    """In nats, in float32, over the positions that have a label; document positions are respected."""
     model = built(CONFIG)
     positions = torch.cat([torch.arange(length) for length in (5, 11)]).expand(2, -1)
     labels = tokens.roll(-1, dims=1)
@@ -226,7 +226,7 @@ def test_tied_head_is_the_embedding(tokens: torch.Tensor) -> None:
 
 
 def test_parts_compose_to_the_whole(tokens: torch.Tensor) -> None:
-    """A pipeline part is the model with some pieces set to None; names stay those of the whole."""
+    """A pipeline part is the model with some modules set to None; names do not change."""
     whole, first, last = built(CONFIG), built(CONFIG), built(CONFIG)
     del first.layers["1"]
     first.norm = first.output = None
@@ -243,7 +243,7 @@ def test_a_longer_sequence_than_built_for_is_refused(tokens: torch.Tensor) -> No
 
 
 def test_rope_tables_stay_in_float32_and_out_of_checkpoints() -> None:
-    """Also in a bfloat16 model, where 3 digits of an angle's cosine would not do."""
+    """Also in a bfloat16 model: 3 digits of a cosine are too few."""
     with torch.device("meta"):
         model = Decoder(CONFIG, 16).to(torch.bfloat16)
     model.to_empty(device="cpu")

@@ -1,4 +1,4 @@
-"""The Qwen3 family: its math against a plain computation in double precision, and its sizes against the release."""
+"""The Qwen3 family: its math against a plain float64 computation, its sizes against the release."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ POSITIONS = torch.cat([torch.arange(length) for length in (5, 1, 7, 3)]).expand(
 
 
 def built(config: DecoderConfig = CONFIG) -> Decoder:
-    """A model in which every term matters: large matrices, and norms that are not ones."""
+    """A model in which every term matters: large matrices, norms other than one."""
     model = Decoder(config, 16)
     model.materialized(CPU)
     init_weights([model], lambda name: init_rule(config, name), 0)
@@ -143,7 +143,7 @@ def test_logits_are_those_of_the_plain_computation(num_kv_heads: int, masked: bo
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_are_those_of_transformers(tied: bool, tokens: Tensor) -> None:
-    """The implementation that the released weights are read with; not a dependency, so mostly skipped."""
+    """The implementation the released weights are made for; not a dependency, so mostly skipped."""
     transformers = pytest.importorskip("transformers")
     config = replace(CONFIG, tie_word_embeddings=tied)
     model = built(config)
@@ -162,25 +162,25 @@ def test_logits_are_those_of_transformers(tied: bool, tokens: Tensor) -> None:
             attention_bias=False,
         )
     )
-    theirs = {
+    hf_names = {
         **{"tok_embeddings": "embed_tokens", "norm": "norm", "output": "lm_head"},
         **{"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
         **{f"attention.w{letter}": f"self_attn.{letter}_proj" for letter in "qkvo"},
         **{f"attention.{norm}": f"self_attn.{norm}" for norm in ("q_norm", "k_norm")},
-        **{f"feed_forward.{ours}": f"mlp.{name}_proj" for ours, name in (("w1", "gate"), ("w2", "down"), ("w3", "up"))},
+        **{f"feed_forward.{w}": f"mlp.{name}_proj" for w, name in (("w1", "gate"), ("w2", "down"), ("w3", "up"))},
     }
     weights = {}
     for name, weight in model.state_dict().items():
         parts = name.removesuffix(".weight").split(".")
         prefix, module = (".".join(parts[:2]) + ".", ".".join(parts[2:])) if parts[0] == "layers" else ("", parts[0])
         root = "" if module == "output" else "model."
-        weights[f"{root}{prefix}{theirs[module]}.weight"] = weight
+        weights[f"{root}{prefix}{hf_names[module]}.weight"] = weight
     other.load_state_dict(weights)
     torch.testing.assert_close(model(tokens), other(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_rope_is_llamas_in_another_order_of_channels() -> None:
-    """Channel i and i + H/2 here are the neighbours 2i and 2i + 1 there."""
+    """Channels i and i + H/2 here are llama's neighbours 2i and 2i + 1."""
     x = torch.randn(2, 16, 4, 16, generator=torch.Generator().manual_seed(0))
     cos, sin = rope_cache(CONFIG, 16)
     neighbours = torch.arange(16).view(2, 8).T.flatten()
@@ -192,7 +192,7 @@ def test_rope_is_llamas_in_another_order_of_channels() -> None:
 
 
 def test_attention_does_not_depend_on_the_length_of_queries_and_keys(tokens: Tensor) -> None:
-    """What QK-norm is for: wq and wk may grow without sharpening attention."""
+    """The purpose of QK-norm: larger wq and wk do not sharpen attention."""
     model = built()
     before = model(tokens)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_tied_weights_are_one_parameter_with_both_gradients(tokens: Tensor) -> N
 
 
 def test_a_config_that_forgets_the_norms_is_refused() -> None:
-    """It would count other parameters than the model has."""
+    """Its parameter count would not be the model's."""
     with pytest.raises(AssertionError, match="QK-norm"):
         built_on_meta(replace(CONFIG, qk_norm=False))
 
@@ -341,7 +341,7 @@ def test_fsdp_units_hold_every_parameter_once_except_a_tied_embedding(tied: bool
 
 
 def test_initial_weights() -> None:
-    """Norms of heads are ones like all others; the projections start as llama's."""
+    """Head norms start at one like all norms; projections start as llama's."""
     stds = {name: init_rule(CONFIG, name) for name, _ in built().named_parameters()}
     assert {name for name, std in stds.items() if std is None} == {name for name in stds if "norm" in name}
     assert stds["layers.1.attention.wk.weight"] == 0.02

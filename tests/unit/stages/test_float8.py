@@ -71,7 +71,7 @@ def test_sizes_that_are_not_multiples_of_16_are_named_once() -> None:
     assert problem.hint == 'Name them in quantize.linear.float8.filter_fqns: ["w1", "w2", "w3", "output"]'
 
 
-def test_it_is_the_sizes_of_a_tensor_parallel_rank_that_count() -> None:
+def test_the_sizes_on_a_tensor_parallel_rank_count() -> None:
     assert not list(Float8.check(*stage_and_context()))
     stage, context = stage_and_context(tp=2)
     (problem,) = stage.check(context)
@@ -84,7 +84,7 @@ def test_it_is_the_sizes_of_a_tensor_parallel_rank_that_count() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_tokens_of_a_microbatch_are_multiples_of_16_too(name: str) -> None:
-    """The gradient of a weight is a product over them, unless it is kept in high precision."""
+    """A weight's gradient is a product over them, unless it stays in high precision."""
     values = {"quantize__linear__float8__recipe_name": name, "training__local_batch_size": 1}
     stage, context = stage_and_context(**values)
     problems = list(stage.check(dataclasses.replace(context, seq_len=1000)))
@@ -92,7 +92,7 @@ def test_tokens_of_a_microbatch_are_multiples_of_16_too(name: str) -> None:
     assert not list(stage.check(dataclasses.replace(context, seq_len=1008)))
 
 
-def test_filters_that_filter_nothing_are_told() -> None:
+def test_filters_that_match_nothing_are_warned_about() -> None:
     stage, context = stage_and_context(quantize__linear__float8__filter_fqns="ouput,layers.1.attention")
     (warning,) = stage.warnings(context)
     assert warning.message == '"ouput" matches no linear layer'
@@ -107,7 +107,7 @@ def test_a_filter_on_one_layer_does_not_hide_the_others() -> None:
     assert "w1 (64 -> 120)" in problem.message
 
 
-def test_emulation_is_chosen_and_said() -> None:
+def test_emulation_is_automatic_and_shown() -> None:
     stage, context = stage_and_context()
     assert stage.emulates(context)
     assert stage.describe(context) == "float8: tensorwise, emulated"
@@ -126,7 +126,7 @@ def test_print_after_conversion(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_emulation_computes_what_float8_products_compute(name: str) -> None:
-    """The CPU's own Float8 product is a slow reference, so this is unit size: values and all gradients."""
+    """Values and all gradients; small, because the CPU's Float8 product is a slow reference."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     results = []
@@ -144,7 +144,7 @@ def test_emulation_computes_what_float8_products_compute(name: str) -> None:
     for emulated, real in zip(*results, strict=True):
         assert torch.linalg.norm(emulated - real) <= 1e-2 * torch.linalg.norm(real)
         assert torch.linalg.norm(real) > 0
-    # And Float8 it is: the result is not that of the plain product.
+    # It is Float8: the result differs from the plain product's.
     torch.manual_seed(0)
     plain = nn.Linear(32, 48, bias=False).bfloat16()
     x = torch.randn(16, 32, dtype=torch.bfloat16)

@@ -139,7 +139,7 @@ def test_a_circle_is_named() -> None:
 
 
 def test_a_name_that_no_stage_has() -> None:
-    """It would otherwise put the stage somewhere else, in silence."""
+    """Ignored, it would silently put the stage somewhere else."""
     with pytest.raises(ConfigError) as caught:
         resolve_order({"mine": stage("fdsp", "fsdp"), "yours": stage("nowhere"), "fsdp": stage()})
     assert [str(problem) for problem in caught.value.problems] == [
@@ -160,7 +160,7 @@ def test_a_name_that_no_stage_has() -> None:
     ],
 )
 def test_a_stage_of_a_plugin_comes_as_early_as_it_may(after: tuple[str, ...], expected_before: str) -> None:
-    """And so before fsdp unless it asks for more; how long its chain of other plugins' stages is does not matter."""
+    """So before fsdp unless it asks otherwise, however long its chain of other plugins' stages."""
     own = registered_stages()
     for stages in ({"x": stage(*after), **own}, {**own, "x": stage(*after)}):
         order = resolve_order(stages)
@@ -184,15 +184,15 @@ def test_every_stage_keeps_the_protocol() -> None:
         assert isinstance(found, Stage)
 
 
-def test_a_stage_of_our_own_is_called_like_its_module() -> None:
-    """By that plugins are told that a name is taken, without importing all of our own."""
+def test_a_built_in_stage_is_named_like_its_module() -> None:
+    """So a plugin's name clash is found without importing the built-in stages."""
     for name, kind in registered_stages().items():
         assert kind.__module__ == f"titan_growth.stages.{name}"
 
 
 @pytest.fixture
 def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registries of this test's own."""
+    """Private copies of the registries."""
     monkeypatch.setattr(order, "_REGISTRY", dict(registered_stages()))
     monkeypatch.setattr(plugins, "_TABLES", {})
 
@@ -204,7 +204,7 @@ class Table(Section):
 
 
 def new_stage(qualname: str = "Mine", without: tuple[str, ...] = (), **attributes: Any) -> type:
-    """A complete stage class of a plugin, but for what is left out or changed."""
+    """A complete plugin stage class, except for what is left out or changed."""
     methods = {name: lambda *_: None for name in ("from_recipe", "enabled", "apply", "describe")}
     body = {"name": "mine", "__module__": "my_plugin", "__qualname__": qualname, **methods, **attributes}
     return type("Mine", (Stage,), {key: value for key, value in body.items() if key not in without})
@@ -212,12 +212,12 @@ def new_stage(qualname: str = "Mine", without: tuple[str, ...] = (), **attribute
 
 @pytest.mark.usefixtures("_registries")
 def test_a_module_that_is_imported_again_replaces_its_stage_and_table() -> None:
-    """As after an import that failed halfway, or `importlib.reload`."""
+    """As after a failed import, or `importlib.reload`."""
     for _ in range(2):
         section = type("Table", (Table,), {})
-        mine = new_stage(table="my_table", settings=section)
-        assert register_stage(mine) is mine
-        assert registered_stages()["mine"] is mine
+        kind = new_stage(table="my_table", settings=section)
+        assert register_stage(kind) is kind
+        assert registered_stages()["mine"] is kind
         assert recipe_class().model_fields["my_table"].annotation is section
     assert list(registered_stages()).count("mine") == 1
 
@@ -270,7 +270,7 @@ def test_a_class_that_cannot_be_a_stage(kind: type, message: str) -> None:
 
 
 @pytest.mark.usefixtures("_registries")
-def test_all_flaws_of_a_class_are_told_at_once() -> None:
+def test_all_flaws_of_a_class_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         register_stage(new_stage(name="fsdp", after="x", without=("apply",), table="t"))
     assert len(caught.value.problems) == 4

@@ -1,4 +1,4 @@
-"""Errors that carry what they are about, between ranks too."""
+"""Errors that carry their details, also between ranks."""
 
 from __future__ import annotations
 

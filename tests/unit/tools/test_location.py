@@ -1,4 +1,4 @@
-"""Paths and URLs: which is which, and what is said of a URL that cannot be used."""
+"""Paths and URLs: which is which, and the errors of unusable URLs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def test_a_path_stays_a_path(text: str) -> None:
     assert not is_remote(location(text))
 
 
-def test_the_home_folder_is_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert location("~/corpus") == tmp_path / "corpus"
 
 
 @pytest.mark.parametrize("text", ["memory://bucket/a.txt", "file:///tmp/a.txt", "memory://b/*.txt"])
-def test_a_url_becomes_a_place_in_storage(text: str) -> None:
+def test_a_url_becomes_a_upath(text: str) -> None:
     place = location(text)
     assert is_remote(text)
     assert is_remote(place)

@@ -1,4 +1,4 @@
-"""The run's folder: made, locked, measured, and written in one step."""
+"""The run folder: created, locked, measured, written atomically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from titan_growth.tools.run_folder import RunFolder
 from titan_growth.tools.text import gib
 
 
-def test_made_with_its_parents_and_left_clean(tmp_path: Path) -> None:
+def test_created_with_its_parents_and_left_empty(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a" / "b")
     folder.create()
     folder.create()
@@ -31,7 +31,7 @@ def test_a_file_in_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
+def test_a_folder_without_write_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(RunFolderError, match="Permission denied"):
         RunFolder(tmp_path).create()
@@ -54,7 +54,7 @@ def test_a_lock_keeps_a_second_run_out_and_names_the_first(tmp_path: Path) -> No
 
 
 def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
-    """Killed without a chance to clean up, it leaves nothing that keeps the next run out."""
+    """A killed process cannot clean up, and still does not block the next run."""
     code = (
         f"from titan_growth.tools.run_folder import RunFolder\nf = RunFolder({str(tmp_path)!r}); f.lock()\n"
         "print('locked', flush=True)\nimport time; time.sleep(60)"
@@ -77,12 +77,12 @@ def test_space(tmp_path: Path) -> None:
         RunFolder(tmp_path).require_space(2**60, "a checkpoint")
 
 
-def test_a_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "recipe.toml"
     write_atomic(path, "old")
     with open(path) as reader:
         RunFolder(tmp_path).write_text("recipe.toml", "new é")
-        assert reader.read() == "old", "the file was written over under its reader"
+        assert reader.read() == "old", "the file was overwritten under its reader"
     assert path.read_text(encoding="utf-8") == "new é"
     assert [file.name for file in tmp_path.iterdir()] == ["recipe.toml"]
 

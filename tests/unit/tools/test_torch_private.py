@@ -23,7 +23,7 @@ def is_private(name: str) -> bool:
 
 @cache
 def our_names() -> set[str]:
-    """Names with an underscore that the package defines itself: functions, classes, variables, attributes."""
+    """Names with an underscore that the package itself defines: functions, classes, variables, attributes."""
     found = set(OTHERS)
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -41,7 +41,7 @@ def on_itself(node: ast.Attribute) -> bool:
 
 
 def private_names(source: str) -> Iterator[str]:
-    """What a module uses of PyTorch's private and experimental names, as `line: name`."""
+    """PyTorch's private and experimental names in a module, as `line: name`."""
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
         if isinstance(node, ast.Import):
