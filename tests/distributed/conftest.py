@@ -1,4 +1,4 @@
-"""Ranks that are kept warm, and runs that are not repeated, for the tests of one file."""
+"""Warm ranks and cached runs, shared by the tests of one file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def warm_ranks() -> Iterator[WarmRanks]:
 
 @pytest.fixture(scope="module")
 def trained(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Lines]:
-    """`trained(num_ranks, **settings)`: the metrics of that run, which is trained once for all tests of the file."""
+    """`trained(num_ranks, **settings)`: the metrics of that run, trained once per file."""
     folder = tmp_path_factory.mktemp("trained")
     known: dict[str, Lines] = {}
 
@@ -42,7 +42,7 @@ def trained(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def warm_imports() -> None:
-    """What the compiler and torchao import takes 4 s: once in this process, before ranks are forked from it."""
+    """Imports the compiler and torchao (4 s) once, before ranks are forked from this process."""
     import torchao.float8  # noqa: F401
 
     with torch.no_grad():  # a backward pass here would start autograd's threads, which do not survive a fork

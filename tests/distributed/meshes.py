@@ -1,4 +1,4 @@
-"""Every kind of mesh that a model trains on, as settings of the recipe in `tests/runs.py`.
+"""Every kind of mesh a model trains on, as settings of the recipe in `tests/runs.py`.
 
 Shared by the parity test and by `tests/faults/parity.py`. All runs see the same global batches of 8 sequences.
 """
@@ -21,7 +21,7 @@ class Case:
     num_ranks: int
     layout: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
-    """What the run on one rank is given as well, because it changes the numbers."""
+    """Settings that the one-rank run gets too, because they change the numbers."""
 
 
 def mesh(
@@ -35,7 +35,7 @@ def mesh(
     model: dict[str, Any] | None = None,
     **layout: Any,
 ) -> Case:
-    """A case by its degrees. A pipeline gets four microbatches or more, which every schedule takes."""
+    """A case by its degrees. A pipeline gets at least four microbatches, which every schedule accepts."""
     local_batch_size = GLOBAL_BATCH // (replicate * shard)
     degrees = {
         "pipeline_parallel_degree": pp,
@@ -111,14 +111,14 @@ MESHES: dict[str, Case] = {
     # Schedules on two ranks.
     **{f"pp2, {schedule}": mesh(pp=2, schedule=schedule) for schedule in SCHEDULES if schedule != "1F1B"},
     "pp2, schedule from a file": mesh(pp=2, parallelism__pipeline_parallel_schedule_csv=CSV),
-    # What FSDP does with gathered parameters.
+    # Resharding of gathered parameters.
     "fsdp2, never reshard": mesh(shard=2, parallelism__fsdp_reshard_after_forward="never"),
     "fsdp2, always reshard": mesh(shard=2, parallelism__fsdp_reshard_after_forward="always"),
     "pp2 x fsdp2, always reshard": mesh(pp=2, shard=2, parallelism__fsdp_reshard_after_forward="always"),
     "pp2 x fsdp2, always reshard, Interleaved1F1B": mesh(
         pp=2, shard=2, schedule="Interleaved1F1B", parallelism__fsdp_reshard_after_forward="always"
     ),
-    # How the layers are divided.
+    # How the layers are split.
     "pp2, modules by name": mesh(pp=2, parallelism__module_fqns_per_model_part=BY_NAME, model=FOUR_LAYERS),
     "pp2, less layers 0 and 0": mesh(pp=2, **{FIRST_LESS: 0, LAST_LESS: 0}, model=FIVE_LAYERS),
     "pp2, less layers 2 and 1": mesh(pp=2, **{FIRST_LESS: 2, LAST_LESS: 1}, model=FIVE_LAYERS),
@@ -137,19 +137,19 @@ MESHES: dict[str, Case] = {
         model=EIGHT_LAYERS,
         **{FIRST_LESS: 0, LAST_LESS: 0, LAYERS_PER_PART: 1},
     ),
-    # Sizes that the ranks cannot share evenly.
+    # Sizes that do not divide evenly over the ranks.
     "fsdp4, uneven shards": mesh(shard=4, model=UNEVEN),
     "tp2, odd vocabulary": mesh(tp=2, model=ODD_VOCABULARY),
     "tp2, odd vocabulary, without loss parallel": mesh(
         tp=2, model=ODD_VOCABULARY, parallelism__disable_loss_parallel=True
     ),
     "fsdp2 x tp2, odd vocabulary": mesh(shard=2, tp=2, model=ODD_VOCABULARY),
-    # Attention inside documents.
+    # Document masks.
     "fsdp2, masked documents": mesh(shard=2, model=DOCUMENTS),
     "pp2, masked documents": mesh(pp=2, model=DOCUMENTS),
     "cp2, masked documents": mesh(cp=2, model=DOCUMENTS),
     "tp2, masked documents": mesh(tp=2, model=DOCUMENTS),
-    # Embedding and head are one parameter, or two copies on two pipeline ranks or on one.
+    # A tied head: one parameter, or two copies on two pipeline ranks or on one.
     "fsdp2, tied head": mesh(shard=2, model=TIED),
     "tp2, tied head": mesh(tp=2, model=TIED),
     "pp2, tied head": mesh(pp=2, model=TIED),
@@ -213,4 +213,4 @@ QUICK = (
     "tp2, chunked loss",
     "pp2, chunked loss",
 )
-"""Each kind once, for the default suite: a few steps on few ranks. The whole table runs with `-m slow`."""
+"""One of each kind, for the default suite: few steps on few ranks. The whole table runs with `-m slow`."""

@@ -1,4 +1,4 @@
-"""Recomputing activations changes no bit, and it really happens."""
+"""Recomputing activations changes no bit, and really happens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CASES = {"1 rank": ONE_RANK, **MESHES}
 
 
 def assert_same_bits(name: str, settings: dict[str, Any], trained: Callable[..., Any]) -> None:
-    """All lines of three steps are those of the run that keeps everything."""
+    """The lines of three steps equal those of the run that keeps all activations."""
     case, run = CASES[name], {"training__steps": 3, "model__n_layers": 2}
     found, expected = (trained(case.num_ranks, **run, **case.layout, **mode) for mode in (settings, NONE))
     assert without_timings(found) == without_timings(expected)
@@ -50,7 +50,7 @@ def test_recomputing_changes_no_bit_when_the_backward_pass_is_split(
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts the matrix products that are executed. The profiler would count those as well that a checkpoint skips."""
+    """Counts executed matrix products. The profiler would also count those that a checkpoint skips."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def products_of_a_batch(rank: int, num_ranks: int, recipe: Any) -> int:
 
 
 def products_of_a_compiled_batch(rank: int, num_ranks: int, recipe: Any) -> int:
-    """The same by the profiler, because the compiler refuses dispatch modes; of a second batch, which is compiled."""
+    """The same with the profiler, because the compiler refuses dispatch modes; of a second batch, already compiled."""
     with trainer_of(recipe, num_ranks) as trainer:
         for context in (contextlib.nullcontext(), torch.profiler.profile()):
             batch = trainer.runtime.data.next_batch()
@@ -104,7 +104,7 @@ PLAIN = 3 * (4 * LINEAR + 1)
 def test_products_are_recomputed(
     settings: dict[str, Any], recomputed: int, warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """As many as the mode says: checkpointing is neither silently off nor more than asked for."""
+    """As many as the mode implies: checkpointing is neither silently off nor overdone."""
     recipe = make_recipe(tmp_path_factory.mktemp("products") / "run", **ONE_RANK.layout, **settings)
     assert warm_ranks(products_of_a_batch, 1, 1, recipe) == [PLAIN + recomputed]
 
@@ -131,7 +131,7 @@ def test_compiled_products_are_recomputed(
 
 
 def checkpointed_layers(rank: int, num_ranks: int, recipe: Any) -> set[int]:
-    """Global ids of the layers of this rank that are recomputed."""
+    """Global ids of this rank's recomputed layers."""
     with trainer_of(recipe, num_ranks) as trainer:
         layers = [item for part in trainer.runtime.engine.model.parts for item in part.layers.items()]
         return {int(layer) for layer, block in layers if isinstance(block.forward, Checkpointed)}
@@ -141,7 +141,7 @@ def checkpointed_layers(rank: int, num_ranks: int, recipe: Any) -> set[int]:
 def test_layers_are_chosen_by_their_global_id(
     name: str, warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Layers 1 and 3 of five, however the pipeline cuts them."""
+    """Layers 1 and 3 of five, on every pipeline split."""
     case = CASES[name]
     recipe = make_recipe(tmp_path_factory.mktemp("layers") / "run", **case.layout, **FIVE_LAYERS, **EVERY_SECOND)
     assert set.union(*warm_ranks(checkpointed_layers, case.num_ranks, case.num_ranks, recipe)) == {1, 3}

@@ -1,4 +1,4 @@
-"""Ranks that do not see the same things stop together, before anything is trained."""
+"""Ranks that disagree stop together, before training starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def disagree(rank: int) -> str:
 
 
 def test_a_rank_with_other_data_is_named_on_every_rank() -> None:
-    """Nobody waits for a rank that has left."""
+    """No rank waits for one that has left."""
     messages = run_ranks(disagree, 3)
     assert len(set(messages)) == 1
     assert "rank 2 has a different corpus from rank 0 (other instead of same)" in messages[0]
@@ -38,7 +38,7 @@ def fail_on_rank0(rank: int) -> list[str]:
 
 
 def test_an_error_of_rank_0_reaches_all() -> None:
-    """Errors of ours as they are, those of the operating system as one line."""
+    """TitanGrowthErrors unchanged, operating system errors as one line."""
     assert run_ranks(fail_on_rank0, 2) == [["no", "No space left on device: /x"]] * 2
 
 

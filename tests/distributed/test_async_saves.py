@@ -1,4 +1,4 @@
-"""Saves in the background: the same checkpoints, one at a time, and none that has failed is taken for a good one."""
+"""Background saves: the same checkpoints, one at a time, and a failed one is never taken for valid."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GROWING = {**RUN, "growth__stages": '[{at = "4 steps", operator = "stack", facto
 
 
 def shards_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Step -> sizes and checksums of the files with its tensors."""
+    """Step -> sizes and checksums of its tensor files."""
     found = committed_steps(folder / "checkpoint")
     assert not found.refused
     return {
@@ -57,7 +57,7 @@ def shards_of(folder: Path) -> dict[str, dict[str, Any]]:
 def test_the_checkpoints_are_those_of_saves_that_are_waited_for(
     num_ranks: int, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Bit for bit, at every step, although training goes on while they are written."""
+    """Bitwise, at every step, although training continues while they are written."""
     whole = make_recipe(tmp_path / "sync", **settings)
     run_ranks(train, num_ranks, num_ranks, whole, timeout_seconds=250)
     recipe = make_recipe(tmp_path / "async", **settings, checkpoint__async_mode="async")
@@ -67,7 +67,7 @@ def test_the_checkpoints_are_those_of_saves_that_are_waited_for(
 
 
 def train_beside_saves(rank: int, num_ranks: int, recipe: Any) -> tuple[set[int], int]:
-    """Trains while no file is done before training has gone on; (steps beside a save, most saves at once)."""
+    """Trains with saves that outlast a step; returns (steps beside a save, maximum concurrent saves)."""
     write, under_way, most = ShardWriter.write_data, [0], [0]
     beside: set[int] = set()
 
@@ -75,7 +75,7 @@ def train_beside_saves(rank: int, num_ranks: int, recipe: Any) -> tuple[set[int]
         under_way[0] += 1
         most[0] = max(most[0], under_way[0])
         step = int(self.folder.name.removeprefix("step-"))
-        # Two steps on, unless the next save, a growth or the end is waiting for this one.
+        # Two steps later, unless the next save, a growth or the end waits for this one.
         until = time.monotonic() + 1
         while trainer.progress.step < step + 2 and time.monotonic() < until + 20 * (trainer.progress.step > step):
             time.sleep(0.001)
@@ -112,7 +112,7 @@ def test_training_goes_on_beside_one_save_and_never_two(tmp_path: Path) -> None:
 
 
 def failing(rank: int, num_ranks: int, recipe: Any, victim: int, step: int, times: int) -> tuple[str, int, list[str]]:
-    """Trains while the writes of a step fail so often on one rank; (what was raised, the step then, lines logged)."""
+    """Trains while a step's writes fail a number of times on one rank; (error raised, step, lines logged)."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -160,7 +160,7 @@ def test_a_save_that_fails_for_good_ends_the_run_on_all_ranks_at_one_step(mode: 
 
 
 def killed_while_writing(rank: int, num_ranks: int, recipe: Any, step: int) -> None:
-    """Dies in the background save of a step, once training has gone a step further."""
+    """Dies in a step's background save, once training is one step further."""
     commit = saving.write_manifest
 
     def die_later(path: Path, *args: Any) -> None:
@@ -189,7 +189,7 @@ def test_killed_beside_a_background_save_it_resumes_bitwise(tmp_path: Path) -> N
 
 
 def test_permanent_checkpoints_stay(tmp_path: Path) -> None:
-    """Every `permanent_interval` steps one is saved and kept, besides the latest k."""
+    """One every `permanent_interval` steps is kept, besides the latest k."""
     settings = {**RUN, "training__steps": 11, "checkpoint__keep_latest_k": 2, "checkpoint__permanent_interval": 3}
     run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
     kept = [step.step for step in committed_steps(tmp_path / "run" / "checkpoint").usable]

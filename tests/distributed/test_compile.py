@@ -1,7 +1,7 @@
-"""Compiled blocks and loss compute what eager ones compute, on every kind of mesh and within any memory budget.
+"""Compiled blocks and loss compute what eager ones compute, on every kind of mesh and with any memory budget.
 
-`aot_eager` traces forward and backward as inductor does and runs PyTorch's own kernels, so a difference is an error of
-what was traced. inductor's kernels have a test of their own, which is slow.
+`aot_eager` traces forward and backward like inductor but runs PyTorch's own kernels, so a difference is a tracing
+error. inductor's kernels have their own test, a slow one.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ MORE_MESHES = (
     [name if name in ("tp2", "pp2") else pytest.param(name, marks=pytest.mark.slow) for name in MESHES_TO_COMPILE],
 )
 def test_compiled_runs_are_eager_runs(name: str, trained: Trained) -> None:
-    """The first step of the others is compared in `test_stage_pairs.py`."""
+    """`test_stage_pairs.py` compares the first step of the others."""
     assert_parity(lines_of(name, trained, **COMPILED), lines_of(name, trained))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*MESHES_TO_COMPILE, *MORE_MESHES])
 def test_compiled_validation_is_the_eager_one(name: str, trained: Trained) -> None:
-    """On more meshes, with the forward passes that are compiled without a backward one."""
+    """On more meshes, including forward passes compiled without a backward pass."""
     assert_parity(lines_of(name, trained, **COMPILED, **VALIDATING), lines_of(name, trained, **VALIDATING))
 
 
@@ -68,7 +68,7 @@ def test_compiled_validation_is_the_eager_one(name: str, trained: Trained) -> No
     ],
 )
 def test_memory_budgets_change_nothing(name: str, budget: float, trained: Trained) -> None:
-    """To 1e-6 what the compiled run computes that keeps everything."""
+    """To 1e-6 of the compiled run that keeps all activations."""
     settings = {"activation_checkpoint__mode": "memory_budget", "activation_checkpoint__memory_budget": budget}
     found = lines_of(name, trained, **COMPILED, **settings)
     assert_parity(found, lines_of(name, trained, **COMPILED), first=1e-6, later=1e-6)
@@ -78,7 +78,7 @@ def test_memory_budgets_change_nothing(name: str, budget: float, trained: Traine
 @pytest.mark.parametrize("name", ["fsdp2", "tp2"])
 @pytest.mark.parametrize("mode", ["full", "2", "op"])
 def test_compiled_checkpointing_changes_nothing(name: str, mode: str, trained: Trained) -> None:
-    """To 1e-6 as well; single operations are refused in compiled layers under tensor parallelism."""
+    """Also to 1e-6; "op" is refused in compiled layers under tensor parallelism."""
     if (mode, name) == ("op", "tp2"):
         pytest.skip("refused: tests/unit/checkpoint/test_impossible.py")
     settings = {"activation_checkpoint__mode": "full" if mode == "full" else "selective"}
@@ -91,7 +91,7 @@ def test_compiled_checkpointing_changes_nothing(name: str, mode: str, trained: T
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["1 rank", "tp2", "pp2"])
 def test_compiled_growth_is_the_eager_one(name: str, trained: Trained) -> None:
-    """The grown model has more of the same blocks: what was compiled before serves it."""
+    """The grown model has more of the same blocks and reuses the compiled code."""
     growing = {
         "model__n_layers": 8,
         "training__steps": 4,
@@ -106,7 +106,7 @@ def test_compiled_growth_is_the_eager_one(name: str, trained: Trained) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["1 rank", "fsdp2"])
 def test_inductor_computes_the_same(name: str, trained: Trained, tmp_path: Path) -> None:
-    """Generated kernels, to the tolerances of a mesh."""
+    """Generated kernels, within the tolerances for meshes."""
     case = CASES[name]
     recipe = make_recipe(tmp_path / "run", **RUN, **case.layout, compile__enable=True)
     run_ranks(train, case.num_ranks, case.num_ranks, recipe, timeout_seconds=280)

@@ -1,4 +1,4 @@
-"""The paths that exist on GPUs only; `pytest -m gpu` on a machine with CUDA, the more devices the more is covered."""
+"""GPU-only paths: `pytest -m gpu` on a machine with CUDA; more devices cover more."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def losses_of(folder: Path, num_ranks: int, **values: Any) -> list[float]:
 
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_of_gpus_computes_what_one_gpu_computes(name: str, tmp_path: Path) -> None:
-    """In bfloat16, so to the digits that bfloat16 has."""
+    """In bfloat16, so to bfloat16 precision."""
     num_ranks, values = MESHES[name]
     if num_ranks > NUM_DEVICES:
         pytest.skip(f"needs {num_ranks} GPUs, there are {NUM_DEVICES}")

@@ -50,7 +50,7 @@ def logged_by_rank_0(rank: int, num_ranks: int, recipe: Any) -> list[str]:
 
 
 def test_what_has_changed_takes_effect_and_is_logged(tmp_path: Path) -> None:
-    """A finished run is resumed longer, faster, on another mesh: each difference is a line, and nothing else is."""
+    """A finished run resumes with more steps, another rate and mesh: one line per difference, and no others."""
     settings = {**COMMON, "lr_scheduler__warmup_steps": 0, "lr_scheduler__decay_ratio": 0.0}
     del settings["lr_scheduler__total_steps"]
     run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings, training__steps=3))

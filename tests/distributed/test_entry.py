@@ -1,4 +1,4 @@
-"""The real entry point as a process of its own: what it says, leaves and ends with."""
+"""The real entry point in its own process: output, files and status."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SAVING = {"checkpoint__enable": True, "checkpoint__interval": 2, "lr_scheduler__
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    """Status 75, a checkpoint of the step it stopped at, and in the end the lines of an unbroken run."""
+    """Status 75, a checkpoint of the step it stopped at, and after the resume the lines of an unbroken run."""
     settings = {**SAVING, "checkpoint__interval": 1000, "training__steps": 1500}
     process = subprocess.Popen(
         command(tmp_path / "run", **settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -61,7 +61,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_going_back_happens_once(tmp_path: Path) -> None:
-    """load_step rewinds the first time; given again, the same command goes on, or has nothing to do."""
+    """load_step rewinds the first time; the same command again resumes, or has nothing to do."""
     run(tmp_path / "run", **SAVING)
     back = {**SAVING, "checkpoint__load_step": 2}
     assert "superseded-4" in run(tmp_path / "run", **back)

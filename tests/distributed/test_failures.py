@@ -94,7 +94,7 @@ class Run:
 
 @pytest.mark.slow
 def test_a_frozen_rank_is_named_and_ended(tmp_path: Path) -> None:
-    """Its process answers nothing, not even SIGTERM; the message comes within the time limit and a few seconds."""
+    """Its process does not react even to SIGTERM; the message comes within the timeout and a few seconds."""
     run = Run(tmp_path / "run", num_ranks=3)
     run.wait_for_step(12)
     pid = run.pid_of(2)
@@ -117,8 +117,8 @@ def test_a_frozen_rank_is_named_and_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_behind_is_named_with_its_place(tmp_path: Path) -> None:
-    """It answers, but its main thread has not come to where the others wait."""
+def test_a_rank_that_is_behind_is_named_with_its_step(tmp_path: Path) -> None:
+    """It answers, but its main thread has not reached the collective the others wait in."""
     (tmp_path / "sleeper_plugin.py").write_text(SLEEPER)
     run = Run(tmp_path / "run", num_ranks=3, plugins="sleeper_plugin")
     run.wait_for_step(5)
@@ -132,8 +132,8 @@ def test_a_rank_that_is_behind_is_named_with_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_told_by_the_launcher(tmp_path: Path) -> None:
-    """As ever: what the others noticed does not hide it."""
+def test_a_killed_rank_is_reported_by_the_launcher(tmp_path: Path) -> None:
+    """The other ranks' errors do not hide it."""
     run = Run(tmp_path / "run", num_ranks=2)
     run.wait_for_step(8)
     os.kill(run.pid_of(1), signal.SIGKILL)
@@ -147,7 +147,7 @@ def test_a_killed_rank_is_told_by_the_launcher(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "killed"), [(2, 1), (4, 0)])
 def test_a_restart_heals_a_killed_rank(num_ranks: int, killed: int, tmp_path: Path) -> None:
-    """MAX_RESTARTS: on from the last checkpoint without help, to the numbers of a run that nothing happened to."""
+    """MAX_RESTARTS resumes from the last checkpoint by itself, to the numbers of an unbroken run."""
     settings = {"training.steps": 60, "training.global_batch_size": 8, "growth.stages.0.at": "20 steps"}
     settings["comm.train_timeout_seconds"] = 60
     broken = Run(tmp_path / "broken", num_ranks=num_ranks, variables={"MAX_RESTARTS": "2"}, **settings)
@@ -163,7 +163,7 @@ def test_a_restart_heals_a_killed_rank(num_ranks: int, killed: int, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_time_limit_ends_the_script_with_75(tmp_path: Path) -> None:
-    """And the message says why."""
+    """And the message gives the reason."""
     run = Run(tmp_path / "run", num_ranks=2, **{"job.time_limit_seconds": 10})
     status, output = run.finish()
     assert status == 75, output

@@ -1,4 +1,4 @@
-"""Checkpoints of runs whose weights are wrapped for Float8 all-gathers hold plain tensors, and go on without Float8."""
+"""Checkpoints of runs with Float8 all-gathers hold plain tensors, and resume without Float8."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Each parameter's gradient on a mesh is the one it has on one rank.
+"""Each parameter's gradient on a mesh equals the one on one rank.
 
-Loss and gradient norm do not see everything: the embedding's gradient is a small part of the norm, and a model whose
-embedding is not trained still learns (compiled blocks under tensor parallelism once did that).
+Loss and gradient norm do not show everything: the embedding's gradient is a small part of the norm, and a model whose
+embedding is not trained still learns (as once happened with compiled blocks under tensor parallelism).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMPILED = {"compile__enable": True, "compile__backend": "aot_eager"}
 
 
 def after_one_batch(rank: int, num_ranks: int, recipe: Any) -> Gradients:
-    """Gradients of this rank's parts after one forward and backward pass, put together from their shards."""
+    """Full gradients of this rank's parts after one forward and backward pass."""
     with trainer_of(recipe, num_ranks) as trainer:
         batch = trainer.runtime.data.next_batch()
         num_tokens = trainer.agree(trainer.runtime, batch).num_tokens
@@ -39,7 +39,7 @@ def after_one_batch(rank: int, num_ranks: int, recipe: Any) -> Gradients:
 
 @pytest.fixture(scope="module")
 def gradients(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Gradients]:
-    """`gradients(case, **settings)`: those of the whole model, which all ranks that hold a parameter agree about."""
+    """`gradients(case, **settings)`: the whole model's; all ranks that hold a parameter must agree."""
     known: dict[str, Gradients] = {}
 
     def of(case: Case, **settings: Any) -> Gradients:
@@ -58,7 +58,7 @@ def gradients(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def assert_close(found: Gradients, expected: Gradients, tolerance: float) -> None:
-    """Each tensor, relative to its own largest entry."""
+    """Each tensor, relative to its largest entry."""
     missing = expected.keys() - found.keys()
     assert not missing, f"no gradient of {missing}"
     for name, reference in expected.items():
@@ -93,7 +93,7 @@ def test_gradients_agree_with_one_rank(name: str, gradients: Callable[..., Gradi
     "name", [name if name == "tp2" else pytest.param(name, marks=pytest.mark.slow) for name in CHECKED]
 )
 def test_compiled_gradients_agree_with_one_rank(name: str, gradients: Callable[..., Gradients]) -> None:
-    """Blocks and loss compiled, against eager ones on one rank."""
+    """Compiled blocks and loss against eager ones on one rank."""
     case = MESHES[name]
     assert_close(gradients(case, **COMPILED), gradients(Case(1, ONE_RANK.layout, case.model)), 1e-5)
 

@@ -1,4 +1,4 @@
-"""Growth in the middle of a run: every tensor is its source, whatever the mesh."""
+"""Growth in the middle of a run: every tensor equals its source, on any mesh."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stored(path: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
 
 
 def just_grown(rank: int, num_ranks: int, recipe: Any) -> dict[str, torch.Tensor]:
-    """Trains up to the growth, grows, and returns this rank's view of every full tensor."""
+    """Trains up to the growth, grows, and returns this rank's full tensors."""
     with trainer_of(recipe, num_ranks) as trainer:
         original = trainer.grow
         found: dict[str, torch.Tensor] = {}
@@ -56,7 +56,7 @@ def just_grown(rank: int, num_ranks: int, recipe: Any) -> dict[str, torch.Tensor
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("moments", [pytest.param("reset", marks=pytest.mark.slow), "copy"])
 def test_every_layer_is_bitwise_its_source(num_ranks: int, moments: str, tmp_path: Path) -> None:
-    """12 layers from 3; with `copy` the moments too, with `reset` they are zero."""
+    """12 layers from 3; the moments too with `copy`, zero with `reset`."""
     recipe = make_recipe(tmp_path / "run", **growing(moments=moments))
     (grown, *_) = run_ranks(just_grown, num_ranks, num_ranks, recipe)
     source = stored(tmp_path / "run" / "checkpoint" / "step-3", tmp_path)
@@ -73,7 +73,7 @@ def test_every_layer_is_bitwise_its_source(num_ranks: int, moments: str, tmp_pat
 
 
 def test_growth_is_reported_and_the_run_goes_on(tmp_path: Path) -> None:
-    """The growth line, the depth of each step, and FLOPs counted at the depth of the moment."""
+    """The growth line, each step's depth, and FLOPs counted at the current depth."""
     run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **growing(), validation__enable=True, validation__freq=100))
     lines = read_metrics(tmp_path / "run")
     (growth,) = [line for line in lines if "event" in line]
@@ -91,7 +91,7 @@ def test_growth_is_reported_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_continue_keeps_the_ungrown_runs_learning_rate(tmp_path: Path) -> None:
-    """`continue` is the curve of the same run without growth; `restart` warms up again."""
+    """`continue` follows the curve of the same run without growth; `restart` warms up again."""
     curves = {}
     for policy in ("continue", "restart"):
         run_ranks(train, 1, 1, make_recipe(tmp_path / policy, **growing(lr=policy)))
@@ -106,7 +106,7 @@ def test_continue_keeps_the_ungrown_runs_learning_rate(tmp_path: Path) -> None:
 
 
 def test_two_growths_by_tokens_chain_to_the_target(tmp_path: Path) -> None:
-    """1 -> 2 -> 4 layers, each after the first step whose tokens have reached the count."""
+    """1 -> 2 -> 4 layers, each after the first step that reaches the token count."""
     stages = '[{at = "300 tokens", factor = 2, lr_policy = "continue"}, {at = "1K tokens", factor = 2}]'
     settings = {"checkpoint__enable": True, "checkpoint__interval": 100, "growth__stages": stages}
     run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **settings))
@@ -116,7 +116,7 @@ def test_two_growths_by_tokens_chain_to_the_target(tmp_path: Path) -> None:
 
 
 def corrupted(rank: int, num_ranks: int, recipe: Any) -> None:
-    """Trains with a read that makes one layer from the wrong source."""
+    """Trains with a reader that takes one layer from the wrong source."""
     from titan_growth.growth import apply as module
 
     honest = module.read_grown
@@ -129,13 +129,13 @@ def corrupted(rank: int, num_ranks: int, recipe: Any) -> None:
 
 
 def test_a_wrong_read_is_caught(tmp_path: Path) -> None:
-    """The verification does not trust the reader: layer 0 served from layer 1 aborts the run on every rank."""
+    """Verification does not trust the reader: layer 0 read from layer 1 aborts the run on every rank."""
     with pytest.raises(AssertionError, match=r"the grown model is wrong: .*differs from its source layers\.0\."):
         run_ranks(corrupted, 2, 2, make_recipe(tmp_path / "run", **growing()))
 
 
 def test_a_diverged_model_is_not_saved(tmp_path: Path) -> None:
-    """The step before the growth is not logged, and yet nothing that is not finite becomes the way back."""
+    """Even if the step before the growth is not logged, a non-finite model is not saved as its source."""
     settings = growing(metrics__log_freq=100, optimizer__lr=1e30, lr_scheduler__warmup_steps=0)
     with pytest.raises(AssertionError, match=r"step 3: .*Nothing was saved from here"):
         run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
@@ -143,7 +143,7 @@ def test_a_diverged_model_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_a_growth_that_never_came_is_a_failure(tmp_path: Path) -> None:
-    """Masked targets do not count as tokens, so a count can be missed; the run must not pass for finished."""
+    """Masked targets do not count as tokens, so a count can be missed; the run must not count as finished."""
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(300):

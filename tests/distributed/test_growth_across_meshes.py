@@ -1,9 +1,9 @@
-"""The resharding matrix: from every mesh to every mesh, the grown model is what one rank makes of the same checkpoint.
+"""The resharding matrix: from any mesh to any mesh, the grown model is what one rank makes of the same checkpoint.
 
-A run on the source mesh is stopped at its growth and started again on the target mesh, where it grows. Every weight
-and both moments must be, bit for bit, what the same operator gives on one rank without any sharding, from the source's
-own checkpoint; and three more steps must have the losses of one rank. Meshes are on 1 to 8 ranks, with 7 layers (no
-pipeline divides them), a SwiGLU width of 90 and a vocabulary of 259 (no shards are even).
+A run on the source mesh stops at its growth and is restarted on the target mesh, where it grows. Every weight and both
+moments must be, bit for bit, what the same operator gives on one unsharded rank from the source's own checkpoint, and
+three more steps must have one rank's losses. Meshes have 1 to 8 ranks; 7 layers (which no pipeline divides), a SwiGLU
+width of 90 and a vocabulary of 259 make all shards uneven.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ WHOLE = [
     for row, source in enumerate(MESHES)
     for operator in OPERATORS
     for column, target in enumerate(MESHES)
-    # The others read in the same way; every mesh is three times their source and three times their target.
+    # The others read the same way; every mesh is their source three times and their target three times.
     if operator in EVERYWHERE or (row + column) % 3 == 0
 ]
 STEPS = 3
@@ -65,7 +65,7 @@ BASE = {"n_layers": 7, "dim": 32, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 9
 
 
 def recipe_of(folder: Path, source: Case, target: Case, operator: str) -> Any:
-    """A run that starts on one mesh and goes on with another from step 3 on."""
+    """A run that starts on one mesh and continues on another from step 3."""
     wanted = OPERATORS[operator]
     factor = wanted.get("factor", 1)
     grows = [key for key in BASE if (key == "n_layers") == (operator in DEPTH)]
@@ -98,14 +98,14 @@ def recipe_of(folder: Path, source: Case, target: Case, operator: str) -> Any:
 
 
 def until_the_growth(rank: int, num_ranks: int, recipe: Any) -> int | None:
-    """Trains until the run wants to go on with another number of ranks; returns that number."""
+    """Trains until the run asks for another number of ranks; returns that number."""
     with trainer_of(recipe, num_ranks) as trainer:
         assert not trainer.fit()
         return trainer.wanted_ranks
 
 
 def grown_and_trained(rank: int, num_ranks: int, recipe: Any, reference: Path) -> tuple[list[str], int]:
-    """Resumes, grows, compares each tensor of this rank with the reference, trains on: (what differs, compared)."""
+    """Resumes, grows, compares this rank's tensors with the reference, trains on; (tensors that differ, compared)."""
     expected = torch.load(reference, weights_only=True)
     different, count = [], 0
     with trainer_of(recipe, num_ranks) as trainer:
@@ -127,7 +127,7 @@ def grown_and_trained(rank: int, num_ranks: int, recipe: Any, reference: Path) -
 
 
 def grown_on_paper(checkpoint: Path, recipe: Any, path: Path, number: int = 0) -> None:
-    """What the operator of a growth makes of a checkpoint in one process, written to a file."""
+    """What a growth's operator makes of a checkpoint in one process, written to a file."""
     target = model_config_of(recipe.model, Findings())
     module = family_module(recipe.model.name)
     assert target is not None
@@ -150,14 +150,14 @@ def grown_on_paper(checkpoint: Path, recipe: Any, path: Path, number: int = 0) -
 
 
 class Matrix:
-    """Source checkpoints and runs on one rank, each made once."""
+    """Source checkpoints and one-rank runs, each made once."""
 
     def __init__(self, folder: Path, ranks: WarmRanks) -> None:
         self.folder = folder
         self.ranks = ranks
 
     def source(self, name: str, operator: str) -> Path:
-        """A run folder that has come to its growth on a mesh. Operators of one base share nothing: recipes differ."""
+        """The folder of a run that reached its growth on a mesh. Operators share none: recipes differ."""
         folder = self.folder / f"{name}-{operator}".replace(" ", "_").replace(",", "")
         if not folder.exists():
             case = MESHES[name]
@@ -169,7 +169,7 @@ class Matrix:
         return folder
 
     def grown(self, source: str, target: str, operator: str) -> list[dict[str, Any]]:
-        """The steps after the growth on the target mesh; fails when any tensor is not the reference's."""
+        """The steps after the growth on the target mesh; fails if any tensor differs from the reference."""
         origin = self.source(source, operator)
         folder = self.folder / f"{origin.name}-to-{target}".replace(" ", "_").replace(",", "")
         if not folder.exists():
@@ -215,7 +215,7 @@ THERE = {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2, "pipeline_p
 
 
 def there_and_back(rank: int, num_ranks: int, recipe: Any) -> dict[int, tuple[str, bool]]:
-    """A run of two growths: step of each -> (its mesh, whether every tensor is what one rank makes of it)."""
+    """A run with two growths: step of each -> (its mesh, whether every tensor is what one rank makes)."""
     found = {}
     with trainer_of(recipe, num_ranks) as trainer:
         original = trainer.grow
@@ -242,7 +242,7 @@ def there_and_back(rank: int, num_ranks: int, recipe: Any) -> dict[int, tuple[st
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama3", "qwen3"])
 def test_to_another_mesh_and_back_in_one_process(model: str, matrix: Matrix, tmp_path: Path) -> None:
-    """fsdp 8, then pp 2 x fsdp 2 x tp 2 when it grows, then fsdp 8 again: tensors bit for bit, losses of one rank."""
+    """fsdp 8, then pp 2 x fsdp 2 x tp 2, then fsdp 8 again: tensors bitwise, losses of one rank."""
     stages = {"at": "2 steps", "factor": 2, "optimizer_state": "copy", "lr_policy": "continue"}
     first = {f"growth__stages__0__{key}": value for key, value in stages.items()}
     second = {f"growth__stages__1__{key}": value for key, value in {**stages, "at": "4 steps"}.items()}

@@ -1,7 +1,7 @@
 """SIGKILL at every point of a growth that also changes the mesh: the resumed run is bitwise the unbroken one.
 
-One rank is killed and the others with it, as a launcher does; the next start goes on in the same folder and is killed
-at the next point. In the end the metrics must be, but for timings, those of a run that nobody touched.
+One rank is killed and the others with it, as by a launcher; the next start resumes in the same folder and is killed at
+the next point. In the end the metrics must equal, except for timings, those of an unbroken run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ GROWN_AT = 3
 
 
 def killed_at(rank: int, num_ranks: int, recipe: Any, point: str) -> None:
-    """Trains; one rank is killed at a point. Which rank differs from point to point."""
+    """Trains; one rank is killed at a point, a different rank at each."""
     from titan_growth import grower as growing
     from titan_growth.checkpoint import saving
     from titan_growth.growth import apply as carry_out
@@ -108,7 +108,7 @@ def killed_at(rank: int, num_ranks: int, recipe: Any, point: str) -> None:
 
 
 def remember(kind: Any) -> None:
-    """Lets `current` know the step of the trainer of this process."""
+    """Makes this process's trainer report its step to `current`."""
     original = kind.after_step
 
     def patched(self: Any, *args: Any) -> Any:

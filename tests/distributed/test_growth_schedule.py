@@ -1,4 +1,4 @@
-"""Growths that change the run around the model: number of ranks, batch, sequence length; slopes; several stages."""
+"""Growths that change the run too: ranks, batch, sequence length; slopes; several growths."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_the_cluster_grows_with_the_model(tmp_path: Path) -> None:
-    """One call of run_train.sh: 2 ranks, status 76 inside, 4 ranks from there on; the batches go on unbroken."""
+    """One call of run_train.sh: 2 ranks, status 76 inside, then 4 ranks; no batch is lost or repeated."""
     write_corpus(tmp_path / "corpus.txt")
     values = {
         **BASE,
@@ -70,7 +70,7 @@ def test_the_cluster_grows_with_the_model(tmp_path: Path) -> None:
 
 
 def test_batch_and_sequence_length_change_and_nothing_is_read_twice(tmp_path: Path) -> None:
-    """8 x 32 tokens a step, then 4 x 64: the same text a step, from where the cursor stood."""
+    """8 x 32 tokens per step, then 4 x 64: the same text per step, from where the cursor was."""
     changes = {"at": "3 steps", "factor": 2, "global_batch_size": 4, "local_batch_size": 2, "seq_len": 64}
     recipe = make_recipe(tmp_path / "run", **stages(changes), **SAVING, data__shuffle=False, debug__log_batch_hash=True)
     run_ranks(train, 2, 2, recipe)
@@ -120,7 +120,7 @@ WIDE = {"model__dim": 64, "model__n_heads": 8, "model__n_kv_heads": 4, "model__h
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [[2, 4, 5, 6, 7, 8]])
 def test_three_stages_resume_from_any_checkpoint(steps: list[int], tmp_path: Path) -> None:
-    """x2, x2 on another mesh, then wider: every checkpoint leads to the metrics of the unbroken run, bit for bit."""
+    """x2, x2 on another mesh, then wider: from every checkpoint, the unbroken run's metrics, bitwise."""
     settings = {**THREE, **WIDE, **SAVING, "training__steps": 10, "model__n_layers": 4}
     run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **settings))
     whole = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

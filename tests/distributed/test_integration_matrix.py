@@ -1,7 +1,8 @@
-"""torchtitan's integration tests, by the names they have there (v0.2.2, `tests/integration_tests`).
+"""torchtitan's integration tests, under their original names (v0.2.2, `tests/integration_tests`).
 
-Theirs assert that a command ends with status 0. Here each run must also log every step, resume where it should, and
-learn. `docs/generated/integration_matrix.md` lists them all, with what is left out and why; a test keeps it complete.
+torchtitan only checks that a command ends with status 0. Here each run must also log every step, resume where it
+should, and learn. `docs/generated/integration_matrix.md` lists them all, with what is left out and why; a test keeps it
+complete.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Combination:
-    """Runs one after another."""
+    """One or more runs in sequence."""
 
     num_ranks: int
     runs: tuple[Settings, ...]
     resumes: bool = False
-    """The runs share one folder, and each goes on from the checkpoint of the one before."""
+    """The runs share one folder, and each resumes from the checkpoint of the one before."""
     leaves: tuple[str, ...] = ()
-    """Patterns of files that are there in the end."""
+    """Patterns of files that must exist at the end."""
 
 
 def once(num_ranks: int, *leaves: str, **settings: Any) -> Combination:
@@ -43,7 +44,7 @@ def once(num_ranks: int, *leaves: str, **settings: Any) -> Combination:
 
 
 def resumed(num_ranks: int, first: Settings, then: Settings) -> Combination:
-    """Twice as long in the second run."""
+    """Two runs, the second to twice the steps."""
     return Combination(num_ranks, (first, {**then, "training__steps": 4}), resumes=True)
 
 
@@ -180,7 +181,7 @@ QUICK = (
     "gradient_accumulation",
     "dataloader_kwargs",
 )
-"""Those that differ by more than their mesh from what other tests run; the rest with `-m slow`."""
+"""Those that differ from other tests' runs by more than the mesh; the rest runs with `-m slow`."""
 
 REFUSED: dict[str, tuple[int, Settings, str]] = {
     "2d_asynctp_compile": (
@@ -210,7 +211,7 @@ REFUSED: dict[str, tuple[int, Settings, str]] = {
 """(ranks, settings, the key of the one problem)"""
 
 NOT_A_RUN = ("test_generate",)
-"""What theirs does without training."""
+"""torchtitan's combinations without training."""
 
 
 pytestmark = pytest.mark.usefixtures("warm_imports")

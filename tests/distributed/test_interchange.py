@@ -1,4 +1,4 @@
-"""Runs from Hugging Face folders and into them, on meshes."""
+"""Runs from and into Hugging Face folders, on meshes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _transformers_loss(hf_folder: Path, recipe: Recipe) -> float:
 
 
 def test_the_first_loss_is_that_of_transformers(hf_folder: Path, tmp_path: Path) -> None:
-    """From the folder on one rank and on a mesh of four, from what was imported of it, and by transformers."""
+    """From the folder on one rank and on a mesh of four, from the imported checkpoint, and in transformers."""
     step = tmp_path / "imported" / "step-0"
     import_folder(hf_folder, step)
     losses = {}
@@ -89,7 +89,7 @@ def test_the_first_loss_is_that_of_transformers(hf_folder: Path, tmp_path: Path)
 
 
 def _read_by_a_rank(rank: int, num_ranks: int, recipe: Recipe, path: str) -> tuple[int, int]:
-    """(bytes this rank has read, bytes of its shards)."""
+    """(bytes this rank read, bytes of its shards)."""
     with trainer_of(recipe, num_ranks) as trainer:
         tensors = trainer.runtime.tensors(optimizer=False)
         reader = initial_reader(Path(path), recipe.model.name, trainer.runtime.model_config)
@@ -99,7 +99,7 @@ def _read_by_a_rank(rank: int, num_ranks: int, recipe: Recipe, path: str) -> tup
 
 
 def test_a_rank_reads_its_shards_and_nothing_else(hf_folder: Path, tmp_path: Path) -> None:
-    """Rows and columns: a pipeline of two tensor-parallel pairs reads the folder once, but for what all ranks hold."""
+    """Rows and columns: on pp 2 x tp 2 the ranks read the folder once, except for replicated tensors."""
     recipe = make_recipe(tmp_path / "run", **SAVING, **MODEL, **MESH_4)
     for read, held in run_ranks(_read_by_a_rank, 4, 4, recipe, str(hf_folder)):
         assert read == held
@@ -180,7 +180,7 @@ def test_what_must_agree_is_listed(hf_folder: Path, tmp_path: Path) -> None:
     ids=["llama", "tied", "qwen3"],
 )
 def test_out_of_a_3d_mesh(settings: dict[str, Any], tmp_path: Path) -> None:
-    """transformers computes our logits from a checkpoint that eight ranks have written."""
+    """transformers computes our logits from a checkpoint written by eight ranks."""
     recipe = make_recipe(tmp_path / "run", **{**MODEL, "model__max_seq_len": 256}, **SAVING, **MESH_8, **settings)
     run_ranks(train, 8, 8, recipe, timeout_seconds=250)
     step = tmp_path / "run" / "checkpoint" / "step-2"
@@ -195,7 +195,7 @@ def test_out_of_a_3d_mesh(settings: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_from_a_folder_grows(hf_folder: Path, tmp_path: Path) -> None:
-    """The folder is the small model of a recipe with growth; a resume needs it no more."""
+    """The folder is the small model of a recipe with growth; a resume no longer needs it."""
     stage = {"growth__stages__0__at": "2 steps", "growth__stages__0__factor": 2}
     settings = {**MODEL, **SAVING, **stage, "model__n_layers": 8, "checkpoint__initial_load_path": str(hf_folder)}
     run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **{**settings, "training__steps": 3}))

@@ -1,4 +1,4 @@
-"""LiGO: its gradients are those of autograd, its learning lowers the loss, and every mesh learns the same."""
+"""LiGO: gradients equal autograd's, learning lowers the loss, and every mesh learns the same."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def learned_growth(folder: Path, case: str, **settings: Any) -> tuple[torch.nn.M
 
 def _gradients(rank: int, folder: Path, case: str, settings: dict[str, Any]) -> None:
     _, large, learned = learned_growth(folder, case, **settings)
-    for tensor in learned.maps:  # away from identities, where many gradients vanish
+    for tensor in learned.maps:  # away from the identity, where many gradients vanish
         tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
     learned.write()
     tokens = torch.randint(0, 131, (2, 40), generator=torch.Generator().manual_seed(2))
@@ -131,7 +131,7 @@ def test_it_learns_and_every_mesh_learns_the_same(
 
 
 def stopped_while_learning(rank: int, num_ranks: int, recipe: Any) -> None:
-    """A run that is asked to stop at the fourth batch of its learning phase."""
+    """A run asked to stop at the fourth batch of its learning phase."""
     with trainer_of(recipe, num_ranks) as trainer:
         agree, calls = trainer.agree, [0]
 

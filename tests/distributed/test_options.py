@@ -1,4 +1,4 @@
-"""Every option of a run does what its text says."""
+"""Every option does what its help text says."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_loader_workers_change_nothing(tmp_path: Path) -> None:
 
 
 def test_first_step_checkpoint_and_retention(tmp_path: Path) -> None:
-    """A checkpoint after step 1, every second step, and at the last, of which two stay."""
+    """A checkpoint after step 1, every second step and the last; two are kept."""
     run_ranks(train, 1, 1, make_recipe(tmp_path / "all", **SAVING, checkpoint__enable_first_step_checkpoint=True))
     assert folders(tmp_path / "all") == {"step-1", "step-2", "step-4", "step-6"}
     run_ranks(train, 1, 1, make_recipe(tmp_path / "two", **SAVING, checkpoint__keep_latest_k=2))
@@ -37,7 +37,7 @@ def test_first_step_checkpoint_and_retention(tmp_path: Path) -> None:
 
 
 def test_load_step_goes_back_and_keeps_what_came_after(tmp_path: Path) -> None:
-    """From step 2 again: the same lines, and the later checkpoints are set aside."""
+    """Again from step 2: the same lines, and later checkpoints are set aside."""
     run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **SAVING))
     lines = without_timings(read_metrics(tmp_path / "run"))
     run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **SAVING, training__steps=5, checkpoint__load_step=2))
@@ -46,7 +46,7 @@ def test_load_step_goes_back_and_keeps_what_came_after(tmp_path: Path) -> None:
 
 
 def test_initial_load_of_weights_and_of_everything(tmp_path: Path) -> None:
-    """Weights only: step 1 starts from the source's loss. Everything: the run goes on where the source stopped."""
+    """Weights only: step 1 has the source's loss. Everything: the run continues where the source stopped."""
     run_ranks(train, 1, 1, make_recipe(tmp_path / "whole", **SAVING, training__steps=8))
     run_ranks(train, 1, 1, make_recipe(tmp_path / "source", **SAVING, training__steps=4))
     source = str(tmp_path / "source" / "checkpoint" / "step-4")
@@ -61,7 +61,7 @@ def test_initial_load_of_weights_and_of_everything(tmp_path: Path) -> None:
 
 
 def test_a_last_checkpoint_of_weights_only(tmp_path: Path) -> None:
-    """It holds no moments, says so, and can start another run."""
+    """It holds no moments, records that, and can start another run."""
     run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **SAVING, checkpoint__last_save_model_only=True))
     last = open_step(tmp_path / "run" / "checkpoint" / "step-6")
     assert last is not None
@@ -74,7 +74,7 @@ def test_a_last_checkpoint_of_weights_only(tmp_path: Path) -> None:
 
 
 def test_load_only_never_saves(tmp_path: Path) -> None:
-    """It resumes, and leaves the folder as it was."""
+    """It resumes, and leaves the folder unchanged."""
     run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **SAVING, training__steps=4))
     run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **SAVING, training__steps=6, checkpoint__load_only=True))
     assert folders(tmp_path / "run") == {"step-2", "step-4"}
@@ -82,7 +82,7 @@ def test_load_only_never_saves(tmp_path: Path) -> None:
 
 
 def test_tensorboard_on_every_rank_and_profiler_traces(tmp_path: Path) -> None:
-    """One folder of events per rank, and a trace of each rank that is valid JSON."""
+    """One event folder per rank, and one trace per rank that is valid JSON."""
     options = {
         "metrics__enable_tensorboard": True,
         "metrics__save_for_all_ranks": True,
@@ -98,7 +98,7 @@ def test_tensorboard_on_every_rank_and_profiler_traces(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_carries_the_effective_recipe(tmp_path: Path) -> None:
-    """With what the run decided for itself: the drawn seed and the derived batch size."""
+    """With what the run decided: the drawn seed and the derived batch size."""
     recipe = make_recipe(tmp_path / "run", **SAVING, training__global_batch_size=-1)
     unseeded = recipe.model_copy(update={"debug": recipe.debug.model_copy(update={"seed": None})})
     run_ranks(train, 2, 2, unseeded)

@@ -1,7 +1,7 @@
 """Every mesh computes what one rank computes, from the same weights and the same global batches.
 
-Loss and gradient norm of the first step to 1e-5 relative in fp32, those of ten steps and the validation loss to 1e-4.
-`tests/faults/parity.py` writes the differences down; most of them are near 1e-7.
+Loss and gradient norm of the first step to 1e-5 relative in fp32, ten steps and the validation loss to 1e-4.
+`tests/faults/parity.py` records the differences; most are near 1e-7.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def assert_agrees_with_one_rank(case: Case, trained: Trained, **settings: Any) -
 
 @pytest.mark.parametrize("name", QUICK)
 def test_three_steps_agree_with_one_rank(name: str, trained: Trained) -> None:
-    """One mesh of every kind, with three layers unless it says otherwise, and one batch of held-out sequences."""
+    """One mesh of each kind, with three layers by default, and one batch of held-out sequences."""
     validation = {"validation__enable": True, "validation__freq": 3, "validation__steps": 1}
     assert_agrees_with_one_rank(MESHES[name], trained, training__steps=3, model__n_layers=3, **validation)
 
@@ -45,7 +45,7 @@ def test_ten_steps_agree_with_one_rank(name: str, trained: Trained) -> None:
 
 @pytest.mark.parametrize("name", ["1 rank", "fsdp2", "pp2", "tp2"])
 def test_gradient_accumulation_changes_nothing(name: str, trained: Trained) -> None:
-    """Four accumulation steps against one, on the same mesh: 1e-5 relative in all steps."""
+    """Four accumulation steps against one on the same mesh: 1e-5 relative at all steps."""
     case = {"1 rank": ONE_RANK, **MESHES}[name]
     whole = {"training__steps": 3, "model__n_layers": 2, "training__global_batch_size": 4 * GLOBAL_BATCH, **case.layout}
     whole["training__local_batch_size"] *= 4

@@ -75,7 +75,7 @@ def test_the_example_grows_a_run(tmp_path: Path) -> None:
         ({"model.n_layers": 5}, "growth.stages: the growths do not end at the model of [model]"),
     ],
 )
-def test_its_mistakes_are_said_before_anything_starts(flags: dict[str, Any], expected: str, tmp_path: Path) -> None:
+def test_its_mistakes_are_reported_before_anything_starts(flags: dict[str, Any], expected: str, tmp_path: Path) -> None:
     status, found = run(tmp_path, "plan", **{"checkpoint.enable": True, **flags})
     assert status == 2, found
     assert expected in found

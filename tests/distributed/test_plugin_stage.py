@@ -71,7 +71,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registries of this test's own, with our own stages in them."""
+    """Private registries with the built-in stages in them."""
     monkeypatch.setattr(order, "_REGISTRY", dict(registered_stages()))
     monkeypatch.setattr(plugins, "_TABLES", {})
     monkeypatch.setattr(plugins, "_extended", functools.cache(plugins._extended.__wrapped__))
@@ -90,7 +90,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def write(modules: Path) -> Iterator[Write]:
-    """Writes modules that can be imported until the end of the test."""
+    """Writes modules that are importable until the end of the test."""
 
     def written(name: str, text: str) -> str:
         (modules / f"{name}.py").write_text(text)
@@ -118,7 +118,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_its_table_is_validated_like_any_other(example: str, tmp_path: Path) -> None:
-    """Types, bounds and typing errors, with the line of the file or the flag."""
+    """Types, bounds and typos, with the line of the file or the flag."""
     path = tmp_path / "recipe.toml"
     path.write_text('plugins = ["logit_cap"]\n[logit_cap]\nenable = 1\ncapp = 3.0\n')
     inspect_recipe(["--job.config_file", str(path), "--logit_cap.cap", "high"], found := Findings())
@@ -166,7 +166,7 @@ def planned(*words: str, num_ranks: int = 2) -> tuple[list[str], list[str], list
     return (stage_lines(plan.phase, "cuda") if plan else []), [*map(str, found.problems)], [*map(str, found.warnings)]
 
 
-def test_check_and_warnings_are_heard(example: str) -> None:
+def test_check_and_warnings_are_reported(example: str) -> None:
     _, problems, warnings = planned("--logit_cap.enable", "--training.loss_chunk_tokens", "64")
     assert problems == [
         "logit_cap.enable: needs logits, and with training.loss_chunk_tokens there are none. "
@@ -188,7 +188,7 @@ def test_the_plan_has_its_line_and_its_place(example: str) -> None:
 
 
 def test_its_place_does_not_depend_on_what_is_imported_first(example: str, modules: Path) -> None:
-    """In a process of its own the plugin comes first; here our own stages were there before it."""
+    """In its own process the plugin is imported first; here the built-in stages were."""
     load_plugins(["logit_cap"])
     order = resolve_order(registered_stages())
     assert order[order.index("logit_cap") - 1] == "float8"
@@ -204,7 +204,7 @@ def test_its_place_does_not_depend_on_what_is_imported_first(example: str, modul
 
 
 def test_it_holds_on_two_ranks_and_through_a_growth(example: str, tmp_path: Path) -> None:
-    """Without it the loss falls below what capped logits allow, before the growth and after it; with it, never."""
+    """Without it the loss falls below what capped logits allow, before and after the growth; with it, never."""
     run_ranks(train, 2, 2, make_recipe(tmp_path / "plain", **GROWING))
     run_ranks(train, 2, 2, make_recipe(tmp_path / "loaded", **GROWING, plugins="logit_cap"))
     run_ranks(train, 2, 2, make_recipe(tmp_path / "capped", **GROWING, **CAPPED))
@@ -242,7 +242,7 @@ def test_every_mesh_computes_the_same(name: str, example: str, tmp_path: Path) -
 def test_a_resume_leaves_the_lines_of_an_unbroken_run(
     example: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Past a growth; a change of its table is printed and takes effect, and so does leaving it out."""
+    """Past a growth; a change of its table is logged and takes effect, and so does leaving it out."""
     run_ranks(train, 2, 2, make_recipe(tmp_path / "whole", **GROWING, **CAPPED))
     for steps in (6, 8):
         changed = {**GROWING, "training__steps": steps, "lr_scheduler__total_steps": 8}
@@ -314,7 +314,7 @@ def events_of(rank: int, num_ranks: int, recipe: Recipe) -> list[str]:
 
 @pytest.mark.parametrize("settings", [{}, {"parallelism__pipeline_parallel_degree": 2}], ids=["plain", "pp"])
 def test_hooks_are_called_when_the_page_says(settings: dict[str, Any], write: Write, tmp_path: Path) -> None:
-    """Each accumulation step, each step, each build; a stage without settings needs no table."""
+    """Per microbatch, per step, per build; a stage without settings needs no table."""
     write("probe", PROBE)
     num_ranks = 2 if settings else 1
     options = {**GROWING, "training__steps": 2, "growth__stages": '[{at = "1 steps", factor = 2}]', **settings}
@@ -392,7 +392,7 @@ def test_what_is_wrong_is_one_message(
 
 
 def test_loading_twice_and_two_of_a_name(example: str, write: Write) -> None:
-    """A second import of one module replaces; another module with the same stage is refused with both their names."""
+    """A second import replaces the stage; another module with the same stage is refused, naming both."""
     load_plugins(["logit_cap", "logit_cap"])
     del sys.modules["logit_cap"]
     load_plugins(["logit_cap"])

@@ -1,7 +1,7 @@
-"""The second family on meshes, through growth and resume: stages know its modules only by what it declares.
+"""The second family on meshes, through growth and resume: stages know its modules only through its declarations.
 
-Its embedding is tied in the smaller sizes. Under a pipeline embedding and head are then two copies on two ranks, which
-must start equal, stay equal, and be one again when another mesh reads the checkpoint.
+Smaller sizes tie the embedding. Under a pipeline, embedding and head are then two copies on two ranks, which must start
+equal, stay equal, and be one again when another mesh reads the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ GROWING = {**SAVING, "training__steps": 5, "growth__stages": '[{at = "3 steps", 
 
 
 def run(folder: Path, num_ranks: int, **settings: Any) -> list[dict[str, Any]]:
-    """Trains to the end of the recipe, and returns the lines of its steps."""
+    """Trains to the end and returns the lines of the steps."""
     run_ranks(train, num_ranks, num_ranks, make_recipe(folder, **MODEL, **settings))
     return [line for line in read_metrics(folder) if "loss" in line]
 
 
 def assert_agree(found: list[dict[str, Any]], expected: list[dict[str, Any]], steps: list[int]) -> None:
-    """Loss and gradient norm to 1e-5 in the first step, and to 1e-4 after it."""
+    """Loss and gradient norm to 1e-5 at the first step, then to 1e-4."""
     assert [line["step"] for line in found] == [line["step"] for line in expected] == steps
     for line, reference in zip(found, expected, strict=True):
         tolerance = 1e-5 if line["step"] == 1 else 1e-4
@@ -82,7 +82,7 @@ def test_growth_on_every_mesh(tied: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("first", "then"), [("pp2", "fsdp2"), ("fsdp2", "pp2"), ("pp2", "tp2"), ("tp2", "pp2")])
 def test_tied_weights_move_between_meshes(first: str, then: str, tmp_path: Path) -> None:
-    """A checkpoint names both copies, whether they were two parameters or one; so do the moments."""
+    """A checkpoint names both copies and their moments, whether they were two parameters or one."""
     settings = {**SAVING, "model__tie_word_embeddings": True, "lr_scheduler__decay_ratio": 0.0}
     expected = run(tmp_path / "one", 1, **settings, training__steps=6)
     run(tmp_path / "moved", 2, **settings, **MESHES[first], training__steps=3)

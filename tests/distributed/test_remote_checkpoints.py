@@ -1,4 +1,4 @@
-"""Checkpoints by URL: saved, killed, resumed and read as those by path."""
+"""Checkpoints by URL: saved, killed, resumed and read like those by path."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_killed_and_resumed_by_file_url_is_the_run_by_path(mode: str, tmp_path: 
 
 
 def _in_process(rank: int, folder: Path, url: str) -> None:
-    """These stores live in a process, so all of it happens in one."""
+    """These stores live in one process, so the whole test does."""
     storage.register()
     train(0, 1, make_recipe(folder / "run", **{**RUN, "training__steps": 6}, checkpoint__folder=url))
     assert set(entries(UPath(url))) == {"step-2", "step-4", "step-6"}
@@ -100,13 +100,13 @@ def _in_process(rank: int, folder: Path, url: str) -> None:
     "url", [pytest.param("memory://bucket/run", marks=pytest.mark.slow), "bucket://checkpoints/run"]
 )
 def test_a_store(url: str, tmp_path: Path) -> None:
-    """Saves, goes on, verifies, notices damage and starts another run, all by URL."""
+    """Save, resume, verify, detect damage and start another run, all by URL."""
     run_ranks(_in_process, 1, tmp_path, url)
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
 def test_a_file_url_is_a_path(tmp_path: Path) -> None:
-    """A disk has renames, fsync and a size, which a URL would do without."""
+    """A disk has renames, fsync and a size, which a URL would not use."""
     root = root_of(f"file://{tmp_path}/x", tmp_path)
     assert root == tmp_path / "x"
     assert isinstance(root, Path)

@@ -13,9 +13,9 @@ from tests.runs import make_recipe, read_metrics, train, without_timings, write_
 
 
 def test_a_run_by_urls_is_the_run_by_paths(tmp_path: Path, warm_ranks: WarmRanks) -> None:
-    """Corpus, validation corpus and tokenizer from memory://, then, resumed, from file://: not a number changes.
+    """Corpus, validation corpus and tokenizer from memory://, then, resumed, from file://: no number changes.
 
-    Each kind has a cache of its own, which is empty at first, so that both ranks want to prepare and fetch at once.
+    Each kind has its own cache, empty at first, so both ranks try to prepare and fetch at once.
     """
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_bytes(small_tokenizer())

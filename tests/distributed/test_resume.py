@@ -1,4 +1,4 @@
-"""A run that is interrupted anywhere and started again leaves the metrics of one that never was."""
+"""A run interrupted anywhere and restarted leaves the metrics of an unbroken one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GROWING: dict[str, Any] = {
 
 
 def crash_after(rank: int, num_ranks: int, recipe: Any, step: int, where: str) -> None:
-    """Trains, and dies without a word at a point of a step, as `kill -9` would have it."""
+    """Trains, and dies silently at a point of a step, like under `kill -9`."""
     from titan_growth.checkpoint import saving
     from titan_growth.run.runtime import PhaseRuntime
     from titan_growth.trainer import Trainer
@@ -78,7 +78,7 @@ CRASHES = [
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_interrupted_run_is_bitwise_an_unbroken_one(num_ranks: int, precision: str, tmp_path: Path) -> None:
-    """Killed at eight points one after another, in one and the same folder."""
+    """Killed at eight points in turn, in the same folder."""
     settings = {**GROWING, "training__mixed_precision_param": precision}
     run_ranks(train, num_ranks, num_ranks, make_recipe(tmp_path / "whole", **settings))
     expected = without_timings(read_metrics(tmp_path / "whole"))
@@ -96,7 +96,7 @@ def test_an_interrupted_run_is_bitwise_an_unbroken_one(num_ranks: int, precision
 
 
 def test_resume_on_another_number_of_ranks_sees_the_same_batches(tmp_path: Path) -> None:
-    """4 ranks past the growth, then 2, then 1: the hashes of the global batches are those of one unbroken run."""
+    """4 ranks past the growth, then 2, then 1: the global batches' hashes are those of an unbroken run."""
     run_ranks(train, 1, 1, make_recipe(tmp_path / "whole", **GROWING))
     for num_ranks, steps in ((4, 5), (2, 6), (1, 8)):
         settings = {**GROWING, "training__steps": steps}
@@ -138,8 +138,8 @@ def test_a_checkpoint_is_a_standard_dcp_folder_with_torchtitans_names(tmp_path: 
     assert len(names) == (4 * 9 + 3) * 4 + 2, "a weight, two moments and a step counter each, and two random states"
 
 
-def test_checkpoints_that_were_left_elsewhere_are_not_forgotten(tmp_path: Path) -> None:
-    """Another `checkpoint.folder` would start the run from scratch, without a word."""
+def test_checkpoints_in_another_folder_are_not_ignored(tmp_path: Path) -> None:
+    """A changed `checkpoint.folder` would silently start the run from scratch."""
     from titan_growth.run.start import Site, decide
     from titan_growth.tools.errors import ConfigError
     from titan_growth.tools.run_folder import RunFolder

@@ -1,4 +1,4 @@
-"""Steps that go wrong, for real: NaN in the data path and in one rank's gradient, spikes; skipped and rolled back."""
+"""Bad steps in real runs: NaN in the loss and in one rank's gradient, spikes; skipped and rolled back."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ GROWING = {"growth__stages": '[{at = "4 steps", operator = "stack", factor = 2, 
 
 
 def session(rank: int, recipe: Any, faults: list[dict[str, Any]], die_at: str = "") -> str:
-    """One process's part of a run, by the real session, so that roll-backs happen in it; what ended it, if anything.
+    """One rank of a run in the real session, which rolls back; the error that ended it, if any.
 
-    A fault hits the global batch with a given cursor behind it, however often it comes. It happens on one rank:
+    A fault hits the global batch that ends at a given cursor, each time it is trained on. It happens on one rank:
     "loss": NaN or a factor on its loss; "gradient": NaN in one of its gradients.
     """
     from titan_growth.checkpoint.manager import CheckpointManager
@@ -101,8 +101,8 @@ SLOW = pytest.mark.slow
         for fault, name in zip(FAULTS, NAMES, strict=True)
     ],
 )
-def test_a_skipped_step_leaves_no_trace_but_its_line(fault: dict[str, Any], tmp_path: Path) -> None:
-    """Weights, moments and counters after the bad step are those before it; the run goes on with the next batch."""
+def test_a_skipped_step_leaves_only_its_line(fault: dict[str, Any], tmp_path: Path) -> None:
+    """Weights, moments and counters are unchanged after the bad step; the run continues with the next batch."""
     import torch
 
     settings = {**SAVING, **WATCHING, "stability__nonfinite": "skip", "stability__spike": "skip"}
@@ -139,7 +139,7 @@ def test_a_skipped_step_leaves_no_trace_but_its_line(fault: dict[str, Any], tmp_
         )
     ],
 )
-def test_a_roll_back_goes_on_past_the_data(fault: dict[str, Any], more: dict[str, Any], tmp_path: Path) -> None:
+def test_a_roll_back_continues_past_the_data(fault: dict[str, Any], more: dict[str, Any], tmp_path: Path) -> None:
     """From the checkpoint of step 4, before the growth if there is one, with the batch after the bad one of step 7."""
     settings = {**SAVING, **more, "checkpoint__interval": 4, "stability__nonfinite": "roll_back"}
     settings |= {**WATCHING, "stability__spike": "roll_back"}
@@ -164,7 +164,7 @@ def test_a_roll_back_goes_on_past_the_data(fault: dict[str, Any], more: dict[str
 @SLOW
 @pytest.mark.parametrize("num_ranks", [2, 1])
 def test_a_run_that_dies_after_a_roll_back_skips_the_same_data(num_ranks: int, tmp_path: Path) -> None:
-    """Killed when the checkpoint has been rewritten; resumed on the same ranks it is bitwise the run that lived."""
+    """Killed after the checkpoint was rewritten; resumed on the same ranks it is bitwise the unbroken run."""
     settings = {**SAVING, **GROWING, "checkpoint__interval": 4, "stability__nonfinite": "roll_back"}
     faults = [{"cursor": 6 * 8, "loss": float("nan"), "rank": 0}]
     lived = make_recipe(tmp_path / "lived", **settings)
@@ -209,7 +209,7 @@ def test_the_limit_holds_over_roll_backs_and_resumes(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_step_that_nothing_can_be_done_about_ends_the_run(nonfinite: str, expected: str, tmp_path: Path) -> None:
+def test_a_bad_step_without_a_remedy_ends_the_run(nonfinite: str, expected: str, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "run", **SAVING, stability__nonfinite=nonfinite)
     for message in run_ranks(session, 2, recipe, [{"cursor": 8, "loss": float("nan")}]):
         assert message.startswith(expected)
@@ -217,7 +217,7 @@ def test_a_step_that_nothing_can_be_done_about_ends_the_run(nonfinite: str, expe
 
 @SLOW
 def test_the_window_survives_a_resume(tmp_path: Path) -> None:
-    """A spike right after a resume is judged by the steps before it, to the same words."""
+    """A spike right after a resume is judged by the steps before it, with the same message."""
     settings = {**SAVING, "stability__spike": "skip", "stability__spike_window": 16}
     faults = [{"cursor": 7 * 8, "loss": 30.0}]
     whole = make_recipe(tmp_path / "whole", **settings)

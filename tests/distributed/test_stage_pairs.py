@@ -1,6 +1,6 @@
-"""Every stage, alone and beside every other one, trains.
+"""Every stage trains, alone and with every other stage.
 
-A new stage fails here until it says how it is switched on; then it meets all others. What PyTorch cannot do together
+A new stage fails here until it has an entry that switches it on; then it meets all others. What PyTorch cannot combine
 must be refused before anything starts, with the key to change.
 """
 
@@ -26,7 +26,7 @@ Lines = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class On:
-    """How a stage is switched on: degrees of the mesh, settings, and a relative error that it may make."""
+    """How a stage is switched on: mesh degrees, settings, and the relative error it may cause."""
 
     degrees: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -78,7 +78,7 @@ REFUSED = {
     ("compile", "pipeline, split backward"): "compile.enable",
     ("activation_checkpoint, op", "pipeline, split backward"): "activation_checkpoint.selective_ac_option",
 }
-"""What does not go together -> the key that the problem names."""
+"""Pairs that cannot be combined -> the key that the problem names."""
 
 MODEL = {
     "model__dim": 64,  # Float8 needs sizes of 16 on each rank
@@ -112,8 +112,8 @@ def pairs_of(entries: Iterable[str]) -> list[tuple[str, str]]:
     return [(one, other) for one, other in combinations(sorted(entries), 2) if kind_of(one) != kind_of(other)]
 
 
-def stages_that_took_part(rank: int, num_ranks: int, recipe: Any) -> list[str]:
-    """Trains to the end; the stages that took part."""
+def active_stages(rank: int, num_ranks: int, recipe: Any) -> list[str]:
+    """Trains to the end; the names of the active stages."""
     with trainer_of(recipe, num_ranks) as trainer:
         assert trainer.fit()
         return [stage.name for stage in trainer.runtime.engine.model.stages]
@@ -129,19 +129,19 @@ def plain(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> di
     for masked in (False, True):
         folder = tmp_path_factory.mktemp("plain") / "run"
         recipe = make_recipe(folder, **MODEL, **ONE_RANK.layout, data__document_mask=masked)
-        assert warm_ranks(stages_that_took_part, 1, 1, recipe) == [[]]
+        assert warm_ranks(active_stages, 1, 1, recipe) == [[]]
         lines[masked] = read_metrics(folder)
     return lines
 
 
 def assert_trains(names: tuple[str, ...], folder: Path, warm_ranks: WarmRanks, plain: dict[bool, Lines]) -> None:
-    """All stages are in it, the first step is the plain model's, and the second one has a smaller loss."""
+    """All stages are active, the first step is the plain model's, and the second has a smaller loss."""
     case = together(*names)
     settings = {**MODEL, **case.layout}
     if refused_by(names) == "quantize.linear.float8.filter_fqns":
         settings[f"{FLOAT8}filter_fqns"] = ["output"]  # as the problem advises
     active = set.intersection(
-        *map(set, warm_ranks(stages_that_took_part, case.num_ranks, case.num_ranks, make_recipe(folder, **settings)))
+        *map(set, warm_ranks(active_stages, case.num_ranks, case.num_ranks, make_recipe(folder, **settings)))
     )
     wanted = {kind_of(name) for name in names}
     if "autocast" in wanted and (case.num_ranks > 1 or "float8" in wanted):
@@ -174,7 +174,7 @@ SLOW = [pair for pair in pairs_of(ALL) if pair not in QUICK]
     "names", [*QUICK, *(pytest.param(pair, marks=pytest.mark.slow) for pair in SLOW)], ids=" + ".join
 )
 def test_a_pair(names: tuple[str, str], warm_ranks: WarmRanks, plain: dict[bool, Lines], tmp_path: Path) -> None:
-    """It trains, or is refused with one problem."""
+    """It trains, or is refused for one problem."""
     key = refused_by(names)
     if key is not None:
         assert_refused(names, key, tmp_path)

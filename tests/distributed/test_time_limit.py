@@ -1,4 +1,4 @@
-"""A time limit ends a run like a signal: all ranks after the same step, saved, also around a growth."""
+"""A time limit ends a run like a signal: all ranks after the same step, and saved, also around a growth."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEARNED = {
 
 
 def train_until(rank: int, num_ranks: int, recipe: Any, batches: int) -> tuple[int, str]:
-    """Time is up on rank 1 alone, once it has taken so many batches; (step it ended at, the reason on this rank)."""
+    """Time is up on rank 1 alone, after a number of batches; (last step, this rank's reason)."""
     with trainer_of(recipe, num_ranks) as trainer:
         taken = 0
         original = type(trainer).agree
@@ -50,7 +50,7 @@ def train_until(rank: int, num_ranks: int, recipe: Any, batches: int) -> tuple[i
     ],
 )
 def test_one_rank_whose_time_is_up_stops_all(batches: int, step: int, more: dict[str, Any], tmp_path: Path) -> None:
-    """And the same command goes on to the numbers of an unbroken run."""
+    """And the same command resumes to the numbers of an unbroken run."""
     settings = {**SETTINGS, **more}
     broken = make_recipe(tmp_path / "broken", **settings)
     ends = run_ranks(train_until, 2, 2, broken, batches)

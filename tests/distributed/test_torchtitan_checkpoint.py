@@ -1,4 +1,4 @@
-"""Checkpoints of torchtitan 0.2.2 start a run, and ours carry its names."""
+"""Checkpoints of torchtitan 0.2.2 start a run, and ours use its names."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from titan_growth.tools.findings import Findings
 SAVING = {"checkpoint__enable": True, "checkpoint__interval": 2, "training__steps": 2}
 
 
-def _their_checkpoint(_rank: int, folder: str, weights: dict[str, torch.Tensor]) -> None:
-    """As theirs is laid out: weights at the top level, flattened optimizer state with a byte entry for every
+def _torchtitan_checkpoint(_rank: int, folder: str, weights: dict[str, torch.Tensor]) -> None:
+    """torchtitan's layout: weights at the top level, flattened optimizer state with a byte entry for every
     hyper-parameter, schedulers, the loader's state pickled by rank, counters."""
     state: dict[str, Any] = dict(weights)
     for name, weight in weights.items():
@@ -52,12 +52,12 @@ def weights(tmp_path: Path) -> dict[str, torch.Tensor]:
     [(1, {}), (4, {"parallelism__pipeline_parallel_degree": 2, "parallelism__tensor_parallel_degree": 2})],
     ids=["1 rank", "pp2 x tp2"],
 )
-def test_their_weights_start_a_run(
+def test_torchtitans_weights_start_a_run(
     num_ranks: int, mesh: dict[str, int], weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """The first loss is that of their weights, on one rank and on a mesh that they were not saved on."""
+    """The first loss is that of its weights, on one rank and on a different mesh."""
     source = tmp_path / "torchtitan" / "step-3"
-    run_ranks(_their_checkpoint, 1, str(source), weights)
+    run_ranks(_torchtitan_checkpoint, 1, str(source), weights)
     recipe = make_recipe(tmp_path / "run", **SAVING, **mesh, checkpoint__initial_load_path=str(source))
     run_ranks(train, num_ranks, num_ranks, recipe)
     first = read_metrics(tmp_path / "run")[0]
@@ -70,8 +70,8 @@ def test_their_weights_start_a_run(
     assert first["loss"] != pytest.approx(read_metrics(tmp_path / "scratch")[0]["loss"], rel=1e-3)
 
 
-def test_our_checkpoint_has_their_names(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    """Every tensor that they would look for, from a mesh of two pipeline ranks."""
+def test_our_checkpoint_has_torchtitans_names(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """Every tensor that torchtitan would look for, from two pipeline ranks."""
     recipe = make_recipe(tmp_path / "run", **SAVING, parallelism__pipeline_parallel_degree=2)
     run_ranks(train, 2, 2, recipe)
     metadata = dcp.FileSystemReader(tmp_path / "run" / "checkpoint" / "step-2").read_metadata()
@@ -92,9 +92,9 @@ def _tied_copies(rank: int, num_ranks: int, recipe: Recipe) -> list[torch.Tensor
 def test_a_tied_model_takes_the_embedding_of_one_that_was_not_tied(
     num_ranks: int, mesh: dict[str, int], weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    """Head and embedding are one parameter, so they must start from one tensor, on every mesh."""
+    """Head and embedding are one parameter, so both must start from one tensor, on every mesh."""
     source = tmp_path / "torchtitan" / "step-3"
-    run_ranks(_their_checkpoint, 1, str(source), weights)
+    run_ranks(_torchtitan_checkpoint, 1, str(source), weights)
     recipe = make_recipe(
         tmp_path / "run",
         **SAVING,

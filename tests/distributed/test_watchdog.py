@@ -1,4 +1,4 @@
-"""A spike after a growth, injected by a plugin, through the real `run_train.sh`: warned of, stopped at, rolled back."""
+"""A spike after a growth, injected by a plugin, through the real `run_train.sh`: warning, stop, roll-back."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Spike(QuietStage):
 
 
 def run(folder: Path, times: int, action: str, **more: Any) -> tuple[int, str]:
-    """A run that grows after step 4 and is hit after step 6; (status, what it printed)."""
+    """A run that grows after step 4, with a spike after step 6; (status, output)."""
     folder.mkdir()
     (folder / "spike_plugin.py").write_text(SPIKE)
     (folder / "marks").mkdir()
