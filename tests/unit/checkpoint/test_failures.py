@@ -44,7 +44,7 @@ def _full_disk(rank: int, folder: Path) -> None:
         with replaced(owner, name, no_space), pytest.raises(CheckpointError) as caught:
             save(checkpoints, 6)
         assert str(caught.value) == (
-            "step-6 was not saved: No space left on device: /disk/step-6. The checkpoints before it are whole"
+            "step-6 was not saved: No space left on device: /disk/step-6. Earlier checkpoints are intact"
         ), name
         assert not (checkpoints.root / "step-6").exists(), f"{name} left something behind"
         found = found_in(checkpoints)
@@ -77,7 +77,7 @@ def _unheard_of(rank: int, folder: Path) -> None:
     def fails(*args: Any) -> None:
         raise RuntimeError("HTTP 503")
 
-    message = "step-6 was not saved: HTTP 503. The checkpoints before it are whole"
+    message = "step-6 was not saved: HTTP 503. Earlier checkpoints are intact"
     with replaced(saving, "write_manifest", fails), pytest.raises(CheckpointError, match=message):
         save(checkpoints, 6)
     with replaced(checkpoints.saver.retention, "prune", fails):
@@ -121,6 +121,6 @@ def _one_rank_fails(rank: int, folder: Path) -> str:
 def test_a_failure_on_one_rank_is_everyones(tmp_path: Path) -> None:
     for message in run_ranks(_one_rank_fails, 2, tmp_path):
         assert message.endswith(
-            "step-6 was not saved: No space left on device: /disk/step-6. The checkpoints before it are whole"
+            "step-6 was not saved: No space left on device: /disk/step-6. Earlier checkpoints are intact"
         )
     assert list((tmp_path / "checkpoint").iterdir()) == []

@@ -239,7 +239,7 @@ def taken_back_to(root: Path, source: str) -> str:
 def test_a_growth_is_not_taken_back_to_another_folder(source: str, confined: Any, tmp_path: Path) -> None:
     """Going back writes into the folder that the lineage names."""
     message = confined(taken_back_to, tmp_path, source)
-    assert message == f"the growth cannot be taken back: {source} is no checkpoint of this run"
+    assert message == f"the growth cannot be rolled back: {source} is not a checkpoint of this run"
 
 
 # ---- by chance -------------------------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_the_manifest_of_another_step_is_refused(honest: tuple[Path, Recipe], co
     (run / "checkpoint" / "step-1e3").mkdir()
     (run / "checkpoint" / ("step-" + "9" * 60)).mkdir()
     step, lines = confined(found_by_resume, recipe)
-    assert (step, lines) == (2, ["step-900719925474099 refused: its manifest is that of step 4"])
+    assert (step, lines) == (2, ["step-900719925474099 refused: its manifest is for step 4"])
 
 
 def test_a_wrong_checksum_comes_before_what_it_would_lead_to(

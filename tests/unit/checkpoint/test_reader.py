@@ -95,7 +95,7 @@ def test_the_chunks_of_a_folder(folder: Path) -> None:
         (chunk,) = chunks[name]
         assert (chunk.offsets, chunk.sizes, chunk.dtype) == ((0,) * tensor.dim(), tuple(tensor.shape), tensor.dtype)
         assert torch.equal(reader.read_chunk(chunk), tensor)
-    with pytest.raises(CheckpointError, match=r"step-5 refused: .* does not hold layers\.0\.w as it says"):
+    with pytest.raises(CheckpointError, match=r"step-5 refused: .* does not hold layers\.0\.w as the metadata says"):
         reader.read_chunk(dataclasses.replace(chunks["layers.0.w"][0], sizes=(5, 4)))
 
 
