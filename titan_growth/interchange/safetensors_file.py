@@ -175,9 +175,7 @@ def write_file(
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             tensor = make(name)
-            assert (tensor.dtype, tuple(tensor.shape)) == shapes[name], (
-                f"{name} does not match `shapes`"
-            )
+            assert (tensor.dtype, tuple(tensor.shape)) == shapes[name], f"{name} does not match `shapes`"
             file.write(memory_of(tensor.contiguous()))
         file.flush()
         os.fsync(file.fileno())
