@@ -103,7 +103,7 @@ class PipelineLayout:
             return SCHEDULES[self.schedule]
         splits = any(action.kind in "IW" for actions in self.order for action in actions)
         neighbours = zip(self.rank_of_part, self.rank_of_part[1:], strict=False)
-        return ScheduleConditions(splits_backward=splits, v_shaped=any(rank == next_ for rank, next_ in neighbours))
+        return ScheduleConditions(splits_backward=splits, v_shaped=any(rank == after for rank, after in neighbours))
 
 
 def plan_pipeline(

@@ -146,8 +146,8 @@ GRAMMAR = "Write the part, a capital F, I, W or B, and the microbatch, such as 0
               "first rank first"]),
         ("0F0,0B0\n", ["has 1 line of actions, but parallelism.pipeline_parallel_degree is 2. Write one line per pp "
                        "rank, the first rank first"]),
-        (GOOD + "2F0,2B0\n", ["has 3 lines of actions, but parallelism.pipeline_parallel_degree is 2. Write one line a "
-                              "pp rank, the first rank first"]),
+        (GOOD + "2F0,2B0\n", ["has 3 lines of actions, but parallelism.pipeline_parallel_degree is 2. Write one line "
+                              "per pp rank, the first rank first"]),
         ("\n0F0,0B0\n", ["line 1: pp rank 0 has no actions"]),
         ("0F0,0f1\n1F0,1G0,1F0x\n", [f"line 1: '0f1' is not an action. {GRAMMAR}",
                                      f"line 2: '1G0' is not an action. {GRAMMAR}",

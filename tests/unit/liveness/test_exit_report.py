@@ -129,7 +129,7 @@ def test_caused_by_peer() -> None:
 
 
 def report(status: int, *, rank: int = 0, secondary: bool = False) -> dict[str, Any]:
-    return {"status": status, "message": "told", "rank": rank, "local_rank": rank, "secondary": secondary}
+    return {"status": status, "message": "reported", "rank": rank, "local_rank": rank, "secondary": secondary}
 
 
 def ends(*statuses: int) -> list[RankEnd]:
@@ -140,12 +140,12 @@ def ends(*statuses: int) -> list[RankEnd]:
     ("given", "failed", "expected", "message"),
     [
         (None, [], 0, ""),
-        (report(75), [], 75, "told"),
-        (report(75), ends(75, -15), 75, "told"),
+        (report(75), [], 75, "reported"),
+        (report(75), ends(75, -15), 75, "reported"),
         (report(0), ends(0, -9), 1, "rank 1 was killed by signal 9 (SIGKILL)"),
         (report(1, secondary=True), ends(1, -11), 1, "rank 1 was killed by signal 11 (SIGSEGV)"),
-        (report(1, rank=1), ends(-15, 1), 1, "told"),
-        (report(2, rank=0), ends(2, -9), 2, "told"),
+        (report(1, rank=1), ends(-15, 1), 1, "reported"),
+        (report(2, rank=0), ends(2, -9), 2, "reported"),
         (None, ends(-15, -9), 1, "rank 1 was killed by signal 9"),
         (None, ends(2), 2, "left no report"),
         (None, ends(0, 3), 1, "rank 1 ended with status 3"),
