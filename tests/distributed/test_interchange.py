@@ -138,7 +138,7 @@ def test_weights_are_cast(there: torch.dtype, here: str, imported: bool, tmp_pat
     ("settings", "expected"),
     [
         ({"model__n_heads": 8, "model__n_kv_heads": 2, "model__head_dim": 4}, "n_heads is 4 there and 8 here"),
-        ({"model__name": "qwen3"}, "it is of the family llama3, the recipe of qwen3"),
+        ({"model__name": "qwen3"}, "its family is llama3, the recipe's is qwen3"),
         ({"model__hidden_dim": 64}, "w1.weight is 48 x 32 there and 64 x 32 here"),
         ({"model__n_layers": 5}, "it is of another model: has no layers.4"),
         ({"checkpoint__initial_load_model_only": False}, "holds only weights"),
@@ -159,7 +159,7 @@ def test_what_must_agree_is_listed(hf_folder: Path, tmp_path: Path) -> None:
     config = model_config_of(recipe.model, Findings())
     assert config is not None
     assert HuggingFaceReader(hf_folder, config=config).differences() == [
-        "model.rope_theta is 500000.0, and llama was trained with 10000.0"
+        "model.rope_theta is 500000.0, but llama was trained with 10000.0"
     ]
     step = tmp_path / "imported" / "step-0"
     import_folder(hf_folder, step)

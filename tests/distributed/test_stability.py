@@ -205,7 +205,7 @@ def test_the_limit_holds_over_roll_backs_and_resumes(tmp_path: Path) -> None:
         ("stop", "step 1: loss nan, gradient norm nan. Nothing was saved from here"),
         (
             "roll_back",
-            "step 1 (loss nan, gradient norm nan) cannot be taken back: there is no checkpoint",
+            "step 1 (loss nan, gradient norm nan) cannot be rolled back: there is no checkpoint",
         ),
     ],
 )

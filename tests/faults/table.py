@@ -28,7 +28,7 @@ ASYNC = {"checkpoint.async_mode": "async"}
 AGAIN = r"run the (same )?command again"
 KILLED = r"was killed by signal 9 \(SIGKILL\); run the same command again"
 SAVED = r"stopped at step \d+ and saved; run the same command again"
-NOT_BEGUN = r"stopped by SIGTERM before training had begun; run the same command again"
+NOT_BEGUN = r"stopped by SIGTERM before training began; run the same command again"
 POINTS = {
     "build:0": "start-up",
     "forward": "mid-step, before the forward pass",

@@ -95,7 +95,7 @@ CASES = [
     ),
     Case(
         "disk full inside a checkpoint",
-        r"step-2 was not saved: No space left on device.*The checkpoints before it are whole",
+        r"step-2 was not saved: No space left on device.*Earlier checkpoints are intact",
         setup=disk(1560),
         status=1,
         trains=True,

@@ -164,7 +164,7 @@ PIPELINE = [
     ),
     pipelined(
         "pipeline: uneven rounds",
-        r"local_batch_size: 5 makes 5 microbatches of 1, but Interleaved1F1B takes them in 2 rounds",
+        r"local_batch_size: 5 makes 5 microbatches of 1, but Interleaved1F1B takes them in 2 equal rounds",
         batch=5,
         schedule="Interleaved1F1B",
     ),
@@ -176,7 +176,7 @@ PIPELINE = [
     ),
     pipelined(
         "pipeline: layers per part",
-        r"layers_per_stage: 1 makes 6 parts of 4 layers \+ 2 less_layers, but 1F1B takes exactly one part a rank, 2",
+        r"layers_per_stage: 1 makes 6 parts of 4 layers \+ 2 less_layers, but 1F1B takes exactly one part per rank, 2",
         layers_per_stage=1,
     ),
     pipelined(
@@ -186,7 +186,7 @@ PIPELINE = [
     ),
     pipelined(
         "pipeline: too many parts by name",
-        r"module_fqns_per_model_part: has 3 parts, but 1F1B takes exactly one part a rank, 2",
+        r"module_fqns_per_model_part: has 3 parts, but 1F1B takes exactly one part per rank, 2",
         names=[["tok_embeddings", "layers.0"], ["layers.1", "layers.2"], ["layers.3", "norm", "output"]],
     ),
     pipelined(
@@ -211,12 +211,12 @@ PIPELINE = [
     ),
     pipelined(
         "pipeline: head on the first part",
-        r"'output' is in part 0, but belongs into part 1, the last",
+        r"'output' is in part 0, but belongs in part 1, the last",
         names=[["tok_embeddings", "layers.0", "layers.1", "output"], ["layers.2", "layers.3", "norm"]],
     ),
     pipelined(
         "pipeline: parts by name, and growth",
-        r"module_fqns_per_model_part: .*A run that grows has several depths, which no one list fits",
+        r"module_fqns_per_model_part: .*A run that grows has several depths, and no single list fits all",
         names=[["tok_embeddings", "layers.0", "layers.1"], ["layers.2", "layers.3", "norm", "output"]],
         more='[[growth.stages]]\nat = "2 steps"\nfactor = 2',
     ),

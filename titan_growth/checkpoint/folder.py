@@ -1,8 +1,8 @@
 """Step folders, without torch.
 
-A checkpoint is committed when its `manifest.json`, written last, is there and fits the files: sizes always, and SHA-256
-sums before a load. No rename is relied on. Whatever is not committed does not exist for a resume; whatever is committed
-and damaged is named, and the next older one is used.
+A checkpoint is committed once `manifest.json`, written last, exists and matches the files: sizes always, SHA-256 before
+a load. Nothing depends on atomic renames. A resume ignores uncommitted folders; a committed but damaged checkpoint is
+reported, and the next older one is used.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ class StepFolder:
 
     @property
     def num_bytes(self) -> int:
-        """Of all its files but the manifest."""
+        """Size of all files but the manifest."""
         return sum(entry["bytes"] for entry in self.manifest.files.values())
 
     def refused(self, reason: str) -> RefusedCheckpointError:
-        """The error for a checkpoint that is not loaded."""
+        """The error that refuses this checkpoint."""
         return RefusedCheckpointError(self.path.name, reason)
 
     def recipe_table(self) -> dict[str, Any]:
         """The recipe the checkpoint was written with.
 
         Raises:
-            RefusedCheckpointError: when it cannot be read.
+            RefusedCheckpointError: if it cannot be read.
         """
         try:
             return table_of_toml(read_plain(self.path / RECIPE, _MAX_BYTES[RECIPE]))
@@ -67,10 +67,10 @@ class StepFolder:
             raise self.refused(f"its recipe cannot be read ({error})") from None
 
     def lineage(self) -> Lineage:
-        """The growths behind the checkpoint.
+        """The growths that led to the checkpoint.
 
         Raises:
-            RefusedCheckpointError: when it cannot be read.
+            RefusedCheckpointError: if it cannot be read.
         """
         try:
             lineage = Lineage.from_dict(table_of_json(read_plain(self.path / LINEAGE)))
@@ -87,9 +87,9 @@ class StepFolder:
         """What is wrong with the files, or None.
 
         Args:
-            checksums: also read the files and compare SHA-256 sums.
-            share: (rank, number of ranks) that divide the files among them.
-            names: look at these files only.
+            checksums: also compare SHA-256, which reads every file.
+            share: (rank, number of ranks); each rank checks its share of the files.
+            names: check only these files.
         """
         for position, (name, entry) in enumerate(sorted(self.manifest.files.items())):
             if position % share[1] != share[0] or (names is not None and name not in names):
@@ -113,10 +113,10 @@ class StepFolder:
 
 
 def open_step(path: Path) -> StepFolder | None:
-    """The committed checkpoint in a folder, or None when nothing was committed there.
+    """The committed checkpoint in a folder, or None.
 
     Raises:
-        RefusedCheckpointError: when there is a manifest but it cannot be used.
+        RefusedCheckpointError: if there is a manifest that cannot be used.
     """
     try:
         text = read_plain(path / MANIFEST).decode()
@@ -133,10 +133,10 @@ def open_step(path: Path) -> StepFolder | None:
 
 
 def root_of(folder: str, dump_folder: Path) -> Path:
-    """Where a run's step folders are: `checkpoint.folder`, inside the run's folder or a URL.
+    """The parent of a run's step folders: `checkpoint.folder`, a URL or a path inside the run folder.
 
     Raises:
-        LocationError: when it is a URL that cannot be used.
+        LocationError: if the URL cannot be used.
     """
     return folder_at(folder) if is_remote(folder) else dump_folder / folder
 
@@ -147,12 +147,12 @@ def step_path(root: Path, step: int) -> Path:
 
 
 def is_step_name(name: str) -> bool:
-    """Whether a name is that of a step folder: nothing that leads elsewhere."""
+    """Whether a name is a step folder's, so not a path to somewhere else."""
     return _STEP_FOLDER.fullmatch(name) is not None
 
 
 def step_numbers(root: Path) -> list[int]:
-    """Steps that have a folder, committed or not, newest first."""
+    """The steps that have a folder, committed or not, newest first."""
     if is_remote(root):
         root.fs.invalidate_cache()  # type: ignore[attr-defined]
     if not root.is_dir():
@@ -171,9 +171,9 @@ class CommittedSteps:
 
 @waiting_for(STORAGE)
 def committed_steps(root: Path) -> CommittedSteps:
-    """The committed checkpoints in a folder; usable are those with whole files.
+    """The committed checkpoints in a folder.
 
-    Whole means that sizes are right, and so is the content of what is read before a run starts: recipe and lineage.
+    Usable means that file sizes match, and checksums too for what is read before a run starts: recipe and lineage.
     """
     usable: list[StepFolder] = []
     refused: list[RefusedCheckpointError] = []
@@ -185,7 +185,7 @@ def committed_steps(root: Path) -> CommittedSteps:
             continue
         if folder is None:
             continue
-        damage = f"its manifest is that of step {folder.step}" if folder.step != step else None
+        damage = f"its manifest is for step {folder.step}" if folder.step != step else None
         damage = damage or folder.damage(checksums=False) or folder.damage(checksums=True, names=(RECIPE, LINEAGE))
         if damage:
             refused.append(folder.refused(damage))
@@ -200,11 +200,11 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Hex digest of a file, read in blocks."""
     with open_plain(path) as file:
         digest = hashlib.sha256()
-        while piece := file.read(1 << 22):
-            digest.update(piece)
+        while block := file.read(1 << 22):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""What a run has done so far: its counters, and the growths behind it.
+"""A run's counters and its lineage of growths.
 
-Both are plain JSON beside the tensors of each checkpoint. They are read before a model is built, so a resumed run knows
-its depth; and reading them runs nothing.
+Both are plain JSON beside the tensors of each checkpoint, read before the model is built: that is how a resumed run
+knows its depth.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from titan_growth.checkpoint.untrusted.pickles import RefusedError
 
 @dataclass(frozen=True)
 class Progress:
-    """Counters of a run. They never restart, not at a growth either."""
+    """Counters of a run. They never restart, not even at a growth."""
 
     __pydantic_config__ = STRICT
 
     step: Count = 0
     tokens: Count = 0
-    """Target positions trained on, by all ranks together."""
+    """Target positions trained on, over all ranks."""
     flops: Count = 0
-    """Training FLOPs at the depth of each moment."""
+    """Training FLOPs, each step at its own depth."""
     samples: Count = 0
-    """The data cursor: sequences of the global order consumed."""
+    """The data cursor: sequences consumed of the global order."""
 
     def learned(self, *, tokens: int, flops: int, samples: int) -> Progress:
-        """The counters after a batch of a growth's learning phase, which is no step of the run."""
+        """The counters after a batch of a growth's learning phase, which is not a step of the run."""
         return replace(self, tokens=self.tokens + tokens, flops=self.flops + flops, samples=self.samples + samples)
 
     def advanced(self, *, tokens: int, flops: int, samples: int) -> Progress:
@@ -45,7 +45,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthEvent:
-    """One growth that has happened."""
+    """A growth of the run."""
 
     __pydantic_config__ = STRICT
 
@@ -54,26 +54,26 @@ class GrowthEvent:
     flops: Count
     operator: Text
     stage: dict[str, Any]
-    """The stage as the recipe has it, defaults left out."""
+    """The recipe's table, without defaults."""
     from_sizes: dict[Text, Count]
-    """Sizes of the model before, by recipe key."""
+    """Model sizes before, by recipe key."""
     to_sizes: dict[Text, Count]
     layer_map: tuple[Count | None, ...]
-    """Source layer of each layer; None for a layer that started anew."""
+    """Source layer of each layer; None for a newly initialised one."""
     source: Text
-    """Checkpoint folder that the grown model was read from, relative to the run's checkpoint folder."""
+    """The checkpoint folder read, relative to the run's checkpoint folder."""
     mesh: Text
-    """Of the grown model; the source's manifest has that of the small one."""
+    """Of the grown model; the small model's is in the source's manifest."""
     num_ranks: Count
     loss_before: Number | None
     """On a fixed held-out batch; None for a growth on disk, which has no batch."""
     loss_after: Number | None = None
     seconds: Number | None = None
-    """From the small model's last step to the grown one's first, save and verification included."""
+    """From the small model's last step to the grown model's first, save and verification included."""
     learning: dict[Text, Number] | None = None
-    """Steps, first and last loss of the learning phase of a growth that is learned."""
+    """Of a learned growth's learning phase: steps, first and last loss."""
     bytes_read: Count = 0
-    """By all ranks together, verification apart."""
+    """Over all ranks, without verification."""
 
     @property
     def from_layers(self) -> int:
@@ -87,8 +87,8 @@ class GrowthEvent:
 
     @classmethod
     def from_dict(cls, table: Any) -> GrowthEvent:
-        """Raises RefusedError when the table is not an event."""
-        if isinstance(table, dict) and "source_of" in table:  # as the first version wrote it, which knew depth only
+        """Raises RefusedError if the table is not an event."""
+        if isinstance(table, dict) and "source_of" in table:  # the first version, which grew depth only
             stage = {key: table.get(key) for key in ("factor", "optimizer_state", "lr_policy")}
             sizes = {f"{side}_sizes": {"n_layers": table.get(f"{side}_layers")} for side in ("from", "to")}
             others = {key: value for key, value in table.items() if key not in (*stage, *_FIRST_VERSION)}
@@ -104,24 +104,24 @@ _FIRST_VERSION = ("source_of", "from_layers", "to_layers")
 
 @dataclass(frozen=True, kw_only=True)
 class RollBack:
-    """A growth that the watchdog has taken back."""
+    """A growth that the watchdog rolled back."""
 
     __pydantic_config__ = STRICT
 
     growth: Count
-    """Its number, from 0."""
+    """Index of the growth, from 0."""
     step: Count
-    """When it had happened."""
+    """The step it happened at."""
     noticed_at: Count
     loss_before: Number
     loss_then: Number
     postponed_to: Count
-    """The step from which on the run may grow again."""
+    """The first step at which the run may grow again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BadStep:
-    """A step that was skipped or rolled back (`titan_growth.run.stability`)."""
+    """A step skipped or rolled back (`titan_growth.run.stability`)."""
 
     __pydantic_config__ = STRICT
 
@@ -131,21 +131,21 @@ class BadStep:
     to_samples: Count
     """The data cursor after its batch."""
     from_step: Count | None = None
-    """Of the checkpoint that the run went back to."""
+    """Of the checkpoint rolled back to."""
     from_samples: Count | None = None
-    """The data cursor of that checkpoint; what lies between the two was passed over."""
+    """The data cursor of that checkpoint; the data between the two cursors is skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StabilityState:
-    """What later steps are judged by."""
+    """The history that new steps are judged against."""
 
     __pydantic_config__ = STRICT
 
     events: list[BadStep] = field(default_factory=list)
     """Of the whole run."""
     window: list[tuple[Number, Number]] = field(default_factory=list)
-    """Loss and gradient norm of the last steps that counted."""
+    """Loss and gradient norm of the last good steps."""
 
 
 @dataclass(frozen=True)
@@ -153,17 +153,17 @@ class Lineage:
     """The growths of a run, oldest first."""
 
     events: tuple[GrowthEvent, ...] = field(default=())
-    """Of this run: its recipe lists them."""
+    """Growths of this run's recipe."""
     ancestors: tuple[GrowthEvent, ...] = field(default=())
-    """Of what the run started from: growths on disk, and those of the runs before them."""
+    """Growths before this run: on disk, and in the runs it descends from."""
     roll_backs: tuple[RollBack, ...] = field(default=())
 
     def grown(self, event: GrowthEvent) -> Lineage:
-        """The lineage one growth later."""
+        """The lineage after one more growth."""
         return replace(self, events=(*self.events, event))
 
     def postponed_to(self, growth: int) -> int:
-        """The step before which a growth may not happen, because it has been taken back."""
+        """The first step at which a growth may happen after its roll-backs; 0 if there were none."""
         return max((one.postponed_to for one in self.roll_backs if one.growth == growth), default=0)
 
     @property
@@ -172,7 +172,7 @@ class Lineage:
         return [event.step for event in self.events]
 
     def postponed_by(self, growth: int) -> int:
-        """By how many steps a growth was put off when it was last taken back; 0 if it never was."""
+        """The number of steps a growth was postponed by when it was last rolled back; 0 if it never was."""
         return max((one.postponed_to - one.step for one in self.roll_backs if one.growth == growth), default=0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,12 +188,12 @@ class Lineage:
 
     @classmethod
     def from_dict(cls, table: Any) -> Lineage:
-        """Raises RefusedError when the table is not a lineage."""
+        """Raises RefusedError if the table is not a lineage."""
         if not isinstance(table, dict) or "events" not in table:
-            raise RefusedError("it is no lineage")
+            raise RefusedError("it is not a lineage")
         events, ancestors, roll_backs = (table.get(key, []) for key in ("events", "ancestors", "roll_backs"))
         if not (isinstance(events, list) and isinstance(ancestors, list) and isinstance(roll_backs, list)):
-            raise RefusedError("it is no lineage")
+            raise RefusedError("it is not a lineage")
         return cls(
             tuple(GrowthEvent.from_dict(event) for event in events),
             tuple(GrowthEvent.from_dict(event) for event in ancestors),

@@ -1,10 +1,10 @@
-"""The step folders of a run: loading one on all ranks together, saving (`saving.py`), and going back.
+"""The step folders of a run: loading on all ranks, saving (`saving.py`), and rolling back.
 
-    load   found (`search.py`) -> every wanted tensor is there, of the right size and type -> read in place
+    load   find (`search.py`) -> check that every tensor is there with the right size and dtype -> read in place
 
-A folder without a manifest is the remains of a save that died; it is never loaded, and cleared when its step is saved
-again. A checkpoint that fails its checks is named and the next older one is used; when none is left the run stops
-rather than start from scratch.
+A folder without a manifest is left over from a save that died. It is never loaded, and is cleared when its step is
+saved again. A checkpoint that fails its checks is reported and the next older one is used; if none is left, the run
+stops instead of starting from scratch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CheckpointManager:
     """The step folders of one run.
 
     Args:
-        resumed: the checkpoint that the run goes on from.
+        resumed: the checkpoint the run resumes from.
     """
 
     def __init__(self, section: CheckpointConfig, dump_folder: Path, resumed: StepFolder | None = None) -> None:
@@ -57,28 +57,28 @@ class CheckpointManager:
     # ---- going back ------------------------------------------------------------------------------------------------
 
     def set_aside_after(self, step: int) -> None:
-        """Moves checkpoints of later steps out of the way when a run goes on from an earlier one.
+        """Renames the checkpoints of later steps when a run resumes from an earlier one.
 
-        The user has gone back on purpose (`load_step`), or they were refused as damaged.
+        Either the user asked for it (`load_step`), or the later ones were refused as damaged.
         """
         label = "superseded" if self.section.load_step != -1 else "damaged"
         moved = on_rank0(lambda: set_aside_after(self.root, step, label), self.saver.group)
         if moved:
-            logger.warning("going on from step %d: later checkpoints are kept as %s", step, ", ".join(moved))
+            logger.warning("resuming from step %d: later checkpoints are kept as %s", step, ", ".join(moved))
 
     # ---- saving --------------------------------------------------------------------------------------------------
 
     @property
     def last_saved(self) -> StepFolder | None:
-        """The newest checkpoint that this process has committed, or found to go on from."""
+        """The newest checkpoint this process committed or resumed from."""
         return self.saver.last_saved
 
     def is_due(self, step: int, *, last: bool, wanted: bool) -> bool:
-        """Whether a step is to be saved.
+        """Whether to save this step.
 
         Args:
-            last: it is the last step.
-            wanted: the run needs it, whatever the recipe says: it grows from it, or stops after it.
+            last: this is the last step.
+            wanted: the run needs the checkpoint whatever the recipe says, to grow from it or because it stops.
         """
         section = self.section
         if not section.enable or section.load_only:
@@ -87,29 +87,29 @@ class CheckpointManager:
         return wanted or first or last or step % section.interval == 0 or self.is_permanent(step)
 
     def is_permanent(self, step: int) -> bool:
-        """Whether a checkpoint of this step is kept for good."""
+        """Whether `permanent_interval` keeps the checkpoint of this step."""
         interval = self.section.permanent_interval
         return interval > 0 and step % interval == 0
 
     def save(self, manifest: Manifest, tensors: Tensors, *, recipe_toml: str, lineage_json: str) -> None:
-        """Writes and commits one checkpoint, or begins to (`Saver.save`)."""
+        """Writes and commits a checkpoint, or starts to (`Saver.save`)."""
         self.saver.save(manifest, tensors, recipe_toml=recipe_toml, lineage_json=lineage_json)
 
     @property
     def save_failed(self) -> bool:
-        """Whether a save in the background has failed for good on this rank."""
+        """Whether a background save failed on this rank after its last retry."""
         return self.saver.failed
 
     def wait(self) -> None:
-        """Returns when no save is under way. Raises CheckpointError, on every rank, when the last one has failed."""
+        """Waits for the save in progress. Raises CheckpointError on every rank if it failed."""
         self.saver.wait()
 
     def close(self, most_seconds: float | None = None) -> None:
-        """Returns when nothing is being written or removed any more, or the time is over (`Saver.close`)."""
+        """Waits for saves and removals to finish, or for the time limit (`Saver.close`)."""
         self.saver.close(most_seconds)
 
     def make_permanent(self, held_out_loss: float) -> StepFolder:
-        """Takes the checkpoint that was saved last out of retention, as one that the model grows from."""
+        """Exempts the last saved checkpoint, which the model grows from, from retention."""
         folder = self.last_saved
         assert folder is not None, "a model grows from a checkpoint"
         if folder.manifest.permanent and folder.manifest.held_out_loss == held_out_loss:
@@ -121,15 +121,15 @@ class CheckpointManager:
         return permanent
 
     def roll_back(self, back: RollBackError) -> StepFolder:
-        """Goes back to an earlier checkpoint; later ones are set aside.
+        """Rolls back to an earlier checkpoint and sets later ones aside.
 
         Raises:
-            CheckpointError: when it is not there, or damaged.
+            CheckpointError: if the checkpoint is missing or damaged.
         """
         self.wait()
-        folder = self._way_back(back)
+        folder = self._roll_back_target(back)
         manifest = back.change(folder.manifest)
-        # In this order: killed between the two, the run comes to the same point and rolls back once more.
+        # The order matters: a run killed between the two reaches the same point and rolls back again.
         moved = on_rank0(lambda: set_aside_after(self.root, folder.step, "rolled-back"), self.saver.group)
         on_rank0(lambda: write_manifest(folder.path, manifest))
         kept = ", ".join(moved) or "none"
@@ -137,12 +137,12 @@ class CheckpointManager:
         self.saver.last_saved = StepFolder(folder.path, manifest)
         return self.saver.last_saved
 
-    def _way_back(self, back: RollBackError) -> StepFolder:
+    def _roll_back_target(self, back: RollBackError) -> StepFolder:
         source = back.source
         if source is None:
             found = on_rank0(lambda: committed_steps(self.root))
         elif not is_step_name(source):
-            raise CheckpointError(f"{back.what} cannot be taken back: {source} is no checkpoint of this run")
+            raise CheckpointError(f"{back.what} cannot be rolled back: {source} is not a checkpoint of this run")
         else:
             named = on_rank0(lambda: open_step(self.root / source))
             found = CommittedSteps([named] if named is not None else [], [])
@@ -153,9 +153,9 @@ class CheckpointManager:
                 return folder
             refused.append(folder.refused(damage))
         if source and not refused:
-            refused.append(RefusedCheckpointError(source, "it is not there"))
+            refused.append(RefusedCheckpointError(source, "it does not exist"))
         why = "; ".join(map(str, refused)) or "there is no checkpoint to go back to"
-        raise CheckpointError(f"{back.what} cannot be taken back: {why}")
+        raise CheckpointError(f"{back.what} cannot be rolled back: {why}")
 
     # ---- loading -------------------------------------------------------------------------------------------------
 
@@ -168,24 +168,24 @@ class CheckpointManager:
         reader: SafeReader | None = None,
         casts: bool = False,
     ) -> SafeReader:
-        """Reads every given tensor in place, each rank only the stored chunks that its shards overlap.
+        """Reads the given tensors in place. Each rank reads only the stored chunks that its shards overlap.
 
         Args:
-            path: a step folder, ours or another program's.
+            path: a step folder, or any DCP folder.
             tensors: what to fill, plain or sharded.
-            names_of: serves stored tensors under other names (a head that is tied).
-            reader: of the folder, when the caller has one; `names_of` is then its affair.
-            casts: take numbers of another type of float, too.
+            names_of: serves stored tensors under other names (a tied head).
+            reader: a reader of the folder, if the caller has one; `names_of` is then ignored.
+            casts: accept another floating-point dtype.
 
         Raises:
-            CheckpointError: when a tensor is missing or does not fit, or a file cannot be read.
+            CheckpointError: if a tensor is missing or does not fit, or a file cannot be read.
         """
         reader = reader or SafeReader(path, names_of)
         fail_together(misfits(reader, tensors, casts=casts), CheckpointError)
         errors: list[str] = []
         try:
             dcp.load(dict(tensors), storage_reader=reader, planner=DefaultLoadPlanner())
-        except (Exception, CheckpointException) as error:  # DCP wraps whatever happened on any rank
+        except (Exception, CheckpointException) as error:  # DCP wraps the errors of all ranks
             cause = cause_of(error, OSError, CheckpointError)
             known = isinstance(cause, RefusedCheckpointError)
             errors = [str(cause if known else RefusedCheckpointError(path.name, root_cause(error)))]
@@ -193,12 +193,12 @@ class CheckpointManager:
         return reader
 
     def stored_names(self, path: Path) -> set[str]:
-        """Names of the tensors in a step folder."""
+        """The names of the tensors in a step folder."""
         return set(SafeReader(path).tensor_entries())
 
 
 def misfits(reader: SafeReader, tensors: Mapping[str, Tensor], *, casts: bool = False) -> list[str]:
-    """One message when the stored tensors are not the wanted ones, naming the first few."""
+    """A message naming the first stored tensors that do not match, or nothing."""
     try:
         stored = reader.tensor_entries()
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a step folder holds, with the size and SHA-256 of each of its files, and of itself."""
+"""`manifest.json`: what a step folder holds, the size and SHA-256 of each file, and a checksum of itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SEAL = "sha256"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` holds."""
+    """The content of `manifest.json`."""
 
     __pydantic_config__ = STRICT
 
@@ -31,23 +31,23 @@ class Manifest:
     mesh: Text
     model_only: bool
     permanent: bool
-    """Kept by retention: taken at a growth."""
+    """Exempt from retention: a model grew from it."""
     metrics_offset: Size
-    """Bytes of metrics.jsonl when the checkpoint was taken; a resume cuts the file back to it."""
+    """Size of metrics.jsonl at the save; a resume truncates the file to it."""
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Wall-clock of the run's loop when the checkpoint was taken, over all processes that led to it."""
+    """Wall-clock of the training loop until the save, over all processes of the run."""
     held_out_loss: Number | None = None
-    """Of one fixed batch, when the model grows from here: the growth then needs the small model itself no more."""
+    """On one fixed batch, if the model grows from here; the growth then no longer needs the small model."""
     roll_back: dict[str, Any] | None = None
-    """The growth from this checkpoint that the watchdog has taken back (`history.RollBack`)."""
+    """A growth from this checkpoint that the watchdog rolled back (`history.RollBack`)."""
     recent_losses: list[Number] = field(default_factory=list)
-    """The last training losses, when a growth depends on their slope."""
+    """The last training losses, if a growth depends on their slope."""
     stability: dict[str, Any] = field(default_factory=dict)
-    """What `titan_growth.run.stability` goes by (`history.StabilityState`)."""
+    """State of `titan_growth.run.stability` (`history.StabilityState`)."""
     data: dict[str, Text] = field(default_factory=dict)
     """Fingerprints of corpus and tokenizer."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> {"bytes": n, "sha256": hex} of every file of the checkpoint but the manifest."""
+    """Name -> {"bytes": n, "sha256": hex}, for every file but the manifest."""
 
     def to_json(self) -> str:
         table = asdict(self)
@@ -55,7 +55,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises RefusedError when it is not a manifest."""
+        """Raises RefusedError if it is not a manifest."""
         table = table_of_json(text)
         if not isinstance(table, dict) or "format" not in table:
             raise RefusedError("it has no 'format'")
@@ -81,17 +81,16 @@ class Manifest:
 
 
 def sealed(table: dict[str, Any]) -> str:
-    """The text of a manifest: the table, and a checksum of it.
+    """The text of a manifest: the table and its checksum.
 
-    The other checksums are in the manifest, so its own has to be there as well: a bit that flips in the data cursor
-    would otherwise send a run on over other data.
+    Without its own checksum, a flipped bit in the data cursor would silently train on other data.
     """
     table = {key: value for key, value in table.items() if key != _SEAL}
     return json.dumps({**table, _SEAL: _digest(table)}, indent=1) + "\n"
 
 
 def _digest(table: dict[str, Any]) -> str:
-    """SHA-256 of what a table says, however it is written down."""
+    """SHA-256 of a table's content, independent of its formatting."""
     return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -1,11 +1,11 @@
-"""Reading DCP folders: nothing stored in them is run, and each stored chunk is read once.
+"""Reading DCP folders without executing anything in them, each stored chunk once.
 
-DCP's own reader unpickles `.metadata`, which runs whatever a stranger put there, and loads tensors through archives
-that may ask for any amount of memory. This one reads both as data (`checkpoint/untrusted/`) and the values straight
-into their place. It also takes `names_of`, a function that says under which names a stored tensor should appear: with
-it an embedding is read as the head that is tied to it, too. Since one stored chunk may so feed two tensors, requests
-are grouped by chunk; DCP's reader would load it again for each. Growth plans its own read (growth/read.py), from
-`chunks` and `read_chunk`.
+DCP's own reader unpickles `.metadata`, which executes untrusted code, and loads tensors from archives that may ask for
+any amount of memory. This one parses both as data (`checkpoint/untrusted/`) and reads values straight into place.
+
+`names_of` maps a stored tensor to the names it is served under, so an embedding can also be read as its tied head.
+One chunk may thus feed two tensors: requests are grouped by chunk, where DCP's reader would load it for each. Growth
+plans its own reads (growth/read.py) from `chunks` and `read_chunk`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class StoredChunk:
 
     @property
     def num_bytes(self) -> int:
-        """Of its values; the file has a little more."""
+        """Size of the values; the file has a little more."""
         return prod(self.sizes) * self.dtype.itemsize
 
 
@@ -55,7 +55,7 @@ NamesOf = Callable[[str], list[str]]
 
 
 class SafeReader(StorageReader):
-    """A DCP storage reader for one step folder. Its metadata is read once, when it is first needed."""
+    """A DCP storage reader for one step folder. The metadata is read once, on first use."""
 
     def __init__(self, path: Path, names_of: NamesOf | None = None) -> None:
         self.folder = path
@@ -66,32 +66,32 @@ class SafeReader(StorageReader):
         self._stored: Metadata | None = None
         self._served: Metadata | None = None
 
-    # ---- what DCP asks for ---------------------------------------------------------------------------------------
+    # ---- DCP's interface -----------------------------------------------------------------------------------------
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing to forget: a reader serves one folder."""
+        """No-op: a reader serves one folder."""
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up: it is this reader's own metadata."""
+        """No-op: the metadata is this reader's own."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """The plan as it is."""
+        """The plan, unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """The plans as they are."""
+        """The plans, unchanged."""
         return plans
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether DCP may choose this reader by a path: never, it is always given."""
+        """False: DCP never picks this reader by path, it is always passed in."""
         return False
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The folder's metadata, under the names that `names_of` gives.
+        """The folder's metadata, under the names of `names_of`.
 
         Raises:
-            CheckpointError: when it is missing, damaged, or holds anything but metadata that is true to itself.
+            CheckpointError: if it is missing, damaged, inconsistent, or anything but metadata.
         """
         if self._served is None:
             stored = self._read_stored()
@@ -115,7 +115,7 @@ class SafeReader(StorageReader):
         return self._stored
 
     def refused(self, reason: str) -> RefusedCheckpointError:
-        """The error for a folder that is not read."""
+        """The error that refuses this folder."""
         return RefusedCheckpointError(self.folder.name, reason)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -142,10 +142,10 @@ class SafeReader(StorageReader):
         return done
 
     def chunks(self) -> dict[str, list[StoredChunk]]:
-        """Name -> the pieces that a tensor is stored in; they make it up.
+        """Name -> the pieces that tile the tensor.
 
         Raises:
-            CheckpointError: when the metadata cannot be used.
+            CheckpointError: if the metadata cannot be used.
         """
         metadata = self._read_stored()
         sizes = _sizes_of_pieces(metadata, metadata.state_dict_metadata)
@@ -160,10 +160,10 @@ class SafeReader(StorageReader):
         """The values of a stored piece.
 
         Args:
-            buffer: where to put them: bytes, at least as many as the piece has values. Default: memory of their own.
+            buffer: a byte tensor of at least `chunk.num_bytes` to read into; allocated by default.
 
         Raises:
-            CheckpointError: when they cannot be read, or are not what the metadata says.
+            CheckpointError: if they cannot be read, or do not match the metadata.
         """
         with self._open(chunk) as file:
             values = self._find(file, chunk)
@@ -175,11 +175,11 @@ class SafeReader(StorageReader):
         flat = buffer.view(chunk.dtype)
         if values.is_contiguous:
             return flat.view(chunk.sizes)
-        # Rare: the values were written in another order than the tensor's, which costs a copy.
+        # Rare: the values are not stored in row-major order, which costs a copy.
         return flat.as_strided(values.size, values.stride).clone(memory_format=torch.contiguous_format)
 
     def values_in_parts(self, chunk: StoredChunk, max_bytes: int = 1 << 26) -> Iterator[torch.Tensor]:
-        """All values of a stored piece, flat and in any order, in parts of at most so many bytes.
+        """All values of a stored piece, flat and in storage order, in parts of at most `max_bytes`.
 
         Raises:
             CheckpointError: as `read_chunk`.
@@ -203,10 +203,10 @@ class SafeReader(StorageReader):
 
     @waiting_for(STORAGE)
     def check_chunks(self, chunks: Iterable[StoredChunk]) -> None:
-        """Looks whether the files hold the pieces as the metadata says, without reading their values.
+        """Checks that the files hold the pieces as the metadata says, without reading their values.
 
         Raises:
-            CheckpointError: when one does not.
+            CheckpointError: if one does not.
         """
         for chunk in chunks:
             with self._open(chunk) as file:
@@ -223,7 +223,7 @@ class SafeReader(StorageReader):
             raise self.refused(str(error)) from None
 
     def _find(self, file: IO[bytes], chunk: StoredChunk) -> StoredValues:
-        """Where the values of a piece are; they are what the metadata says."""
+        """Locates the values of a piece and checks them against the metadata."""
         try:
             found = find_values(file, chunk.begin, chunk.length)
         except OSError as error:
@@ -231,17 +231,17 @@ class SafeReader(StorageReader):
         except RefusedError as error:
             raise self.refused(f"{chunk.file}, where {chunk.name} should be, {error}") from None
         if found.size != tuple(chunk.sizes) or found.dtype != chunk.dtype:
-            raise self.refused(f"{chunk.file} does not hold {chunk.name} as it says")
+            raise self.refused(f"{chunk.file} does not hold {chunk.name} as the metadata says")
         return found
 
     def tensor_entries(self) -> dict[str, TensorStorageMetadata]:
-        """Name -> size and dtype of every stored tensor, under the names of `names_of`; pickles are left out."""
+        """Name -> size and dtype of every stored tensor, under the names of `names_of`; no byte entries."""
         entries = self.read_metadata().state_dict_metadata.items()
         return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
 _Sizes = dict[str, dict[tuple[int, ...], tuple[int, ...]]]
-"""Name of a tensor -> where each of its pieces begins -> its sizes."""
+"""Tensor name -> offsets of each piece -> sizes of the piece."""
 
 
 def _sizes_of_pieces(metadata: Metadata, names: Iterable[str]) -> _Sizes:
@@ -263,7 +263,7 @@ def _stored_chunk(metadata: Metadata, index: MetadataIndex, sizes: _Sizes) -> St
 
 
 def _read_into(file: IO[bytes], target: Any) -> bool:
-    """Fills an array of bytes from a file; returns whether that had enough."""
+    """Fills a byte array from a file; returns False if the file ends first."""
     done, view = 0, memoryview(target)
     while done < len(view):
         count = file.readinto(view[done:])  # type: ignore[attr-defined]
@@ -274,10 +274,10 @@ def _read_into(file: IO[bytes], target: Any) -> bool:
 
 
 def misplaced(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a folder's metadata, or with the pieces that it names; None when all is well.
+    """What is wrong with a folder's metadata or the pieces it lists, or None.
 
     Args:
-        share: (rank, number of ranks) that divide the pieces among them.
+        share: (rank, number of ranks); each rank checks its share of the pieces.
     """
     try:
         reader = SafeReader(path)
@@ -290,7 +290,7 @@ def misplaced(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
 
 
 def renamed(metadata: Metadata, names_of: NamesOf) -> Metadata:
-    """The same stored data listed under other names; one stored tensor may appear under none, one or many."""
+    """The same data listed under other names; a stored tensor may appear under none, one or several."""
     entries = {new: entry for name, entry in metadata.state_dict_metadata.items() for new in names_of(name)}
     storage = {
         MetadataIndex(new, index.offset, index.index): info

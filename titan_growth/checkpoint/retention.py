@@ -1,9 +1,9 @@
-"""Which checkpoints stay on the disk.
+"""Which checkpoints stay on disk.
 
-`keep_latest_k` counts committed checkpoints up to the one just saved; those taken at a growth stay besides. Nothing
-good is ever removed to make room for something damaged: checkpoints that a resume has passed over are moved out of the
-way before the run goes on, so they take no place among those that count. All of this is rank 0's work, and nobody waits
-for it: a slow file system may take longer to delete a checkpoint than a collective may take.
+`keep_latest_k` counts committed checkpoints up to the one just saved, on top of those taken at a growth. A valid
+checkpoint is never deleted for a damaged one: checkpoints a resume passed over are set aside before training continues,
+so they do not count. Rank 0 removes in the background, since deleting a checkpoint from a slow file system may take
+longer than a collective's timeout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from titan_growth.tools.files import move_folder, remove_folder
 
 @waiting_for(STORAGE)
 def set_aside_after(root: Path, step: int, label: str) -> list[str]:
-    """Renames every committed checkpoint of a later step to `label-N`; returns the new names."""
+    """Renames every committed checkpoint after `step` to `label-N`; returns the new names."""
     moved = []
     for later in step_numbers(root):
         path = step_path(root, later)
@@ -34,10 +34,10 @@ def set_aside_after(root: Path, step: int, label: str) -> list[str]:
 
 
 class Retention:
-    """Removes old checkpoints of one folder, in the background. Used on rank 0 only.
+    """Removes old checkpoints of one folder in the background. Rank 0 only.
 
     Args:
-        spare: a folder that is not ours to remove: what the run was started from.
+        spare: never removed: the checkpoint the run started from.
     """
 
     def __init__(self, root: Path, keep_latest_k: int, spare: Path | None = None) -> None:
@@ -47,18 +47,18 @@ class Retention:
         self._remover: Thread | None = None
 
     def prune(self, saved_step: int) -> None:
-        """Call it after a checkpoint of `saved_step` has been committed.
+        """Call after committing a checkpoint of `saved_step`.
 
-        Also clears what dead saves and interrupted removals of earlier steps have left.
+        Also clears the remains of dead saves and interrupted removals of earlier steps.
         """
         self.wait()
-        doomed = []
+        expired = []
         if self.keep_latest_k:
             usable = [folder for folder in committed_steps(self.root).usable if folder.step <= saved_step]
-            passing = [folder for folder in usable if not folder.manifest.permanent]
-            doomed = [folder.path for folder in passing[self.keep_latest_k :]]
-        for path in doomed:
-            # The manifest goes first: a half-removed checkpoint is then not a committed one.
+            temporary = [folder for folder in usable if not folder.manifest.permanent]
+            expired = [folder.path for folder in temporary[self.keep_latest_k :]]
+        for path in expired:
+            # The manifest goes first, so that a half-removed checkpoint is not a committed one.
             (path / MANIFEST).unlink(missing_ok=True)
         earlier = [step_path(self.root, step) for step in step_numbers(self.root) if step < saved_step]
         remains = [path for path in earlier if path != self.spare and _has_no_manifest(path)]
@@ -67,7 +67,7 @@ class Retention:
             self._remover.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being removed any more."""
+        """Waits for removals in progress."""
         if self._remover is not None:
             with waiting_for(STORAGE):
                 self._remover.join()
@@ -75,7 +75,7 @@ class Retention:
 
 
 def _has_no_manifest(folder: Path) -> bool:
-    """Whether it is certain that nothing was committed. `exists` says no as well when a store does not answer."""
+    """Whether nothing was committed, for certain. `exists` is also False when a store does not answer."""
     try:
         (folder / MANIFEST).open("rb").close()
     except (FileNotFoundError, NotADirectoryError):
@@ -87,5 +87,5 @@ def _has_no_manifest(folder: Path) -> bool:
 
 def _remove(paths: list[Path]) -> None:
     for path in paths:
-        with contextlib.suppress(Exception):  # stores have errors of their own; the next save tries again
+        with contextlib.suppress(Exception):  # stores raise their own error types; the next save retries
             remove_folder(path)

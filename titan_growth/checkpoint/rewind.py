@@ -1,10 +1,10 @@
-"""Going back to an earlier checkpoint: because the run asks for it, or because the user does (`checkpoint.load_step`).
+"""Going back to an earlier checkpoint, on the run's own account or the user's (`checkpoint.load_step`).
 
-In the middle of a run the code that finds the need raises `RollBackError`, and the session obeys. What the run shall do
-differently the second time is written into the manifest of the checkpoint that it goes back to. So a run that is killed
-right afterwards, or resumed on another mesh, does the same.
+Mid-run, code that has to go back raises `RollBackError` and the session does it. What the run must do differently the
+second time is written into the manifest of the checkpoint it goes back to, so a run killed right afterwards, or resumed
+on another mesh, does the same.
 
-A `load_step` is obeyed once: the same command, given again after a stop, must go on and not go back again.
+A `load_step` is obeyed once: the same command after a stop must continue, not go back again.
 """
 
 from __future__ import annotations
@@ -18,30 +18,29 @@ from titan_growth.tools.errors import TitanGrowthError
 from titan_growth.tools.files import write_atomic
 
 _DONE_FILE = "gone-back-to"
-"""In the checkpoint folder: the `load_step` that the run has gone back to."""
+"""In the checkpoint folder: the `load_step` already obeyed."""
 
 
 class RollBackError(TitanGrowthError):
-    """The run is to go on from an earlier checkpoint. Not for the user.
+    """Asks the session to roll back to an earlier checkpoint. Never shown to the user.
 
     Attributes:
-        what: is taken back, for messages.
-        change: the manifest of the checkpoint, as the run is to go on from it.
-        source: name of the checkpoint's folder; None takes the newest good one.
+        what: is rolled back, for messages.
+        change: makes the manifest to continue from out of the checkpoint's.
+        source: name of the checkpoint's folder; None takes the newest valid one.
     """
 
     def __init__(self, what: str, change: Callable[[Manifest], Manifest], source: str | None = None) -> None:
-        super().__init__(f"{what} is taken back")
+        super().__init__(f"{what} is rolled back")
         self.what = what
         self.change = change
         self.source = source
 
 
 def pending_load_step(section: CheckpointConfig, root: Path) -> int:
-    """`checkpoint.load_step`, or -1 when the run has already gone back to that step.
+    """`checkpoint.load_step`, or -1 if the run has already obeyed it.
 
-    So the same command goes on when it is given again after a stop. Naming another step, or none in between, goes back
-    again.
+    Another step, or a launch without one in between, makes it go back again.
     """
     try:
         done = int((root / _DONE_FILE).read_text())
@@ -51,7 +50,7 @@ def pending_load_step(section: CheckpointConfig, root: Path) -> int:
 
 
 def remember_load_step(load_step: int, root: Path) -> None:
-    """Writes down which `load_step` the run has gone back to, or forgets it when there is none (-1)."""
+    """Records the `load_step` obeyed, or clears the record when there is none (-1)."""
     if load_step != -1:
         write_atomic(root / _DONE_FILE, f"{load_step}\n")
     else:

@@ -1,11 +1,11 @@
-"""Saving a step folder from all ranks together, now or in the background.
+"""Saving a step folder from all ranks, synchronously or in the background.
 
     fresh folder -> DCP shards of all ranks, hashed as they are written -> .metadata -> recipe, lineage -> manifest
 
-The manifest, written last, commits the checkpoint; whatever happens before that leaves nothing that a resume would
-take. A save that fails is cleared away and tried again, on all ranks or on none, since they agree after each part of it
-in a process group of their own. In the background the same happens in a thread, from copies of the tensors in host
-memory. There is never more than one save under way: the next one waits for it, and says so.
+The manifest, written last, commits the checkpoint; a resume ignores anything short of that. A failed save is cleared
+and retried on all ranks or none: they agree after each part, in a process group of their own. A background save does
+the same in a thread, from copies of the tensors in host memory. Only one save runs at a time; the next one waits for
+it, and says so.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ Tensors = dict[str, Tensor]
 Result = TypeVar("Result")
 
 _NICENESS = 10
-"""Of the thread that writes beside the training: a tenth of a core's time where all are busy."""
+"""Of the background writer: a tenth of a core where all cores are busy."""
 
-WORTH_SAYING_SECONDS = 1.0
-"""A save is worth a line when the training has waited so long for the one before it."""
+MAX_QUIET_WAIT_SECONDS = 1.0
+"""Waiting longer than this for the previous save is logged."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """Everything that goes into a step folder; each rank has its own tensors."""
+    """Everything that goes into a step folder; tensors are this rank's."""
 
     manifest: Manifest
     tensors: Tensors
     recipe_toml: str
     lineage_json: str
     copies: HostCopies | None = None
-    """Where the values are, when the tensors have gone on."""
+    """The values to write, if training goes on meanwhile."""
 
 
 class Saver:
@@ -68,7 +68,7 @@ class Saver:
     Args:
         section: `[checkpoint]`.
         root: the folder of the step folders.
-        resumed: the checkpoint that the run goes on from.
+        resumed: the checkpoint the run resumes from.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Saver:
         self.root = root
         self.retention = retention
         self.last_saved = resumed
-        """The newest checkpoint that this process has committed, or resumed from."""
+        """The newest checkpoint this process committed or resumed from."""
         self.group = saving_group() if section.enable else None
         self._copies: HostCopies | None = None
         self._thread: Thread | None = None
@@ -86,25 +86,23 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a save in the background has failed for good on this rank, which `wait` will raise on all."""
+        """Whether a background save failed on this rank after its last retry; `wait` raises it on all ranks."""
         return self._error is not None
 
     def save(self, manifest: Manifest, tensors: Tensors, *, recipe_toml: str, lineage_json: str) -> None:
-        """Writes and commits one checkpoint, or begins to; every rank passes the tensors it holds.
+        """Writes and commits a checkpoint; every rank passes the tensors it holds.
 
-        With `checkpoint.async_mode` it returns when the tensors have been copied; `wait` tells how it ended.
+        With `checkpoint.async_mode` it returns once the tensors are copied, and `wait` reports the outcome.
 
         Raises:
-            CheckpointError: on every rank, when it, or the one before it, could not be written; nothing is left of it.
+            CheckpointError: on every rank, if this save or the previous one failed; nothing of it is left.
         """
         began = time.perf_counter()
-        before = self._thread
+        previous = self._thread
         self.wait()
         waited = time.perf_counter() - began
-        if before is not None and waited >= WORTH_SAYING_SECONDS:
-            logger.warning(
-                "waited %.1f s for the checkpoint before to be written: checkpoint.interval is short for it", waited
-            )
+        if previous is not None and waited >= MAX_QUIET_WAIT_SECONDS:
+            logger.warning("waited %.1f s for the previous save: checkpoint.interval is too short for it", waited)
         content = Content(manifest, tensors, recipe_toml, lineage_json)
         if self.section.async_mode == "disabled":
             self._save(content)
@@ -121,11 +119,11 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when no save is under way any more.
+        """Waits for the save in progress.
 
         Raises:
-            CheckpointError: on every rank, when the last one in the background has failed.
-            RuntimeError: of its collective, when it has failed because another rank is gone.
+            CheckpointError: on every rank, if the last background save failed.
+            RuntimeError: from its collective, if it failed because another rank is gone.
         """
         if self._thread is not None:
             with waiting_for(STORAGE):
@@ -136,18 +134,18 @@ class Saver:
             raise error
 
     def _save_in_background(self, content: Content) -> None:
-        assert content.copies is not None, "what is written in the background has been copied"
+        assert content.copies is not None, "a background save writes copies"
         with contextlib.suppress(AttributeError, OSError):
-            # On Linux a thread has a priority of its own: where cores are short, the training has them first.
+            # Linux has a priority per thread: training goes first where cores are short.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             content.copies.wait()
             self._save(content)
-        except Exception as error:  # also that of a rank which is gone: whoever waits treats it as what it is
+        except Exception as error:  # also the loss of another rank; `wait` re-raises it
             self._error = error
 
     def _save(self, content: Content) -> None:
-        """Writes a checkpoint, however often it takes, and removes old ones."""
+        """Writes a checkpoint, with retries, and removes old ones."""
         for attempt in range(self.section.save_retries + 1):
             try:
                 folder = self._write(content)
@@ -163,19 +161,19 @@ class Saver:
         if dist.get_rank() == 0:
             try:
                 self.retention.prune(folder.step)
-            except Exception as error:  # the checkpoint is there; what is too many goes with the next
+            except Exception as error:  # the new checkpoint is valid; the next save prunes again
                 logger.warning("old checkpoints were not removed: %s", root_cause(error))
 
     def _write(self, content: Content) -> StepFolder:
         path = step_path(self.root, content.manifest.progress.step)
         num_bytes = self._stored_bytes(content.tensors)
-        on_rank0(_said_of(path, lambda: self._clear(path, num_bytes)), self.group)
+        on_rank0(_as_save_error(path, lambda: self._clear(path, num_bytes)), self.group)
         writer = ShardWriter(path, in_background=content.copies is not None)
         planner = DefaultSavePlanner() if content.copies is None else StagedPlanner(content.copies)
         errors: list[str] = []
         try:
             dcp.save(content.tensors, storage_writer=writer, planner=planner, process_group=self.group)
-        except (Exception, CheckpointException) as error:  # DCP wraps whatever happened on any rank
+        except (Exception, CheckpointException) as error:  # DCP wraps the errors of all ranks
             errors = [root_cause(error)]
         self._fail(path, errors)
         gathered = gather_objects(writer.entries, self.group)
@@ -190,16 +188,15 @@ class Saver:
             return StepFolder(path, complete)
 
         try:
-            return on_rank0(_said_of(path, commit), self.group)
+            return on_rank0(_as_save_error(path, commit), self.group)
         except CheckpointError:
             self._remove(path)
             raise
 
     def _stored_bytes(self, tensors: Tensors) -> int:
-        """Bytes of a checkpoint: every tensor once, however many ranks hold it or a piece of it.
+        """Size of a checkpoint: each tensor counts once, however many ranks hold a shard or a replica of it.
 
-        Ranks with the same names hold the same tensors; only pipeline ranks differ. Random states are too small to
-        count.
+        Ranks with the same names hold the same tensors; only pipeline ranks differ. RNG states are too small to count.
         """
         names = [name for name in tensors if not name.startswith("rng.")]
         num_bytes = sum(tensors[name].numel() * tensors[name].element_size() for name in names)
@@ -207,8 +204,8 @@ class Saver:
         return sum(dict(gather_objects((digest, num_bytes), self.group)).values())
 
     def _clear(self, path: Path, num_bytes: int) -> None:
-        """Removes what a dead save left, and makes sure that the new one fits on the disk."""
-        self.retention.wait()  # what is being removed makes room
+        """Removes what a dead save left, and checks that the new one fits on the disk."""
+        self.retention.wait()  # removals free space
         if path.exists():
             remove_folder(path)
         path.mkdir(parents=True)
@@ -230,21 +227,21 @@ class Saver:
 
     def _remove(self, path: Path) -> None:
         if dist.get_rank() == 0:
-            with contextlib.suppress(Exception):  # what is left is no checkpoint, and is cleared by the next save
+            with contextlib.suppress(Exception):  # the remains are not a checkpoint, and the next save clears them
                 remove_folder(path)
 
     def close(self, most_seconds: float | None = None) -> None:
-        """Returns when nothing is being written or removed any more; a save that has failed is reported by a line.
+        """Waits for saves and removals to finish; a failed save is logged.
 
         Args:
-            most_seconds: to wait for a save in the background, which may itself wait for a rank that is gone. It is in
-                nobody's way: without its manifest it is no checkpoint.
+            most_seconds: longest wait for a background save, which may itself wait for a rank that is gone. Abandoning
+                it is safe: without a manifest it is not a checkpoint.
         """
         if self._thread is not None:
             with waiting_for(LAST_SAVE):
                 self._thread.join(most_seconds)
             if self._thread.is_alive():
-                logger.warning("a checkpoint was still being written, and is given up")
+                logger.warning("a checkpoint was still being written; it is abandoned")
                 return
         try:
             self.wait()
@@ -255,37 +252,37 @@ class Saver:
         self.retention.wait()
 
 
-def _said_of(path: Path, work: Callable[[], Result]) -> Callable[[], Result]:
-    """The work of a save on one rank, whose failures, of whatever kind, are those of the save on all ranks."""
+def _as_save_error(path: Path, work: Callable[[], Result]) -> Callable[[], Result]:
+    """Wraps one rank's part of a save so that any error is a CheckpointError, which all ranks raise."""
 
-    def said() -> Result:
+    def wrapped() -> Result:
         try:
             return work()
         except CheckpointError:
             raise
-        except Exception as error:  # packages of stores have errors of their own
+        except Exception as error:  # storage packages raise their own error types
             raise CheckpointError(_not_saved(path, root_cause(error))) from error
 
-    return said
+    return wrapped
 
 
 def _not_saved(path: Path, reason: str) -> str:
-    return f"{path.name} was not saved: {reason.rstrip('.')}. The checkpoints before it are whole"
+    return f"{path.name} was not saved: {reason.rstrip('.')}. Earlier checkpoints are intact"
 
 
-def cause_of(error: BaseException, *telling: type[BaseException]) -> BaseException:
-    """What is behind an exception that DCP has wrapped: the first of a kind that tells why, else the deepest."""
+def cause_of(error: BaseException, *kinds: type[BaseException]) -> BaseException:
+    """The cause of an exception that DCP wrapped: the first of the given kinds, else the deepest."""
     failures = getattr(error, "failures", None)
     if failures:
         first = next(iter(failures.values()))
         error = first[0] if isinstance(first, tuple) else first
-    while not isinstance(error, telling) and (deeper := error.__cause__ or error.__context__) is not None:
+    while not isinstance(error, kinds) and (deeper := error.__cause__ or error.__context__) is not None:
         error = deeper
     return error
 
 
 def root_cause(error: BaseException) -> str:
-    """The one line that matters of an exception that DCP has wrapped."""
+    """The cause of an exception that DCP wrapped, in one line."""
     cause = cause_of(error, OSError, CheckpointError)
     if isinstance(cause, OSError):
         return describe_os_error(cause)

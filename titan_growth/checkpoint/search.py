@@ -1,7 +1,7 @@
-"""The checkpoint that a run goes on from: one search, with one standard.
+"""The search for the checkpoint a run resumes from, with one standard for preflight and ranks.
 
-The preflight searches alone, before anything has started. The ranks search together and divide the reading. Both take
-the newest checkpoint that passes, so the preflight promises what the ranks will take.
+Preflight searches alone, before anything has started; the ranks search together and divide the reading. Both take the
+newest checkpoint that passes, so preflight names the one the ranks will load.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Found:
     checkpoint: StepFolder | None = None
     """None when the run has no checkpoint."""
     refused: list[str] = field(default_factory=list)
-    """A line for each newer checkpoint that was passed over."""
+    """One line per newer checkpoint passed over."""
 
 
 def find_checkpoint(
@@ -42,14 +42,14 @@ def find_checkpoint(
     vet: Vet = passes,
     reads_shards: Callable[[StepFolder], bool] = lambda folder: True,
 ) -> Found:
-    """The newest good checkpoint, or that of `checkpoint.load_step`.
+    """The newest valid checkpoint, or that of `checkpoint.load_step`.
 
     Args:
-        vet: asked on rank 0, before any shard is read.
-        reads_shards: whether to read the shards of a checkpoint in full. The ranks always do.
+        vet: called on rank 0, before any shard is read.
+        reads_shards: whether to read a checkpoint's shards in full. The ranks always do.
 
     Raises:
-        CheckpointError: when the one asked for, or every one there is, cannot be used.
+        CheckpointError: if the requested one, or every one, cannot be used.
     """
     if not section.enable:
         return Found()
@@ -73,9 +73,9 @@ def find_checkpoint(
 
 
 def damage_of(folder: StepFolder) -> str | None:
-    """What is wrong with the files of a checkpoint, or None. The ranks divide the reading.
+    """What is wrong with a checkpoint's files, or None. The ranks divide the reading.
 
-    Checksums alone show accidents: an attacker's checksums fit. So every piece that the metadata names is checked too.
+    Checksums only catch accidents; an attacker's match. So every piece listed in the metadata is checked too.
     """
     share = place()
     damage = folder.damage(checksums=True, share=share) or misplaced(folder.path, share)
@@ -83,7 +83,7 @@ def damage_of(folder: StepFolder) -> str | None:
 
 
 def _no_such_step(root: Path, step: int, refused: Sequence[RefusedCheckpointError]) -> str:
-    """The message for a `checkpoint.load_step` that cannot be had."""
+    """The message for a `checkpoint.load_step` that cannot be loaded."""
     why = next((str(error) for error in refused if error.folder == f"step-{step}"), "")
     there = ", ".join(f"step-{found}" for found in step_numbers(root)) or "no checkpoint"
     return f"there is no usable step-{step} in {root}{f' ({why})' if why else ''}; it holds {there}"

@@ -1,8 +1,7 @@
-"""The copy of a run's tensors that a background save writes, while training changes the tensors themselves.
+"""Host copies of the tensors, for a background save to write while training goes on.
 
-Each rank copies its own shards into memory of the host that is kept from save to save. On CUDA that memory can be
-page-locked: the copies are then only queued, behind the step that made the values and before the one that changes them,
-and it is the background that waits for them.
+Each rank copies its shards into host memory that is reused from save to save. On CUDA the memory can be pinned: copies
+are then only queued, after the step that made the values and before the next, and the background thread waits for them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class HostCopies:
     """Host memory for the shards of a rank, used for one save at a time.
 
     Args:
-        pinned: page-locked memory; needs CUDA.
+        pinned: use page-locked memory; needs CUDA.
     """
 
     def __init__(self, *, pinned: bool) -> None:
@@ -30,31 +29,31 @@ class HostCopies:
         self._event: Any = None
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Copies the shards; on CUDA with page-locked memory it returns before they have arrived."""
-        before, self.local = self.local, {}
+        """Copies the shards; with pinned memory it returns before the copies have completed."""
+        buffers, self.local = self.local, {}
         for name, tensor in tensors.items():
             shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            room = before.get(name)
-            if room is None or room.shape != shard.shape or room.dtype != shard.dtype:
-                room = torch.empty(shard.shape, dtype=shard.dtype, pin_memory=self.pinned)
-            self.local[name] = room.copy_(shard, non_blocking=self.pinned)
+            buffer = buffers.get(name)
+            if buffer is None or buffer.shape != shard.shape or buffer.dtype != shard.dtype:
+                buffer = torch.empty(shard.shape, dtype=shard.dtype, pin_memory=self.pinned)
+            self.local[name] = buffer.copy_(shard, non_blocking=self.pinned)
         if self.pinned:
             self._event = torch.cuda.Event()
             self._event.record()
 
     def wait(self) -> None:
-        """Returns when the copies have arrived."""
+        """Waits for the copies to complete."""
         if self._event is not None:
             self._event.synchronize()
 
 
 class StagedPlanner(DefaultSavePlanner):
-    """A DCP save plan made from the tensors in use, of which only the shapes are looked at, and written from copies."""
+    """Plans from the live tensors, of which only shapes are read, and writes their host copies."""
 
     def __init__(self, copies: HostCopies) -> None:
         super().__init__()
         self.copies = copies
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The copy of the shard that DCP is about to write; a rank has one of each tensor."""
+        """The copy of the shard DCP is about to write; a rank has one shard of each tensor."""
         return self.copies.local[index.fqn]

@@ -1,12 +1,11 @@
 """Writing DCP folders: one file per rank, hashed while it is written, on any file system.
 
-    plan of this rank -> each tensor to the host, one at a time -> archive -> file, SHA-256 and disk at the same time
+    this rank's plan -> tensors to the host, one at a time -> archive -> file; write, SHA-256 and sync overlap
 
-What is written is what DCP's own writer writes, and DCP reads it. The difference is in what it costs: a checkpoint is
-committed with a checksum of every file, and reading a file back for that, after it has been written, would take as long
-as writing it. Here the checksum is computed beside the write, and the disk is kept busy meanwhile instead of being
-asked for everything at the end. torch's archives have a CRC-32 of every tensor besides; it takes three times as long as
-the SHA-256 that makes it needless, so it is left out (`torch.load` does not look at it; `unzip` would complain).
+The format is DCP's own, and DCP reads it. The difference is cost: a checkpoint is committed with a checksum of every
+file, and reading a file back to hash it would take as long as writing it. Here hashing overlaps the write, and data is
+synced as it goes instead of all at the end. torch's archives also carry a CRC-32 per tensor, which takes three times as
+long as the SHA-256 that makes it redundant, so it is left out (`torch.load` ignores it; `unzip` would complain).
 """
 
 from __future__ import annotations
@@ -41,62 +40,62 @@ from titan_growth.tools.torch_private import StorageInfo
 _serialization: Any = config
 
 _WORTH_A_THREAD = 1 << 20
-"""Bytes from which on hashing in another thread beats hashing in this one."""
+"""Bytes above which hashing in another thread is faster."""
 
 _PART = 64 << 20
-"""Bytes of a part of a file on its way to a store."""
+"""Bytes of one part of a multipart upload."""
 
 _SYNC_EVERY = 1 << 26
-"""Bytes after which the disk is told to go on with what it has been given."""
+"""Bytes between calls of fdatasync."""
 
 
 class ShardWriter(StorageWriter):
-    """A DCP storage writer for one step folder, which exists.
+    """A DCP storage writer for one step folder.
 
     Args:
-        folder: the step folder.
-        in_background: training goes on meanwhile, so one core has to do.
+        folder: the step folder, which exists.
+        in_background: training goes on meanwhile, so use one core.
     """
 
     def __init__(self, folder: Path, *, in_background: bool = False) -> None:
         self.folder = folder
         self.in_background = in_background
         self.entries: dict[str, dict[str, Any]] = {}
-        """Of every file that this rank has written: its entry in the manifest."""
+        """The manifest's entry of each file this rank wrote."""
 
-    # ---- what DCP asks for ---------------------------------------------------------------------------------------
+    # ---- DCP's interface -----------------------------------------------------------------------------------------
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Nothing is kept from one save to the next: a writer serves one."""
+        """No-op: a writer serves one save."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to set up: the folder has been made."""
+        """No-op: the folder exists."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan as it is."""
+        """The plan, unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Gives every rank the name of its file."""
+        """Assigns each rank its file name."""
         return [replace(plan, storage_data=f"__{rank}_0.distcp") for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Writes this rank's tensors, one after another.
 
         Raises:
-            OSError: when the file cannot be written.
+            OSError: if the file cannot be written.
         """
         results = []
         if plan.items:
             name: str = plan.storage_data
             with _serialization.patch("save.compute_crc32", False), self._new_file(name) as file:
                 for item in plan.items:
-                    assert item.type != WriteItemType.BYTE_IO, f"{item.index.fqn} is no tensor"
+                    assert item.type != WriteItemType.BYTE_IO, f"{item.index.fqn} is not a tensor"
                     values = planner.resolve_data(item)
                     assert isinstance(values, Tensor)
                     begin = file.position
                     with file.own_errors():
-                        torch.save(_alone(values), cast(IO[bytes], file))
+                        torch.save(_compact(values), cast(IO[bytes], file))
                     length = file.position - begin
                     results.append(WriteResult(item.index, length, StorageInfo(name, begin, length)))
             self.entries[name] = file.entry
@@ -117,30 +116,30 @@ class ShardWriter(StorageWriter):
         self.entries[METADATA] = file.entry
 
     def storage_meta(self) -> StorageMeta:
-        """Nothing: a checkpoint does not remember where it was written."""
+        """Empty: a checkpoint does not record where it was written."""
         return StorageMeta()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether DCP may choose this writer by a path: never, it is always given."""
+        """False: DCP never picks this writer by path, it is always passed in."""
         return False
 
 
 class HashedFile(io.RawIOBase):
-    """A new file that knows its SHA-256 when it is closed, and is on the disk then.
+    """A new file that hashes what is written to it and is synced to disk on close.
 
     Args:
-        hash_beside: hash large pieces in another thread than the one that writes them.
+        hash_beside: hash large writes in another thread.
 
     Raises:
-        OSError: from any method, when the file cannot be written.
+        OSError: from any method, if the file cannot be written.
     """
 
     def __init__(self, path: Path, *, hash_beside: bool = True) -> None:
         super().__init__()
         self._hash_beside = hash_beside
-        # Large pieces go past the buffer; small ones, of which an archive has many, are gathered in it. A store takes
-        # a file in parts of a size, of which it takes so many (S3: 10,000).
+        # The buffer collects an archive's many small writes; large ones bypass it. A store takes a file in parts, and
+        # limits their number (S3: 10,000).
         part: dict[str, Any] = {"block_size": _PART} if is_remote(path) else {"buffering": _WORTH_A_THREAD}
         self._file: Any = path.open("wb", **part)
         self._digest = hashlib.sha256()
@@ -153,7 +152,7 @@ class HashedFile(io.RawIOBase):
         """Bytes written so far."""
 
     def writable(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def tell(self) -> int:
@@ -161,7 +160,7 @@ class HashedFile(io.RawIOBase):
         return self.position
 
     def write(self, data: Any) -> int:
-        """Writes bytes, all of them."""
+        """Writes all of the bytes."""
         view = memoryview(data).cast("B")
         try:
             if view.nbytes < _WORTH_A_THREAD or not self._hash_beside:
@@ -172,7 +171,7 @@ class HashedFile(io.RawIOBase):
                 try:
                     self._file.write(view)
                 finally:
-                    hashing.result()  # the memory is the caller's, and only for as long as this call takes
+                    hashing.result()  # the caller may reuse the memory after this call
         except OSError as error:
             self._error = error
             raise
@@ -186,7 +185,7 @@ class HashedFile(io.RawIOBase):
 
     @contextlib.contextmanager
     def own_errors(self) -> Iterator[None]:
-        """For writing through code that loses the reason why a write failed, as torch's archive writer does."""
+        """Restores the cause of a failed write, which torch's archive writer loses."""
         try:
             yield
         except Exception:
@@ -219,26 +218,26 @@ class HashedFile(io.RawIOBase):
             self.close()
 
     def _give_up_file(self) -> None:
-        """Closes a file that is not whole. A store's must not appear there, as it would when it is closed."""
+        """Drops an incomplete file. Closing it would publish it in a store."""
         if not self._file.closed and hasattr(self._file, "discard"):
             with contextlib.suppress(Exception):
                 self._file.discard()
-            with contextlib.suppress(AttributeError):  # otherwise it would be closed, and sent, when it is collected
+            with contextlib.suppress(AttributeError):  # otherwise garbage collection would close and upload it
                 self._file.closed = True
         else:
-            with contextlib.suppress(OSError):  # of a disk that is full, which has been said
+            with contextlib.suppress(OSError):  # a full disk, already reported
                 self._file.close()
 
 
 def _descriptor(file: Any) -> int | None:
-    """Of a file of this machine; a remote one has none, and is safe when it has been closed."""
+    """The descriptor of a local file; a remote file has none, and is durable once closed."""
     try:
         return int(file.fileno())
     except (AttributeError, OSError):
         return None
 
 
-def _alone(values: Tensor) -> Tensor:
-    """On the host, and without the rest of what it is a view of, which would be written too."""
+def _compact(values: Tensor) -> Tensor:
+    """A host copy without the rest of its storage: `torch.save` would write all of what a view points into."""
     values = values.detach().cpu()
     return values if values.untyped_storage().nbytes() == values.numel() * values.element_size() else values.clone()

@@ -124,7 +124,7 @@ def export_folder(
         write_atomic(target / CONFIG, json.dumps({**table, **tokenizer.tokens}, indent=2, sort_keys=True) + "\n")
     return (
         f"{target}: {opened.config.num_params:,} parameters of step {opened.folder.step:,} as "
-        f"{table['architectures'][0]}, {gib(num_bytes)} in {many(len(files), 'file')}; {tokenizer.said}"
+        f"{table['architectures'][0]}, {gib(num_bytes)} in {many(len(files), 'file')}; {tokenizer.summary}"
     )
 
 

@@ -1,1 +1,1 @@
-"""Hugging Face folders: read as checkpoints (`reader.py`), made from and into step folders."""
+"""Hugging Face folders: read as checkpoints (`reader.py`), and converted from and to step folders."""

@@ -1,11 +1,10 @@
-"""`config.json` of a Hugging Face folder, and the `[model]` table that means the same: both ways.
+"""Converts between the `config.json` of a Hugging Face folder and the equivalent `[model]` table.
 
-Every decoder of the Llama kind uses the same keys for its sizes. What else a family asks of a config.json, and what a
-missing key means, is in its table (`models/hugging_face.py`). A key that neither of them knows does not change the
-model, or so `transformers` too takes it.
+All Llama-like decoders use the same keys for their sizes. A family's own requirements and defaults are in its table
+(`models/hugging_face.py`). Other keys are ignored, as `transformers` does.
 
-The rotary settings have moved: `rope_theta` beside `rope_scaling` up to transformers 4, both inside `rope_parameters`
-from 5 on. All of them are read, in the order that transformers 5 gives them, and all are written.
+The rotary settings have moved: `rope_theta` and `rope_scaling` up to transformers 4, both inside `rope_parameters` from
+5 on. Both places are read, with the precedence of transformers 5, and both are written.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _SIZES = {
     "intermediate_size": "hidden_dim",
     "vocab_size": "vocab_size",
 }
-"""Keys that every config.json has."""
+"""Required keys."""
 
 _OTHERS = {
     "num_key_value_heads": "n_kv_heads",
@@ -50,13 +49,13 @@ _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_LLAM
 
 
 def _families() -> dict[str, str]:
-    """`model_type` -> the family that has its layout."""
+    """`model_type` -> the family with that layout."""
     layouts = {family: getattr(family_module(family), "HUGGING_FACE", None) for family in FAMILIES}
     return {layout.model_type: family for family, layout in layouts.items() if layout is not None}
 
 
 def layout_of(family: str) -> HuggingFaceLayout:
-    """The layout of a family. Raises CheckpointError when it has none."""
+    """The layout of a family. Raises CheckpointError if it has none."""
     layout: HuggingFaceLayout | None = getattr(family_module(family), "HUGGING_FACE", None)
     if layout is None:
         raise CheckpointError(f"the family '{family}' has no Hugging Face layout (HUGGING_FACE in its module)")
@@ -65,10 +64,10 @@ def layout_of(family: str) -> HuggingFaceLayout:
 
 @dataclass(frozen=True)
 class DescribedModel:
-    """What a config.json describes."""
+    """The model of a config.json."""
 
     section: ModelConfig
-    """The `[model]` table that means the same, every size spelled out."""
+    """The equivalent `[model]` table, with every size explicit."""
     config: DecoderConfig
 
 
@@ -76,11 +75,10 @@ def described_model(table: Mapping[str, Any], folder: str) -> DescribedModel:
     """The model of a config.json.
 
     Args:
-        folder: its name, for messages.
+        folder: name of its folder, for messages.
 
     Raises:
-        CheckpointError: when it is of no family that is known, asks for what the family's math does not do, or makes
-            no sense.
+        CheckpointError: if its family is unknown, the family does not support a setting, or it is invalid.
     """
 
     def refused(reason: str) -> RefusedCheckpointError:
@@ -96,7 +94,7 @@ def described_model(table: Mapping[str, Any], folder: str) -> DescribedModel:
         raise refused("it is quantised (quantization_config in its config.json). Take the unquantised model")
     architectures = table.get("architectures")
     if architectures and architectures != [layout.architecture]:
-        raise refused(f"its architecture is {architectures!s:.100}; only {layout.architecture} has a place here")
+        raise refused(f"its architecture is {architectures!s:.100}; only {layout.architecture} is supported")
     for key, allowed in layout.required.items():
         if (value := table.get(key, allowed[0])) not in allowed:
             raise refused(f"its config.json says {key} = {value!r:.60}; only {allowed[0]!r} is supported")
@@ -105,21 +103,21 @@ def described_model(table: Mapping[str, Any], folder: str) -> DescribedModel:
         raise refused("not all of its layers have full attention (layer_types in its config.json)")
     if missing := [key for key in _SIZES if table.get(key) is None]:
         raise refused(f"its config.json has no {missing[0]}")
-    values = {ours: table[theirs] for theirs, ours in _SIZES.items()}
-    for theirs, ours in _OTHERS.items():
-        value = table.get(theirs, layout.defaults.get(theirs))
+    values = {recipe_key: table[key] for key, recipe_key in _SIZES.items()}
+    for key, recipe_key in _OTHERS.items():
+        value = table.get(key, layout.defaults.get(key))
         if value is not None:
-            values[ours] = value
+            values[recipe_key] = value
     values |= _rope(table, layout, refused)
     try:
         section = ModelConfig.model_validate({"name": family, "flavor": "custom", **values})
     except ValidationError as error:
         first = error.errors()[0]
-        raise refused(f"its config.json makes no sense ({first['loc'][0]}: {first['msg']})") from None
+        raise refused(f"its config.json is not valid ({first['loc'][0]}: {first['msg']})") from None
     config = model_config_of(section, found := Findings())
     if config is None:
-        raise refused(f"its config.json makes no model ({found.problems[0]})")
-    return DescribedModel(section.model_copy(update=_spelled_out(config)), config)
+        raise refused(f"its config.json does not describe a valid model ({found.problems[0]})")
+    return DescribedModel(section.model_copy(update=_explicit_sizes(config)), config)
 
 
 def _rope(table: Mapping[str, Any], layout: HuggingFaceLayout, refused: Any) -> dict[str, Any]:
@@ -134,7 +132,7 @@ def _rope(table: Mapping[str, Any], layout: HuggingFaceLayout, refused: Any) -> 
     if rope.get("partial_rotary_factor", table.get("partial_rotary_factor", 1.0)) not in (None, 1):
         raise refused("only a part of each head is rotated (partial_rotary_factor in its config.json)")
     if unknown := sorted(map(str, rope.keys() - _ROPE_KEYS)):
-        raise refused(f"its rotary settings have {unknown[0]!r:.60}, which is not known")
+        raise refused(f"its rotary settings have the unknown key {unknown[0]!r:.60}")
     values: dict[str, Any] = {
         "rope_theta": layout.defaults["rope_theta"] if theta is None else theta,
         "rope_scaling_factor": 1.0,
@@ -144,12 +142,12 @@ def _rope(table: Mapping[str, Any], layout: HuggingFaceLayout, refused: Any) -> 
         rope = {"original_max_position_embeddings": context, **rope}
         if missing := [key for key in _LLAMA3 if rope.get(key) is None]:
             raise refused(f"its rotary settings have no {missing[0]}")
-        values |= {ours: rope[theirs] for theirs, ours in _LLAMA3.items()}
+        values |= {recipe_key: rope[key] for key, recipe_key in _LLAMA3.items()}
     return values
 
 
-def _spelled_out(config: DecoderConfig) -> dict[str, Any]:
-    """What a `[model]` table may leave open."""
+def _explicit_sizes(config: DecoderConfig) -> dict[str, Any]:
+    """The keys that a `[model]` table may leave out."""
     return {
         "n_kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
@@ -166,7 +164,7 @@ def config_json(config: DecoderConfig, family: str, dtype: str) -> dict[str, Any
         dtype: of its weights, without `torch.`.
 
     Raises:
-        CheckpointError: when `transformers` has no model that computes the same.
+        CheckpointError: if no model of `transformers` computes the same.
     """
     layout = layout_of(family)
     what = f"transformers' {layout.architecture}"

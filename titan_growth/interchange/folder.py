@@ -1,7 +1,7 @@
-"""A Hugging Face folder: what it says it holds, and whether its files agree.
+"""A Hugging Face folder: what it claims to hold, checked against its files.
 
-Only JSON and safetensors headers are read here; pickled weights (`.bin`) are never opened, and nothing a folder brings
-along is run. All sizes are compared with those of the files before memory is taken for anything.
+Only JSON and safetensors headers are read here. Pickled weights (`.bin`) are never opened, and no code of a folder is
+run. Claimed sizes are checked against the files before anything is allocated.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class HuggingFaceFolder:
-    """A folder that has been checked: every parameter of its model is there, of the right size and a type that fits."""
+    """A checked folder: every parameter of its model is there, with the right shape and a supported dtype."""
 
     path: Path
     section: ModelConfig
-    """The `[model]` table that means the same as its config.json."""
+    """The `[model]` table equivalent to its config.json."""
     config: DecoderConfig
     tensors: dict[str, StoredTensor]
-    """Our parameter -> where it is. A head that is the embedding, too, is listed under both names."""
+    """Our parameter name -> where it is stored. A tied head is listed under both names."""
 
     @property
     def layout(self) -> HuggingFaceLayout:
@@ -44,12 +44,12 @@ class HuggingFaceFolder:
 
     @property
     def num_bytes(self) -> int:
-        """Of the weights; those that are listed twice count once."""
+        """Size of the weights; a tied head counts once."""
         return sum({one.name: one.num_bytes for one in self.tensors.values()}.values())
 
 
 def is_hugging_face(path: Path) -> bool:
-    """Whether a folder is one of Hugging Face's, by its files; a step folder of ours is none, whatever else it has."""
+    """Whether a folder is in Hugging Face's format, judging by its files. A step folder never is."""
     if (path / ".metadata").exists():
         return False
     return any((path / name).exists() for name in (CONFIG, INDEX, SINGLE))
@@ -59,7 +59,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
     """Reads and checks a folder.
 
     Raises:
-        CheckpointError: when it is damaged, contradicts itself, or holds a model that there is no place for here.
+        CheckpointError: if it is damaged, contradicts itself, or its model is not supported.
     """
     try:
         table = _json(path, CONFIG, _MAX_CONFIG_BYTES)
@@ -82,8 +82,7 @@ def _json(path: Path, name: str, max_bytes: int) -> dict[str, Any]:
 
 
 def _stored(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's safetensors files, under the names that these have. As transformers looks for them:
-    one file, or else those that the index names."""
+    """The tensors of the safetensors files by stored name. As in transformers: one file, else those of the index."""
     if (path / SINGLE).is_file():
         return read_header(path / SINGLE)
     if not (path / INDEX).is_file():
@@ -106,24 +105,24 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
     for name in files:
         for tensor, where in read_header(path / name).items():
             if weight_map.get(tensor) != name:
-                said = f"in {weight_map[tensor]}" if tensor in weight_map else "nowhere"
-                raise RefusedCheckpointError(path.name, f"{_shown(tensor)} is in {name}, and {said} by its {INDEX}")
+                listed = f"lists it in {weight_map[tensor]}" if tensor in weight_map else "does not list it"
+                raise RefusedCheckpointError(path.name, f"{_shown(tensor)} is in {name}, but its {INDEX} {listed}")
             stored[tensor] = where
     if missing := sorted(weight_map.keys() - stored.keys()):
         file = weight_map[missing[0]]
-        raise RefusedCheckpointError(path.name, f"{file} has no {_shown(missing[0])}, which its {INDEX} says")
+        raise RefusedCheckpointError(path.name, f"{file} has no {_shown(missing[0])}, which its {INDEX} lists")
     return stored
 
 
 def _shown(name: str) -> str:
-    """A stranger's name of a tensor, on one line."""
+    """An untrusted tensor name, on one line."""
     return (name if name.isprintable() else ascii(name))[:100]
 
 
 def _parameters(
     path: Path, family: str, config: DecoderConfig, stored: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Our parameters and where they are. Raises CheckpointError for what is missing, does not fit, or is too much."""
+    """Our parameter name -> where it is stored. Raises CheckpointError if one is missing, misfits or is left over."""
     layout = layout_of(family)
     if config.num_layers > len(stored):
         raise RefusedCheckpointError(
@@ -137,7 +136,7 @@ def _parameters(
             raise RefusedCheckpointError(path.name, f"it has no {name}")
         if tensor.shape != shape:
             sizes = [" x ".join(f"{size:,}" for size in sizes) or "a scalar" for sizes in (tensor.shape, shape)]
-            raise RefusedCheckpointError(path.name, f"{name} is {sizes[0]}, and {sizes[1]} by its config.json")
+            raise RefusedCheckpointError(path.name, f"{name} is {sizes[0]}, but its config.json says {sizes[1]}")
         if tensor.dtype not in _FLOATS:
             raise RefusedCheckpointError(path.name, f"{name} is stored as {tensor.dtype}, which is quantised")
         found[parameter] = tensor
@@ -145,5 +144,5 @@ def _parameters(
     unknown = sorted(name for name in stored.keys() - known if not name.endswith(layout.ignored))
     if unknown:
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise RefusedCheckpointError(path.name, f"it has {_shown(unknown[0])}{more}, for which there is no place here")
+        raise RefusedCheckpointError(path.name, f"it has {_shown(unknown[0])}{more}, which the model does not have")
     return found

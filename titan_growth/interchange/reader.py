@@ -1,8 +1,8 @@
-"""A Hugging Face folder as a checkpoint of ours: the same interface as `SafeReader`, so loads and growths take either.
+"""Reads a Hugging Face folder through the interface of `SafeReader`, so that loads and growths take either.
 
-Names are ours, and so is the order of the rows of each head. Tensors are shown in pieces of whole heads and at most 64
-MiB, so that whoever needs some rows, or makes one tensor out of many, holds little at a time. A load reads exactly the
-rows and columns of a rank's shards, and puts them in their places piece by piece; nothing is gathered.
+Names, and the order of rows within each head, are converted to ours. Tensors are served in pieces of whole heads and at
+most 64 MiB, which bounds host memory. A load reads exactly the rows and columns of a rank's shards, piece by piece and
+straight into place; nothing is gathered.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import CheckpointError
 
 PIECE_BYTES = 64 * 2**20
-"""Of a piece, unless one head has more."""
+"""Size of a piece, unless one head is larger."""
 
 _MUST_AGREE = {
     "num_heads": "n_heads",
     "num_kv_heads": "n_kv_heads",
     "head_dim": "head_dim",
 }
-"""What the shapes of the weights do not tell, and without which they mean nothing: field -> recipe key."""
+"""What the shapes of the weights do not determine but their meaning depends on: field -> recipe key."""
 
 _MAY_DIFFER = {
     "norm_eps": "norm_eps",
@@ -53,14 +53,14 @@ _MAY_DIFFER = {
 
 @dataclass(frozen=True)
 class _Piece:
-    """What DCP's metadata says of where a piece is; the first three names are those of DCP's own class."""
+    """Where a piece is stored; the first three fields are named as in DCP's own class."""
 
     relative_path: str
     offset: int
     length: int
     tensor: StoredTensor
     group: int | None
-    """Rows of a head, where the order in it is another."""
+    """Rows per head, if they have to be reordered."""
     first_row: int
 
     @property
@@ -78,11 +78,11 @@ class _Piece:
 
 
 class HuggingFaceReader(SafeReader):
-    """Reads a folder when it is first asked for something; a folder that is refused raises CheckpointError then.
+    """Opens and checks the folder on first use, and raises CheckpointError then if it is refused.
 
     Args:
-        names_of: as of `SafeReader`.
-        family, config: what the weights are wanted for. A folder of another model is refused.
+        names_of: as in `SafeReader`.
+        family, config: the model to load into. A folder of another model is refused.
     """
 
     def __init__(
@@ -108,29 +108,29 @@ class HuggingFaceReader(SafeReader):
 
     def _require_same(self, opened: HuggingFaceFolder) -> None:
         if self.family is not None and opened.section.name != self.family:
-            raise self.refused(f"it is of the family {opened.section.name}, the recipe of {self.family}")
+            raise self.refused(f"its family is {opened.section.name}, the recipe's is {self.family}")
         for field, key in _MUST_AGREE.items() if self.config is not None else ():
-            theirs, ours = getattr(opened.config, field), getattr(self.config, field)
-            if theirs != ours:
-                raise self.refused(f"it is of another model: {key} is {theirs} there and {ours} here")
+            stored, wanted = getattr(opened.config, field), getattr(self.config, field)
+            if stored != wanted:
+                raise self.refused(f"it is of another model: {key} is {stored} there and {wanted} here")
 
     def differences(self) -> list[str]:
-        """Settings of the recipe that make another function of the same weights, a line each."""
+        """A line for each setting of the recipe that computes something else from the same weights."""
         if self.config is None:
             return []
-        theirs = self.opened.config
+        stored = self.opened.config
         return [
-            f"model.{key} is {getattr(self.config, field)}, and {self.folder.name} was trained with "
-            f"{getattr(theirs, field)}"
+            f"model.{key} is {getattr(self.config, field)}, but {self.folder.name} was trained with "
+            f"{getattr(stored, field)}"
             for field, key in _MAY_DIFFER.items()
-            if getattr(theirs, field) != getattr(self.config, field)
-            and not (self.config.rope_scaling_factor == theirs.rope_scaling_factor == 1 and field in _ONLY_SCALED)
+            if getattr(stored, field) != getattr(self.config, field)
+            and not (self.config.rope_scaling_factor == stored.rope_scaling_factor == 1 and field in _ONLY_SCALED)
         ]
 
     # ---- DCP -----------------------------------------------------------------------------------------------------
 
     def _read_stored(self) -> Metadata:
-        """The metadata that a checkpoint with these weights would have."""
+        """The metadata of an equivalent DCP checkpoint."""
         if self._stored is None:
             entries: dict[str, Any] = {}
             storage: dict[MetadataIndex, Any] = {}
@@ -155,16 +155,16 @@ class HuggingFaceReader(SafeReader):
             yield _Piece(tensor.file, begin, length, tensor, group, start)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Serves all requests of this rank. What several of them ask for (tied weights) is read once."""
+        """Serves all requests of this rank. What several of them share (tied weights) is read once."""
         pieces: Any = self.read_metadata().storage_data
-        same: dict[Any, list[ReadItem]] = {}
+        grouped: dict[Any, list[ReadItem]] = {}
         for item in plan.items:
             if item.type != LoadItemType.TENSOR:
                 raise CheckpointError(f"{item.storage_index.fqn} is not stored as a tensor")
             piece = pieces[item.storage_index]
             key = (piece.relative_path, piece.offset, tuple(item.storage_offsets), tuple(item.lengths))
-            same.setdefault(key, []).append(item)
-        for (_, _, starts, lengths), items in sorted(same.items(), key=lambda entry: entry[0]):
+            grouped.setdefault(key, []).append(item)
+        for (_, _, starts, lengths), items in sorted(grouped.items(), key=lambda entry: entry[0]):
             values = self._part(pieces[items[0].storage_index], starts, lengths)
             for item in items:
                 target = planner.resolve_tensor(item).detach()
@@ -175,12 +175,12 @@ class HuggingFaceReader(SafeReader):
         return done
 
     def _part(self, piece: _Piece, starts: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
-        """A box of a piece: whole heads are read where their rows have another order, and no other columns."""
+        """A box of a piece. Reads whole heads if rows are reordered, and only the columns of the box."""
         dtype, group = piece.tensor.dtype, piece.group or 1
         first, stop = starts[0] // group * group, -(-(starts[0] + lengths[0]) // group) * group
         row_bytes = piece.row_bytes
         column, num_columns = (starts[1], lengths[1]) if len(starts) > 1 else (0, 1)
-        # A disk reads a piece of a row as fast as a row; a request to a store for each would take for ever.
+        # From a disk, read only these columns. From a store, one request per row would take forever.
         whole_rows = not isinstance(self.folder, Path)
         begin = 0 if whole_rows else column * dtype.itemsize
         part_bytes = row_bytes if whole_rows else num_columns * dtype.itemsize
@@ -192,7 +192,7 @@ class HuggingFaceReader(SafeReader):
         return values if len(lengths) > 1 else values.flatten()
 
     def _read_rows(self, piece: _Piece, begin: int, row_bytes: int, part_bytes: int, target: memoryview) -> None:
-        """The same part of rows that follow each other, into memory."""
+        """Reads the same byte range of consecutive rows into memory."""
         try:
             with self._file(piece.relative_path) as file:
                 if part_bytes == row_bytes:
@@ -206,14 +206,14 @@ class HuggingFaceReader(SafeReader):
         self.num_chunks_read += 1
 
     def _file(self, name: str) -> IO[bytes]:
-        """Links are followed: a Hugging Face cache is made of them."""
+        """Follows links: a Hugging Face cache is made of them."""
         path = self.folder / name
         return path.open("rb", buffering=0) if isinstance(path, Path) else path.open("rb")
 
     # ---- growth and import ---------------------------------------------------------------------------------------
 
     def read_chunk(self, chunk: StoredChunk, buffer: Tensor | None = None) -> Tensor:
-        """As of `SafeReader`, whose own way this is but for the order of the rows."""
+        """As in `SafeReader`, with the rows reordered."""
         values = super().read_chunk(chunk, buffer)
         piece: Any = self._read_stored().storage_data[MetadataIndex(chunk.name, torch.Size(chunk.offsets))]
         if piece.group is not None:
@@ -227,7 +227,7 @@ class HuggingFaceReader(SafeReader):
             raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
 
     def _find(self, file: IO[bytes], chunk: StoredChunk) -> StoredValues:
-        """The values are where the header says; around them is nothing."""
+        """The values are the whole chunk: safetensors has no archive around them."""
         stride = torch.empty(chunk.sizes, device="meta").stride()
         return StoredValues(chunk.dtype, chunk.sizes, stride, 0)
 
@@ -236,13 +236,13 @@ _ONLY_SCALED = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_
 
 
 def in_pairs(values: Tensor, group: int | None) -> Tensor:
-    """From channels that turn with the one half a head away to those that turn with their neighbour.
+    """Reorders channels that rotate with the one half a head away to rotate with their neighbour.
 
-    Row i of the first half of each head becomes row 2i, and row i of the second half row 2i + 1.
+    In each head, row i of the first half becomes row 2i, and row i of the second half row 2i + 1.
 
     Args:
         values: (heads * group, ...), whole heads.
-        group: channels of a head; None leaves all as it is.
+        group: channels per head; None changes nothing.
     """
     if group is None:
         return values

@@ -1,12 +1,12 @@
-"""safetensors files, piece by piece: where each tensor's bytes are, and how to write a file without holding it.
+"""safetensors files, read by byte range and written tensor by tensor.
 
     8 bytes    length of the header, little endian
     header     JSON: name -> {"dtype", "shape", "data_offsets": [begin, end]}, and "__metadata__": strings
     data       the tensors' bytes, one after another, without gaps
 
-The library reads whole tensors through a memory map, and writes whole files from memory. Here a rank reads the byte
-ranges of its shards into their places, and a file is written tensor by tensor. A header is believed only when it fits
-its file: every byte belongs to exactly one tensor, and each tensor has as many as its shape needs.
+The library reads whole tensors through a memory map and writes whole files from memory. Here a rank reads the byte
+ranges of its shards into place, and a file is never held in memory. A header is trusted only if it fits its file: every
+byte belongs to exactly one tensor, and each tensor has as many as its shape needs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from titan_growth.tools.errors import RefusedCheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
-"""As the library has it."""
+"""The library's limit."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -63,8 +63,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by name.
 
     Raises:
-        RefusedCheckpointError: when the header is damaged, or does not fit the file.
-        OSError: when the file cannot be read.
+        RefusedCheckpointError: if the header is damaged or does not fit the file.
+        OSError: if the file cannot be read.
     """
     num_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -87,20 +87,20 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _tensor(path: Path, name: str, entry: Any, data_begin: int) -> StoredTensor:
-    def bad(why: str) -> RefusedCheckpointError:
+    def refused(why: str) -> RefusedCheckpointError:
         return _refused(path, f"{name!a:.100} {why}")
 
     if not isinstance(entry, dict):
-        raise bad("has no entry")
+        raise refused("has no entry")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise bad(f"is of type {dtype!a:.40}, which is not known")
+        raise refused(f"has the unknown dtype {dtype!a:.40}")
     if not (_are_sizes(shape) and _are_sizes(offsets)):
-        raise bad("has a shape or offsets that are none")
+        raise refused("has an invalid shape or invalid offsets")
     assert shape is not None
     assert offsets is not None
     if len(offsets) != 2 or len(shape) > 8 or offsets[1] - offsets[0] != prod(shape) * _DTYPES[dtype].itemsize:
-        raise bad(f"has {shape!s:.100} values at {offsets!s:.100}, which does not fit")
+        raise refused(f"has the shape {shape!s:.100} but the offsets {offsets!s:.100}, which do not fit")
     return StoredTensor(name, path.name, _DTYPES[dtype], tuple(shape), data_begin + offsets[0], offsets[1] - offsets[0])
 
 
@@ -113,7 +113,7 @@ def _refused(path: Path, why: str) -> RefusedCheckpointError:
 
 
 def parse_json(data: bytes, folder: str, what: str) -> dict[str, Any]:
-    """A JSON object that names no key twice. Refuses the folder, saying that `what` is not one."""
+    """Parses a JSON object without duplicate keys. If it is not one, refuses the folder; `what` names it."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -132,7 +132,7 @@ def parse_json(data: bytes, folder: str, what: str) -> dict[str, Any]:
 
 
 def fill(file: IO[bytes], offset: int, target: memoryview) -> None:
-    """Reads bytes from a place in a file into memory. Raises OSError when there are not so many."""
+    """Reads bytes at an offset of a file into memory. Raises OSError if the file ends first."""
     file.seek(offset)
     done = 0
     while done < len(target):
@@ -143,7 +143,7 @@ def fill(file: IO[bytes], offset: int, target: memoryview) -> None:
 
 
 def memory_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, where they are."""
+    """The bytes of a contiguous tensor, without a copy."""
     data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(data)
 
@@ -154,13 +154,13 @@ def write_file(
     """Writes a file, one tensor after another.
 
     Args:
-        shapes: name -> (type, shape) of every tensor.
-        make: called for each name in the order of the file; what it returns is written and let go.
+        shapes: name -> (dtype, shape) of every tensor.
+        make: called per name in file order; its result is written and released.
 
     Raises:
-        OSError: when it cannot be written. What there is of it is not a valid file.
+        OSError: if it cannot be written. The incomplete file is not a valid one.
     """
-    # Widest types first: every tensor then begins at a multiple of its type's size, as the format asks for.
+    # Widest dtypes first: every tensor is then aligned to its item size, as the format requires.
     order = sorted(shapes, key=lambda name: -shapes[name][0].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -175,12 +175,12 @@ def write_file(
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             tensor = make(name)
-            assert (tensor.dtype, tuple(tensor.shape)) == shapes[name], f"{name} is not as it was announced"
+            assert (tensor.dtype, tuple(tensor.shape)) == shapes[name], f"{name} does not match `shapes`"
             file.write(memory_of(tensor.contiguous()))
         file.flush()
         os.fsync(file.fileno())
 
 
 def total_bytes(shapes: Iterable[tuple[torch.dtype, tuple[int, ...]]]) -> int:
-    """Of the values of tensors."""
+    """Size of the values of all tensors."""
     return sum(prod(shape) * dtype.itemsize for dtype, shape in shapes)

@@ -1,7 +1,7 @@
 """The files of a Hugging Face folder that are not weights: tokenizer, chat template, generation settings.
 
-They are copied as they are, under known names only; code is never copied. A tokenizer of ours that Hugging Face has no
-file for (a sentencepiece model, plain bytes) is written as a `tokenizer.json` that encodes the same.
+They are copied unchanged, under known names only; code is never copied. A tokenizer without a Hugging Face file (a
+sentencepiece model, plain bytes) is written as an equivalent `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ ASSETS = (
     "chat_template.json",
     GENERATION,
 )
-"""What is copied where it is there."""
+"""Copied if present."""
 
 _MAX_BYTES = 512 * 2**20
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def assets_in(folder: Path) -> list[str]:
-    """The names of ASSETS that a folder has."""
+    """The names in ASSETS that a folder has."""
     return [name for name in ASSETS if (folder / name).is_file()]
 
 
 def checked_assets(source: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Name -> the file to be copied.
+    """Name -> the file to copy.
 
     Raises:
-        CheckpointError: for one that leads out of the folder (but into the blobs of a Hugging Face cache), is huge, or
-            is called JSON and is none.
+        CheckpointError: if one links out of the folder (except into the blobs of a Hugging Face cache), is too large,
+            or is named .json but is not JSON.
     """
     root = source.resolve()
     found = {}
@@ -75,22 +75,23 @@ def checked_assets(source: Path, names: Sequence[str]) -> dict[str, Path]:
 
 
 def copy_assets(assets: Mapping[str, Path], target: Path) -> None:
-    """Copies files under their names. Raises OSError."""
+    """Copies the files under their names. Raises OSError."""
     for name, path in assets.items():
         shutil.copyfile(path, target / name)
 
 
 @dataclass
 class ExportedTokenizer:
-    """What to write into a Hugging Face folder, and what to say about it."""
+    """The tokenizer files to write into a Hugging Face folder."""
 
-    said: str
+    summary: str
+    """What it is, for the command's output."""
     copied: dict[str, Path] = field(default_factory=dict)
     """Name -> file to copy."""
     files: dict[str, bytes] = field(default_factory=dict)
-    """Files to write."""
+    """Name -> content to write."""
     tokens: dict[str, Any] = field(default_factory=lambda: {"bos_token_id": None, "eos_token_id": None})
-    """Keys of config.json. One that is missing would not mean none, but the first tokens of Llama 2's vocabulary."""
+    """Keys of config.json. Leaving one out would not mean none: transformers defaults to Llama 2's ids."""
 
     def write(self, target: Path) -> None:
         """Writes and copies the files. Raises OSError."""
@@ -102,27 +103,27 @@ class ExportedTokenizer:
 def tokenizer_of(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
     """The tokenizer that a checkpoint was trained with.
 
-    It is looked for in the step folder (an imported one has it), where the recipe says, and, for one that was trained
-    on the corpus, in the cache, by the fingerprint that the checkpoint remembers.
+    Looks in the step folder (an imported one has it), then where the recipe points, then, for one trained on the
+    corpus, in the cache by the checkpoint's fingerprint.
     """
     try:
         if CONFIG in folder.manifest.files:
             has_one = bool({TOKENIZER_JSON, TOKENIZER_MODEL} & folder.manifest.files.keys())
-            said = f"the tokenizer of {folder.path.name}" if has_one else "without tokenizer: it was imported without"
-            return _copied(folder.path, said)
-        return _looked_for(folder, recipe)
+            imported = f"the tokenizer of {folder.path.name}"
+            return _copied(folder.path, imported if has_one else "without tokenizer: it was imported without one")
+        return _from_recipe(folder, recipe)
     except (DataError, CheckpointError) as error:
         return ExportedTokenizer(f"without tokenizer: {error}")
 
 
-def _looked_for(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
+def _from_recipe(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
     wanted = folder.manifest.data.get("tokenizer")
     found = _find(recipe, wanted)
     if found is None:
         return ExportedTokenizer("without tokenizer: the recipe names none, and the one it trained is not in the cache")
     tokenizer, path = found.tokenizer, found.path
     if wanted is not None and tokenizer.fingerprint()[: len(wanted)] != wanted:
-        return ExportedTokenizer(f"without tokenizer: {path} is not the one that the model was trained with")
+        return ExportedTokenizer(f"without tokenizer: {path} is not the one the model was trained with")
     if path is not None and path.is_dir() and isinstance(tokenizer, HuggingFaceTokenizer):
         return _copied(path, f"the tokenizer of {path}")
     return _made(tokenizer, recipe)
@@ -132,7 +133,7 @@ def _looked_for(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
 class _Found:
     tokenizer: Tokenizer
     path: Path | None = None
-    """None for one that has no files."""
+    """None if it has no files."""
 
 
 def _find(recipe: Recipe, wanted: str | None) -> _Found | None:
@@ -152,9 +153,9 @@ def _find(recipe: Recipe, wanted: str | None) -> _Found | None:
     return None
 
 
-def _copied(folder: Path, said: str) -> ExportedTokenizer:
-    """The tokenizer files of a Hugging Face folder, and the special tokens that its config.json names."""
-    found = ExportedTokenizer(said, checked_assets(folder, assets_in(folder)))
+def _copied(folder: Path, summary: str) -> ExportedTokenizer:
+    """The tokenizer files of a Hugging Face folder, and the special tokens of its config.json."""
+    found = ExportedTokenizer(summary, checked_assets(folder, assets_in(folder)))
     if (folder / CONFIG).is_file():
         table = parse_json((folder / CONFIG).read_bytes(), folder.name, f"its {CONFIG}")
         found.tokens = {key: table[key] for key in _TOKENS if key in table}
@@ -162,12 +163,12 @@ def _copied(folder: Path, said: str) -> ExportedTokenizer:
 
 
 def _made(tokenizer: Tokenizer, recipe: Recipe) -> ExportedTokenizer:
-    """Files that `AutoTokenizer` reads, of a tokenizer that is no Hugging Face folder's."""
+    """Files that `AutoTokenizer` reads, for a tokenizer that is not in a Hugging Face folder."""
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     found = ExportedTokenizer("", tokens=dict(ids))
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        found.said = f"the {tokenizer.name}"
+        found.summary = f"the {tokenizer.name}"
         found.files = tokenizer.files()
         if TOKENIZER_CONFIG in found.files:
             return found
@@ -181,9 +182,9 @@ def _made(tokenizer: Tokenizer, recipe: Recipe) -> ExportedTokenizer:
             made = of_bytes(tokenizer, adds_bos=recipe.data.bos)
         if made is None:
             settings["tokenizer_class"] = "LlamaTokenizer"
-            found.said = f"the {tokenizer.name} as it is: AutoTokenizer may read it differently"
+            found.summary = f"the {tokenizer.name} as it is: AutoTokenizer may read it differently"
         else:
-            found.said = f"the {tokenizer.name} as {TOKENIZER_JSON}"
+            found.summary = f"the {tokenizer.name} as {TOKENIZER_JSON}"
             found.files[TOKENIZER_JSON] = made.text.encode()
             settings |= made.special_tokens
     settings["model_max_length"] = recipe.model.max_seq_len or recipe.training.seq_len

@@ -1,8 +1,8 @@
-"""Tokenizers of ours as a `tokenizer.json` of Hugging Face's `tokenizers`, where one can encode the same.
+"""Converts our tokenizers to a `tokenizer.json` of Hugging Face's `tokenizers`, where an equivalent exists.
 
-A sentencepiece BPE with byte fallback whose text is not normalised (which is what a run trains on its corpus) has an
-exact counterpart: its pieces, the merges that their scores imply, and its own symbols as added tokens. Whether it is
-exact is not taken for granted: both encode a few difficult texts, and one difference is enough to give up.
+A sentencepiece BPE with byte fallback and no text normalisation (what a run trains on its corpus) has an exact
+counterpart: its pieces, the merges their scores imply, and its own symbols as added tokens. This is verified: both
+encode a few difficult texts, and one difference is enough to give up.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _DIFFICULT = (
 
 @dataclass(frozen=True)
 class TokenizerJson:
-    """A tokenizer as Hugging Face has it."""
+    """A tokenizer in Hugging Face's format."""
 
     text: str
-    """Of tokenizer.json."""
+    """Content of tokenizer.json."""
     special_tokens: dict[str, str]
-    """By the keys of tokenizer_config.json."""
+    """By key of tokenizer_config.json."""
 
 
 def of_sentencepiece(tokenizer: SentencePieceTokenizer, *, adds_bos: bool) -> TokenizerJson | None:
-    """The counterpart of a sentencepiece model, or None where there is none that encodes the same.
+    """The counterpart of a sentencepiece model, or None if none encodes the same.
 
     Args:
-        adds_bos: whether it puts BOS before a text, as the model was trained.
+        adds_bos: whether it puts BOS before a text, as in training.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, decoders, normalizers
@@ -91,7 +91,7 @@ def of_sentencepiece(tokenizer: SentencePieceTokenizer, *, adds_bos: bool) -> To
 
 
 def _merges(pieces: Any) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others, best piece first: what sentencepiece does, pair by pair."""
+    """Every split of a piece into two others, best piece first: the merges that sentencepiece does."""
     ids = {piece.piece: token for token, piece in enumerate(pieces)}
     found = []
     for piece in pieces:
@@ -107,7 +107,7 @@ def _merges(pieces: Any) -> list[tuple[str, str]]:
 
 
 def of_bytes(tokenizer: Tokenizer, *, adds_bos: bool) -> TokenizerJson | None:
-    """The counterpart of the bytes tokenizer: a BPE that has nothing but byte tokens to fall back to."""
+    """The counterpart of the bytes tokenizer: a BPE of nothing but byte-fallback tokens."""
     from tokenizers import AddedToken, decoders
     from tokenizers import Tokenizer as Tokenizers
     from tokenizers.models import BPE

@@ -1,7 +1,7 @@
 """The process groups of a mesh.
 
-Meshes are made once per shape and kept for the life of the process: DTensor caches them, so destroying or remaking one
-breaks later steps, and a run that grows to another mesh and back finds the first one again.
+A mesh is made once per shape and lives as long as the process. DTensor caches meshes, so destroying or remaking one
+breaks later steps; a run that grows to another mesh and back gets the first one again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Mesh:
 
     @classmethod
     def get(cls, shape: MeshShape, device_type: str) -> Mesh:
-        """The one mesh of this shape in this process.
+        """This process's mesh of this shape.
 
         Raises:
-            ConfigError: when the shape does not fit the number of ranks.
+            ConfigError: if the shape does not fit the number of ranks.
         """
         if shape.num_ranks != dist.get_world_size():
             raise ConfigError(f"mesh {shape} needs {shape.num_ranks} ranks, but there are {dist.get_world_size()}")
@@ -43,10 +43,10 @@ class Mesh:
         return init_device_mesh(self.device_type, self.shape.degrees, mesh_dim_names=AXES)
 
     def rank_of(self, axis: str) -> int:
-        """This rank's place on an axis."""
-        place = self.device_mesh.get_local_rank(axis)
-        assert place >= 0, "this rank is not part of the mesh"
-        return int(place)
+        """This rank's coordinate on an axis."""
+        coordinate = self.device_mesh.get_local_rank(axis)
+        assert coordinate >= 0, "this rank is not part of the mesh"
+        return int(coordinate)
 
     def group_of(self, axis: str) -> ProcessGroup:
         """The process group of an axis."""
@@ -54,7 +54,7 @@ class Mesh:
 
     @cached_property
     def fsdp_mesh(self) -> DeviceMesh:
-        """What `fully_shard` takes: `dp_shard` and `cp` as one axis, behind `dp_replicate` where there are replicas."""
+        """The mesh for `fully_shard`: `dp_shard` and `cp` flattened, after `dp_replicate` if there are replicas."""
         sharded = self.device_mesh["dp_shard"]
         if self.shape.cp > 1:
             sharded = flattened(self.device_mesh["dp_shard", "cp"], "fsdp")
@@ -62,10 +62,10 @@ class Mesh:
 
     @property
     def dp_rank(self) -> int:
-        """This rank's place among those that see different sequences."""
+        """This rank's index among those that see different sequences."""
         return self.rank_of("dp_replicate") * self.shape.dp_shard + self.rank_of("dp_shard")
 
     @property
     def speaks_for_its_data(self) -> bool:
-        """True on one of the ranks that see the same sequences, so that each sequence is counted once."""
+        """True on exactly one of the ranks that see the same sequences, so that each is counted once."""
         return all(self.rank_of(axis) == 0 for axis in ("pp", "cp", "tp"))

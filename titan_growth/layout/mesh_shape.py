@@ -1,7 +1,7 @@
-"""How the ranks are divided, by arithmetic: the degrees of a mesh, and whether they and the batch fit the ranks.
+"""Degrees of a mesh, and whether they and the batch fit the number of ranks. Pure arithmetic.
 
-The axes are always `pp, dp_replicate, dp_shard, cp, tp`, outermost first, so ranks of one node share the axes that talk
-the most. The process groups are in `mesh.py`.
+The axes are always `pp, dp_replicate, dp_shard, cp, tp`, outermost first, so that the axes with the most communication
+stay within a node. Process groups are in `mesh.py`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MeshShape:
 
     @property
     def fsdp_degree(self) -> int:
-        """Ranks that FSDP shards over: context-parallel ranks hold the same weights, so they share them too."""
+        """Ranks that FSDP shards over, context-parallel ones included: they hold the same weights."""
         return self.dp_shard * self.cp
 
     @property
@@ -62,7 +62,7 @@ _AXIS_OF = {
 
 
 def resolve_mesh(section: ParallelismConfig, num_ranks: int, found: Findings) -> MeshShape | None:
-    """The mesh shape of a `[parallelism]` table on a number of ranks; None when it does not fit."""
+    """The mesh shape of a `[parallelism]` table on `num_ranks`; None if it does not fit."""
     shard: int | None = section.data_parallel_shard_degree
     if shard == 0:
         found.problem(_SHARD_DEGREE, "must be -1 (all ranks that are left) or at least 1, got 0", "Leave it at -1")

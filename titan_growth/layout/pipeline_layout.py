@@ -1,18 +1,18 @@
-"""Which layers each pipeline rank holds and in what order it works on them, decided without devices.
+"""Which layers each pipeline rank holds and in what order it computes them, planned without devices.
 
-A pipeline cuts the model into *parts* (PyTorch says stages): chunks of consecutive layers. The first part has the
-embedding too, the last one the norm and the head. Every rank of the pp axis holds one part, or several for schedules
-that keep ranks busier by switching between parts. A batch goes through in *microbatches*, so that all ranks have work
-at the same time; a *schedule* is the order in which each rank does the forwards and backwards of its parts.
+A pipeline splits the model into *parts* (PyTorch: stages) of consecutive layers. The first part also has the embedding,
+the last one the norm and the head. A pp rank holds one part, or several under schedules that reduce idle time by
+interleaving parts. A batch is split into *microbatches*, so that all ranks work at the same time; a *schedule* is the
+order in which each rank runs the forwards and backwards of its parts.
 
-Where parts lie: normally in a loop, part p on rank p % pp. The two V-shaped schedules turn around at the last rank, so
-rank 0 holds the first part and the last one. With 4 ranks and 8 parts:
+Placement is normally a loop, part p on rank p % pp. The two V-shaped schedules turn around at the last rank, so rank 0
+holds the first and the last part. With 4 ranks and 8 parts:
 
     loop  rank 0: 0 4   rank 1: 1 5   rank 2: 2 6   rank 3: 3 7
     V     rank 0: 0 7   rank 1: 1 6   rank 2: 2 5   rank 3: 3 4
 
-This module is arithmetic on a recipe. It must not import torch: a plan for 405B parameters is printed at once, on a
-laptop. The numbers of microbatches that it takes for a schedule are those that PyTorch takes (the tests ask it).
+This module is arithmetic on a recipe and must not import torch: a plan for 405B parameters prints at once, on a laptop.
+It accepts the numbers of microbatches that PyTorch's schedules accept; tests compare the two.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from titan_growth.tools.findings import Findings
 from titan_growth.tools.text import many
 
 CSV = "csv"
-"""The name of a schedule that was read from a file."""
+"""The name of a schedule read from a file."""
 
 _DEGREE = "parallelism.pipeline_parallel_degree"
 _SCHEDULE = "parallelism.pipeline_parallel_schedule"
@@ -39,15 +39,15 @@ _MICROBATCH_SIZE = "parallelism.pipeline_parallel_microbatch_size"
 
 @dataclass(frozen=True)
 class ScheduleConditions:
-    """What a schedule asks of the rest of a run."""
+    """What a schedule requires of the rest of a run."""
 
     splits_backward: bool = False
-    """Does the backward for inputs and for weights at different times. Then FSDP must not reshard after the forward,
-    and neither compile nor selective activation checkpointing per operation works."""
+    """Runs the backward for inputs and for weights at different times. FSDP must then not reshard after the forward,
+    and neither compile nor per-op selective activation checkpointing works."""
     v_shaped: bool = False
-    """Neighbouring parts share a rank, and hand activations over without communication; PyTorch's `eval` fails then."""
+    """Adjacent parts share a rank and pass activations without communication; PyTorch's `eval` then fails."""
     single: bool = False
-    """Takes exactly one part a rank."""
+    """Takes exactly one part per rank."""
 
 
 SCHEDULES = {
@@ -59,46 +59,46 @@ SCHEDULES = {
     "ZBVZeroBubble": ScheduleConditions(splits_backward=True, v_shaped=True),
     "DualPipeV": ScheduleConditions(splits_backward=True, v_shaped=True),
 }
-"""PyTorch's schedules by the names that its `get_schedule_class` knows."""
+"""PyTorch's schedules, by their names in `get_schedule_class`."""
 
 
 @dataclass(frozen=True)
 class PipelineLayout:
-    """The parts of a model of one depth, their ranks, and the schedule."""
+    """The parts of a model at one depth, their ranks, and the schedule."""
 
     schedule: str
-    """PyTorch's name in its own spelling, or `csv`."""
+    """PyTorch's name in PyTorch's spelling, or `csv`."""
     parts: tuple[Part, ...]
     """In model order."""
     rank_of_part: tuple[int, ...]
     """The pp rank of each part."""
     num_microbatches: int
-    """Per rank and forward-backward, that is per gradient accumulation step."""
+    """Per rank and gradient accumulation step."""
     order: tuple[tuple[Action, ...], ...] = ()
-    """The actions of each pp rank, when the schedule is `csv`; make the schedule from these, not from the file."""
+    """The actions of each pp rank if the schedule is `csv`; build the schedule from these, not from the file."""
 
     def parts_of(self, pp_rank: int) -> tuple[Part, ...]:
-        """The parts that a rank of the pp axis holds, in model order."""
+        """The parts that a pp rank holds, in model order."""
         return tuple(part for part in self.parts if self.rank_of_part[part.index] == pp_rank)
 
     @property
     def first_rank(self) -> int:
-        """The pp rank that holds the embedding and is fed the batch."""
+        """The pp rank that holds the embedding and gets the batch."""
         return self.rank_of_part[0]
 
     @property
     def last_rank(self) -> int:
-        """The pp rank that holds the head and knows the loss."""
+        """The pp rank that holds the head and has the loss."""
         return self.rank_of_part[-1]
 
     @property
     def is_single(self) -> bool:
-        """Whether the schedule takes exactly one part a rank (GPipe, 1F1B); its class wants no list then."""
+        """Whether the schedule takes exactly one part per rank (GPipe, 1F1B); its class then takes no list."""
         return self.conditions.single
 
     @property
     def conditions(self) -> ScheduleConditions:
-        """What the schedule asks of the rest of the run; that of a file follows from its actions."""
+        """What the schedule requires of the run; for a file it follows from the actions."""
         if self.schedule != CSV:
             return SCHEDULES[self.schedule]
         splits = any(action.kind in "IW" for actions in self.order for action in actions)
@@ -109,13 +109,13 @@ class PipelineLayout:
 def plan_pipeline(
     section: ParallelismConfig, num_layers: int, local_batch_size: int, found: Findings
 ) -> PipelineLayout | None:
-    """The pipeline of a model of one depth, or None when something is wrong with its settings.
+    """The pipeline of a model at one depth, or None if its settings have problems.
 
     Args:
-        section: The `[parallelism]` table; its pipeline degree is above 1.
-        num_layers: Layers of the model. A run that grows plans every depth.
-        local_batch_size: Sequences that a data-parallel rank sees in a forward-backward.
-        found: gets warnings, too, about settings that work but are not wise, or have no effect.
+        section: the `[parallelism]` table, with a pipeline degree above 1.
+        num_layers: of the model. A run that grows plans every depth.
+        local_batch_size: sequences per data-parallel rank and forward-backward.
+        found: also gets warnings about settings that are unwise or have no effect.
     """
     assert section.pipeline_parallel_degree > 1, "without a pipeline there is nothing to lay out"
     own = Findings()
@@ -132,7 +132,7 @@ def plan_pipeline(
 def _as_in_file(
     section: ParallelismConfig, num_layers: int, num_microbatches: int | None, found: Findings
 ) -> PipelineLayout | None:
-    """The layout of a schedule of the user's own."""
+    """The layout of a schedule file."""
     path, size = section.pipeline_parallel_schedule_csv, section.pipeline_parallel_microbatch_size
     assert path is not None
     file = read_schedule_csv(path, section.pipeline_parallel_degree, found)
@@ -164,7 +164,7 @@ def _by_name(
 
 
 def part_table(layout: PipelineLayout) -> list[str]:
-    """One line a pp rank for a plan, such as `pp 0: part 0 (tok_embeddings, layers 0-3), part 4 (layers 15-17)`."""
+    """A plan's line per pp rank, such as `pp 0: part 0 (tok_embeddings, layers 0-3), part 4 (layers 15-17)`."""
     lines = []
     for rank in range(1 + max(layout.rank_of_part)):
         held = ", ".join(f"part {part.index} ({part.describe()})" for part in layout.parts_of(rank))
@@ -173,7 +173,7 @@ def part_table(layout: PipelineLayout) -> list[str]:
 
 
 def _resolve_schedule(name: str, found: Findings) -> str | None:
-    """The name of one of PyTorch's schedules, given in any case, in its own spelling."""
+    """The name of a schedule in PyTorch's spelling, from any case."""
     spellings = {schedule.lower(): schedule for schedule in SCHEDULES}
     if name.lower() in spellings:
         return spellings[name.lower()]
@@ -200,8 +200,8 @@ def _warn_of_idle_ranks(section: ParallelismConfig, layout: PipelineLayout, batc
 
 
 def _warn_of_unused(section: ParallelismConfig, found: Findings) -> None:
-    """Settings that another one overrides."""
-    # 1F1B is the default: beside a file it has most likely not been asked for.
+    """Settings that others override."""
+    # 1F1B is the default, so next to a file it was most likely not set.
     if section.pipeline_parallel_schedule_csv and section.pipeline_parallel_schedule.lower() != "1f1b":
         message = f"{section.pipeline_parallel_schedule} is not used: {CSV_KEY} is the schedule"
         found.warn(_SCHEDULE, message)
@@ -221,14 +221,14 @@ def _count_microbatches(batch: int, size: int, found: Findings) -> int | None:
 
 
 def _check_microbatches(schedule: str, pp: int, num_parts: int, batch: int, size: int, found: Findings) -> None:
-    """What PyTorch's schedule class has against the number of microbatches."""
+    """Why PyTorch's schedule class would refuse the number of microbatches."""
     number = batch // size
     rounds = max(1, number // pp)
     if schedule in ("1F1B", "DualPipeV") and number < num_parts:
         reason = f"{schedule} needs at least as many as parts, {num_parts}"
         hint = f"{num_parts * size} would fit"
     elif schedule in ("Interleaved1F1B", "InterleavedZeroBubble") and number % rounds:
-        reason = f"{schedule} takes them in {rounds} rounds ({number} // pp {pp}) of equally many"
+        reason = f"{schedule} takes them in {rounds} equal rounds ({number} // pp {pp})"
         hint = f"{rounds * pp * size} or {(rounds + 1) * pp * size} would fit"
     else:
         return
@@ -248,7 +248,7 @@ def _rank_of(part: int, pp: int, v_shaped: bool) -> int:
 
 
 class _Wanted(NamedTuple):
-    """How many parts a schedule takes: the numbers nearest to one, and all in words."""
+    """The numbers of parts a schedule accepts: those nearest to a given one, and the rule in words."""
 
     numbers: set[int]
     text: str
@@ -258,17 +258,17 @@ def _wanted_parts(schedule: str, pp: int, num_parts: int, in_file: int | None) -
     if in_file is not None:
         return _Wanted({in_file}, f"{CSV_KEY} has {in_file}")
     if SCHEDULES[schedule].single:
-        return _Wanted({pp}, f"{schedule} takes exactly one part a rank, {pp}")
+        return _Wanted({pp}, f"{schedule} takes exactly one part per rank, {pp}")
     if SCHEDULES[schedule].v_shaped:
-        return _Wanted({2 * pp}, f"{schedule} takes exactly two parts a rank, {2 * pp}")
+        return _Wanted({2 * pp}, f"{schedule} takes exactly two parts per rank, {2 * pp}")
     nearest = {max(2, num_parts // pp) * pp, max(2, -(-num_parts // pp)) * pp}
-    return _Wanted(nearest, f"{schedule} takes two or more parts a rank, a multiple of {pp} from {2 * pp} on")
+    return _Wanted(nearest, f"{schedule} takes two or more parts per rank, a multiple of {pp} from {2 * pp} on")
 
 
 def _cut(
     section: ParallelismConfig, num_layers: int, schedule: str, in_file: int | None, found: Findings
 ) -> tuple[Part, ...] | None:
-    """The parts, by name or by an even split; `in_file` is how many a schedule file has."""
+    """The parts, by name or by an even split; `in_file` is the number of parts in a schedule file."""
     pp = section.pipeline_parallel_degree
     names, layers_per_part = section.module_fqns_per_model_part, section.pipeline_parallel_layers_per_stage
     if names is not None:

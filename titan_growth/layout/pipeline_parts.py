@@ -1,6 +1,6 @@
-"""Cutting the model into pipeline parts: evenly, or as the recipe writes it out.
+"""Splits the model into pipeline parts, evenly or as the recipe lists them.
 
-Arithmetic on layer numbers; see `pipeline_layout.py` for where the parts go. It must not import torch.
+Arithmetic on layer numbers; `pipeline_layout.py` places the parts. Must not import torch.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ NAMES = "parallelism.module_fqns_per_model_part"
 
 @dataclass(frozen=True)
 class Part:
-    """A chunk of the model."""
+    """A pipeline part."""
 
     index: int
-    """Its place in the model."""
+    """In model order."""
     layers: tuple[int, ...]
-    """Global layer ids, ascending; a first or last part may have none."""
+    """Global layer ids, ascending; the first or last part may have none."""
     first: bool
     """Holds `tok_embeddings`."""
     last: bool
     """Holds `norm` and `output`."""
 
     def describe(self) -> str:
-        """What it holds, such as `tok_embeddings, layers 0-3`."""
+        """Its content, such as `tok_embeddings, layers 0-3`."""
         held = ["tok_embeddings"] if self.first else []
         if len(self.layers) == 1:
             held.append(f"layer {self.layers[0]}")
@@ -44,10 +44,10 @@ class Part:
 def cut_evenly(
     section: ParallelismConfig, num_layers: int, num_parts: int, key: str, found: Findings
 ) -> tuple[Part, ...] | None:
-    """Parts of equally many layers, where the embedding and the head count as the layers that they displace.
+    """Parts with equal numbers of layers; the embedding and the head count as their `less_layers`.
 
     Args:
-        key: of the setting that the number of parts comes from.
+        key: of the setting that determines the number of parts.
     """
     first_less = section.pipeline_parallel_first_stage_less_layers
     last_less = section.pipeline_parallel_last_stage_less_layers
@@ -67,7 +67,7 @@ def cut_evenly(
                 f"{less} is more than the {many(most, 'layer')} of the {which} part when {num_layers} layers "
                 f"+ {first_less + last_less} less_layers are split over {num_parts} parts"
             )
-            # The largest x with x <= the part's share of (the others + x) layers: the first part's share is rounded up.
+            # The largest x with x <= the part's share of (the others + x) layers; the first part's share rounds up.
             fits = (effective - less) // (num_parts - 1) + (which == "first")
             hint = f"At most {fits} would fit" if key != LAYERS_PER_PART else ""
             found.problem(f"parallelism.pipeline_parallel_{which}_stage_less_layers", message, hint)
@@ -86,7 +86,7 @@ def _parts(layers: list[tuple[int, ...]]) -> tuple[Part, ...]:
 
 
 def cut_by_name(names: list[list[str]], num_layers: int, found: Findings) -> tuple[Part, ...] | None:
-    """The parts that a recipe writes out."""
+    """The parts that a recipe lists by name."""
     own = Findings()
     layer_of = {f"layers.{layer}": layer for layer in range(num_layers)}
     _check_names(names, layer_of, own)
@@ -98,7 +98,7 @@ def cut_by_name(names: list[list[str]], num_layers: int, found: Findings) -> tup
 
 
 def _ends(num_parts: int) -> dict[str, int]:
-    """The parts that the modules besides the layers belong into."""
+    """Module name -> its part, for the modules besides the layers."""
     return {"tok_embeddings": 0, "norm": num_parts - 1, "output": num_parts - 1}
 
 
@@ -106,7 +106,7 @@ def _check_names(names: list[list[str]], layer_of: dict[str, int], found: Findin
     """Every module is there once, and no part is empty."""
     num_layers, belongs = len(layer_of), _ends(len(names))
     given = Counter(name for part in names for name in part)
-    growing = "A run that grows has several depths, which no one list fits: leave it out for an even split of each"
+    growing = "A run that grows has several depths, and no single list fits all: leave it out for an even split of each"
     if unknown := [name for name in given if name not in layer_of and name not in belongs]:
         there = f"{many(num_layers, 'layer')} (layers.0 to layers.{num_layers - 1}), tok_embeddings, norm and output"
         hint = growing if unknown[0].startswith("layers.") else suggestion(unknown[0], belongs)
@@ -127,7 +127,7 @@ def _check_order(names: list[list[str]], held: list[tuple[int, ...]], found: Fin
     for index, part in enumerate(names):
         for name in part:
             if belongs.get(name, index) != index:
-                message = f"{name!r} is in part {index}, but belongs into part {belongs[name]}"
+                message = f"{name!r} is in part {index}, but belongs in part {belongs[name]}"
                 found.problem(NAMES, f"{message}, the {'first' if name == 'tok_embeddings' else 'last'}")
     placed = [(layer, index) for index, layers in enumerate(held) for layer in layers]
     for expected, (layer, index) in enumerate(placed):

@@ -1,13 +1,12 @@
-"""A pipeline schedule of the user's own, read from a file and proven to run before anything is started.
+"""A user's pipeline schedule, read from a file and proven executable before anything starts.
 
-The format is PyTorch's compute-only one: one line a pp rank, comma-separated actions, an empty cell where the rank
-pauses. An action is a part, a letter and a microbatch: `0F3` is the forward of microbatch 3 through part 0, `0B3` its
-whole backward, `0I3` and `0W3` the same backward in two pieces, first for the input and later for the weights.
+The format is PyTorch's compute-only one: one line per pp rank, comma-separated actions, an empty cell for a pause. An
+action is a part, a letter and a microbatch: `0F3` is the forward of microbatch 3 through part 0, `0B3` its full
+backward, `0I3` and `0W3` the same backward in two pieces, first for the input and later for the weights.
 
-PyTorch's own reader counts actions in sets and trusts the rest: a doubled action, trailing garbage or an order that it
-cannot work in pass, and end in a crash or in wrong gradients on a running job. So the file is checked here in full, by
-a reader that needs no torch, and the schedule is made from what was read (`PipelineLayout.order`): a file that is
-edited while a run lasts does not change it.
+PyTorch's reader counts actions in sets and trusts the rest: duplicates, trailing garbage and impossible orders pass,
+then crash a running job or give wrong gradients. So the file is checked here in full, without torch, and the schedule
+is built from what was read (`PipelineLayout.order`): editing the file during a run changes nothing.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ _MOST_REPORTED = 5
 
 
 class Action(NamedTuple):
-    """One action of a schedule; its text is that of the file."""
+    """One action of a schedule; `str` gives the file's notation."""
 
     part: int
     kind: str
-    """F forward, B whole backward, I backward for the input, W backward for the weights."""
+    """F forward, B full backward, I backward for the input, W backward for the weights."""
     microbatch: int
 
     def __str__(self) -> str:
@@ -43,16 +42,16 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class ScheduleFile:
-    """A schedule that is complete and can be executed."""
+    """A complete, executable schedule."""
 
     order: tuple[tuple[Action, ...], ...]
-    """The actions of each pp rank, without the pauses: what a rank waits for follows from the actions."""
+    """The actions of each pp rank. Pauses are left out: what a rank waits for follows from the actions."""
     rank_of_part: tuple[int, ...]
     num_microbatches: int
 
 
 def read_schedule_csv(path: str, pp_degree: int, found: Findings) -> ScheduleFile | None:
-    """Reads and checks a schedule for `pp_degree` ranks; None when it cannot be used. Problems name the line."""
+    """Reads and checks a schedule for `pp_degree` ranks; None if it cannot be used. Problems name the line."""
     own = Findings()
     rows = _read(path, pp_degree, own)
     # Each check relies on those before it, and would report one mistake again: stop at the first.
@@ -77,7 +76,7 @@ class _Row:
     actions: list[Action] = field(default_factory=list)
 
     def problem(self, found: Findings, message: str, hint: str = "") -> None:
-        """Reports something that is wrong in this line."""
+        """Reports a problem in this line."""
         found.problem(KEY, f"{self.path} line {self.line}: {message}", hint)
 
 
@@ -87,11 +86,11 @@ def _read(path: str, pp_degree: int, found: Findings) -> list[_Row]:
     if found.problems:
         return []
     while cells and not any(cells[max(cells)]):
-        cells.popitem()  # blank lines at the end, which editors leave
+        cells.popitem()  # trailing blank lines
     if len(cells) != pp_degree:
         lines = "1 line" if len(cells) == 1 else f"{len(cells)} lines"
         message = f"{path} has {lines} of actions, but parallelism.pipeline_parallel_degree is {pp_degree}"
-        found.problem(KEY, message, "Write one line a pp rank, the first rank first")
+        found.problem(KEY, message, "Write one line per pp rank, the first rank first")
         return []
     rows = []
     for line, texts in cells.items():
@@ -110,7 +109,7 @@ def _cells(path: str, found: Findings) -> dict[int, list[str]]:
     cells: dict[int, list[str]] = {}
     if not file_path.is_file():
         what = "is not a file" if file_path.exists() else "does not exist"
-        found.problem(KEY, f"{path} {what}", "Give the path of a schedule, one line of actions a pp rank")
+        found.problem(KEY, f"{path} {what}", "Give the path of a schedule, one line of actions per pp rank")
         return cells
     try:
         with file_path.open(encoding="utf-8-sig", newline="") as file:
@@ -145,7 +144,7 @@ def _ranks_of_parts(rows: list[_Row]) -> dict[int, int]:
 
 
 def _check_parts(rows: list[_Row], found: Findings) -> None:
-    """Every rank has a part, every part one rank, and no part is left out."""
+    """Every rank has a part, every part has one rank, and no part is missing."""
     row_of_part: dict[int, _Row] = {}
     for rank, row in enumerate(rows):
         if not row.actions:
@@ -163,7 +162,7 @@ def _check_parts(rows: list[_Row], found: Findings) -> None:
 
 
 def _check_forwards(rows: list[_Row], found: Findings) -> None:
-    """No action is there twice, and every part has the forward of every microbatch."""
+    """No action is duplicated, and every part has the forward of every microbatch."""
     forwards: dict[int, set[int]] = {}
     for row in rows:
         for action, count in Counter(row.actions).items():
@@ -205,7 +204,7 @@ def _check_backwards(rows: list[_Row], found: Findings) -> None:
 
 
 def _check_order(rows: list[_Row], found: Findings) -> None:
-    """A rank's own actions come in an order that its own parts allow."""
+    """Each rank's actions are in an order that its own parts allow."""
     last_part = max(_ranks_of_parts(rows))
     for row in rows:
         place = {action: position for position, action in enumerate(row.actions)}
@@ -225,20 +224,20 @@ def _check_order(rows: list[_Row], found: Findings) -> None:
 
 
 def _check_progress(rows: list[_Row], found: Findings) -> None:
-    """Runs the schedule: every rank does its next action as soon as what that needs from other parts is done."""
+    """Simulates the schedule: each rank runs its next action as soon as its inputs from other parts are ready."""
     last_part = max(_ranks_of_parts(rows))
     done: set[Action] = set()
 
     def waits_for(action: Action) -> Action | None:
-        """The action of a neighbouring part that must be done first, and is not."""
+        """The pending action of an adjacent part that must be done first, or None."""
         if action.kind == "F" and action.part > 0:
             needed = [action._replace(part=action.part - 1)]
         elif action.kind in "BI" and action.part < last_part:
             needed = [Action(action.part + 1, kind, action.microbatch) for kind in "BI"]
         else:
             return None
-        there = [other for other in needed if other in row_of]
-        return None if any(other in done for other in there) else there[0]
+        present = [other for other in needed if other in row_of]
+        return None if any(other in done for other in present) else present[0]
 
     row_of = {action: row for row in rows for action in row.actions}
     next_place = [0] * len(rows)
@@ -255,14 +254,14 @@ def _check_progress(rows: list[_Row], found: Findings) -> None:
     }
     if not stuck:
         return
-    # A rank that waits does so for one that waits too: follow that round, and report the circle.
+    # Every stuck line waits for another stuck line: follow them to the cycle, and report that.
     line, seen = min(stuck), list[int]()
     while line not in seen:
         seen.append(line)
         needed = waits_for(stuck[line])
         assert needed is not None, f"{stuck[line]} is stuck but waits for nothing"
         line = row_of[needed].line
-    circle = seen[seen.index(line) :]
-    stops = "; ".join(f"line {line} stops at {stuck[line]}, which needs {waits_for(stuck[line])}" for line in circle)
-    first = row_of[stuck[min(circle)]]
+    cycle = seen[seen.index(line) :]
+    stops = "; ".join(f"line {line} stops at {stuck[line]}, which needs {waits_for(stuck[line])}" for line in cycle)
+    first = row_of[stuck[min(cycle)]]
     first.problem(found, f"the schedule cannot be executed, its ranks wait for each other: {stops}")

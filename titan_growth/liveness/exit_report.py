@@ -1,12 +1,12 @@
-"""How a run says what became of it.
+"""How a run reports its outcome.
 
-Torchrun knows a rank only by whether its exit status is 0, and by its own habit answers everything else with 1. A
-scheduler wants more: is the run done, is the recipe wrong, should it be queued again, does it need another number of
-ranks. So the ranks leave one small file, `exit.json`, in the run's folder, and the launcher turns it into a status.
+Torchrun only knows whether a rank's exit status is 0, and turns any other into 1. A scheduler needs more: is the run
+done, is the recipe wrong, should it be requeued, does it need another number of ranks. So the ranks leave one small
+file, `exit.json`, in the run folder, and the launcher turns it into a status.
 
-All ranks of a node may write the file, but only one story is told, and it is the cause: a failure beats a "saved" or
-"done", a rank that failed by itself beats one that failed because its peer was gone, and among equals the first wins.
-Ranks of other nodes write `exit.node1.json` and so on, since nodes need not share a folder or a launcher.
+All ranks of a node may write the file, but it keeps one report, the cause: a failure beats "saved" or "done", a rank
+that failed by itself beats one that lost its peer, and among equals the first wins. Other nodes write `exit.node1.json`
+and so on, since nodes need not share a folder or a launcher.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ DONE = 0
 FAILED = 1
 BAD_RECIPE = 2
 REQUEUE = 75
-"""Saved; run the same command again to go on."""
+"""Saved; run the same command again to continue."""
 RESIZE = 76
-"""Saved; goes on with another number of ranks."""
+"""Saved; to be continued with another number of ranks."""
 
 NOTHING_TO_DO = 10
-"""The preflight's answer for a run that has already finished; the launcher ends with `DONE`."""
+"""Preflight's status for a run that has already finished; the launcher exits with `DONE`."""
 
 NOT_FAILURES = (DONE, REQUEUE, RESIZE)
 LAUNCH_ID_VARIABLE = "TITAN_GROWTH_LAUNCH_ID"
@@ -48,11 +48,11 @@ class Outcome:
     status: int
     message: str = ""
     num_ranks: int | None = None
-    """The number of ranks to go on with, for `RESIZE`."""
+    """The number of ranks to continue with, for `RESIZE`."""
 
 
 def current_launch_id() -> str:
-    """The id all ranks of one launch share: given by our launcher, else the process that started them all."""
+    """The id that all ranks of a launch share: set by our launcher, else their parent process."""
     return os.environ.get(LAUNCH_ID_VARIABLE) or f"parent-{os.getppid()}"
 
 
@@ -61,12 +61,12 @@ def report_path(dump_folder: Path, node_rank: int = 0) -> Path:
 
 
 def spare_path(launch_id: str, node_rank: int = 0) -> Path:
-    """Where a report goes that the run's folder cannot take, on a full disk for one."""
+    """Where the report goes if the run folder cannot take it, such as on a full disk."""
     return Path(tempfile.gettempdir()) / f"titan_growth-exit-{launch_id}-{node_rank}.json"
 
 
 def read(dump_folder: Path, launch_id: str, node_rank: int = 0) -> dict[str, Any] | None:
-    """The report that a rank of this launch left, or None. Reports of earlier launches do not count."""
+    """The report of this launch, or None. Reports of earlier launches are ignored."""
     for path in (spare_path(launch_id, node_rank), report_path(dump_folder, node_rank)):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
@@ -80,16 +80,16 @@ def read(dump_folder: Path, launch_id: str, node_rank: int = 0) -> dict[str, Any
 
 
 def process_status(status: int) -> int:
-    """The status a rank's process should end with after it has reported `status`.
+    """The status a rank's process should exit with after reporting `status`.
 
-    Under torchrun a rank that ends with anything but 0 is a failure: the others are stopped, or all are restarted. A
-    rank that has saved did not fail, so there it leaves with 0 and the report carries the rest.
+    To torchrun any status but 0 is a failure: it stops the other ranks or restarts all. A rank that saved did not fail,
+    so under torchrun it exits with 0, and the report carries the rest.
     """
     return 0 if status in NOT_FAILURES and "TORCHELASTIC_RUN_ID" in os.environ else status
 
 
 def caused_by_peer(error: BaseException) -> bool:
-    """Whether an error only tells that another rank is gone; such a report must not hide the other rank's own."""
+    """Whether an error only means that another rank is gone; it must not hide that rank's own report."""
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return True
     text = str(error).lower()
@@ -98,14 +98,14 @@ def caused_by_peer(error: BaseException) -> bool:
 
 
 def timed_out(error: BaseException) -> bool:
-    """Whether an error is that of a collective that has waited too long for another rank."""
+    """Whether an error is a collective's timeout."""
     text = str(error).lower()
     signs = ("timed out waiting", "application timeout", "collective operation timeout")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 class ExitReport:
-    """One rank's pen for the report. It never raises: a full disk must not hide the error that is being reported."""
+    """Writes the report for one rank. Never raises: a full disk must not hide the error being reported."""
 
     def __init__(self, dump_folder: Path, rank: int) -> None:
         self.rank = rank
@@ -114,11 +114,11 @@ class ExitReport:
         self.path = report_path(dump_folder, node_rank)
         self._launch = current_launch_id()
         self._spare = spare_path(self._launch, node_rank)
-        # Torchrun may restart the ranks inside one launch; what an earlier attempt reported is then out of date.
+        # Torchrun may restart the ranks within a launch; reports of earlier attempts are then stale.
         self._attempt = _integer(os.environ, "TORCHELASTIC_RESTART_COUNT", 0)
 
     def write(self, status: int, message: str, *, num_ranks: int | None = None, secondary: bool = False) -> None:
-        """Report `status`; `secondary` marks a failure that is only the consequence of another rank's."""
+        """Reports `status`; `secondary` marks a failure that is only the consequence of another rank's."""
         if status in NOT_FAILURES and self.local_rank != 0:
             return
         report = {
@@ -135,20 +135,20 @@ class ExitReport:
         weight = _weight(report)
         try:
             with _locked(self.path.parent):
-                written = self._written()
-                standing = _weight(written) if written else -1
-                # Ranks that fail together often tell the same; then it is rank 0's, whose output is usually shown.
-                same = written is not None and weight == standing and written.get("message") == message
-                if weight > standing or weight == standing == 0 or (same and self.rank == 0):
+                current = self._current()
+                current_weight = _weight(current) if current else -1
+                # Ranks that fail together often report the same; prefer rank 0, whose output is usually shown.
+                same = current is not None and weight == current_weight and current.get("message") == message
+                if weight > current_weight or weight == current_weight == 0 or (same and self.rank == 0):
                     write_atomic(self.path, json.dumps(report, indent=2) + "\n")
         except (OSError, ValueError):
-            # The rank's output is kept in the same folder, so what it has printed is likely to be lost as well.
+            # The rank's output goes to the same folder, so it is probably lost too: "printed" is false.
             if weight == 2 or not self._spare.exists():
                 with contextlib.suppress(OSError):
                     write_atomic(self._spare, json.dumps({**report, "printed": False}) + "\n")
 
-    def _written(self) -> dict[str, Any] | None:
-        """The report that is already there, unless it is of an older launch or attempt."""
+    def _current(self) -> dict[str, Any] | None:
+        """The report already there, unless it is of an older launch or attempt."""
         try:
             report: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
             current = (report["launch"], report["attempt"]) == (self._launch, self._attempt)
@@ -170,10 +170,10 @@ def _integer(environ: Mapping[str, str], name: str, default: int) -> int:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that two ranks that fail at once do not both find no report.
+    """Locks the folder, so that two ranks failing at once do not both find no report.
 
-    Locking the folder itself leaves no lock file behind. Some network file systems cannot do it; then two failures in
-    the same millisecond may swap places, which is no reason to lose both.
+    Locking the folder itself leaves no lock file behind. Some network file systems cannot; there, one of two failures
+    in the same millisecond may win by chance, which beats losing both.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -194,7 +194,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class RankEnd:
-    """How one rank's process ended, as its parent saw it: a negative status is the signal that killed it."""
+    """How a rank's process ended, as seen by its parent; a negative status is the signal that killed it."""
 
     rank: int
     local_rank: int
@@ -204,7 +204,7 @@ class RankEnd:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a launch: the status, what to tell, and the local rank whose story that is."""
+    """The outcome of a launch: status, message, and the local rank that caused it."""
 
     status: int
     message: str = ""
@@ -215,19 +215,19 @@ class Verdict:
 
 
 def judge(report: dict[str, Any] | None, failed: list[RankEnd], stopped_by: str = "", killed: bool = False) -> Verdict:
-    """Put the report, the ranks that did not end with 0, and a signal sent to the launch into one verdict."""
+    """Combines the report, the ranks with a status other than 0, and a signal to the launch into one verdict."""
     cause = _cause(failed)
     sudden = cause is not None and cause.status not in (-signal.SIGTERM, -signal.SIGUSR1, *NOT_FAILURES)
     if report is not None:
         good = report["status"] in NOT_FAILURES
-        # A rank that died without a word after another said "saved" or "lost my peer" is what really happened. One
-        # that was ended by the SIGTERM which follows the first exit is not.
+        # A rank that died silently beats a report of "saved" or "lost my peer". One killed by the SIGTERM that follows
+        # the first exit does not.
         silent = cause is not None and cause.rank != report["rank"] and sudden
         if not (silent and (good or (report["secondary"] and cause is not None and cause.status < 0))):
             printed = report.get("printed", True)
             return Verdict(report["status"], report["message"], report["local_rank"], printed, report.get("num_ranks"))
     if stopped_by and not killed and not sudden:
-        return Verdict(REQUEUE, f"stopped by {stopped_by} before training had begun; run the same command again")
+        return Verdict(REQUEUE, f"stopped by {stopped_by} before training began; run the same command again")
     if killed:
         return Verdict(FAILED, "stopped without saving; run the same command again to resume from the last checkpoint")
     if cause is None:
@@ -236,17 +236,17 @@ def judge(report: dict[str, Any] | None, failed: list[RankEnd], stopped_by: str 
         end = f"was killed by signal {-cause.status} ({signal_name(-cause.status)})"
         advice = "run the same command again to resume from the last checkpoint"
         return Verdict(FAILED, f"rank {cause.rank} {end}; {advice}", cause.local_rank)
-    # No report, for instance on a full disk: the status of the process itself still follows the same convention.
+    # No report, such as on a full disk: the process status follows the same convention.
     status = cause.status if cause.status in (BAD_RECIPE, REQUEUE, RESIZE) else FAILED
-    message = f"rank {cause.rank} ended with status {cause.status} and left no report; its own output tells why"
+    message = f"rank {cause.rank} ended with status {cause.status} and left no report; see its own output"
     return Verdict(status, message, cause.local_rank)
 
 
 def _cause(failed: list[RankEnd]) -> RankEnd | None:
     """The rank that failed first.
 
-    Of those that ended together, the one killed from outside took the others along; then one that left by itself; a
-    SIGTERM is what torchrun ends the rest with.
+    Of those that ended together, prefer one killed by a signal, then one that exited by itself. SIGTERM comes last:
+    torchrun ends the rest with it.
     """
     if not failed:
         return None

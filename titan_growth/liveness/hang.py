@@ -1,8 +1,8 @@
-"""Who is to blame for a hang: a diagnosis from what all ranks wrote down, looked at twice.
+"""Which rank causes a hang: a diagnosis from two snapshots of all ranks' beats.
 
-A rank that waits in a collective knows only that another did not come. The beats (`liveness.heartbeat`) tell which:
-ranks pass the same marks in the same order, so the one that has passed fewer is behind; and a rank whose beats do not
-count on is frozen or gone. Only counters are compared, never clocks, which differ between machines.
+A rank waiting in a collective only knows that another did not join. The beats (`liveness.heartbeat`) show which: ranks
+pass the same marks in the same order, so the one with fewer marks is behind, and a rank whose beat counter stands still
+is frozen or gone. Only counters are compared, never clocks, which differ between machines.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from titan_growth.liveness.waits import LAST_SAVE
 from titan_growth.tools.errors import TitanGrowthError
 
 LONG_PHASES = ("validation", "checkpoint", "growth")
-"""Phases in which ranks may be far apart without anything being wrong."""
+"""Phases in which ranks may legitimately be far apart."""
 NAMED = 4
-"""Ranks that a message lists; of more it gives the number."""
+"""Ranks that a message names; the rest are counted."""
 
 
 class HangError(TitanGrowthError):
-    """A collective that failed, or never ended, explained by what the other ranks were doing.
+    """A collective that failed or never ended, explained by what the other ranks were doing.
 
     Attributes:
-        secondary: only the consequence of another rank's end, which that rank or its launcher tells better.
-        pids: processes on this machine that hang and cannot save any more; to be ended once the message is out.
+        secondary: only the consequence of another rank's end, which that rank or its launcher explains better.
+        pids: processes on this machine that hang and can no longer save; to be killed once the message is out.
     """
 
     def __init__(self, message: str, *, secondary: bool = False, pids: Sequence[int] = ()) -> None:
@@ -39,28 +39,28 @@ class HangError(TitanGrowthError):
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last wrote down."""
+    """The last published state of a rank."""
 
     rank: int
     pid: int
     host: str
     count: int
-    """Beats so far: an answering process counts on, whatever its main thread does."""
+    """Beats so far; a responding process keeps counting, whatever its main thread does."""
     moves: int
-    """Beats at which the main thread was found elsewhere than before."""
+    """Beats at which the main thread had moved."""
     position: int
-    """Marks that the main thread has passed: comparable between ranks."""
+    """Marks the main thread has passed; comparable between ranks."""
     step: int
-    """The step it is working on; 0 before training."""
+    """The current step; 0 before training."""
     phase: str
     place: str
-    """The innermost function of this package that it is in."""
+    """The innermost function of this package on the stack."""
     waits: bool
-    """It is inside a collective, as far as its stack shows."""
+    """Inside a collective, judging by the stack."""
     left: str = ""
-    """Why it beats no more: "done" (in good order, or because it gave up on others) or "failed"."""
+    """Why it stopped beating: "done" (finished, or gave up on others) or "failed"."""
     waits_for: str = ""
-    """What else than a collective it waits for, as far as that is marked (`liveness.waits`)."""
+    """What it waits for other than a collective, if marked (`liveness.waits`)."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -83,61 +83,65 @@ class Beat:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Which ranks are to blame, and in what words."""
+    """Which ranks cause a hang, with a message."""
 
     kind: str
-    """frozen, ended, behind, none, or moving: somebody still gets on, so nothing hangs for good."""
+    """frozen, ended, behind, none, or moving: another rank still makes progress, so this is not a hang."""
     culprits: tuple[Beat, ...]
     message: str
 
 
 def diagnose(
-    first: Mapping[int, Beat], second: Mapping[int, Beat], num_ranks: int, mine: int, waited: float
+    first: Mapping[int, Beat], second: Mapping[int, Beat], num_ranks: int, own_rank: int, waited: float
 ) -> Diagnosis:
-    """The diagnosis of one rank.
+    """One rank's diagnosis.
 
     Args:
-        first, second: the beats of all ranks by rank, seconds apart; a rank that never wrote is missing.
-        mine: the rank that asks, which waits for others or hangs itself.
-        waited: seconds for which it has not got on.
+        first, second: all ranks' beats by rank, seconds apart; a rank that never published one is missing.
+        own_rank: the rank that asks, which waits for others or hangs itself.
+        waited: seconds without progress.
     """
-    for_so_long = f"for {waited:.0f} s"
-    there = [beat for beat in second.values() if not beat.left]
-    frozen = [beat for beat in there if beat.rank in first and first[beat.rank].count == beat.count]
+    own = second[own_rank]
+    duration = f"for {waited:.0f} s"
+    running = [beat for beat in second.values() if not beat.left]
+    frozen = [beat for beat in running if beat.rank in first and first[beat.rank].count == beat.count]
     missing = [rank for rank in range(num_ranks) if rank not in second]
     if frozen:
         has = "have" if len(frozen) > 1 else "has"
         where = _stopped(frozen)
-        message = f"{_names(frozen)} {has} not answered {for_so_long}, {where}; the other ranks waited in a collective"
+        message = f"{_names(frozen)} {has} not answered {duration}, {where}; the other ranks waited in a collective"
         return Diagnosis("frozen", tuple(frozen), message)
     if missing:
         ranks = ", ".join(map(str, missing[:NAMED]))
-        message = f"rank{'s' if len(missing) > 1 else ''} {ranks} never answered; the other ranks waited {for_so_long}"
+        message = f"rank{'s' if len(missing) > 1 else ''} {ranks} never answered; the other ranks waited {duration}"
         return Diagnosis("frozen", (), message)
     ended = [beat for beat in second.values() if beat.left == "failed" or beat.waits_for == LAST_SAVE]
-    if ended and second[mine].waits_for != LAST_SAVE:
-        return Diagnosis("ended", tuple(ended), f"{_names(ended)} ended {ended[0].at}; its own message tells why")
-    moving = [beat for beat in there if beat.rank in first and first[beat.rank].moves != beat.moves]
-    patient = not second[mine].waits or second[mine].phase in LONG_PHASES
-    if patient and any(beat.rank != mine for beat in moving):
-        return Diagnosis("moving", (), "the others get on")
-    lowest = min(beat.position for beat in second.values())
-    # Also one that has given up before this rank did: it is still the one that the others waited for.
-    hindmost = [beat for beat in second.values() if beat.position == lowest]
-    busy = [beat for beat in hindmost if not beat.waits]
-    all_level = all(beat.position == lowest for beat in second.values())
-    if hindmost and (not all_level or (busy and len(busy) < len(second))):
-        behind = busy or hindmost
+    if ended and own.waits_for != LAST_SAVE:
+        return Diagnosis("ended", tuple(ended), f"{_names(ended)} ended {ended[0].at}; see its own message")
+    moving = [beat for beat in running if beat.rank in first and first[beat.rank].moves != beat.moves]
+    patient = not own.waits or own.phase in LONG_PHASES
+    if patient and any(beat.rank != own_rank for beat in moving):
+        return Diagnosis("moving", (), "other ranks make progress")
+    if behind := _behind(list(second.values())):
         is_ = "are" if len(behind) > 1 else "is"
-        message = (
-            f"{_names(behind)} {is_} behind: {behind[0].at} while the other ranks have waited for it {for_so_long}"
-        )
+        message = f"{_names(behind)} {is_} behind: {behind[0].at} while the other ranks have waited for it {duration}"
         return Diagnosis("behind", tuple(behind), message)
     message = (
-        f"nothing has moved {for_so_long} {second[mine].at}, and no rank is behind: all {num_ranks} answer and have "
-        "come to the same place. Look at the network and the devices"
+        f"no progress {duration} {own.at}, and no rank is behind: all {num_ranks} respond, from the same place. "
+        "Check the network and the devices"
     )
     return Diagnosis("none", (), message)
+
+
+def _behind(beats: Sequence[Beat]) -> list[Beat]:
+    """The ranks that the others wait for, if the beats tell them apart."""
+    lowest = min(beat.position for beat in beats)
+    # This includes a rank that gave up earlier: the others waited for it all the same.
+    last = [beat for beat in beats if beat.position == lowest]
+    busy = [beat for beat in last if not beat.waits]
+    if len(last) < len(beats):
+        return busy or last
+    return busy if len(busy) < len(beats) else []
 
 
 def _names(beats: Sequence[Beat]) -> str:
@@ -153,9 +157,9 @@ def _stopped(beats: Sequence[Beat]) -> str:
 
 
 def end_processes(pids: Sequence[int]) -> None:
-    """Ends ranks that hang, once the message is out.
+    """Kills ranks that hang, once the message is out.
 
-    A stopped process obeys nothing gentler, and torchrun would wait 30 s before it does the same.
+    A stopped process reacts to nothing but SIGKILL, and torchrun would wait 30 s before sending it.
     """
     for pid in pids:
         with contextlib.suppress(OSError):

@@ -1,15 +1,15 @@
-"""Heartbeats: each rank writes down where it is, so that a hang ends in a message that names the rank.
+"""Heartbeats: each rank publishes where it is, so that a hang ends in a message naming the rank.
 
-A thread of its own writes a beat to the store of the process group every second: a counter, the step and phase of the
-main thread, and where its stack stands. Under torchrun the launcher holds the store, so it outlives the ranks. The
-beats are looked at only when something has gone wrong:
+A thread writes a beat to the process group's store every second: a counter, the main thread's step and phase, and the
+top of its stack. Under torchrun the launcher hosts the store, so it outlives the ranks. Beats are read only when
+something goes wrong:
 
-    a collective failed              gloo raises after its time limit, or when a peer is gone; it cannot say who it was
-    the main thread does not move    NCCL waits on the device, out of Python's sight; this rank's own thread notices
+    a collective failed              gloo raises after its timeout or when a peer is gone, but cannot name the rank
+    the main thread does not move    NCCL waits on the device, invisible to Python; this rank's own thread notices
 
-The second comes a little later than the first, so that a backend which raises has its turn. In pauses that may take
-long (validation, saving, growth) only a rank that does not answer is a reason to give up before the time limit of the
-start is over. Time in which the whole process was suspended does not count.
+The second triggers a little later than the first, so that a backend that raises does so first. In long pauses
+(validation, saving, growth), only a rank that does not answer is a reason to give up before the initial timeout. Time
+during which the whole process was suspended does not count.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from titan_growth.tools.logs import say
 from titan_growth.tools.torch_private import default_store
 
 GRACE_SECONDS = 5.0
-"""How much longer than the time limit a main thread may stand still: a collective that raises should do so first."""
+"""How long beyond the timeout a main thread may stand still, so that a collective that raises does so first."""
 SAVING_SECONDS = 3600.0
-"""How long a save may stand still while all ranks answer: a slow disk is no hang."""
+"""How long a save may stand still while all ranks answer: a slow disk is not a hang."""
 LOOK_BEATS = 4
-"""Between two looks; four times as many where ranks may be busy with something large."""
+"""Beats between two snapshots; four times as many in long phases."""
 AGAIN_SECONDS = 30.0
-"""Until the next look, after one that found no reason to give up."""
+"""Until the next diagnosis, after one without a reason to give up."""
 RANKS_PER_SECOND = 256
-"""Beats that a store is asked to take; more ranks beat more slowly."""
+"""Most beats per second for the store; with more ranks, each beats more slowly."""
 
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 _COLLECTIVES = os.path.join("torch", "distributed", "")
 
 
 class Heartbeat:
-    """This rank's beats. As a context manager it turns a failed collective into a `HangError`.
+    """Publishes this rank's beats. As a context manager it turns a failed collective into a `HangError`.
 
     Args:
-        long_seconds: for which nobody need move in `LONG_PHASES`, as long as all answer.
-        on_stall: gets the HangError of a main thread that does not move; it must not return.
-        store: of the process group; None beats for nobody (one rank, a dry run).
+        long_seconds: how long ranks may stand still in `LONG_PHASES` while all answer.
+        on_stall: gets the HangError of a stalled main thread; must not return.
+        store: of the process group; None turns the heartbeat off (one rank, a dry run).
         interval_seconds: between two beats.
     """
 
@@ -74,7 +74,7 @@ class Heartbeat:
         self.phase, self.step = "start", 0
         self._long_seconds = long_seconds
         self.last_checkpoint: Callable[[], str] = lambda: "Run the same command again"
-        """Says what the run can go on from, to end a message with."""
+        """What the run can resume from; ends a message."""
         self._on_stall = on_stall
         self._host = socket.gethostname()
         self._main = threading.main_thread().ident
@@ -86,21 +86,21 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._store: Any = None
         if store is not None:
-            # A client of its own: the main thread may be waiting in the other one.
+            # A separate client: the main thread may be blocked in the original.
             self._store = store.clone()
             self._store.set_timeout(timedelta(seconds=5))
-        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     @classmethod
     def of_process_group(cls, **settings: Any) -> Heartbeat:
-        """For the default process group; silent where nobody else is there."""
+        """For the default process group; off on a single rank."""
         alone = dist.get_world_size() == 1 or dist.get_backend() == "fake"
         return cls(store=None if alone else default_store(), **settings)
 
     # ---- the main thread -----------------------------------------------------------------------------------------
 
     def mark(self, phase: str, step: int) -> None:
-        """The main thread has come to a phase of a step. All ranks pass the same marks."""
+        """The main thread enters a phase of a step. All ranks pass the same marks."""
         self._position += 1
         self.phase, self.step = phase, step
 
@@ -118,13 +118,13 @@ class Heartbeat:
         lost, late = error is not None and caused_by_peer(error), error is not None and timed_out(error)
         try:
             if error is not None and (lost or late):
-                raise self._explained(error, lost=lost) from error
+                raise self._explain(error, lost=lost) from error
         finally:
             self._leave("done" if error is None or lost or late else "failed")
 
-    def _explained(self, error: BaseException, *, lost: bool) -> HangError:
-        """What to say of a collective that failed on this rank; takes a few seconds."""
-        # It has just come out of the collective, so what the thread has counted may be gone already.
+    def _explain(self, error: BaseException, *, lost: bool) -> HangError:
+        """Explains a collective that failed on this rank; takes a few seconds."""
+        # The main thread just left the collective, so the thread may have reset its count already.
         waited = max(self._stalled_seconds, self._last_stalled_seconds, 0.0 if lost else timeout_in_force())
         asking = self._now(waits=True)
         with self._lock:
@@ -135,7 +135,7 @@ class Heartbeat:
             reason = str(error).strip().split("\n")[0]
             return HangError(f"rank {self.rank} lost another rank: {reason}. {checkpoint}", secondary=lost)
         if lost:
-            # Whoever saw that process end knows better how it did; on another machine this is all there is to know.
+            # The launcher on that machine knows better how the process ended; from here this is all there is to know.
             named = " and ".join(beat.name for beat in diagnosis.culprits[:2]) or "another rank"
             return HangError(f"rank {self.rank} lost {named}. {checkpoint}", secondary=True)
         if diagnosis.kind == "ended":
@@ -144,37 +144,37 @@ class Heartbeat:
 
     # ---- the thread ----------------------------------------------------------------------------------------------
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         while not self._closed.wait(self.interval_seconds):
             self._beat()
             due = max(timeout_in_force() + GRACE_SECONDS, self._patient_until)
             if self._stalled_seconds > due and self._asking is None:
-                self._speak_for_main_thread()
+                self._handle_stall()
 
-    def _speak_for_main_thread(self) -> None:
-        at_leisure = self.phase in LONG_PHASES
-        diagnosis = self._look(self._stalled_seconds, 4 * LOOK_BEATS if at_leisure else LOOK_BEATS)
+    def _handle_stall(self) -> None:
+        long_phase = self.phase in LONG_PHASES
+        diagnosis = self._look(self._stalled_seconds, 4 * LOOK_BEATS if long_phase else LOOK_BEATS)
         if self._asking is not None or self._closed.is_set() or self._stalled_seconds == 0:
-            return  # the main thread has come back, with an error or without
+            return  # the main thread moves again, or handles an error
         saving = self.phase == "checkpoint" or wait_of(self._main) != ""
         ended = diagnosis is not None and diagnosis.kind == "ended"
         if ended and diagnosis is not None:
-            saving = saving or not any(beat.left for beat in diagnosis.culprits)  # it is still there, and saves
-        enough = SAVING_SECONDS if saving else self._long_seconds if at_leisure else 0.0
-        patient = self._stalled_seconds < enough
+            saving = saving or not any(beat.left for beat in diagnosis.culprits)  # it has not left yet: it saves
+        limit = SAVING_SECONDS if saving else self._long_seconds if long_phase else 0.0
+        patient = self._stalled_seconds < limit
         if diagnosis is not None and (diagnosis.kind == "moving" or (patient and diagnosis.kind != "frozen")):
             self._patient_until = self._stalled_seconds + AGAIN_SECONDS
             return
-        said = diagnosis.message if diagnosis is not None else f"rank {self.rank} hangs {self._now().at}"
+        message = diagnosis.message if diagnosis is not None else f"rank {self.rank} hangs {self._now().at}"
         culprits = diagnosis.culprits if diagnosis is not None and not ended else ()
-        error = HangError(f"{said}. {self.last_checkpoint()}", pids=self._killable(culprits))
+        error = HangError(f"{message}. {self.last_checkpoint()}", pids=self._killable(culprits))
         self._leave("done")
         self._on_stall(error)
 
     def _beat(self, left: str = "") -> None:
         beat = self._now(left=left)
         assert self._store is not None
-        with contextlib.suppress(RuntimeError, OSError):  # a store that is gone is noticed by whoever reads it
+        with contextlib.suppress(RuntimeError, OSError):  # a lost store is handled by readers
             self._store.set(_key(self.rank), beat.to_json())
 
     def _now(self, *, waits: bool | None = None, left: str = "") -> Beat:
@@ -207,7 +207,7 @@ class Heartbeat:
             )
 
     def _leave(self, how: str) -> None:
-        """The last beat, so that nobody takes the silence that follows for a hang."""
+        """Sends the last beat, so that the silence after it is not taken for a hang."""
         self._closed.set()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=self.interval_seconds + 6)
@@ -216,7 +216,7 @@ class Heartbeat:
     # ---- looking at the others -----------------------------------------------------------------------------------
 
     def _look(self, waited: float, num_beats: int) -> Diagnosis | None:
-        """The diagnosis from two looks so many beats apart, or None when the store does not answer."""
+        """The diagnosis from two snapshots `num_beats` apart, or None if the store does not answer."""
         try:
             first = self._read()
             for _ in range(num_beats):
@@ -239,15 +239,15 @@ class Heartbeat:
         return {**beats, self.rank: self._now()}
 
     def _killable(self, culprits: Sequence[Beat]) -> list[int]:
-        """Processes of the culprits that are ranks of this very launch on this machine."""
+        """Pids of culprits that are ranks of this launch on this machine."""
         here = [beat.pid for beat in culprits if beat.host == self._host and beat.pid != os.getpid()]
         return [pid for pid in here if _parent(pid) == os.getppid()]
 
 
 def give_up(report: ExitReport, error: HangError) -> None:
-    """Ends this process in place of a main thread that does not move.
+    """Ends this process on behalf of a stalled main thread.
 
-    The disk, or whoever reads our output, may be what hangs. So the end comes whether or not the message gets out.
+    The disk or the reader of our output may be what hangs, so the process exits whether or not the message gets out.
     """
     last_resort = threading.Timer(10, os._exit, [process_status(FAILED)])
     last_resort.daemon = True
@@ -275,19 +275,19 @@ class _Stack:
     seen: tuple[int, ...]
     """Changes when the thread moves."""
     place: str
-    """The innermost function of this package."""
+    """The innermost function of this package on the stack."""
     in_collective: bool
 
 
 def _stack(frame: FrameType | None) -> _Stack:
-    """What the stack of a thread shows."""
+    """What a thread's stack shows."""
     seen: list[int] = []
     place, in_collective = "", False
     depth = 0
     while frame is not None:
         code = frame.f_code
         seen += (id(code), frame.f_lasti)
-        # Collectives are C++ under a few wrappers. A pipeline schedule computes in deeper frames than its own.
+        # Collectives are C++ under a few wrappers. A pipeline schedule matches too, but computes in deeper frames.
         if depth < 4 and _COLLECTIVES in code.co_filename and (depth == 0 or "c10d" in code.co_filename):
             in_collective = True
         if not place and code.co_filename.startswith(_PACKAGE) and code.co_filename != __file__:

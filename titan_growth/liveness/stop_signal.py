@@ -1,8 +1,8 @@
-"""Being asked to stop: the signal only sets a flag; the loop saves at the end of its step and leaves in good order.
+"""Stop requests: a signal only sets a flag; the loop saves at the end of the step and exits cleanly.
 
-A time limit sets the same flag. It is counted from the launch, whose start `run_train.sh` leaves in the environment:
-what a scheduler grants is for preparation, restarts and relaunches too. The clock is the monotonic one, which all
-processes of a machine share and nobody can set; other machines' clocks are never looked at.
+A time limit sets the same flag. It counts from the launch, whose start `run_train.sh` puts into the environment, since
+a scheduler's limit covers preparation, restarts and relaunches too. It uses the monotonic clock, which all processes of
+a machine share and nobody can set; other machines' clocks are never used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def signal_on_parent_death(number: int) -> None:
-    """Asks Linux to send this process a signal when the thread that started it dies, however that happens."""
+    """Asks Linux to signal this process when the thread that started it dies, for whatever reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
@@ -28,14 +28,14 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 LAUNCHED_VARIABLE = "TITAN_GROWTH_LAUNCHED"
-"""When the launch began, in seconds of this machine's monotonic clock."""
+"""Start of the launch on this machine's monotonic clock, in seconds."""
 TIME_LIMIT = "job.time_limit_seconds"
 
 _IMPORTED = time.monotonic()
 
 
 def seconds_since_launch() -> float:
-    """Wall-clock since `run_train.sh` was started on this machine, else since this process was."""
+    """Seconds since `run_train.sh` started on this machine, else since this process did."""
     try:
         return time.monotonic() - float(os.environ[LAUNCHED_VARIABLE])
     except (KeyError, ValueError):
@@ -43,11 +43,11 @@ def seconds_since_launch() -> float:
 
 
 class StopSignal:
-    """Remembers the first stop signal of this process, or that its time is up.
+    """Holds the first stop signal of this process, or the expiry of its time limit.
 
     Args:
-        time_limit_seconds: `job.time_limit_seconds`; None is no limit.
-        elapsed: seconds that count towards the limit.
+        time_limit_seconds: `job.time_limit_seconds`; None for no limit.
+        elapsed: returns the seconds that count towards the limit.
     """
 
     def __init__(
@@ -59,21 +59,21 @@ class StopSignal:
 
     @property
     def is_set(self) -> bool:
-        """Ranks may find their time up at different steps: the loop lets them agree on one."""
+        """Whether to stop. Ranks may reach the limit at different steps; the loop makes them agree on one."""
         if not self.name and self.time_limit_seconds is not None and self._elapsed() >= self.time_limit_seconds:
             self.name = TIME_LIMIT
         return bool(self.name)
 
     @property
     def reason(self) -> str:
-        """Why the run stops, to follow `stopped at step N and saved`; empty for a signal."""
+        """The suffix of `stopped at step N and saved`; empty for a signal."""
         by_time = self.is_set and self.name == TIME_LIMIT
         return f" ({TIME_LIMIT} = {self.time_limit_seconds:,} is over)" if by_time else ""
 
     def install(self) -> None:
-        """Handles SIGTERM, SIGUSR1 and SIGINT from now on. Main thread only.
+        """Installs handlers for SIGTERM, SIGUSR1 and SIGINT. Main thread only.
 
-        Under torchrun the death of the launcher counts as a SIGTERM: ranks that nobody waits for save and leave.
+        Under torchrun the launcher's death counts as a SIGTERM: orphaned ranks save and exit.
         """
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)

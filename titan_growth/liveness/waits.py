@@ -1,7 +1,7 @@
-"""What a thread waits for when it is not a collective: marked where it waits, read by the heartbeat.
+"""What a thread waits for other than a collective: marked by the code that waits, read by the heartbeat.
 
-A rank that waits for a slow disk or a save in the background stands as still as one that hangs. Nothing in its stack
-tells them apart for certain, so the code that waits says it.
+A rank waiting for a slow disk or a background save stands as still as one that hangs, and its stack does not reliably
+tell them apart.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import threading
 from collections.abc import Iterator
 
 STORAGE = "storage"
-"""A read, a write or a removal, here or in another thread: it may take long, and no other rank can help."""
+"""A read, write or removal, in this thread or another; it may take long, and no other rank is to blame."""
 LAST_SAVE = "last save"
-"""The rank does no more steps; it lets a save in the background end before it says why."""
+"""The rank takes no more steps; it lets a background save finish before it reports why."""
 
 _waits: dict[int, str] = {}
 """Thread -> what it waits for."""
@@ -21,7 +21,7 @@ _waits: dict[int, str] = {}
 
 @contextlib.contextmanager
 def waiting_for(what: str) -> Iterator[None]:
-    """Marks this thread as waiting; no collective may be inside. Also a decorator."""
+    """Marks this thread as waiting; must not contain a collective. Also a decorator."""
     thread = threading.get_ident()
     before = _waits.get(thread, "")
     _waits[thread] = what
@@ -32,5 +32,5 @@ def waiting_for(what: str) -> Iterator[None]:
 
 
 def wait_of(thread: int | None) -> str:
-    """What a thread waits for: STORAGE, LAST_SAVE, or "" for nothing that was marked."""
+    """What a thread waits for: STORAGE, LAST_SAVE, or "" if nothing is marked."""
     return _waits.get(thread, "") if thread is not None else ""

@@ -1,4 +1,4 @@
-"""A save that fails, anywhere and on any rank: one line for the user, nothing left behind, the older ones whole."""
+"""A save that fails, anywhere and on any rank: one line for the user, nothing left behind, older checkpoints intact."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _full_disk(rank: int, folder: Path) -> None:
         with replaced(owner, name, no_space), pytest.raises(CheckpointError) as caught:
             save(checkpoints, 6)
         assert str(caught.value) == (
-            "step-6 was not saved: No space left on device: /disk/step-6. The checkpoints before it are whole"
+            "step-6 was not saved: No space left on device: /disk/step-6. Earlier checkpoints are intact"
         ), name
         assert not (checkpoints.root / "step-6").exists(), f"{name} left something behind"
         found = found_in(checkpoints)
@@ -54,12 +54,12 @@ def _full_disk(rank: int, folder: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Wherever in the save it shows."""
+    """Wherever in the save it strikes."""
     run_ranks(_full_disk, 1, tmp_path)
 
 
-def _unheard_of(rank: int, folder: Path) -> None:
-    """Packages of stores raise errors that are no OSError; a save that meets one is tried again like any other."""
+def _foreign_errors(rank: int, folder: Path) -> None:
+    """Storage packages raise errors other than OSError; such a save is retried like any other."""
     logging.disable(logging.CRITICAL)
     checkpoints = manager(folder, save_retries=1)
     saving.time.sleep = lambda seconds: None  # type: ignore[assignment]
@@ -77,19 +77,19 @@ def _unheard_of(rank: int, folder: Path) -> None:
     def fails(*args: Any) -> None:
         raise RuntimeError("HTTP 503")
 
-    message = "step-6 was not saved: HTTP 503. The checkpoints before it are whole"
+    message = "step-6 was not saved: HTTP 503. Earlier checkpoints are intact"
     with replaced(saving, "write_manifest", fails), pytest.raises(CheckpointError, match=message):
         save(checkpoints, 6)
     with replaced(checkpoints.saver.retention, "prune", fails):
-        assert save(checkpoints, 7).step == 7, "what cannot be removed does not undo a save"
+        assert save(checkpoints, 7).step == 7, "a failed removal undoes the save"
     found = found_in(checkpoints)
     assert found is not None
     assert found.step == 7
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_errors_of_any_kind_are_those_of_the_save(num_ranks: int, tmp_path: Path) -> None:
-    run_ranks(_unheard_of, num_ranks, tmp_path)
+def test_errors_of_any_type_fail_the_save(num_ranks: int, tmp_path: Path) -> None:
+    run_ranks(_foreign_errors, num_ranks, tmp_path)
 
 
 def _small_disk(rank: int, folder: Path) -> None:
@@ -105,7 +105,7 @@ def _small_disk(rank: int, folder: Path) -> None:
         save(manager(folder), 6)
 
 
-def test_a_save_that_cannot_fit_is_not_begun(tmp_path: Path) -> None:
+def test_a_save_that_cannot_fit_is_not_started(tmp_path: Path) -> None:
     run_ranks(_small_disk, 1, tmp_path)
 
 
@@ -118,9 +118,9 @@ def _one_rank_fails(rank: int, folder: Path) -> str:
     return str(caught.value)
 
 
-def test_a_failure_on_one_rank_is_everyones(tmp_path: Path) -> None:
+def test_a_failure_on_one_rank_fails_all(tmp_path: Path) -> None:
     for message in run_ranks(_one_rank_fails, 2, tmp_path):
         assert message.endswith(
-            "step-6 was not saved: No space left on device: /disk/step-6. The checkpoints before it are whole"
+            "step-6 was not saved: No space left on device: /disk/step-6. Earlier checkpoints are intact"
         )
     assert list((tmp_path / "checkpoint").iterdir()) == []

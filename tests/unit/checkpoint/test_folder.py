@@ -81,7 +81,7 @@ def test_a_committed_folder_opens(tmp_path: Path) -> None:
 
 
 def test_a_manifest_cut_anywhere_is_not_committed_or_refused(tmp_path: Path) -> None:
-    """A process that dies while writing leaves a prefix; no prefix may pass for a checkpoint."""
+    """A process killed while writing leaves a prefix; no prefix may pass for a manifest."""
     path = commit(tmp_path, 1)
     text = (path / "manifest.json").read_text()
     for length in range(len(text)):
@@ -135,7 +135,7 @@ def test_a_manifest_that_is_not_one_is_refused_in_one_line(change: dict[str, obj
 
 
 def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
-    """A digit of the data cursor that flips into another digit leaves a manifest that makes sense."""
+    """A digit of the data cursor that flips into another digit leaves a well-formed manifest."""
     path = commit(tmp_path, 1)
     whole = (path / "manifest.json").read_bytes()
     opened = open_step(path)
@@ -156,7 +156,7 @@ def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "3", '"x"', "\x00", "[1}"])
-def test_a_manifest_that_is_no_table(text: str, tmp_path: Path) -> None:
+def test_a_manifest_that_is_not_a_table(text: str, tmp_path: Path) -> None:
     path = commit(tmp_path, 1)
     (path / "manifest.json").write_text(text + "\n")
     try:
@@ -195,7 +195,7 @@ def test_ranks_divide_the_files(tmp_path: Path) -> None:
 
 
 def test_steps_are_numbers(tmp_path: Path) -> None:
-    """step-10 comes after step-9, although not in a dictionary."""
+    """step-10 comes after step-9, although not alphabetically."""
     for step in (9, 10, 100, 99, 1):
         commit(tmp_path, step)
     (tmp_path / "step-x").mkdir()
@@ -209,7 +209,7 @@ def test_steps_are_numbers(tmp_path: Path) -> None:
     assert step_numbers(tmp_path / "nowhere") == []
 
 
-def test_the_newest_whole_one_is_found_and_the_damaged_are_named(tmp_path: Path) -> None:
+def test_the_newest_intact_one_is_found_and_damaged_ones_are_reported(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         commit(tmp_path, step)
     (tmp_path / "step-15" / "recipe.toml").unlink()

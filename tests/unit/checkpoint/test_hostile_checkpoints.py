@@ -1,8 +1,8 @@
-"""Checkpoints that a stranger has made: nothing in them runs, each is refused in a line, and the run goes on without.
+"""Hostile checkpoints: nothing in them is executed, each is refused in one line, and the run continues without.
 
-Every case has a manifest that fits its files, since who writes the files writes the checksums, too. Each is offered in
-three ways: as the newest checkpoint of a run that resumes, to `verify`, and as `checkpoint.initial_load_path`; all in a
-child process that may not have much memory or time.
+Every case has a manifest that matches its files, since an attacker writes the checksums too. Each is tried in several
+ways, such as the newest checkpoint of a resuming run, `verify` and `checkpoint.initial_load_path`, in a child process
+with little memory and time.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
 
 
 def copied(honest: tuple[Path, Recipe], to: Path) -> tuple[Path, Recipe]:
-    """The run in another folder."""
+    """A copy of the run, and its recipe with one more step."""
     shutil.copytree(honest[0], to / "run", symlinks=True)
     return to / "run", with_values(honest[1], {"job.dump_folder": str(to / "run"), "training.steps": 5})
 
 
 @pytest.fixture(scope="module")
 def children() -> Iterator[list[Confined]]:
-    """The child of the moment."""
+    """The current child process."""
     found: list[Confined] = []
     yield found
     for child in found:
@@ -70,7 +70,7 @@ def children() -> Iterator[list[Confined]]:
 
 @pytest.fixture
 def confined(children: list[Confined]) -> Callable[..., Any]:
-    """Calls a function in a child with little memory and time; a new child after a failure."""
+    """Calls a function in a child process with little memory and time; starts a new one after a failure."""
 
     def call(*args: Any, **options: Any) -> Any:
         if not children:
@@ -85,7 +85,7 @@ def confined(children: list[Confined]) -> Callable[..., Any]:
 
 
 def found_by_resume(recipe: Recipe) -> tuple[int, list[str]]:
-    """(the step that a run resumes from, the lines about those refused)."""
+    """(the step a run resumes from, a line per refused checkpoint)."""
     section = recipe.checkpoint
     found = find_checkpoint(section, root_of(section.folder, Path(recipe.job.dump_folder)), problem_of)
     assert found.checkpoint is not None
@@ -113,7 +113,7 @@ def started_from(folder: Path, run: Path, corpus: str) -> tuple[int, str]:
 
 
 def test_the_bomb_goes_off(tmp_path: Path) -> None:
-    """Otherwise the tests below would show nothing."""
+    """Otherwise the tests below would prove nothing."""
     bomb = Bomb(tmp_path / "exploded")
     pickle.loads(pickle.dumps(bomb))
     assert bomb.path.exists()
@@ -156,7 +156,7 @@ def test_a_hostile_checkpoint_is_refused(
 
 
 def tried_everywhere(recipe: Recipe, step: Path, new: Path | None) -> dict[str, tuple[int, list[str]]]:
-    """Way of reading a checkpoint -> (what came of it, the lines about what was refused)."""
+    """Way of reading a checkpoint -> (result, lines about what was refused)."""
     tries = {"resume": found_by_resume(recipe)}
     status, printed = verified(step)
     tries["verify"] = status, [line.removeprefix("error: ") for line in printed.splitlines()]
@@ -179,7 +179,7 @@ def tried_everywhere(recipe: Recipe, step: Path, new: Path | None) -> dict[str, 
 
 
 def test_a_run_resumes_from_the_older_step(honest: tuple[Path, Recipe], tmp_path: Path) -> None:
-    """Not only found: trained on from, with the hostile one set aside."""
+    """Not only found: training continues from it, with the hostile one set aside."""
     run, recipe = copied(honest, tmp_path)
     step = run / "checkpoint" / "step-4"
     bomb = Bomb(tmp_path / "exploded")
@@ -207,7 +207,7 @@ def test_none_usable_is_an_error(honest: tuple[Path, Recipe], tmp_path: Path) ->
 def test_a_finished_run_with_a_flipped_bit_is_not_finished(
     honest: tuple[Path, Recipe], confined: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`nothing to do` is said only of a checkpoint that is whole."""
+    """`nothing to do` is printed only for an intact checkpoint."""
     from titan_growth.liveness.exit_report import NOTHING_TO_DO
 
     run, _ = copied(honest, tmp_path)
@@ -225,8 +225,8 @@ def test_a_finished_run_with_a_flipped_bit_is_not_finished(
     assert "nothing to do" not in printed
 
 
-def taken_back_to(root: Path, source: str) -> str:
-    """The message about going back to the checkpoint that a growth came from, as its lineage names it."""
+def rolled_back_to(root: Path, source: str) -> str:
+    """The error of a roll-back to the source of a growth, as named in its lineage."""
     manager = CheckpointManager(CheckpointConfig(enable=True), root)
     try:
         manager.roll_back(RollBackError("the growth", lambda manifest: manifest, source))
@@ -236,13 +236,13 @@ def taken_back_to(root: Path, source: str) -> str:
 
 
 @pytest.mark.parametrize("source", ["../step-2", "/etc", "step-4/../../other", "damaged-4", "step-01"])
-def test_a_growth_is_not_taken_back_to_another_folder(source: str, confined: Any, tmp_path: Path) -> None:
-    """Going back writes into the folder that the lineage names."""
-    message = confined(taken_back_to, tmp_path, source)
-    assert message == f"the growth cannot be taken back: {source} is no checkpoint of this run"
+def test_a_growth_is_not_rolled_back_to_another_folder(source: str, confined: Any, tmp_path: Path) -> None:
+    """A roll-back writes into the folder that the lineage names."""
+    message = confined(rolled_back_to, tmp_path, source)
+    assert message == f"the growth cannot be rolled back: {source} is not a checkpoint of this run"
 
 
-# ---- by chance -------------------------------------------------------------------------------------------------------
+# ---- fuzzing ---------------------------------------------------------------------------------------------------------
 
 
 def mutated(data: bytes, generator: Any) -> bytes:
@@ -267,7 +267,7 @@ def mutated(data: bytes, generator: Any) -> bytes:
 
 
 def tried(step: Path, names: list[str], rounds: int, seed: int) -> dict[str, int]:
-    """Mutates files of a checkpoint, one at a time, and looks at it each time; how often it was refused, and not."""
+    """Mutates files of a checkpoint, one at a time, and verifies it each time; counts the outcomes."""
     import random
 
     generator = random.Random(seed)
@@ -296,7 +296,7 @@ def tried(step: Path, names: list[str], rounds: int, seed: int) -> dict[str, int
 FILES = [".metadata", "__0_0.distcp", "manifest.json", "lineage.json", "recipe.toml"]
 
 
-def test_chance_finds_nothing_in_a_few_rounds(honest: tuple[Path, Recipe], confined: Any, tmp_path: Path) -> None:
+def test_fuzzing_finds_nothing_in_a_few_rounds(honest: tuple[Path, Recipe], confined: Any, tmp_path: Path) -> None:
     run, _ = copied(honest, tmp_path)
     counts = confined(tried, run / "checkpoint" / "step-4", FILES, 25, 0)
     assert counts["refused"] > 8, counts
@@ -304,8 +304,8 @@ def test_chance_finds_nothing_in_a_few_rounds(honest: tuple[Path, Recipe], confi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_chance_finds_nothing(name: str, honest: tuple[Path, Recipe], confined: Any, tmp_path: Path) -> None:
-    """Hundreds of mutations of each file, with a fixed seed: a line, or a checkpoint that reads."""
+def test_fuzzing_finds_nothing(name: str, honest: tuple[Path, Recipe], confined: Any, tmp_path: Path) -> None:
+    """Hundreds of mutations of each file, with a fixed seed: refused in one line, or readable."""
     run, _ = copied(honest, tmp_path)
     counts = confined(tried, run / "checkpoint" / "step-4", [name], 400, 1, max_seconds=300)
     assert counts["refused"] > 20, counts
@@ -314,7 +314,7 @@ def test_chance_finds_nothing(name: str, honest: tuple[Path, Recipe], confined: 
 def test_plugins_that_a_checkpoint_names_are_not_imported(
     honest: tuple[Path, Recipe], confined: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither to resume, nor to look at it. Whoever trusts them names them in a recipe of their own."""
+    """Neither by a resume nor by a command. To trust them, name them in the recipe."""
     run, recipe = copied(honest, tmp_path)
     step = run / "checkpoint" / "step-4"
     (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('exploded').touch()\n")
@@ -340,7 +340,7 @@ def test_the_manifest_of_another_step_is_refused(honest: tuple[Path, Recipe], co
     (run / "checkpoint" / "step-1e3").mkdir()
     (run / "checkpoint" / ("step-" + "9" * 60)).mkdir()
     step, lines = confined(found_by_resume, recipe)
-    assert (step, lines) == (2, ["step-900719925474099 refused: its manifest is that of step 4"])
+    assert (step, lines) == (2, ["step-900719925474099 refused: its manifest is for step 4"])
 
 
 def test_a_wrong_checksum_comes_before_what_it_would_lead_to(

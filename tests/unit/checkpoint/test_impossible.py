@@ -1,7 +1,7 @@
 """Combinations of settings that cannot train are refused before anything starts, each with one problem.
 
-One cause must not be told twice, once by the checks between keys and once by a stage, and the key must be one that
-the user can change. Settings that are only unwise get a warning.
+One cause must not be reported twice, by the checks between keys and by a stage, and the key must be one that the user
+can change. Settings that are only unwise get a warning.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ SHORT = {
     "seq_len": "training.seq_len",
     "chunk": "training.loss_chunk_tokens",
 }
-"""What the table below calls the keys of a recipe."""
+"""Short names of recipe keys for the table below."""
 
 
 class Case(NamedTuple):
-    """Settings beside those of `tests.runs.BASE`, and the one problem that they have."""
+    """Settings on top of `tests.runs.BASE`, and their one problem."""
 
     name: str
     num_ranks: int
@@ -75,7 +75,7 @@ CASES = [
     case("no shard degree", 2, "shard", "must be -1 (all ranks that are left) or at least 1, got 0", shard=0),
     case("a batch that data-parallel ranks cannot share", 4, "global_batch", "8 is not a multiple of", batch=4),
     # Sizes under tensor and context parallelism.
-    case("heads and channels, told together", 3, "tp",
+    case("heads and channels, reported together", 3, "tp",
          "the model's 4 query heads (model.n_heads), 2 key/value heads (model.n_kv_heads), 256 channels",
          tp=3, seq_len=33),
     case("key and value heads", 4, "tp", "4 does not divide the model's 2 key/value heads", tp=4),
@@ -85,7 +85,7 @@ CASES = [
     case("sequences under tp", 2, "seq_len", "33 is not a multiple of tensor-parallel degree 2 = 2", tp=2, seq_len=33),
     case("sequences under cp", 2, "seq_len", "34 is not a multiple of 2 x context-parallel degree 2 = 4", cp=2,
          seq_len=34),
-    case("sequences under both, told once", 4, "seq_len",
+    case("sequences under both, reported once", 4, "seq_len",
          "36 is not a multiple of tensor-parallel degree 2 x 2 x context-parallel degree 2 = 8", tp=2, cp=2,
          seq_len=36),
     case("validation sequences", 2, "validation.seq_len", "30 is not a multiple of 2 x context-parallel degree 2", cp=2,
@@ -98,21 +98,21 @@ CASES = [
          pp=4, batch=8, schedule="Interleaved1F1B", model__n_layers=12, checkpoint__enable=True,
          growth__stages='[{at = "3 steps", factor = 4}]'),
     case("first_less beyond the first part", 2, "first_less", "6 is more than the", pp=2, first_less=6, last_less=0),
-    case("a single schedule with two parts a rank", 2, "per_part", "1F1B takes exactly one part a rank, 2", pp=2,
+    case("a single schedule with two parts per rank", 2, "per_part", "1F1B takes exactly one part per rank, 2", pp=2,
          per_part=2, batch=8),
-    case("an interleaved schedule with one part a rank", 2, "per_part",
-         "Interleaved1F1B takes two or more parts a rank", pp=2, per_part=3, batch=8, schedule="Interleaved1F1B"),
-    case("a V schedule with three parts a rank", 2, "per_part", "ZBVZeroBubble takes exactly two parts a rank, 4",
+    case("an interleaved schedule with one part per rank", 2, "per_part",
+         "Interleaved1F1B takes two or more parts per rank", pp=2, per_part=3, batch=8, schedule="Interleaved1F1B"),
+    case("a V schedule with three parts per rank", 2, "per_part", "ZBVZeroBubble takes exactly two parts per rank, 4",
          **SPLIT, per_part=1, batch=8),
-    case("a V schedule with other names", 2, "names", "has 2 parts, but DualPipeV takes exactly two parts a rank, 4",
+    case("a V schedule with other names", 2, "names", "has 2 parts, but DualPipeV takes exactly two parts per rank, 4",
          pp=2, batch=8, schedule="DualPipeV",
          names=[["tok_embeddings", "layers.0", "layers.1"], ["layers.2", "layers.3", "norm", "output"]]),
     case("a module left out", 2, "names", "lacks 'layers.3'", pp=2,
          names=[["tok_embeddings", "layers.0"], ["layers.1", "layers.2", "norm", "output"]]),
     case("too few microbatches", 2, "batch", "1F1B needs at least as many as parts, 2", pp=2, batch=1),
-    case("too few microbatches for two parts a rank", 2, "batch", "DualPipeV needs at least as many as parts, 4", pp=2,
+    case("too few microbatches for a V schedule", 2, "batch", "DualPipeV needs at least as many as parts, 4", pp=2,
          schedule="DualPipeV", batch=2),
-    case("microbatches that make no rounds", 2, "batch", "in 2 rounds (5 // pp 2) of equally many", pp=2, batch=5,
+    case("microbatches that make no rounds", 2, "batch", "in 2 equal rounds (5 // pp 2)", pp=2, batch=5,
          global_batch=5, schedule="Interleaved1F1B"),
     case("a microbatch size that does not divide the batch", 2, "microbatch", "3 does not divide", pp=2, microbatch=3),
     case("an unknown schedule", 2, "schedule", "unknown schedule '1F2B'", pp=2, schedule="1F2B"),

@@ -1,4 +1,4 @@
-"""Saving, choosing and loading step folders on one rank: what is taken, refused, and kept."""
+"""Saving, finding and loading step folders on one rank: what is accepted, refused and kept."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def save(checkpoints: CheckpointManager, step: int, value: float | None = None, 
 
 
 def found_in(checkpoints: CheckpointManager) -> StepFolder | None:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint a run would resume from."""
     found = find_checkpoint(checkpoints.section, checkpoints.root).checkpoint
     if found is not None:
         checkpoints.saver.last_saved = found
@@ -159,7 +159,7 @@ def _uncommitted(rank: int, folder: Path) -> None:
     save(checkpoints, 5)
     dead = save(checkpoints, 9).path
     (dead / "manifest.json").unlink()
-    (dead / "__7_0.distcp").write_bytes(b"of a rank that is no more")
+    (dead / "__7_0.distcp").write_bytes(b"of a rank that no longer exists")
     found = found_in(checkpoints)
     assert found is not None
     assert found.step == 5
@@ -199,7 +199,7 @@ def _fallback(rank: int, folder: Path) -> None:
 
 
 def test_a_damaged_one_is_passed_over_and_none_left_is_an_error(on_one_rank: Any) -> None:
-    """One flipped bit; and a run whose checkpoints are all damaged must not start from scratch."""
+    """A flipped bit; and a run whose checkpoints are all damaged must not start from scratch."""
     on_one_rank(_fallback)
 
 
@@ -270,7 +270,7 @@ def _damaged_ones_do_not_count(rank: int, folder: Path) -> None:
 
 
 def test_damaged_checkpoints_never_push_out_good_ones(on_one_rank: Any) -> None:
-    """Passed over by a resume, they keep their files but take no place among the latest k."""
+    """Once passed over by a resume, they keep their files but do not count among the latest k."""
     on_one_rank(_damaged_ones_do_not_count)
 
 
@@ -281,7 +281,7 @@ def _remains(rank: int, folder: Path) -> None:
         (checkpoints.root / f"step-{step}" / "__0_0.distcp").write_bytes(b"half")
     save(checkpoints, 4)
     checkpoints.close()
-    assert step_numbers(checkpoints.root) == [9, 4], "what is older is cleared; a later one may still be written"
+    assert step_numbers(checkpoints.root) == [9, 4], "older remains are cleared; a later one may still be being written"
 
 
 def test_remains_of_dead_saves_are_cleared(on_one_rank: Any) -> None:

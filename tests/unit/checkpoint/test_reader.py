@@ -1,4 +1,4 @@
-"""Reading DCP folders: nothing in them is run, chunks are read once, other names and other shards are served."""
+"""Reading DCP folders: nothing in them is executed, chunks are read once, other names and shards are served."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STORED = {
 
 
 class Bomb:
-    """Makes a file when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,7 +95,7 @@ def test_the_chunks_of_a_folder(folder: Path) -> None:
         (chunk,) = chunks[name]
         assert (chunk.offsets, chunk.sizes, chunk.dtype) == ((0,) * tensor.dim(), tuple(tensor.shape), tensor.dtype)
         assert torch.equal(reader.read_chunk(chunk), tensor)
-    with pytest.raises(CheckpointError, match=r"step-5 refused: .* does not hold layers\.0\.w as it says"):
+    with pytest.raises(CheckpointError, match=r"step-5 refused: .* does not hold layers\.0\.w as the metadata says"):
         reader.read_chunk(dataclasses.replace(chunks["layers.0.w"][0], sizes=(5, 4)))
 
 
@@ -171,7 +171,7 @@ def test_metadata_of_the_wrong_shape_is_one_line(field: str, value: object, fold
 
 
 def shard_holding(folder: Path, value: object) -> None:
-    """Puts something else where layers.0.w is stored."""
+    """Stores something else in place of layers.0.w."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
 
@@ -185,7 +185,7 @@ def shard_holding(folder: Path, value: object) -> None:
 
 
 def cause_of(error: CheckpointException) -> str:
-    """What DCP has wrapped; the manager unwraps it for the user."""
+    """The error that DCP wrapped; the manager unwraps it for the user."""
     cause = error.failures[0][0]
     assert isinstance(cause, CheckpointError)
     return str(cause)
@@ -200,7 +200,7 @@ def test_a_hostile_chunk_is_refused_without_running(folder: Path, tmp_path: Path
     assert not bomb.path.exists()
 
 
-def test_a_chunk_that_is_no_tensor_is_refused(folder: Path) -> None:
+def test_a_chunk_that_is_not_a_tensor_is_refused(folder: Path) -> None:
     shard_holding(folder, {"a": torch.zeros(5, 3)})
     with pytest.raises(CheckpointException) as caught:
         load({"layers.0.w": torch.zeros(5, 3)}, SafeReader(folder))
@@ -210,7 +210,7 @@ def test_a_chunk_that_is_no_tensor_is_refused(folder: Path) -> None:
 
 
 def test_byte_entries_are_not_read(tmp_path: Path) -> None:
-    """Of another program's folder only the tensors are offered; DCP would unpickle the rest."""
+    """Only the tensors of a foreign folder are served; DCP would unpickle the rest."""
     path = tmp_path / "step-1"
     bomb = Bomb(tmp_path / "exploded")
     dcp.save({"w": torch.ones(3), "extra": bomb}, checkpoint_id=path, no_dist=True)

@@ -1,4 +1,4 @@
-"""Where a rank stands still for a disk, it says so: the heartbeat takes it for a hang otherwise."""
+"""Waits for storage are marked: the heartbeat would take them for a hang."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from titan_growth.liveness.waits import LAST_SAVE, STORAGE, wait_of
 
 
 class Watch:
-    """What the thread that made it waits for, as another thread sees it."""
+    """What the creating thread waits for, as seen from another thread."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
@@ -32,7 +32,7 @@ class Watch:
             self.seen = wait_of(self.thread)
 
     def beside(self) -> threading.Thread:
-        """Work in another thread, which ends once the wait for it has been marked."""
+        """A thread that ends once the wait for it is marked."""
         thread = threading.Thread(target=self)
         thread.start()
         return thread

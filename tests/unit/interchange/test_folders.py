@@ -48,7 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of each kind."""
-    root = tmp_path_factory.mktemp("theirs")
+    root = tmp_path_factory.mktemp("folders")
     return {name: make_folder(root / str(number), **kind) for number, (name, kind) in enumerate(KINDS.items())}
 
 
@@ -56,12 +56,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_in_and_out_again(
     kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same names, types, bytes and config.json; in between, a checkpoint that computes what transformers does."""
+    """The same names, dtypes, bytes and config.json; in between, a checkpoint that computes the same logits."""
     import transformers
 
-    theirs, step, back = folders[kind], tmp_path / "step-0", tmp_path / "back"
-    assert len(list(theirs.glob("*.safetensors"))) > 3
-    assert import_main(["--from", str(theirs), "--to", str(step)]) == 0
+    source, step, back = folders[kind], tmp_path / "step-0", tmp_path / "back"
+    assert len(list(source.glob("*.safetensors"))) > 3
+    assert import_main(["--from", str(source), "--to", str(step)]) == 0
     assert verify_main([str(step)]) == 0
     assert capsys.readouterr().out.count("\n") == 5, "import has more to say than a line"
     folder = open_step(step)
@@ -69,12 +69,12 @@ def test_in_and_out_again(
     assert folder.manifest.model_only
     export_folder(step, back, max_file_bytes=20_000)
     assert len(list(back.glob("*.safetensors"))) > 3
-    before, after = weights_of(theirs), weights_of(back)
+    before, after = weights_of(source), weights_of(back)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype == KINDS[kind].get("dtype", torch.float32)
         assert torch.equal(tensor, after[name]), name
-    was, now = (transformers.AutoConfig.from_pretrained(path).to_dict() for path in (theirs, back))
+    was, now = (transformers.AutoConfig.from_pretrained(path).to_dict() for path in (source, back))
     assert {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)} <= {
         "_name_or_path",
         *(["rope_parameters"] if transformers.__version__ < "5" else []),  # which version 4 keeps and does not use
@@ -86,7 +86,7 @@ def test_in_and_out_again(
 
 
 def test_scaling_matters_in_these_tests(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Otherwise the test above would not see that it is lost."""
+    """Otherwise the test above would not notice its loss."""
     shutil.copytree(folders["grouped queries, scaled rope"], tmp_path / "plain")
     edit_config(tmp_path / "plain", rope_scaling=None, rope_theta=1e4, rope_parameters=None)
     tokens = some_tokens()
@@ -96,7 +96,7 @@ def test_scaling_matters_in_these_tests(folders: dict[str, Path], tmp_path: Path
 
 
 def test_older_places_of_the_rotary_settings(folders: dict[str, Path], tmp_path: Path) -> None:
-    """transformers 4 wrote rope_theta beside rope_scaling; what is exported has both, for readers of either version."""
+    """transformers 4 wrote rope_theta beside rope_scaling; an export has both, for either version."""
     source = folders["grouped queries, scaled rope"]
     before = {key: value for key, value in SCALED.items() if key != "rope_type"} | {"type": "llama3"}
     for name, values in {
@@ -141,7 +141,7 @@ def test_the_tables_list_every_parameter(family: str) -> None:
 def test_small_pieces_are_the_same_tensors(
     kind: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces end between heads, wherever their size would have them end."""
+    """Pieces end between heads, whatever their size limit."""
     whole = HuggingFaceReader(folders[kind])
     assert all(len(chunks) == 1 for chunks in whole.chunks().values())
     monkeypatch.setattr(reader_module, "PIECE_BYTES", 1300)
@@ -168,7 +168,7 @@ ROPE = {"model__rope_theta": 1e4, "model__rope_original_max_seq_len": 16}
 def test_a_run_comes_out(
     num_ranks: int, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Weights only, as transformers computes; and AutoTokenizer makes the run's tokens."""
+    """transformers computes the same logits from the export, and AutoTokenizer the same tokens."""
     import transformers
 
     recipe = make_recipe(tmp_path / "run", training__steps=2, checkpoint__enable=True, **settings)
@@ -198,7 +198,7 @@ def test_a_mask_that_is_still_opening_is_refused(tmp_path: Path, capsys: pytest.
     assert export_main(["--from", str(step.with_name("step-2")), "--to", str(tmp_path / "out")]) == 0
 
 
-def test_a_model_that_they_do_not_have_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_transformers_does_not_have_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = make_recipe(tmp_path / "run", training__steps=1, checkpoint__enable=True, model__name="qwen3")
     run_ranks(train, 1, 1, recipe)
     step = tmp_path / "run" / "checkpoint" / "step-1"
@@ -215,11 +215,11 @@ def test_a_model_that_they_do_not_have_is_refused(tmp_path: Path, capsys: pytest
 def test_growing_a_folder_is_growing_what_was_imported(
     kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a copy in between; types stay as they were stored."""
-    theirs, step = folders[kind], tmp_path / "step-0"
-    assert import_main(["--from", str(theirs), "--to", str(step)]) == 0
+    """Without a copy in between; stored dtypes are kept."""
+    folder, step = folders[kind], tmp_path / "step-0"
+    assert import_main(["--from", str(folder), "--to", str(step)]) == 0
     words = ["--operator", "stack", "--factor", "2"]
-    for source, target in ((theirs, tmp_path / "a"), (step, tmp_path / "b")):
+    for source, target in ((folder, tmp_path / "a"), (step, tmp_path / "b")):
         assert grow_main(["--from", str(source), "--to", str(target), *words]) == 0
         assert verify_main([str(target)]) == 0
     one, other = stored(tmp_path / "a"), stored(tmp_path / "b")
@@ -230,29 +230,29 @@ def test_growing_a_folder_is_growing_what_was_imported(
         assert torch.equal(tensor, other[name]), name
     capsys.readouterr()
     assert lineage_main([str(tmp_path / "a")]) == 0
-    assert f"read from {theirs}" in capsys.readouterr().out
+    assert f"read from {folder}" in capsys.readouterr().out
 
 
 # ---- command lines -------------------------------------------------------------------------------------------------
 
 
-def test_what_is_wrong_with_a_command_is_said(
+def test_a_wrong_command_line_is_explained(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    theirs, step = folders["qwen3"], tmp_path / "step-0"
-    assert import_main(["--from", str(theirs), "--to", str(step)]) == 0
+    source, step = folders["qwen3"], tmp_path / "step-0"
+    assert import_main(["--from", str(source), "--to", str(step)]) == 0
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     capsys.readouterr()
-    for main, words, status, said in (
-        (import_main, ["--from", str(theirs)], 2, "--to: is missing"),
+    for main, words, status, message in (
+        (import_main, ["--from", str(source)], 2, "--to: is missing"),
         (import_main, ["--from", str(tmp_path / "no"), "--to", "x"], 2, "no such folder"),
         (import_main, ["--from", str(step), "--to", str(tmp_path / "x")], 2, "is a step folder already"),
-        (import_main, ["--from", str(theirs), "--to", str(tmp_path / "full")], 2, "is not empty"),
-        (import_main, ["--from", str(theirs), "--to", str(theirs / "x")], 2, "is inside the source"),
-        (import_main, ["--form", str(theirs)], 2, "Did you mean 'from'"),
+        (import_main, ["--from", str(source), "--to", str(tmp_path / "full")], 2, "is not empty"),
+        (import_main, ["--from", str(source), "--to", str(source / "x")], 2, "is inside the source"),
+        (import_main, ["--form", str(source)], 2, "Did you mean 'from'"),
         (import_main, ["--from", str(tmp_path / "full"), "--to", "x"], 1, "full refused: it has no config.json"),
-        (export_main, ["--from", str(theirs), "--to", str(tmp_path / "x")], 2, "is a Hugging Face folder already"),
+        (export_main, ["--from", str(source), "--to", str(tmp_path / "x")], 2, "is a Hugging Face folder already"),
         (export_main, ["--from", str(tmp_path / "full"), "--to", str(tmp_path / "x")], 1, "was never committed"),
         (export_main, ["--from", str(step), "--to", str(tmp_path / "full")], 2, "is not empty"),
         (export_main, ["--from", str(step), "--to", "x", "--dtype", "int8"], 2, "expected one of float32"),
@@ -260,7 +260,7 @@ def test_what_is_wrong_with_a_command_is_said(
         (export_main, [], 0, "usage: python -m titan_growth export"),
     ):
         assert main(words) == status, words
-        assert said in capsys.readouterr().out
+        assert message in capsys.readouterr().out
         assert not (tmp_path / "x").exists()
 
 
@@ -281,16 +281,16 @@ def test_damage_is_found_before_anything_is_written(
 def test_a_failed_write_leaves_nothing(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A disk that is too small is noticed before; one that fills up on the way, in the middle."""
+    """A disk that is too small is noticed before the write; one that fills up, during it."""
     import collections
 
     usage = collections.namedtuple("usage", "total used free")
-    theirs, step = folders["qwen3"], tmp_path / "step-0"
+    source, step = folders["qwen3"], tmp_path / "step-0"
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda _: usage(10, 9, 1))
-        assert import_main(["--from", str(theirs), "--to", str(step)]) == 1
+        assert import_main(["--from", str(source), "--to", str(step)]) == 1
     assert "only 0.0 MiB are free" in capsys.readouterr().out
-    assert import_main(["--from", str(theirs), "--to", str(step)]) == 0
+    assert import_main(["--from", str(source), "--to", str(step)]) == 0
     from titan_growth.commands import export as exporting
 
     real, calls = exporting.write_file, []

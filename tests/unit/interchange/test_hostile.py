@@ -1,7 +1,7 @@
-"""Hugging Face folders that are damaged, contradict themselves, or hold what there is no place for: one line each.
+"""Hugging Face folders that are damaged, inconsistent or unsupported are refused in one line.
 
-Every case changes one thing about a good folder. None may import, start a run, or leave anything behind, and nothing of
-a folder is ever run.
+Every case changes one thing about a valid folder. None may import, start a run, or leave anything behind, and no code
+of a folder is ever run.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def index(change: Callable[[dict[str, str]], Any]) -> Change:
 
 
 def header(change: Callable[[dict[str, Any]], Any]) -> Change:
-    """Rewrites the header of the first file, whose data stay as they are."""
+    """Rewrites the header of the first file; its data stays unchanged."""
 
     def edit(path: Path) -> None:
         data = (path / FILES[0]).read_bytes()
@@ -135,7 +135,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "index contradicts": (index(lambda t: t.update({N: FILES[0], E: FILES[1]})), "lm_head.weight is in model-00001"),
     "index lacks a tensor": (
         index(lambda t: t.pop(E)),
-        "lm_head.weight is in model-00001-of-00002.safetensors, and no",
+        "lm_head.weight is in model-00001-of-00002.safetensors, but its model.safetensors.index.json does not list it",
     ),
     "index has too much": (index(lambda t: t.update({"x": FILES[0]})), "has no x, which its model.safetensors.index"),
     "index is no JSON": (write(INDEX, b"{"), f"its {INDEX} is not valid JSON"),
@@ -150,14 +150,14 @@ CASES: dict[str, tuple[Change, str]] = {
     "header a list": (write(FILES[0], struct.pack("<Q", 2) + b"[]"), "is not a JSON object"),
     "offsets overlap": (header(lambda t: t["model.embed_tokens.weight"].update(t[E])), "overlaps another tensor"),
     "offsets beyond the file": (header(set_in(E, data_offsets=[10**6, 10**6 + 512])), "leaves a gap before it"),
-    "offsets backwards": (header(set_in(E, data_offsets=[512, 0])), "which does not fit"),
-    "offsets negative": (header(set_in(E, data_offsets=[-512, 0])), "a shape or offsets that are none"),
-    "offsets of text": (header(set_in(E, data_offsets=["0", "512"])), "a shape or offsets that are none"),
-    "shape absurd": (header(set_in(E, shape=[2**40, 2**40])), "which does not fit"),
-    "shape of booleans": (header(set_in(E, shape=[True, 128])), "a shape or offsets that are none"),
-    "shape of many dims": (header(set_in(E, shape=[1] * 1000)), "which does not fit"),
-    "shape another": (header(set_in(E, shape=[8, 16])), "lm_head.weight is 8 x 16, and 16 x 8 by its config.json"),
-    "type unknown": (header(set_in(E, dtype="F4")), "is of type 'F4', which is not known"),
+    "offsets backwards": (header(set_in(E, data_offsets=[512, 0])), "which do not fit"),
+    "offsets negative": (header(set_in(E, data_offsets=[-512, 0])), "an invalid shape or invalid offsets"),
+    "offsets of text": (header(set_in(E, data_offsets=["0", "512"])), "an invalid shape or invalid offsets"),
+    "shape absurd": (header(set_in(E, shape=[2**40, 2**40])), "which do not fit"),
+    "shape of booleans": (header(set_in(E, shape=[True, 128])), "an invalid shape or invalid offsets"),
+    "shape of many dims": (header(set_in(E, shape=[1] * 1000)), "which do not fit"),
+    "shape another": (header(set_in(E, shape=[8, 16])), "lm_head.weight is 8 x 16, but its config.json says 16 x 8"),
+    "type unknown": (header(set_in(E, dtype="F4")), "has the unknown dtype 'F4'"),
     "type quantised": (
         weights(model__layers__0__input_layernorm__weight=torch.ones(8, dtype=torch.int8)),
         "is stored as torch.int8, which is quantised",
@@ -177,23 +177,26 @@ CASES: dict[str, tuple[Change, str]] = {
     "rope linear": (config(rope_scaling={"type": "linear", "factor": 2.0}), "scaled by 'linear'; known: default, ll"),
     "rope yarn": (config(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "scaled by 'yarn'"),
     "rope incomplete": (config(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "have no low_freq_factor"),
-    "rope unknown key": (config(rope_scaling={**ROPE, "beta": 1}), "have 'beta', which is not known"),
+    "rope unknown key": (config(rope_scaling={**ROPE, "beta": 1}), "have the unknown key 'beta'"),
     "rope by layer": (config(rope_parameters={"full_attention": ROPE}), "not those of one model"),
     "rope no table": (config(rope_scaling="llama3"), "not those of one model"),
     "rope partial": (config(partial_rotary_factor=0.5), "only a part of each head is rotated"),
     "rope factors swapped": (config(rope_scaling={**ROPE, "low_freq_factor": 9.0}), "must be less than"),
     "size missing": (config(hidden_size=None), "its config.json has no hidden_size"),
-    "size of text": (config(hidden_size="8"), "makes no sense (dim: "),
-    "size negative": (config(num_hidden_layers=-1), "makes no sense (n_layers: "),
-    "size beyond 64 bits": (config(vocab_size=10**30), "makes no sense (vocab_size: "),
+    "size of text": (config(hidden_size="8"), "is not valid (dim: "),
+    "size negative": (config(num_hidden_layers=-1), "is not valid (n_layers: "),
+    "size beyond 64 bits": (config(vocab_size=10**30), "is not valid (vocab_size: "),
     "layers absurd": (config(num_hidden_layers=10**12), "has 1,000,000,000,000 layers, its files 12 tensors"),
-    "width absurd": (config(hidden_size=2**40), "by its config.json"),
-    "vocabulary absurd": (config(vocab_size=2**50), "by its config.json"),
-    "heads do not divide": (config(num_attention_heads=3), "makes no model"),
-    "epsilon not finite": (config(rms_norm_eps=float("inf")), "makes no sense (norm_eps: "),
+    "width absurd": (config(hidden_size=2**40), "its config.json says"),
+    "vocabulary absurd": (config(vocab_size=2**50), "its config.json says"),
+    "heads do not divide": (config(num_attention_heads=3), "does not describe a valid model"),
+    "epsilon not finite": (config(rms_norm_eps=float("inf")), "is not valid (norm_eps: "),
     "more layers than there are": (config(num_hidden_layers=2), "it has no model.layers.1.input_layernorm.weight"),
     "nothing": (lambda path: None, ""),
-    "bias in the files": (weights(model__layers__0__self_attn__q_proj__bias=torch.ones(8)), "q_proj.bias, for which"),
+    "bias in the files": (
+        weights(model__layers__0__self_attn__q_proj__bias=torch.ones(8)),
+        "q_proj.bias, which the",
+    ),
     "name of many lines": (
         index(lambda t: t.update({"a\nerror: b\x1b[2J": FILES[0]})),
         "model-00001-of-00002.safetensors has no 'a\\nerror: b\\x1b[2J', which",
@@ -217,26 +220,26 @@ CASES: dict[str, tuple[Change, str]] = {
 def test_one_line_and_nothing_written(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change, said = CASES[case]
+    change, message = CASES[case]
     monkeypatch.chdir(tmp_path)
-    folder = good(tmp_path / "theirs")
+    folder = good(tmp_path / "llama")
     change(folder)
     status = import_main(["--from", str(folder), "--to", str(tmp_path / "step-0")])
     out = capsys.readouterr().out
-    if not said:
+    if not message:
         assert status == 0, out
         return
     assert status == 1, out
-    assert out.startswith("error: theirs refused: ")
+    assert out.startswith("error: llama refused: ")
     assert out.count("\n") == 1
-    assert said in out
+    assert message in out
     assert not (tmp_path / "step-0").exists()
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_single_file_comes_before_an_index(tmp_path: Path) -> None:
-    """As transformers has it. Old buffers that follow from config.json are left out."""
-    folder = good(tmp_path / "theirs")
+    """As in transformers. Old buffers that follow from config.json are ignored."""
+    folder = good(tmp_path / "llama")
     tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Tokenizers of exported models: `AutoTokenizer` makes of a text what the run made of it."""
+"""Tokenizers of exported models: `AutoTokenizer` encodes as the run did."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def _exported(run: Path, target: Path, corpus: Path, **settings: Any) -> Path:
 def _same_tokens(folder: Path, ours: Tokenizer, *, bos: bool = True) -> None:
     import transformers
 
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    exported = transformers.AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
         expected = ours.encode(text)
-        assert theirs(text, add_special_tokens=False).input_ids == expected
-        assert theirs(text).input_ids == ([ours.bos_id, *expected] if bos else expected)
-        assert theirs.decode(expected) == ours.decode(expected)
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+        assert exported(text, add_special_tokens=False).input_ids == expected
+        assert exported(text).input_ids == ([ours.bos_id, *expected] if bos else expected)
+        assert exported.decode(expected) == ours.decode(expected)
+    assert (exported.bos_token_id, exported.eos_token_id) == (ours.bos_id, ours.eos_id)
     table = json.loads((folder / "config.json").read_text())
     assert (table["bos_token_id"], table["eos_token_id"]) == (ours.bos_id, ours.eos_id)
 
@@ -56,7 +56,7 @@ def corpus(tmp_path: Path) -> Path:
 def test_a_tokenizer_that_was_trained_on_the_corpus(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is found in the cache, without the corpus, and AutoTokenizer encodes the same with it."""
+    """It is found in the cache without the corpus, and AutoTokenizer encodes the same."""
     settings = {"data__tokenizer": "sentencepiece", "model__vocab_size": 320}
     out = _exported(tmp_path / "run", tmp_path / "out", corpus, **settings)
     ours = load_or_train(
@@ -73,22 +73,22 @@ def test_a_tokenizer_that_was_trained_on_the_corpus(
 
 
 def test_a_tokenizer_json(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder of one is copied; another one in its place is noticed."""
+    """A tokenizer folder is copied; another tokenizer in its place is noticed."""
     import transformers
 
-    # What is exported for plain bytes serves as somebody's tokenizer.json.
+    # The export of the bytes tokenizer serves as a third party's tokenizer.json.
     run_ranks(train, 1, 1, make_recipe(tmp_path / "bytes", training__steps=1, checkpoint__enable=True))
-    export_folder(tmp_path / "bytes" / "checkpoint" / "step-1", tmp_path / "theirs")
-    _same_tokens(tmp_path / "theirs", BytesTokenizer())
-    (tmp_path / "theirs" / "chat_template.jinja").write_text("{{ messages }}")
-    settings = {"model__hf_assets_path": str(tmp_path / "theirs"), "data__tokenizer": "auto"}
+    export_folder(tmp_path / "bytes" / "checkpoint" / "step-1", tmp_path / "assets")
+    _same_tokens(tmp_path / "assets", BytesTokenizer())
+    (tmp_path / "assets" / "chat_template.jinja").write_text("{{ messages }}")
+    settings = {"model__hf_assets_path": str(tmp_path / "assets"), "data__tokenizer": "auto"}
     out = _exported(tmp_path / "run", tmp_path / "out", corpus, **settings)
-    _same_tokens(out, load_tokenizer(tmp_path / "theirs"))
+    _same_tokens(out, load_tokenizer(tmp_path / "assets"))
     assert transformers.AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
-    text = (tmp_path / "theirs" / "tokenizer.json").read_text()
-    (tmp_path / "theirs" / "tokenizer.json").write_text(text + " ")
+    text = (tmp_path / "assets" / "tokenizer.json").read_text()
+    (tmp_path / "assets" / "tokenizer.json").write_text(text + " ")
     print(export_folder(tmp_path / "run" / "checkpoint" / "step-1", tmp_path / "other"))
-    assert "is not the one that the model was trained with" in capsys.readouterr().out
+    assert "is not the one the model was trained with" in capsys.readouterr().out
     assert not (tmp_path / "other" / "tokenizer.json").exists()
 
 

@@ -230,7 +230,7 @@ def test_signal_during_the_preflight_ends_the_launch_at_once(folder: Folder) -> 
     process.send_signal(signal.SIGTERM)
     status, output = folder.finish(process)
     assert status == 75
-    assert output.splitlines()[-1].startswith("stopped by SIGTERM before training had begun")
+    assert output.splitlines()[-1].startswith("stopped by SIGTERM before training began")
 
 
 def test_two_nodes(folder: Folder) -> None:

@@ -22,7 +22,7 @@ def torch_schedule(layout: PipelineLayout, pp: int, num_microbatches: int) -> An
 @pytest.mark.parametrize("per_rank", [1, 2, 3])
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 def test_torch_takes_and_refuses_the_same_microbatches(schedule: str, per_rank: int) -> None:
-    """For ranks x parts x microbatches, its constructor and we agree; so do both about parts a rank."""
+    """For ranks x parts x microbatches, its constructor and we agree; so do both about parts per rank."""
     for pp in (2, 3, 4, 6):
         conditions = SCHEDULES[schedule]
         if (per_rank == 1) != conditions.single or (per_rank != 2 and conditions.v_shaped):
@@ -88,11 +88,11 @@ SMALLER = ", and so would parallelism.pipeline_parallel_microbatch_size 1"
         (4, 1, {}, "training.local_batch_size: 1 makes 1 microbatch of 1, but 1F1B needs at least as many as parts, 4. "
                    "4 would fit"),
         (4, 9, {"schedule": "Interleaved1F1B"},
-         "training.local_batch_size: 9 makes 9 microbatches of 1, but Interleaved1F1B takes them in 2 rounds "
-         "(9 // pp 4) of equally many. 8 or 12 would fit"),
+         "training.local_batch_size: 9 makes 9 microbatches of 1, but Interleaved1F1B takes them in 2 equal rounds "
+         "(9 // pp 4). 8 or 12 would fit"),
         (3, 14, {"schedule": "interleavedzerobubble", "microbatch": 2},
-         "training.local_batch_size: 14 makes 7 microbatches of 2, but InterleavedZeroBubble takes them in 2 rounds "
-         "(7 // pp 3) of equally many. 12 or 18 would fit"),
+         "training.local_batch_size: 14 makes 7 microbatches of 2, but InterleavedZeroBubble takes them in 2 equal "
+         "rounds (7 // pp 3). 12 or 18 would fit"),
         (2, 8, {"microbatch": 3}, "pipeline_parallel_microbatch_size: 3 does not divide training.local_batch_size 8. "
                                   "1 would fit"),
         (2, 12, {"microbatch": 8}, "pipeline_parallel_microbatch_size: 8 does not divide training.local_batch_size 12. "
@@ -105,12 +105,12 @@ def test_batches_that_do_not_fit(pp: int, batch: int, settings: dict[str, Any], 
     assert refused(pp, 32, batch, **settings) == [expected]
 
 
-def test_independent_problems_are_told_together() -> None:
-    told = refused(2, 32, 8, microbatch=3, schedule="nonesuch")
-    assert [message.split(":")[0] for message in told] == [
+def test_independent_problems_are_reported_together() -> None:
+    messages = refused(2, 32, 8, microbatch=3, schedule="nonesuch")
+    assert [message.split(":")[0] for message in messages] == [
         "pipeline_parallel_microbatch_size", "pipeline_parallel_schedule"]  # fmt: skip
-    told = refused(2, 32, 8, microbatch=3, per_part=1)
-    assert [message.split(":")[0] for message in told] == [
+    messages = refused(2, 32, 8, microbatch=3, per_part=1)
+    assert [message.split(":")[0] for message in messages] == [
         "pipeline_parallel_microbatch_size", "pipeline_parallel_layers_per_stage"]  # fmt: skip
 
 

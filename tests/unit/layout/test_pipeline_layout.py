@@ -81,32 +81,32 @@ def test_every_even_split_is_fair() -> None:
         (
             4, 16, {"per_part": 4},
             "pipeline_parallel_layers_per_stage: 4 makes 5 parts of 16 layers + 2 less_layers, but 1F1B takes exactly "
-            "one part a rank, 4. 5 would fit",
+            "one part per rank, 4. 5 would fit",
         ),
         (
             4, 16, {"per_part": 9, "schedule": "Interleaved1F1B"},
             "pipeline_parallel_layers_per_stage: 9 makes 2 parts of 16 layers + 2 less_layers, but Interleaved1F1B "
-            "takes two or more parts a rank, a multiple of 4 from 8 on. Leave it out",
+            "takes two or more parts per rank, a multiple of 4 from 8 on. Leave it out",
         ),
         (
             4, 16, {"per_part": 100, "schedule": "Interleaved1F1B"},
             "pipeline_parallel_layers_per_stage: 100 makes 1 part of 16 layers + 2 less_layers, but Interleaved1F1B "
-            "takes two or more parts a rank, a multiple of 4 from 8 on. Leave it out",
+            "takes two or more parts per rank, a multiple of 4 from 8 on. Leave it out",
         ),
         (
             2, 8, {"per_part": 2, "schedule": "Interleaved1F1B"},
             "pipeline_parallel_layers_per_stage: 2 makes 5 parts of 8 layers + 2 less_layers, but Interleaved1F1B "
-            "takes two or more parts a rank, a multiple of 2 from 4 on. 3 would fit",
+            "takes two or more parts per rank, a multiple of 2 from 4 on. 3 would fit",
         ),
         (
             2, 10, {"per_part": 2, "schedule": "ZBVZeroBubble"},
             "pipeline_parallel_layers_per_stage: 2 makes 6 parts of 10 layers + 2 less_layers, but ZBVZeroBubble takes "
-            "exactly two parts a rank, 4. 3 would fit",
+            "exactly two parts per rank, 4. 3 would fit",
         ),
         (
             2, 10, {"per_part": 6, "schedule": "DualPipeV"},
             "pipeline_parallel_layers_per_stage: 6 makes 2 parts of 10 layers + 2 less_layers, but DualPipeV takes "
-            "exactly two parts a rank, 4. 3 would fit",
+            "exactly two parts per rank, 4. 3 would fit",
         ),
         (
             8, 5, {},
@@ -164,7 +164,7 @@ def test_absurd_numbers_are_refused_at_once(name: str, value: int, schedule: str
 
 # ---- Written-out splits ------------------------------------------------------------------------------------------
 
-DEPTHS = "A run that grows has several depths, which no one list fits: leave it out for an even split of each"
+DEPTHS = "A run that grows has several depths, and no single list fits all: leave it out for an even split of each"
 
 
 def test_a_written_out_split() -> None:
@@ -181,8 +181,9 @@ def test_a_written_out_split() -> None:
 @pytest.mark.parametrize(
     ("names", "num_layers", "expected"),
     [
-        (FOUR_LAYERS[:3], 4, ["has 3 parts, but LoopedBFS takes two or more parts a rank, a multiple of 2 from 4 on"]),
-        ([], 4, ["has 0 parts, but LoopedBFS takes two or more parts a rank, a multiple of 2 from 4 on"]),
+        (FOUR_LAYERS[:3], 4,
+         ["has 3 parts, but LoopedBFS takes two or more parts per rank, a multiple of 2 from 4 on"]),
+        ([], 4, ["has 0 parts, but LoopedBFS takes two or more parts per rank, a multiple of 2 from 4 on"]),
         (FOUR_LAYERS, 3, ["unknown 'layers.3'; the model has 3 layers (layers.0 to layers.2), tok_embeddings, norm and "
                           f"output. {DEPTHS}"]),
         (FOUR_LAYERS, 10, ["lacks 'layers.4', 'layers.5', 'layers.6', 'layers.7' and 2 more; the model has 10 layers. "
@@ -198,8 +199,8 @@ def test_a_written_out_split() -> None:
         ([["tok_embeddings", "layers.0"], ["layers.1", "layers.2"], [], ["layers.3", "norm", "output"]], 4,
          ["part 2 is empty (parts count from 0)"]),
         ([["layers.0"], ["layers.1", "tok_embeddings"], ["layers.2", "norm"], ["layers.3", "output"]], 4,
-         ["'tok_embeddings' is in part 1, but belongs into part 0, the first",
-          "'norm' is in part 2, but belongs into part 3, the last"]),
+         ["'tok_embeddings' is in part 1, but belongs in part 0, the first",
+          "'norm' is in part 2, but belongs in part 3, the last"]),
         ([["tok_embeddings", "layers.1"], ["layers.0"], ["layers.2"], ["layers.3", "norm", "output"]], 4,
          ["part 0 holds layers.1 where layers.0 should follow. Parts hold consecutive layers, in model order"]),
         ([["tok_embeddings", "layers.0", "layers.2"], ["layers.1"], ["layers.3"], ["norm", "output"]], 4,
@@ -207,8 +208,8 @@ def test_a_written_out_split() -> None:
     ],
 )  # fmt: skip
 def test_written_out_splits_that_do_not_fit(names: list[list[str]], num_layers: int, expected: list[str]) -> None:
-    told = refused(2, num_layers, names=names, schedule="LoopedBFS")
-    assert told == [f"module_fqns_per_model_part: {message}" for message in expected]
+    messages = refused(2, num_layers, names=names, schedule="LoopedBFS")
+    assert messages == [f"module_fqns_per_model_part: {message}" for message in expected]
 
 
 # ---- Schedules and placement -------------------------------------------------------------------------------------
@@ -261,12 +262,12 @@ def test_parts_lie_where_torch_expects_them(schedule: str, pp: int) -> None:
         less = {"first_less": 0, "last_less": 0}
         layout = laid_out(pp, pp * per_rank, batch=4 * pp, schedule=schedule, per_part=1, **less)
         style = "v" if SCHEDULES[schedule].v_shaped else "loop"
-        theirs = generate_stage_to_rank_mapping(pp, pp * per_rank, style)
-        assert dict(enumerate(layout.rank_of_part)) == theirs
+        ranks = generate_stage_to_rank_mapping(pp, pp * per_rank, style)
+        assert dict(enumerate(layout.rank_of_part)) == ranks
         assert layout.first_rank == 0
         assert layout.last_rank == (0 if style == "v" else pp - 1)
         for rank in range(pp):
-            assert [part.index for part in layout.parts_of(rank)] == [part for part in theirs if theirs[part] == rank]
+            assert [part.index for part in layout.parts_of(rank)] == [part for part in ranks if ranks[part] == rank]
 
 
 def test_descriptions() -> None:

@@ -28,7 +28,7 @@ def torch_order(schedule: str, pp: int, per_rank: int, num_microbatches: int) ->
     ranks = generate_stage_to_rank_mapping(pp, pp * per_rank, "v" if v_shaped else "loop")
     stages = fake_stages(pp * per_rank, pp, ranks.values())
     # The order that 1F1B shows for its last rank (it runs another) starts at microbatch 1. Interleaved1F1B with one
-    # part a rank is the same schedule.
+    # part per rank is the same schedule.
     kind = torch_schedules.get_schedule_class("Interleaved1F1B" if schedule == "1F1B" else schedule)
     order = kind(stages[0] if schedule == "GPipe" else stages, num_microbatches).pipeline_order
     return {
@@ -72,8 +72,8 @@ def test_files_of_torchs_own_schedules(tmp_path: Path, schedule: str, pp: int, n
     assert (layout.parts, layout.rank_of_part) == (built_in.parts, built_in.rank_of_part)
     assert layout.num_microbatches == num_microbatches
     assert layout.conditions == ScheduleConditions(conditions.splits_backward, conditions.v_shaped, single=False)
-    told = [[str(action) for action in actions] for actions in layout.order]
-    assert told == [[str(action) for action in order[rank] if action is not None] for rank in range(pp)]
+    found = [[str(action) for action in actions] for actions in layout.order]
+    assert found == [[str(action) for action in order[rank] if action is not None] for rank in range(pp)]
     runtime = torch_runtime(path, pp, layout.rank_of_part, num_microbatches)
     assert runtime.stage_index_to_group_rank == dict(enumerate(layout.rank_of_part))
 
@@ -86,14 +86,14 @@ def test_a_dump_of_torch_is_read_in_its_compute_only_format(tmp_path: Path) -> N
     schedule._dump_csv(path)  # the default has communication in it, which the default of _load_csv does not read
     with pytest.raises(ValueError, match="Expected compute-only schedule"):
         torch_runtime(path, 2, [0, 1, 0, 1], 4)
-    told = refused(2, 8, 4, csv=path)
-    assert told[0] == (
+    messages = refused(2, 8, 4, csv=path)
+    assert messages[0] == (
         f"pipeline_parallel_schedule_csv: {path} line 1: '0UNSHARD' is not a computation; communication and gathering "
         "are added by themselves. Leave only F, I, W and B; PyTorch's _dump_csv writes that with "
         'format="compute_only"'
     )
-    assert len(told) == 6
-    assert "more mistakes like these" in told[-1]
+    assert len(messages) == 6
+    assert "more mistakes like these" in messages[-1]
 
 
 GOOD = "0F0,0F1,,0B0,0B1\n,1F0,1B0,1F1,1B1\n"
@@ -142,12 +142,12 @@ GRAMMAR = "Write the part, a capital F, I, W or B, and the microbatch, such as 0
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", ["has 0 lines of actions, but parallelism.pipeline_parallel_degree is 2. Write one line a pp rank, the "
+        ("", ["has 0 lines of actions, but parallelism.pipeline_parallel_degree is 2. Write one line per pp rank, the "
               "first rank first"]),
-        ("0F0,0B0\n", ["has 1 line of actions, but parallelism.pipeline_parallel_degree is 2. Write one line a pp "
+        ("0F0,0B0\n", ["has 1 line of actions, but parallelism.pipeline_parallel_degree is 2. Write one line per pp "
                        "rank, the first rank first"]),
-        (GOOD + "2F0,2B0\n", ["has 3 lines of actions, but parallelism.pipeline_parallel_degree is 2. Write one line a "
-                              "pp rank, the first rank first"]),
+        (GOOD + "2F0,2B0\n", ["has 3 lines of actions, but parallelism.pipeline_parallel_degree is 2. Write one line "
+                              "per pp rank, the first rank first"]),
         ("\n0F0,0B0\n", ["line 1: pp rank 0 has no actions"]),
         ("0F0,0f1\n1F0,1G0,1F0x\n", [f"line 1: '0f1' is not an action. {GRAMMAR}",
                                      f"line 2: '1G0' is not an action. {GRAMMAR}",
@@ -200,11 +200,11 @@ def test_files_that_do_not_fit(tmp_path: Path, text: str, expected: list[str]) -
     assert refused(2, 8, 2, csv=str(path)) == [f"pipeline_parallel_schedule_csv: {path} {line}" for line in expected]
 
 
-def test_only_ranks_that_wait_for_each_other_are_told(tmp_path: Path) -> None:
+def test_only_ranks_that_wait_for_each_other_are_reported(tmp_path: Path) -> None:
     rows = [["0F0", "0B0", "0F1", "0B1"], ["1F0", "1B0", "1F1", "1B1"], ["2F0", "2F1", "2B0", "2B1"]]
     path = write_rows(tmp_path / "schedule.csv", rows)
-    (told,) = refused(3, 8, 2, csv=path)
-    assert told.endswith(
+    (message,) = refused(3, 8, 2, csv=path)
+    assert message.endswith(
         "line 2: the schedule cannot be executed, its ranks wait for each other: "
         "line 2 stops at 1B0, which needs 2B0; line 3 stops at 2F1, which needs 1F1"
     )
@@ -212,15 +212,15 @@ def test_only_ranks_that_wait_for_each_other_are_told(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     key = "pipeline_parallel_schedule_csv"
-    hint = "Give the path of a schedule, one line of actions a pp rank"
+    hint = "Give the path of a schedule, one line of actions per pp rank"
     assert refused(2, 8, csv=str(tmp_path / "none.csv")) == [f"{key}: {tmp_path}/none.csv does not exist. {hint}"]
     assert refused(2, 8, csv=str(tmp_path)) == [f"{key}: {tmp_path} is not a file. {hint}"]
     path = tmp_path / "schedule.csv"
     path.write_bytes(b"0F0,\xff\n")
     assert refused(2, 8, csv=str(path)) == [f"{key}: {path} is not UTF-8 text"]
     path.write_text("0F0,0B0\n" + "1" * 200_000 + "\n")
-    (told,) = refused(2, 8, csv=str(path))
-    assert told.startswith(f"{key}: {path} line 2: is not comma-separated text (field larger than field limit")
+    (message,) = refused(2, 8, csv=str(path))
+    assert message.startswith(f"{key}: {path} line 2: is not comma-separated text (field larger than field limit")
 
 
 def test_a_file_that_may_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""One story per launch: which of several reports stays, and what is made of it."""
+"""One report per launch: which of several stays, and the verdict it leads to."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_first_failure_wins_and_consequences_never_hide_a_cause(tmp_path: Path) 
     assert status_of(tmp_path) == (2, "cause")
 
 
-def test_only_rank_0_tells_that_all_went_well(tmp_path: Path) -> None:
+def test_only_rank_0_reports_success(tmp_path: Path) -> None:
     ExitReport(tmp_path, 1).write(0, "done")
     assert read(tmp_path, "this") is None
 
@@ -103,10 +103,10 @@ def test_damaged_report_is_replaced(tmp_path: Path, text: str) -> None:
 
 
 def test_ranks_that_fail_at_once_leave_one_cause(tmp_path: Path) -> None:
-    pens = [ExitReport(tmp_path, rank) for rank in range(16)]
+    reports = [ExitReport(tmp_path, rank) for rank in range(16)]
     threads = [
-        threading.Thread(target=pen.write, args=(1, f"rank {pen.rank}"), kwargs={"secondary": pen.rank != 7})
-        for pen in pens
+        threading.Thread(target=one.write, args=(1, f"rank {one.rank}"), kwargs={"secondary": one.rank != 7})
+        for one in reports
     ]
     for thread in threads:
         thread.start()
@@ -129,7 +129,7 @@ def test_caused_by_peer() -> None:
 
 
 def report(status: int, *, rank: int = 0, secondary: bool = False) -> dict[str, Any]:
-    return {"status": status, "message": "told", "rank": rank, "local_rank": rank, "secondary": secondary}
+    return {"status": status, "message": "reported", "rank": rank, "local_rank": rank, "secondary": secondary}
 
 
 def ends(*statuses: int) -> list[RankEnd]:
@@ -137,24 +137,24 @@ def ends(*statuses: int) -> list[RankEnd]:
 
 
 @pytest.mark.parametrize(
-    ("given", "failed", "expected", "said"),
+    ("given", "failed", "expected", "message"),
     [
         (None, [], 0, ""),
-        (report(75), [], 75, "told"),
-        (report(75), ends(75, -15), 75, "told"),
+        (report(75), [], 75, "reported"),
+        (report(75), ends(75, -15), 75, "reported"),
         (report(0), ends(0, -9), 1, "rank 1 was killed by signal 9 (SIGKILL)"),
         (report(1, secondary=True), ends(1, -11), 1, "rank 1 was killed by signal 11 (SIGSEGV)"),
-        (report(1, rank=1), ends(-15, 1), 1, "told"),
-        (report(2, rank=0), ends(2, -9), 2, "told"),
+        (report(1, rank=1), ends(-15, 1), 1, "reported"),
+        (report(2, rank=0), ends(2, -9), 2, "reported"),
         (None, ends(-15, -9), 1, "rank 1 was killed by signal 9"),
         (None, ends(2), 2, "left no report"),
         (None, ends(0, 3), 1, "rank 1 ended with status 3"),
     ],
 )
-def test_verdict(given: dict[str, Any] | None, failed: list[RankEnd], expected: int, said: str) -> None:
+def test_verdict(given: dict[str, Any] | None, failed: list[RankEnd], expected: int, message: str) -> None:
     verdict = judge(given, failed)
     assert verdict.status == expected
-    assert said in verdict.message
+    assert message in verdict.message
 
 
 def test_rank_killed_long_after_the_first_end_is_not_the_cause() -> None:
@@ -168,7 +168,7 @@ def test_verdict_after_a_signal() -> None:
     assert judge(None, ends(-9), stopped_by="SIGINT", killed=True).message.startswith("stopped without saving")
 
 
-def test_of_equal_failures_rank_0_tells(tmp_path: Path) -> None:
+def test_of_equal_failures_rank_0_reports(tmp_path: Path) -> None:
     ExitReport(tmp_path, rank=1).write(1, "step 2: loss nan")
     ExitReport(tmp_path, rank=0).write(1, "step 2: loss nan")
     ExitReport(tmp_path, rank=1).write(1, "step 2: loss nan")
@@ -177,8 +177,8 @@ def test_of_equal_failures_rank_0_tells(tmp_path: Path) -> None:
     assert status_of(tmp_path) == (1, "step 2: loss nan")
 
 
-def test_full_disk_takes_the_report_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run's folder cannot take it (here: a file stands in its place); the launch still learns the cause, once."""
+def test_full_disk_sends_the_report_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the run folder cannot take it (here a file stands in its place), the launch still learns the cause, once."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = tmp_path / "run"
     folder.write_text("in the way")

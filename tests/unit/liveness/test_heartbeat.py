@@ -1,4 +1,4 @@
-"""Who is to blame for a hang, on paper and between real processes."""
+"""Diagnosis of hangs, on constructed beats and between real processes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from titan_growth.tools import collectives as distributed
 
 
 def beats(num_ranks: int = 4, **changed: dict[str, Any]) -> dict[int, Beat]:
-    """Ranks that wait at the same place; changes are given as rank2={...}."""
+    """Ranks waiting at the same place; changes are given as rank2={...}."""
     level = Beat(0, 100, "node-a", 50, 20, 60, 17, "train", "all of engine.py", True)
     ranks = {rank: replace(level, rank=rank, pid=100 + rank) for rank in range(num_ranks)}
     return {rank: replace(beat, **changed.get(f"rank{rank}", {})) for rank, beat in ranks.items()}
 
 
 def later(first: dict[int, Beat], but: tuple[int, ...] = (), moved: tuple[int, ...] = ()) -> dict[int, Beat]:
-    """The same ranks four beats on, except those that do not beat."""
+    """The same ranks four beats later, except those in `but`, which do not beat."""
     return {
         rank: replace(beat, count=beat.count + 4 * (rank not in but), moves=beat.moves + 4 * (rank in moved))
         for rank, beat in first.items()
     }
 
 
-def diagnosis(first: dict[int, Beat], mine: int = 0, **of_later: Any) -> Diagnosis:
-    return diagnose(first, later(first, **of_later), len(first), mine, 30.4)
+def diagnosis(first: dict[int, Beat], own_rank: int = 0, **of_later: Any) -> Diagnosis:
+    return diagnose(first, later(first, **of_later), len(first), own_rank, 30.4)
 
 
 def test_a_rank_without_a_new_beat_is_frozen() -> None:
@@ -46,7 +46,7 @@ def test_a_rank_without_a_new_beat_is_frozen() -> None:
 
 
 def test_a_rank_that_left_is_not_frozen() -> None:
-    """The first that gives up stops beating; the others must not blame it."""
+    """The first rank to give up stops beating; the others must not blame it."""
     ranks = beats(rank1={"left": "done"})
     assert diagnosis(ranks, but=(1, 2)).culprits == (later(ranks, but=(1, 2))[2],)
     failed = diagnosis(beats(rank1={"left": "failed"}), but=(1,))
@@ -59,9 +59,9 @@ def test_a_rank_that_waits_for_its_last_save_has_ended() -> None:
     found = diagnosis(beats(rank1=leaving))
     assert found.kind == "ended"
     assert found.message == (
-        "rank 1 (pid 101 on node-a) ended at step 17 (train, in close of anywhere.py); its own message tells why"
+        "rank 1 (pid 101 on node-a) ended at step 17 (train, in close of anywhere.py); see its own message"
     )
-    assert diagnosis(beats(rank1=leaving), mine=1).kind == "behind"  # it asks for itself
+    assert diagnosis(beats(rank1=leaving), own_rank=1).kind == "behind"  # it asks for itself
     assert diagnosis(beats(rank1={**leaving, "waits_for": STORAGE})).kind == "behind"
 
 
@@ -73,24 +73,24 @@ def test_a_rank_with_fewer_marks_is_behind() -> None:
         "rank 3 (pid 103 on node-a) is behind: at step 17 (data, in next_batch of data/loader.py) "
         "while the other ranks have waited for it for 30 s"
     )
-    # One that is late only because it waits for the late one is not to blame.
+    # A rank that is late only because it waits for the late one is not to blame.
     assert [beat.rank for beat in diagnosis(beats(rank3=late, rank2={"position": 58})).culprits] == [3]
 
 
-def test_on_a_level_the_one_that_is_not_in_the_collective_is_behind() -> None:
-    assert [beat.rank for beat in diagnosis(beats(rank0={"waits": False}), mine=1).culprits] == [0]
+def test_of_level_ranks_the_one_outside_the_collective_is_behind() -> None:
+    assert [beat.rank for beat in diagnosis(beats(rank0={"waits": False}), own_rank=1).culprits] == [0]
 
 
 def test_nobody_is_blamed_without_a_reason() -> None:
     found = diagnosis(beats())
     assert found.kind == "none"
     assert found.culprits == ()
-    assert "no rank is behind: all 4 answer" in found.message
-    unseen = {f"rank{rank}": {"waits": False} for rank in range(4)}  # on a device stacks do not show who waits
+    assert "no rank is behind: all 4 respond" in found.message
+    unseen = {f"rank{rank}": {"waits": False} for rank in range(4)}  # waits on the device do not show in stacks
     assert diagnosis(beats(**unseen)).kind == "none"
 
 
-def test_a_slow_step_is_no_hang_while_others_get_on() -> None:
+def test_a_slow_step_is_no_hang_while_others_progress() -> None:
     busy = beats(rank0={"waits": False})
     assert diagnosis(busy, moved=(2,)).kind == "moving"
 
@@ -136,7 +136,7 @@ def wait_for_a_late_rank(rank: int) -> str:
 
 
 def leave_afterwards(rank: int) -> None:
-    """The harness's last barrier would fail on the broken group."""
+    """Skips the harness's last barrier, which would fail on the broken group."""
     import torch.distributed as dist
 
     dist.barrier = lambda: None
@@ -144,12 +144,12 @@ def leave_afterwards(rank: int) -> None:
 
 
 def test_a_collective_that_times_out_names_the_late_rank() -> None:
-    said = run_ranks(leave_afterwards, 3)
-    assert said[1] == "late"
+    messages = run_ranks(leave_afterwards, 3)
+    assert messages[1] == "late"
     for rank in (0, 2):
-        assert said[rank].startswith("rank 1 (pid ")
-        assert "is behind: at step 3 (train" in said[rank]
-        assert said[rank].endswith("The last checkpoint is step-10; run the same command again")
+        assert messages[rank].startswith("rank 1 (pid ")
+        assert "is behind: at step 3 (train" in messages[rank]
+        assert messages[rank].endswith("The last checkpoint is step-10; run the same command again")
 
 
 def stand_still(rank: int) -> str:
@@ -157,8 +157,8 @@ def stand_still(rank: int) -> str:
     from titan_growth.liveness import heartbeat as module
 
     module.GRACE_SECONDS = 0.2
-    said: list[str] = []
-    pulse = heartbeat(on_stall=lambda error: said.append(str(error)))
+    messages: list[str] = []
+    pulse = heartbeat(on_stall=lambda error: messages.append(str(error)))
     distributed.set_timeout(1)
     with pulse:
         pulse.mark("train", 5)
@@ -166,17 +166,17 @@ def stand_still(rank: int) -> str:
             pulse.mark("data", 6)
         time.sleep(2.2)
     distributed.set_timeout(60)
-    return " ".join(said)
+    return " ".join(messages)
 
 
 def test_a_main_thread_that_does_not_move_is_noticed_without_a_collective() -> None:
-    for said in run_ranks(stand_still, 2):
-        assert "rank 1 (pid " in said
-        assert "is behind: at step 5 (train" in said
+    for message in run_ranks(stand_still, 2):
+        assert "rank 1 (pid " in message
+        assert "is behind: at step 5 (train" in message
 
 
 def wait_for_storage(rank: int) -> list[str]:
-    """Both ranks stand still for longer than the time limit, in a slow read that is marked, or is not."""
+    """Both ranks stand still beyond the time limit, in a slow read that is marked or not."""
     from titan_growth.liveness import heartbeat as module
 
     module.GRACE_SECONDS = 0.2
@@ -198,7 +198,7 @@ def test_a_marked_wait_for_storage_is_no_stall() -> None:
 
 
 def pause(rank: int) -> int:
-    """A pause has the long limit; steps that move are never looked into."""
+    """A pause has the long limit; steps that progress are never diagnosed."""
     from titan_growth.liveness import heartbeat as module
 
     module.GRACE_SECONDS = 0.2

@@ -1,4 +1,4 @@
-"""Ranks whose launcher is gone are told to stop."""
+"""Stop signals, the time limit, and ranks whose launcher has died."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def wait_for(path: Path, text: str) -> None:
         if path.exists() and path.read_text() == text:
             return
         time.sleep(0.02)
-    pytest.fail(f"{path.name} never said {text!r}")
+    pytest.fail(f"{path.name} never contained {text!r}")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals a process when its parent dies")
 def test_ranks_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
     """SIGKILL to the launcher alone reaches the rank as a stop signal."""
     mark = tmp_path / "mark"
@@ -55,7 +55,7 @@ def test_ranks_stop_when_their_launcher_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_each_stop_signal_sets_the_flag(number: signal.Signals, tmp_path: Path) -> None:
-    """And the process goes on to do what it wants with it."""
+    """And the process carries on."""
     mark = tmp_path / "mark"
     rank = subprocess.Popen([sys.executable, "-c", RANK, str(mark)])
     wait_for(mark, "ready")
@@ -64,8 +64,8 @@ def test_each_stop_signal_sets_the_flag(number: signal.Signals, tmp_path: Path) 
     assert mark.read_text() == number.name
 
 
-def test_time_that_is_up_sets_the_flag_and_says_so() -> None:
-    """A signal that came first stays the reason."""
+def test_the_time_limit_sets_the_flag_and_the_reason() -> None:
+    """A signal that came first remains the reason."""
     elapsed = 9.5
     stop = StopSignal(10, lambda: elapsed)
     assert not stop.is_set
@@ -81,7 +81,7 @@ def test_time_that_is_up_sets_the_flag_and_says_so() -> None:
     assert signalled.reason == ""
 
 
-def test_the_limit_is_counted_from_the_launch_by_a_clock_that_nobody_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_is_counted_from_the_launch_by_a_monotonic_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wall clock that jumps back by a year changes nothing."""
     monkeypatch.setenv(LAUNCHED_VARIABLE, repr(time.monotonic() - 100))
     monkeypatch.setattr(time, "time", lambda: 0.0)

@@ -1,10 +1,10 @@
-"""Where the values of a tensor lie in an archive that `torch.save` has written.
+"""Locates the values of a tensor in an archive written by `torch.save`.
 
-`torch.load(weights_only=True)` runs no code of the archive, but it allocates what the archive asks for: compressed
-records that expand a thousandfold, `bytearray(10**11)` in its pickle, a terabyte made of one value by strides of zero.
-So nothing is loaded. The archive's directory and its pickle, a few hundred bytes each, are read as data (pickles.py),
-and must describe one dense tensor whose values lie uncompressed in the file. The values are then read from there into
-their place, and not one byte more than metadata, archive and file all say there is.
+`torch.load(weights_only=True)` runs no code of the archive, but allocates what the archive asks for: compressed records
+that expand a thousandfold, `bytearray(10**11)` in the pickle, a terabyte from one value with zero strides. So nothing
+is loaded. The archive's directory and pickle, a few hundred bytes each, are parsed as data (pickles.py) and must
+describe one dense tensor stored uncompressed. Its values are then read straight into place, and never more bytes than
+metadata, archive and file all agree on.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from titan_growth.checkpoint.untrusted.files import is_count
 from titan_growth.checkpoint.untrusted.pickles import RefusedError, Symbol, read_pickle
 
 MAX_DIRECTORY_BYTES = 1 << 17
-"""At most so much of an archive's directory, or of its pickle, is looked at; they have some 500 and 200 bytes."""
+"""Limit on reads of an archive's directory and of its pickle, which have about 500 and 200 bytes."""
 
 
 @dataclass(frozen=True)
 class StoredValues:
-    """The values of a tensor, as they lie in a file."""
+    """Where and how a tensor's values are stored in a file."""
 
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    """In values. Each value of the span is there once; they may be in another order than that of the tensor."""
+    """In values. Dense: each value is stored once, not necessarily in row-major order."""
     begin: int
     """Of the values, in bytes from the start of the archive."""
 
@@ -43,7 +43,7 @@ class StoredValues:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the values lie in the order of the tensor."""
+        """Whether the values are in row-major order."""
         expected = 1
         for length, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
             if length != 1 and stride != expected:
@@ -53,11 +53,11 @@ class StoredValues:
 
 
 def find_values(file: IO[bytes], begin: int, length: int) -> StoredValues:
-    """What `file[begin : begin + length]` holds, which must be an archive of one dense tensor.
+    """The tensor in `file[begin : begin + length]`, which must be an archive of one dense tensor.
 
     Raises:
-        RefusedError: when it is anything else.
-        OSError: when the file cannot be read.
+        RefusedError: if it is anything else.
+        OSError: if the file cannot be read.
     """
     window = _Window(file, begin, length)
     try:
@@ -65,7 +65,7 @@ def find_values(file: IO[bytes], begin: int, length: int) -> StoredValues:
             records = archive.infolist()
     except (OSError, RefusedError):
         raise
-    except Exception as error:  # a damaged archive raises nearly anything
+    except Exception as error:  # a damaged archive can raise almost anything
         raise RefusedError(f"is no archive of a tensor ({type(error).__name__})") from None
     by_name = {record.filename: record for record in records}
     if len(by_name) != len(records):
@@ -91,7 +91,7 @@ def find_values(file: IO[bytes], begin: int, length: int) -> StoredValues:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file, of which only little may be read at once."""
+    """A part of a file as a file, with a limit on the size of a read."""
 
     def __init__(self, file: IO[bytes], begin: int, length: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class _Window(io.RawIOBase):
         return begin
 
     def content(self, record: zipfile.ZipInfo) -> bytes:
-        """A small record. Checksums are left out: archives may be written without them."""
+        """The content of a small record. Its CRC is not checked: archives may be written without."""
         self.seek(self.begin_of(record))
         return self.read(record.file_size)
 
@@ -148,7 +148,7 @@ class _Window(io.RawIOBase):
 class _Storage:
     key: str
     dtype: torch.dtype | None
-    """None when it is untyped: the tensor then says its type itself."""
+    """None if untyped; the tensor then has its own dtype."""
     length: int
 
     @property
@@ -166,7 +166,7 @@ class _Tensor:
 
 
 def _storage(description: Any) -> _Storage:
-    """What a persistent id stands for: ("storage", type, key, device, number of elements)."""
+    """Resolves a persistent id: ("storage", type, key, device, number of elements)."""
     if type(description) is not tuple or len(description) != 5 or type(description[1]) is not _StorageType:
         raise RefusedError("refers to something outside that is no storage")
     _, kind, key, _, length = description
@@ -186,7 +186,7 @@ def _rebuilt(arguments: tuple[Any, ...]) -> _Tensor:
 
 
 def _rebuilt_untyped(arguments: tuple[Any, ...]) -> _Tensor:
-    """`_rebuild_tensor_v3`, for types without a typed storage: as above, with the type before the metadata."""
+    """`_rebuild_tensor_v3`, for dtypes without a typed storage: as above, with the dtype before the metadata."""
     if len(arguments) not in (7, 8):
         raise RefusedError("describes no tensor")
     storage, offset, size, stride, _, hooks, dtype, *metadata = arguments
@@ -202,7 +202,7 @@ def _checked(storage: Any, offset: Any, size: Any, stride: Any, hooks: Any, meta
     if len(size) != len(stride):
         raise RefusedError("describes no tensor")
     num_values = prod(size)
-    # The values must be there one by one: not one of them over and over, nor a few out of many.
+    # Every value must be stored once: no zero strides that repeat a value, no gaps.
     if num_values and not _is_dense(size, stride):
         raise RefusedError("describes a tensor whose values do not lie side by side")
     if (offset + num_values) * dtype.itemsize > storage.num_bytes:
@@ -249,7 +249,7 @@ DTYPES = {
     for name, value in vars(torch).items()
     if isinstance(value, torch.dtype) and not str(value).startswith(("torch.qint", "torch.quint"))
 }
-"""The types that a tensor may have, as pickles name them. Quantised ones carry scales, which are not values."""
+"""The dtypes admitted, as pickles name them. Quantised ones carry scales, which are not values."""
 _TYPED = {
     "BFloat16": torch.bfloat16, "Bool": torch.bool, "Byte": torch.uint8, "Char": torch.int8, "Double": torch.float64,
     "Float": torch.float32, "Half": torch.float16, "Int": torch.int32, "Long": torch.int64, "Short": torch.int16,
@@ -264,7 +264,7 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     **{("torch", f"{name}Storage"): _StorageType(dtype) for name, dtype in _TYPED.items()},
     **DTYPES,
 }
-"""Everything that the pickle of a tensor may name."""
+"""Every global that a tensor's pickle may name."""
 
 
 def _find(module: str, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Files of a checkpoint that may be a stranger's: plain names, plain files, and no more read than was expected."""
+"""Files of an untrusted checkpoint: plain names, regular files, bounded reads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from titan_growth.checkpoint.untrusted.pickles import RefusedError
 from titan_growth.liveness.waits import STORAGE, waiting_for
 
 MAX_METADATA_BYTES = 1 << 30
-"""Of a `.metadata`: seven million pieces. Reading takes some ten times as much memory."""
+"""Of a `.metadata`: seven million pieces. Parsing takes about ten times as much memory."""
 MAX_TEXT_BYTES = 64 << 20
-"""Of a manifest, a recipe, a lineage. The manifest of ten thousand ranks has two."""
+"""Of a manifest, recipe or lineage. The manifest of 10,000 ranks has 2 MiB."""
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name is that of a file in the folder itself, on every system: no path, no device, no control sign."""
+    """Whether a name is a file in the folder itself, on every OS: no path, device or control character."""
     return (
         0 < len(name) <= 255
         and name.isprintable()
@@ -27,10 +27,10 @@ def is_plain_name(name: str) -> bool:
 
 
 def size_of_file(path: Path) -> int | None:
-    """Bytes of a plain file; None when there is none of this name, or something else.
+    """Size of a regular file; None if it is missing or not a regular file.
 
     Raises:
-        RefusedError: when it is a link to somewhere else.
+        RefusedError: if it is a link to another folder.
     """
     try:
         found = path.stat()
@@ -44,11 +44,11 @@ def size_of_file(path: Path) -> int | None:
 
 
 def open_plain(path: Path) -> IO[bytes]:
-    """A plain file for reading, without waiting for anybody.
+    """Opens a regular file for reading; never blocks.
 
     Raises:
-        FileNotFoundError: when there is none of this name.
-        RefusedError: when it is something else (a pipe would never end), or a link to somewhere else.
+        FileNotFoundError: if it is missing.
+        RefusedError: if it is not a regular file (a pipe would never end), or a link to another folder.
     """
     if size_of_file(path) is None:
         path.stat()
@@ -58,18 +58,18 @@ def open_plain(path: Path) -> IO[bytes]:
 
 @waiting_for(STORAGE)
 def read_plain(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
-    """The content of a plain file.
+    """The content of a regular file.
 
     Raises:
-        FileNotFoundError, RefusedError: as `open_plain`; RefusedError also when it has more bytes.
+        FileNotFoundError, RefusedError: as `open_plain`; RefusedError also if it is larger than `max_bytes`.
     """
     size = size_of_file(path)
     if size is not None and size > max_bytes:
         raise RefusedError(f"{path.name} has more than {max_bytes:,} bytes")
     with open_plain(path) as file:
-        return file.read(size or 0)  # and no more: room is made for all that is asked for
+        return file.read(size or 0)  # no more: read() allocates all that is asked for
 
 
 def is_count(value: Any) -> TypeGuard[int]:
-    """Whether something read is a number of bytes or elements."""
+    """Whether a parsed value is a number of bytes or elements."""
     return type(value) is int and 0 <= value < 1 << 63

@@ -1,7 +1,7 @@
-"""JSON and TOML of a checkpoint, which may be a stranger's: read into exactly the types they should have.
+"""JSON and TOML of an untrusted checkpoint, parsed into exactly the expected types.
 
-Python's own readers take `NaN`, recurse as deep as the text is nested, and give a table of anything. What is read here
-has passed a strict check of every field, and what is wrong comes as one line.
+Python's own parsers accept `NaN`, recurse as deep as the text is nested, and return tables of anything. Here every
+field is checked strictly, and an error is one line.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ STRICT = ConfigDict(strict=True, extra="forbid")
 """Set as `__pydantic_config__` of a dataclass: no 1 for true, no "1" for 1, no unknown keys."""
 
 Count = Annotated[int, Field(ge=0, lt=10**40)]
-"""A number of something. FLOPs of a run are below 10^30."""
+"""A counter. The FLOPs of a run stay below 10^30."""
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 Number = float
 Text = Annotated[str, AfterValidator(one_line)]
-"""Is shown to the user at some time."""
+"""Text that may be shown to the user."""
 
 Kind = TypeVar("Kind")
 
@@ -38,7 +38,7 @@ def from_json(kind: type[Kind], text: str | bytes) -> Kind:
     """An instance of a dataclass (with `STRICT`) from JSON.
 
     Raises:
-        RefusedError: naming the first field that is wrong.
+        RefusedError: names the first invalid field.
     """
     try:
         value: Kind = _adapter(cast(Any, kind)).validate_json(text, strict=True)
@@ -48,7 +48,7 @@ def from_json(kind: type[Kind], text: str | bytes) -> Kind:
 
 
 def table_of_json(text: str | bytes) -> Any:
-    """What JSON holds. Raises RefusedError when it is none, or nested too deeply."""
+    """Parses JSON. Raises RefusedError if it is invalid or nested too deeply."""
     try:
         return parse_json(text)
     except ValueError as error:
@@ -56,7 +56,7 @@ def table_of_json(text: str | bytes) -> Any:
 
 
 def table_of_toml(data: bytes) -> dict[str, Any]:
-    """What TOML holds. Raises RefusedError when it is none, or nested too deeply."""
+    """Parses TOML. Raises RefusedError if it is invalid or nested too deeply."""
     try:
         return tomli.loads(data.decode())
     except RecursionError:
@@ -66,7 +66,7 @@ def table_of_toml(data: bytes) -> dict[str, Any]:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first of the problems that pydantic has found, in one line and without the value."""
+    """The first problem that pydantic found, in one line and without the value."""
     details = error.errors(include_input=False, include_url=False, include_context=False)[0]
     where = ".".join(str(part) for part in details["loc"])
     return one_line(f"{where}: {details['msg']}" if where else details["msg"], 200)

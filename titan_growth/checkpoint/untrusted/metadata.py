@@ -1,11 +1,10 @@
-"""DCP's `.metadata`: read without running it, and checked in full before anything is done with it.
+"""DCP's `.metadata`, parsed without executing it and checked in full before use.
 
-    bytes -> records that are inert (pickles.py) -> one pass over them, which checks -> DCP's own classes
+    bytes -> inert records (pickles.py) -> one checking pass -> DCP's own classes
 
-What has passed is true to itself: names are names, every piece lies inside its tensor and the pieces make it up, each
-of them has a place of its own in a file of this folder, and no number is larger than what it counts can be. Whether the
-files hold what is said here is seen when they are read (archive.py). What a load does not need is dropped: the
-planner's data.
+What passes is consistent: names are valid, pieces tile their tensor, each piece has its own bytes in a file of this
+folder, and no number exceeds what it can count. Whether the files hold what the metadata says is checked on reading
+(archive.py). What a load does not need, the planner's data, is dropped.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ MAX_DIMS = 32
 _LIMIT = 1 << 63
 
 SizeOf = Callable[[str], int | None]
-"""File name -> its bytes; None when it is not there. Raises RefusedError when it must not be read."""
+"""File name -> its size, or None if it is missing. Raises RefusedError if it must not be read."""
 
 
 def parse_metadata(data: bytes, size_of: SizeOf) -> Metadata:
-    """DCP's metadata of a checkpoint.
+    """Parses a checkpoint's DCP metadata.
 
     Args:
-        size_of: of the files that it names.
+        size_of: looks up the files it names.
 
     Raises:
-        RefusedError: when it is anything but that, or contradicts itself or the files.
+        RefusedError: if it is anything else, or contradicts itself or the files.
     """
     collects = gc.isenabled()
-    gc.disable()  # a million small objects that all stay would be looked through again and again
+    gc.disable()  # it would scan a million small live objects again and again
     try:
         return _Conversion(size_of).metadata(read_pickle(data, _find))
     finally:
@@ -59,11 +58,11 @@ def parse_metadata(data: bytes, size_of: SizeOf) -> Metadata:
             gc.enable()
 
 
-# ---- what names stand for --------------------------------------------------------------------------------------------
+# ---- admitted globals ------------------------------------------------------------------------------------------------
 
 
 def _size(arguments: tuple[Any, ...]) -> Any:
-    """`torch.Size(t)` is t: whether it is a tuple of sizes is looked at when it is used as one."""
+    """`torch.Size(t)` is t; that t holds sizes is checked where it is used."""
     if len(arguments) != 1 or type(arguments[0]) is not tuple:
         raise RefusedError("makes a size of what is none")
     return arguments[0]
@@ -76,7 +75,7 @@ def _layout(arguments: tuple[Any, ...]) -> Any:
 
 
 def _ignored(arguments: tuple[Any, ...]) -> None:
-    """Of no use for a load: where the checkpoint was written, and the deprecated memory format."""
+    """Not needed for a load: where the checkpoint was written, and the deprecated memory format."""
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -92,7 +91,7 @@ _ADMITTED: dict[tuple[str, str], Any] = {
     **{(module, name): Symbol(name, _ignored) for module in ("pathlib", "pathlib._local") for name in _PATHS},
     **DTYPES,
 }
-"""Everything that a `.metadata` may name."""
+"""Every global that a `.metadata` may name."""
 
 
 def _find(module: str, name: str) -> Any:
@@ -105,13 +104,13 @@ def _find(module: str, name: str) -> Any:
 
 
 class _Conversion:
-    """One pass over the records. Each is used once: a program may refer to one of them a million times."""
+    """One pass over the records. Each is consumed on first use: a pickle may refer to one a million times."""
 
     def __init__(self, size_of: SizeOf) -> None:
         self.size_of = size_of
         self.entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self.boxes: dict[str, dict[torch.Size, torch.Size]] = {}
-        """Name of a tensor -> offsets of each piece -> its sizes."""
+        """Tensor name -> offsets of each piece -> sizes of the piece."""
         self.file_sizes: dict[str, int | None] = {}
         self.tuples: dict[tuple[int, ...], torch.Size] = {}
 
@@ -140,7 +139,7 @@ class _Conversion:
             return BytesStorageMetadata()
         table = _table(record, "TensorStorageMetadata", name)
         size = self.sizes(table.get("size"), name)
-        # The largest type has 16 bytes. Lengths beside a zero count, too: strides are made of them.
+        # The widest dtype has 16 bytes. Lengths beside a zero count too: strides are products of them.
         if prod(length or 1 for length in size) * 16 >= _LIMIT:
             raise RefusedError(f"says that {_brief(name)} has more values than there can be")
         properties = _properties(table.get("properties"), name)
@@ -150,7 +149,7 @@ class _Conversion:
         boxes: dict[torch.Size, torch.Size] = {}
         for one in listed:
             offsets, sizes = self.chunk(name, size, one)
-            # An empty piece may begin where another one does, which then is the one that is stored there.
+            # An empty piece may begin where another one does; the other one is stored there.
             before = boxes.setdefault(offsets, sizes)
             if not prod(before):
                 boxes[offsets] = sizes
@@ -205,7 +204,7 @@ class _Conversion:
         return StorageInfo(file, begin, length)
 
     def sizes(self, value: Any, name: str) -> torch.Size:
-        """Few of them differ, so each is made once. What is in a tuple is looked at before anything is done with it."""
+        """A checked `torch.Size`, shared among equal ones. Items are checked before the tuple is hashed."""
         if type(value) is not tuple or len(value) > MAX_DIMS or not all(is_count(one) for one in value):
             raise RefusedError(f"holds no sizes where those of {_brief(name)} should be")
         found = self.tuples.get(value)
@@ -228,7 +227,7 @@ def _properties(record: Any, name: str) -> TensorProperties:
 
 
 def _table(record: Any, kind: str, name: str | None = None) -> dict[Any, Any]:
-    """The attributes of a record of the given kind, which is then used up."""
+    """The attributes of a record of the given kind; consumes the record."""
     if type(record) is not Record or record.kind != kind or type(record.state) is not dict:
         raise RefusedError("holds no DCP metadata" if name is None else f"holds no DCP metadata about {_brief(name)}")
     table: dict[Any, Any] = record.state
@@ -244,7 +243,7 @@ def _dict(table: Mapping[Any, Any], key: str) -> dict[Any, Any]:
 
 
 def _require_apart(storage: Mapping[MetadataIndex, StorageInfo]) -> None:
-    """No two pieces have the same bytes: a small file could otherwise be read a million times over."""
+    """No two pieces share bytes; otherwise a small file could be read a million times over."""
     places = sorted((info.relative_path, info.offset, info.length, index.fqn) for index, info in storage.items())
     for (file, begin, length, name), (next_file, next_begin, _, next_name) in itertools.pairwise(places):
         if file == next_file and begin + length > next_begin:
@@ -252,7 +251,7 @@ def _require_apart(storage: Mapping[MetadataIndex, StorageInfo]) -> None:
 
 
 def _brief(value: Any) -> str:
-    """A value in a message: text cut short, numbers as they are, of others only the kind."""
+    """A value for a message: text shortened, numbers as they are, only the type of anything else."""
     if isinstance(value, str):
         return value if len(value) <= 120 and value.isprintable() else repr(value[:100]) + "..."
     return str(value) if type(value) in (int, bool, type(None)) else f"a {type(value).__name__}"

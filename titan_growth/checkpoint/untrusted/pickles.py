@@ -1,12 +1,12 @@
-"""Reading pickles without running them.
+"""Parses pickles without executing them.
 
-A pickle is a program for a small stack machine, and two of its instructions call what the program names. Python's own
-machine can be told which names to admit, but not to keep off the rest: a program of twenty bytes makes it allocate
-gigabytes (a far index into the memo), set attributes on the admitted classes, or hash a tuple that takes longer than
-the universe has (nested in itself fifty times). So this is a machine of our own. It knows the instructions that data
-needs and no other; what an admitted name stands for is decided by the caller; classes become `Record`s, which are
-inert: a name, and whatever the program wanted to put into an instance. Nothing that is built can be larger than the
-program by more than a small factor, and nothing is ever walked through, compared or hashed on the way.
+A pickle is a program for a small stack machine, and two of its instructions call what the program names. Python's
+unpickler can restrict the names, but not the rest: twenty bytes make it allocate gigabytes (a far index into the memo),
+set attributes on admitted classes, or hash a tuple for longer than the age of the universe (nested in itself fifty
+times). So this is a machine of its own. It knows only the instructions that data needs. The caller decides what an
+admitted name stands for. Classes become inert `Record`s: a name, and the state the program wanted to put into an
+instance. The result is larger than the program by at most a small factor, and nothing is traversed, compared or hashed
+on the way.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from struct import Struct, error
 from typing import Any
 
 MAX_DEPTH = 100
-"""Of marks: containers that are open at the same time."""
+"""Of marks, that is of containers open at the same time."""
 BYTES_PER_OBJECT = 6
-"""A program must have so many bytes for each container that it builds; DCP's have 11."""
+"""Least bytes of program per container that it builds; DCP's have 11."""
 
 
 class RefusedError(ValueError):
-    """What was read is not what it should be; the message says why, without naming the checkpoint."""
+    """Untrusted input is not what it should be. The message says why, without naming the checkpoint."""
 
 
 class Record:
-    """Stands for an instance of a class."""
+    """Stands in for an instance of a class."""
 
     __slots__ = ("kind", "state")
 
@@ -42,9 +42,9 @@ class Symbol:
 
     name: str
     call: Callable[[tuple[Any, ...]], Any] | None = None
-    """Takes the arguments of a call; must be quick and must not keep or change them."""
+    """Takes the arguments of a call; must be fast and must not keep or change them."""
     is_class: bool = False
-    """Instances may be made, as records."""
+    """Whether instances may be made, as records."""
 
 
 Find = Callable[[str, str], Any]
@@ -52,14 +52,14 @@ Find = Callable[[str, str], Any]
 
 
 def read_pickle(data: bytes, find: Find, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """What a pickle (of protocol 2 to 5) describes.
+    """The value that a pickle (protocol 2 to 5) describes.
 
     Args:
-        find: what names stand for.
-        persistent: what the ids of things outside the pickle stand for; None where there are none.
+        find: resolves global names.
+        persistent: resolves persistent ids; None if there are none.
 
     Raises:
-        RefusedError: when it is damaged, names what is not admitted, or uses an instruction that data does not need.
+        RefusedError: if it is damaged, names a global that is not admitted, or uses an instruction data does not need.
     """
     machine = _Machine(data, find, persistent)
     try:
@@ -68,7 +68,7 @@ def read_pickle(data: bytes, find: Find, persistent: Callable[[Any], Any] | None
         raise
     except (IndexError, error):
         raise RefusedError("is cut off or damaged") from None
-    except (ValueError, TypeError) as problem:  # text that is no UTF-8, a table where a list should be
+    except (ValueError, TypeError) as problem:  # text that is not UTF-8, a dict instead of a list
         raise RefusedError(f"is damaged ({problem})") from None
 
 
@@ -76,7 +76,7 @@ _U1, _U2, _U4, _U8, _I4, _F8 = Struct("<B"), Struct("<H"), Struct("<I"), Struct(
 
 
 class _Machine:
-    """One instruction is one method; `data[position]` is the next byte to be read."""
+    """One method per instruction; `data[position]` is the next byte to read."""
 
     def __init__(self, data: bytes, find: Find, persistent: Callable[[Any], Any] | None) -> None:
         self.data = data
@@ -87,7 +87,7 @@ class _Machine:
         self.marks: list[list[Any]] = []
         self.memo: list[Any] = []
         self.budget = len(data) // BYTES_PER_OBJECT + 100
-        """Containers that may still be built."""
+        """Containers it may still build."""
 
     def run(self) -> Any:
         data, steps = self.data, _STEPS
@@ -158,7 +158,7 @@ class _Machine:
         self.memo.append(self.stack[-1])
 
     def put(self, index: int) -> None:
-        # Picklers number what they memoize one by one; a far index asks for memory and nothing else.
+        # Picklers number memo entries consecutively; a far index would only allocate memory.
         if index > len(self.memo):
             raise RefusedError(f"skips to the memo's place {index}")
         if index == len(self.memo):
@@ -246,7 +246,7 @@ def _of(kind: type, value: Any) -> Any:
 
 
 def _key(key: Any) -> Any:
-    # A tuple's hash is computed anew each time, through all that it holds; numbers can be chosen to have one hash.
+    # A tuple's hash walks all it holds, every time; numbers can be chosen to collide.
     if type(key) not in (str, Record):
         raise RefusedError(f"has a {type(key).__name__} for a key")
     return key

@@ -1,9 +1,9 @@
-"""Do boxes make up a tensor, without gaps and without overlaps?
+"""Do boxes tile a tensor, without gaps or overlaps?
 
-Comparing every box with every other takes too long for a hundred thousand of them. Count their corners instead, those
-of even parity as +1 and those of odd parity as -1, at the same place together. Inside a tiling the corners that meet
-cancel, and what is left over are those of the whole. The converse holds, too: the signed corners of a sum of boxes are
-its mixed derivative, and determine it. So the boxes make up the whole if, and only if, their corners do.
+Comparing every pair takes too long for a hundred thousand boxes. Sum their corners instead, per position, even corners
+as +1 and odd ones as -1. Inside a tiling, corners that meet cancel, and only those of the whole remain. The converse
+holds too: the signed corners of a sum of boxes are its mixed derivative, which determines it. So the boxes tile the
+whole if and only if their corners sum to its corners.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from itertools import product
 
 MAX_SPLIT_DIMS = 4
-"""Dimensions that a tensor may be split along: 16 corners a box."""
+"""Dimensions a tensor may be split along: 16 corners per box."""
 
 
 Box = tuple[Sequence[int], Sequence[int]]
-"""The first corner, and the lengths of the sides."""
+"""Offsets and sizes."""
 
 
 def gap(size: Sequence[int], boxes: Sequence[Box]) -> str:
-    """What is wrong with boxes that should make up a tensor of the given size; "" when they do.
+    """What is wrong with boxes that should tile a tensor of the given size; "" if they do.
 
-    Boxes without content are passed over. All others must have as many dimensions as the tensor and lie inside it.
+    Empty boxes are ignored. All others must have the tensor's number of dimensions and lie inside it.
     """
     boxes = [(offsets, sizes) for offsets, sizes in boxes if all(sizes)]
     if not all(size):
