@@ -20,6 +20,7 @@ from titan_growth import train
 from titan_growth.config.loader import load_recipe
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.exit_report import ExitReport
+from titan_growth.tools.logs import setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
 PACKAGE = str(Path(titan_growth.__file__).parent) + "/"
@@ -52,9 +53,16 @@ def way_of(recipe: Recipe) -> list[str]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         corpus = write_corpus(Path(name) / "corpus.txt")
-        values = {**BASE, "training.steps": 1, "training.dataset_path": str(corpus), "job.dump_folder": f"{name}/run"}
+        values = {
+            **BASE,
+            "training.steps": 1,
+            "lr_scheduler.warmup_steps": 1,
+            "training.dataset_path": str(corpus),
+            "job.dump_folder": f"{name}/run",
+        }
+        setup_logging(1)  # only warnings
         recipe = load_recipe([*argv_of(values), *sys.argv[1:]])
-        print("\n".join(way_of(recipe)), file=sys.stderr)
+        print("\n".join(way_of(recipe)))
 
 
 if __name__ == "__main__":
