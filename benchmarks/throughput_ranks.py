@@ -96,7 +96,7 @@ class ForkedCase:
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         context = multiprocessing.get_context("fork")
-        num_ranks = plan.mesh_shape.num_ranks
+        num_ranks = plan.phase.mesh_shape.num_ranks
         for rank in range(num_ranks):
             ours, theirs = context.Pipe()
             folder = Path(self._folder.name) / str(rank)

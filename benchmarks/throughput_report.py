@@ -46,7 +46,7 @@ class Outcome:
     def tokens(self) -> int:
         """Of one timed stretch, on all ranks together."""
         assert self.planned.plan is not None, "a refused case has no tokens"
-        return self.planned.plan.tokens_per_step * self.planned.case.size.steps
+        return self.planned.plan.phase.tokens_per_step * self.planned.case.size.steps
 
     @property
     def precision(self) -> str:
@@ -63,7 +63,7 @@ class Outcome:
         dtype = recipe.training.mixed_precision_param
         if dtype == recipe.training.dtype:
             return dtype
-        return f"{dtype} by {'autocast' if self.planned.plan.mesh_shape.num_ranks == 1 else 'FSDP'}"
+        return f"{dtype} by {'autocast' if self.planned.plan.phase.mesh_shape.num_ranks == 1 else 'FSDP'}"
 
     @property
     def num_steps(self) -> int:
@@ -136,12 +136,12 @@ def _entries(group: list[Outcome], cores: int) -> Iterator[dict[str, Any]]:
 def _facts(plan: RunPlan) -> dict[str, Any]:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     return {
-        "mesh": str(plan.mesh_shape),
+        "mesh": str(plan.phase.mesh_shape),
         "stages": stage_lines(plan.phase, device_type),
         "parameters": plan.target.num_params,
         "flops_per_token": plan.target.flops_per_token(plan.recipe.training.seq_len),
-        "tokens_per_step": plan.tokens_per_step,
-        "accumulation_steps": plan.num_accumulation_steps,
+        "tokens_per_step": plan.phase.tokens_per_step,
+        "accumulation_steps": plan.phase.num_accumulation_steps,
     }
 
 

@@ -40,14 +40,14 @@ class RunningCase:
         begin = time.perf_counter()
         recipe = plan.recipe
         self.plan, self.device = plan, device
-        self.mesh = Mesh.get(plan.mesh_shape, device.type)
+        self.mesh = Mesh.get(plan.phase.mesh_shape, device.type)
         self.config = plan.growth_plan.config_after(0)
         assert recipe.debug.seed is not None, "the common words give a seed"
         model = build(
             self.config,
             family=recipe.model.name,
             mesh=self.mesh,
-            stages=plan.stages,
+            stages=plan.phase.stages,
             device=device.torch,
             dtype=getattr(torch, recipe.training.dtype),
             seq_len=recipe.training.seq_len,
@@ -141,7 +141,7 @@ class RunningCase:
 
 def synthetic_data(plan: RunPlan, vocab_size: int, folder: Path) -> RunData:
     """A corpus of random tokens, the same on every rank. Some are frequent, so that there is something to learn."""
-    num_tokens = plan.tokens_per_step * STEPS_OF_DATA + 1
+    num_tokens = plan.phase.tokens_per_step * STEPS_OF_DATA + 1
     tokens = (np.random.default_rng(0).random(num_tokens) ** 3 * vocab_size).astype("<u4")
     tokens.tofile(folder / "train.bin")
     facts = {

@@ -126,7 +126,7 @@ def test_benchmark_default_cases_are_possible() -> None:
 def test_benchmark_cases_of_a_recipe_on_gpus_keep_its_batch() -> None:
     cases = default_cases(size_of("train_configs/llama3_8b.toml"), 8, "cuda", cores=64)
     plans = {case.name: plan_case(case, "cuda").plan for case in cases}
-    assert {plan.tokens_per_step for plan in plans.values() if plan is not None} == {8 * 8192}
+    assert {plan.phase.tokens_per_step for plan in plans.values() if plan is not None} == {8 * 8192}
     assert plans["pp 2 x fsdp 2 x tp 2"] is not None
     # Per-operation checkpointing, which the recipe has, does not go with split backward passes.
     assert plans["pp 2 x fsdp 4 ZBVZeroBubble"] is None

@@ -65,13 +65,13 @@ def _model(plan: RunPlan, shards: ModelShards) -> list[str]:
 
 
 def _batch(plan: RunPlan) -> list[str]:
-    training, shape, steps = plan.recipe.training, plan.mesh_shape, plan.num_accumulation_steps
+    training, shape, steps = plan.recipe.training, plan.phase.mesh_shape, plan.phase.num_accumulation_steps
     *_, (_, last) = timeline(plan)
     fewer = "at most " if plan.recipe.data.document_mask else ""
     return [
         f"mesh: {shape} = {many(shape.num_ranks, 'rank')}" if shape.num_ranks > 1 else "mesh: 1 rank",
         f"batch: {training.global_batch_size} sequences of {training.seq_len} tokens a step = "
-        f"{plan.tokens_per_step:,} tokens",
+        f"{plan.phase.tokens_per_step:,} tokens",
         f"  = {many(shape.dp_degree, 'data-parallel rank')} x local batch {training.local_batch_size} x "
         f"{many(steps, 'accumulation step')}",
         f"run: {many(training.steps, 'step')}, {fewer}{last.tokens:,} tokens, {fewer}{last.flops:.4e} FLOPs",

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
-from titan_growth.config.schema.growth import GrowthConfig
+from titan_growth.config.schema.growth import GrowthBase, GrowthConfig
 from titan_growth.config.schema.recipe import LRSchedulerConfig, Recipe
+from titan_growth.tools.findings import Findings
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,6 @@ class Segment:
     num_steps: int
     warmup_steps: int
     peak_lr: float
-
-
-class ClampedWarmup(NamedTuple):
-    """A warmup that is longer than its segment."""
-
-    key: str
-    steps: int
-    """As the recipe gives it."""
-    length: int
-    """What it is cut to."""
 
 
 class LRSchedule:
@@ -75,34 +65,33 @@ class LRSchedule:
         if not passed or passed[-1] >= len(self.growth.active_stages):
             return 1.0
         planned, start = self.growth.active_stages[passed[-1]], grown_at[passed[-1]]
-        warmup = self.section.warmup_steps if planned.warmup_steps is None else planned.warmup_steps
-        warmup = min(warmup, max(0, self.total_steps - start))
+        warmup = min(self._warmup(planned.warmup_steps), max(0, self.total_steps - start))
         return min(1.0, (step - start) / warmup) if planned.lr_policy == policy and warmup else 1.0
 
     def segment(self, step: int, grown_at: Sequence[int] = ()) -> Segment:
         """The segment that a step belongs to."""
-        grows = bool(self.growth.active_stages)
-        base_lr = self.growth.base.lr if grows else None
-        base_warmup = self.growth.base.warmup_steps if grows else None
-        segment = self._segment(0, base_lr or self.lr, base_warmup)
+        base = self.growth.base if self.growth.active_stages else GrowthBase()
+        segment = self._segment(0, base.lr or self.lr, base.warmup_steps)
         for planned, at in zip(self.growth.active_stages, grown_at, strict=False):
             if step <= at:
                 break
             if planned.lr_policy == "restart":
                 segment = self._segment(at, planned.lr or self.lr, planned.warmup_steps)
             elif planned.lr is not None:
-                segment = Segment(segment.start, segment.num_steps, segment.warmup_steps, planned.lr)
+                segment = replace(segment, peak_lr=planned.lr)
         return segment
 
     def _segment(self, start: int, peak_lr: float, warmup_steps: int | None) -> Segment:
         num_steps = max(0, self.total_steps - start)
-        warmup = self.section.warmup_steps if warmup_steps is None else warmup_steps
-        return Segment(start, num_steps, min(warmup, num_steps), peak_lr)
+        return Segment(start, num_steps, min(self._warmup(warmup_steps), num_steps), peak_lr)
 
-    def clamped_warmups(self) -> list[ClampedWarmup]:
-        """Each warmup that is longer than its segment.
+    def _warmup(self, given: int | None) -> int:
+        return self.section.warmup_steps if given is None else given
 
-        Growths given in tokens are not looked at; where they fall is not known from the recipe alone.
+    def warn_of_clamped_warmups(self, found: Findings) -> None:
+        """Warns of each warmup that is longer than its segment.
+
+        Growths given in tokens are left out: where they fall is not known from the recipe alone.
         """
         asked = [("lr_scheduler.warmup_steps", 0, self.section.warmup_steps)]
         if self.growth.active_stages and self.growth.base.warmup_steps is not None:
@@ -111,10 +100,11 @@ class LRSchedule:
             if planned.lr_policy != "continue" and planned.when.unit == "steps":
                 given = planned.warmup_steps is not None
                 key = f"growth.stages.{index}.warmup_steps" if given else "lr_scheduler.warmup_steps"
-                warmup = planned.warmup_steps if planned.warmup_steps is not None else self.section.warmup_steps
-                asked.append((key, planned.when.count, warmup))
-        warmups = (ClampedWarmup(key, steps, max(0, self.total_steps - start)) for key, start, steps in asked)
-        return [warmup for warmup in warmups if warmup.steps > warmup.length]
+                asked.append((key, planned.when.count, self._warmup(planned.warmup_steps)))
+        for key, start, steps in asked:
+            length = max(0, self.total_steps - start)
+            if steps > length:
+                found.warn(key, f"{steps} is longer than the {length} steps it is for, and is cut to that")
 
     def _factor(self, step: int, segment: Segment) -> float:
         """Share of the peak at a step of the segment, from 1.

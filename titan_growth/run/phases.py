@@ -7,12 +7,11 @@ everything that reads a recipe (stages, batches, checks) reads the phase's, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from titan_growth.config.checks import check_recipe
-from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.recipe import Recipe, TrainingConfig
 from titan_growth.growth.chain import Chain
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.layout.mesh_shape import BatchShape, MeshShape, resolve_batch, resolve_mesh
@@ -53,6 +52,14 @@ class Phase:
         shape, seq_len = self.mesh_shape, recipe.training.seq_len
         return PlanContext(self.config, shape, device_type, seq_len, family, transition=self.transition(0))
 
+    def check(self, device_type: str, found: Findings) -> None:
+        """What the stages of this phase have to say of it."""
+        context = self.context(device_type)
+        for stage in self.stages:
+            if stage.enabled(context):
+                found.problems += [problem for problem in stage.check(context) if problem not in found.problems]
+                found.warnings += [warning for warning in stage.warnings(context) if warning not in found.warnings]
+
     def transition(self, step: int) -> Transition | None:
         """The growth that came after a step, for the model of this phase."""
         return None if self.growth_map is None else Transition(self.growth_map, self.mask_steps, step)
@@ -68,17 +75,6 @@ def recipe_in_phase(recipe: Recipe, num_growths: int) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)}) if changes else recipe
 
 
-def ranks_in_phases(recipe: Recipe, num_ranks: int, first_phase: int) -> list[int]:
-    """The number of ranks of each phase, when the run is at one of them on `num_ranks` ranks.
-
-    Past phases' rank requests no longer apply: the resume decides.
-    """
-    wanted = [num_ranks]
-    for number, planned in enumerate(recipe.growth.active_stages, start=1):
-        wanted.append(wanted[-1] if planned.num_ranks is None or number <= first_phase else planned.num_ranks)
-    return wanted
-
-
 def phases_of(
     recipe: Recipe,
     chain: Chain,
@@ -89,88 +85,64 @@ def phases_of(
     first_phase: int,
     derived_batch: int | None,
 ) -> list[Phase]:
-    """The phases of a run. Those that lie behind it are made, but not checked.
+    """The phases of a run. Past ones are made, but not checked, and the ranks that they asked for no longer apply.
 
     Args:
+        num_ranks: of the phase that the run is in.
         first_phase: the phase that the run is in, or starts with.
         derived_batch: what a global_batch_size of -1 was resolved to when the run was first started.
     """
     phases: list[Phase] = []
-    for number, ranks in enumerate(ranks_in_phases(recipe, num_ranks, first_phase)):
+    changed = ""  # key of the last growth that has changed mesh or batch
+    for number, planned in enumerate([None, *recipe.growth.active_stages]):
+        if planned is not None and planned.changes_layout:
+            changed = f"growth.stages.{number - 1}: "
+        if planned is not None and planned.num_ranks is not None and number > first_phase:
+            num_ranks = planned.num_ranks
         own = Findings()
         now = recipe_in_phase(recipe, number)
-        shape = resolve_mesh(now.parallelism, ranks, own) or MeshShape(dp_shard=ranks)
-        batch = _batch_of(now, shape, derived_batch, own)
+        shape = resolve_mesh(now.parallelism, num_ranks, own) or MeshShape(dp_shard=num_ranks)
+        batch = _batch_of(now.training, shape, derived_batch, own)
         if now.training.global_batch_size == -1:
             derived_batch = batch.global_batch_size  # once: later phases and other meshes keep it
         training = now.training.model_copy(update={"global_batch_size": batch.global_batch_size})
         now = now.model_copy(update={"training": training})
-        phase = _phase(now, chain, number, shape, batch.num_accumulation_steps)
+        phase = Phase(
+            now,
+            chain.configs[number],
+            shape,
+            stages_of(now),
+            batch.num_accumulation_steps,
+            growth_map=chain.maps[number - 1] if number else None,
+            mask_steps=(planned.mask_steps or 0) if planned is not None else 0,
+        )
         phases.append(phase)
-        if number >= first_phase:
-            _check_phase(phase, device_type, own, new_layout=_new_layout(recipe, number))
-            _report(own, number, recipe, found)
+        if number < first_phase:
+            continue
+        if planned is not None and planned.parallelism is not None:
+            check_recipe(now, own)
+        if not own.problems:
+            phase.check(device_type, own)
+        _report(own.problems, found.problems, changed)
+        _report(own.warnings, found.warnings, changed)
     return phases
 
 
-def _batch_of(recipe: Recipe, shape: MeshShape, derived: int | None, found: Findings) -> BatchShape:
+def _batch_of(training: TrainingConfig, shape: MeshShape, derived: int | None, found: Findings) -> BatchShape:
     """The batch of a phase; one that does not fit the mesh is reported, and taken as it is."""
-    training = recipe.training
     size = derived if training.global_batch_size == -1 and derived else training.global_batch_size
     own = Findings()
     batch = resolve_batch(size, training.local_batch_size, shape, own)
-    if found.problems:
-        own = Findings()  # about a mesh that does not exist
-    hint = "It was derived at the run's first start: give it in the recipe, or name another job.dump_folder"
-    for problem in own.problems:
-        found.problem(problem.key, problem.message, problem.hint if size == training.global_batch_size else hint)
+    if not found.problems:  # else the mesh does not exist
+        hint = "It was derived at the run's first start: give it in the recipe, or name another job.dump_folder"
+        given = size == training.global_batch_size
+        found.problems += [problem if given else replace(problem, hint=hint) for problem in own.problems]
     return batch or BatchShape(size, 1)
 
 
-def _phase(recipe: Recipe, chain: Chain, number: int, shape: MeshShape, num_accumulation_steps: int) -> Phase:
-    planned = recipe.growth.active_stages[number - 1] if number else None
-    return Phase(
-        recipe,
-        chain.configs[number],
-        shape,
-        stages_of(recipe),
-        num_accumulation_steps,
-        growth_map=chain.maps[number - 1] if number else None,
-        mask_steps=planned.mask_steps or 0 if planned is not None else 0,
-    )
-
-
-def _new_layout(recipe: Recipe, number: int) -> bool:
-    """Whether a phase has a `[parallelism]` table of its own."""
-    return number > 0 and recipe.growth.active_stages[number - 1].parallelism is not None
-
-
-def _check_phase(phase: Phase, device_type: str, found: Findings, *, new_layout: bool) -> None:
-    """The recipe of a phase, and then its stages."""
-    if new_layout:
-        check_recipe(phase.recipe, found)
-    if found.problems:
-        return
-    context = phase.context(device_type)
-    for stage in phase.stages:
-        if stage.enabled(context):
-            found.problems += [problem for problem in stage.check(context) if problem not in found.problems]
-            found.warnings += [warning for warning in stage.warnings(context) if warning not in found.warnings]
-
-
-def _report(own: Findings, number: int, recipe: Recipe, found: Findings) -> None:
-    """Adds the findings of a phase that are not those of an earlier one."""
-    found.problems += _in_phase(own.problems, number, recipe, found.problems)
-    found.warnings += _in_phase(own.warnings, number, recipe, found.warnings)
-
-
-def _in_phase(own: list[Problem], number: int, recipe: Recipe, known: list[Problem]) -> Iterator[Problem]:
-    """Problems of a phase that are not those of an earlier one, under the key of the growth that brings them."""
-    growths = recipe.growth.active_stages[:number]
-    changed = [index for index, planned in enumerate(growths) if planned.changes_layout]
+def _report(own: list[Problem], known: list[Problem], changed: str) -> None:
+    """Adds findings of a phase that are not those of an earlier one, under the key of the growth that brings them."""
     seen = {(problem.key.rsplit(": ")[-1], problem.message) for problem in known}
     for problem in own:
-        if (problem.key, problem.message) in seen:
-            continue
-        key = f"growth.stages.{changed[-1]}: {problem.key}" if changed else problem.key
-        yield Problem(key, problem.message, problem.hint)
+        if (problem.key, problem.message) not in seen:
+            known.append(replace(problem, key=f"{changed}{problem.key}"))

@@ -7,20 +7,27 @@ about what a recipe means, and all problems of a recipe are found in one place a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 
 from titan_growth.checkpoint.history import Progress
 from titan_growth.config.duration import Duration
-from titan_growth.config.schema.growth import PlannedGrowth
-from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.growth import GrowthConfig, PlannedGrowth
+from titan_growth.config.schema.recipe import (
+    CheckpointConfig,
+    DataConfig,
+    MetricsConfig,
+    ModelConfig,
+    ProfilingConfig,
+    Recipe,
+    TrainingConfig,
+)
 from titan_growth.growth.chain import Chain, chain_of
 from titan_growth.growth.schedule import GrowthPlan, plan_growth
-from titan_growth.layout.mesh_shape import MeshShape, resolve_batch, resolve_mesh
+from titan_growth.layout.mesh_shape import resolve_batch, resolve_mesh
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.lr_schedule import LRSchedule
-from titan_growth.run.phases import Phase, phases_of, recipe_in_phase
-from titan_growth.stages.base import Stage
+from titan_growth.run.phases import Phase, phases_of
+from titan_growth.tools.errors import Problem
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.packages import missing_package
 
@@ -73,35 +80,16 @@ class RunPlan:
         """The phase that this start of the run begins in."""
         return self.phases[self.first_phase]
 
-    @property
-    def mesh_shape(self) -> MeshShape:
-        """The mesh that this start of the run begins on."""
-        return self.phase.mesh_shape
-
-    @property
-    def stages(self) -> list[Stage]:
-        """The stages of the phase that this start of the run begins in."""
-        return self.phase.stages
-
-    @property
-    def num_accumulation_steps(self) -> int:
-        """Microbatches of a step of a rank, in that phase."""
-        return self.phase.num_accumulation_steps
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Target positions of one optimizer step in that phase, masked ones included."""
-        return self.phase.tokens_per_step
-
     def describe(self, device_type: str) -> list[str]:
         """The plan in a few lines, for the log; `plan_report` has the long version."""
-        training, steps = self.phase.recipe.training, self.num_accumulation_steps
+        phase, training = self.phase, self.phase.recipe.training
+        steps = phase.num_accumulation_steps
         return [
             f"model {self.recipe.model.name} {self.recipe.model.flavor}: {self.target.num_layers} layers, "
             f"{self.target.num_params:,} parameters in the end",
-            f"mesh: {self.mesh_shape}; batch: {training.global_batch_size} sequences of {training.seq_len} tokens "
+            f"mesh: {phase.mesh_shape}; batch: {training.global_batch_size} sequences of {training.seq_len} tokens "
             f"({steps} accumulation step{'s' if steps > 1 else ''})",
-            *stage_lines(self.phase, device_type),
+            *stage_lines(phase, device_type),
             *self.growth_lines(),
         ]
 
@@ -172,18 +160,21 @@ def plan_run(
     """
     own = Findings()
     target = model_config_of(recipe.model, own)
+    chain = None
     if target is not None:
-        _check_lengths(recipe, target, own)
-    chain = chain_of(recipe.growth, target, own) if target is not None else None
-    _warn_of_warmups(recipe, own)
-    _warn_of_growths(recipe, own)
-    _check_device(recipe, device_type, own)
-    _check_machine(recipe, own, elsewhere=elsewhere)
+        _check_lengths(recipe.training, recipe.growth, recipe.validation.seq_len, target, own)
+        chain = chain_of(recipe.growth, target, own)
+    LRSchedule.of(recipe).warn_of_clamped_warmups(own)
+    held_out = recipe.data.validation_fraction > 0 or recipe.validation.dataset_path is not None
+    _warn_of_growths(recipe.growth, recipe.training.seq_len, recipe.data, own, held_out=held_out)
+    if device_type != "cuda":
+        _check_cpu(recipe.profiling, recipe.checkpoint, own)
+    _check_packages(recipe.metrics, recipe.model, own.warnings if elsewhere else own.problems)
     plan = None
-    if chain is None:
-        _check_without_model(recipe, num_ranks, own)
-    else:
+    if chain is not None:
         plan = _lay_out(recipe, chain, own, num_ranks=num_ranks, device_type=device_type, at=resume or ResumePoint())
+    elif shape := resolve_mesh(recipe.parallelism, num_ranks, own):  # mesh and batch can be wrong without a model too
+        resolve_batch(recipe.training.global_batch_size, recipe.training.local_batch_size, shape, own)
     found.extend(own)
     return None if own.problems else plan
 
@@ -192,109 +183,82 @@ def _lay_out(
     recipe: Recipe, chain: Chain, found: Findings, *, num_ranks: int, device_type: str, at: ResumePoint
 ) -> RunPlan:
     """The plan of a run whose models are known."""
-    plan_from = partial(_plan_from, recipe, chain, num_ranks=num_ranks, device_type=device_type, at=at)
-    first_phase = at.num_growths
-    if at.grows_at_once and first_phase < len(chain.maps):
-        # A growth that needs other ranks is not carried out here: the run says so, in the phase that it is still in.
-        first_phase += recipe.growth.active_stages[first_phase].num_ranks in (None, num_ranks)
-    own = Findings()
-    plan = plan_from(own, first_phase=first_phase)
-    if first_phase != at.num_growths and not plan.growth_plan.reached(at.num_growths, at.progress):
-        own = Findings()  # the recipe has moved the growth to a later point
-        plan = plan_from(own, first_phase=at.num_growths)
+    candidates = [at.num_growths]
+    due = recipe.growth.active_stages[at.num_growths :] if at.grows_at_once else []
+    # A growth that needs other ranks is not carried out here: the run says so, in the phase that it is still in.
+    if due and due[0].num_ranks in (None, num_ranks):
+        candidates.insert(0, at.num_growths + 1)
+    for first_phase in candidates:
+        own = Findings()
+        phases = phases_of(
+            recipe,
+            chain,
+            own,
+            num_ranks=num_ranks,
+            device_type=device_type,
+            first_phase=first_phase,
+            derived_batch=at.global_batch_size,
+        )
+        timing = Findings()
+        growth_plan = plan_growth(
+            recipe.growth,
+            chain,
+            timing,
+            steps=recipe.training.steps,
+            tokens_per_step=[phase.tokens_per_step for phase in phases],
+            seq_lens=[phase.recipe.training.seq_len for phase in phases],
+            progress=at.progress,
+            num_growths=at.num_growths,
+        )
+        if first_phase == at.num_growths or growth_plan.reached(at.num_growths, at.progress):
+            break  # otherwise the recipe has moved the growth to a later point
+    if recipe.comm.mode == "default" and not own.problems:
+        own.extend(timing)
     found.extend(own)
-    return plan
-
-
-def _plan_from(
-    recipe: Recipe,
-    chain: Chain,
-    found: Findings,
-    *,
-    num_ranks: int,
-    device_type: str,
-    at: ResumePoint,
-    first_phase: int,
-) -> RunPlan:
-    phases = phases_of(
-        recipe,
-        chain,
-        found,
-        num_ranks=num_ranks,
-        device_type=device_type,
-        first_phase=first_phase,
-        derived_batch=at.global_batch_size,
-    )
-    timing = Findings()
-    growth_plan = plan_growth(
-        recipe.growth,
-        chain,
-        timing,
-        steps=recipe.training.steps,
-        tokens_per_step=[phase.tokens_per_step for phase in phases],
-        seq_lens=[phase.recipe.training.seq_len for phase in phases],
-        progress=at.progress,
-        num_growths=at.num_growths,
-    )
-    if recipe.comm.mode == "default" and not found.problems:
-        found.extend(timing)
     return RunPlan(phases[0].recipe, chain.target, growth_plan, phases, first_phase, LRSchedule.of(recipe))
 
 
-def _check_without_model(recipe: Recipe, num_ranks: int, found: Findings) -> None:
-    """Without a model there is nothing to divide; mesh and batch by themselves can still be wrong."""
-    shape = resolve_mesh(recipe.parallelism, num_ranks, found)
-    if shape is not None:
-        resolve_batch(recipe.training.global_batch_size, recipe.training.local_batch_size, shape, found)
-
-
-def _check_lengths(recipe: Recipe, target: DecoderConfig, found: Findings) -> None:
+def _check_lengths(
+    training: TrainingConfig,
+    growth: GrowthConfig,
+    validation_seq_len: int | None,
+    target: DecoderConfig,
+    found: Findings,
+) -> None:
     """No sequence is longer than the model's positions."""
-    phases = range(len(recipe.growth.active_stages) + 1)
-    lengths = [recipe_in_phase(recipe, number).training.seq_len for number in phases]
-    longest = max(*lengths, recipe.validation.seq_len or 0)
+    lengths = [training.seq_len, validation_seq_len, *(planned.seq_len for planned in growth.active_stages)]
+    longest = max(length or 0 for length in lengths)
     if longest > target.max_seq_len:
-        key = "training.seq_len" if longest == recipe.training.seq_len else "validation.seq_len"
+        key = "training.seq_len" if longest == training.seq_len else "validation.seq_len"
         hint = "Shorten it, or raise model.max_seq_len"
         found.problem(key, f"{longest} is more than model.max_seq_len = {target.max_seq_len}", hint)
 
 
-def _warn_of_warmups(recipe: Recipe, found: Findings) -> None:
-    for warmup in LRSchedule.of(recipe).clamped_warmups():
-        found.warn(warmup.key, f"{warmup.steps} is longer than the {warmup.length} steps it is for, and is cut to that")
-
-
-def _warn_of_growths(recipe: Recipe, found: Findings) -> None:
+def _warn_of_growths(growth: GrowthConfig, seq_len: int, data: DataConfig, found: Findings, *, held_out: bool) -> None:
     """What a growth that can be carried out does less well than one would think."""
-    for index, planned in enumerate(recipe.growth.active_stages):
-        if planned.seq_len not in (None, recipe.training.seq_len) and recipe.data.shuffle:
+    for index, planned in enumerate(growth.active_stages):
+        if planned.seq_len not in (None, seq_len) and data.shuffle:
             message = "within an epoch that is shuffled, some of its text comes twice then and some not at all"
             found.warn(f"growth.stages.{index}.seq_len", message, "Set data.shuffle = false to avoid it")
-    watches = recipe.growth.active_stages and recipe.growth.watchdog.action != "warn"
-    if watches and not recipe.data.validation_fraction and recipe.validation.dataset_path is None:
+    if growth.active_stages and growth.watchdog.action != "warn" and not held_out:
         message = "nothing is held out, so the watchdog compares losses of different batches"
         found.warn("growth.watchdog.action", message, "Set data.validation_fraction")
 
 
-def _check_device(recipe: Recipe, device_type: str, found: Findings) -> None:
-    if device_type == "cuda":
-        return
-    if recipe.profiling.enable_memory_snapshot:
+def _check_cpu(profiling: ProfilingConfig, checkpoint: CheckpointConfig, found: Findings) -> None:
+    """Nothing is asked of a CPU that needs CUDA."""
+    if profiling.enable_memory_snapshot:
         message = "memory snapshots exist on CUDA only, and this run is on the CPU"
         found.problem("profiling.enable_memory_snapshot", message, "Set it to false")
-    if recipe.checkpoint.enable and recipe.checkpoint.async_mode == "async_with_pinned_mem":
+    if checkpoint.enable and checkpoint.async_mode == "async_with_pinned_mem":
         message = "page-locked memory needs CUDA, and this run is on the CPU"
         found.problem("checkpoint.async_mode", message, 'Set it to "async"')
 
 
-def _check_machine(recipe: Recipe, found: Findings, *, elsewhere: bool) -> None:
-    """Packages that the recipe needs and this machine lacks; only a warning when the run is to happen elsewhere.
-
-    Those of a corpus show when it is opened.
-    """
-    report = found.warnings if elsewhere else found.problems
-    if recipe.metrics.enable_wandb and (problem := missing_package("metrics.enable_wandb", "wandb", "set it to false")):
+def _check_packages(metrics: MetricsConfig, model: ModelConfig, report: list[Problem]) -> None:
+    """Packages that the recipe needs and this machine lacks. Those of a corpus show when it is opened."""
+    if metrics.enable_wandb and (problem := missing_package("metrics.enable_wandb", "wandb", "set it to false")):
         report.append(problem)
     without = 'take "quantize.linear.float8" out of it'
-    if recipe.model.uses_float8 and (problem := missing_package("model.converters", "torchao", without)):
+    if model.uses_float8 and (problem := missing_package("model.converters", "torchao", without)):
         report.append(problem)

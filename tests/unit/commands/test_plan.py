@@ -56,16 +56,16 @@ def plan_of(values: dict[str, Any], num_ranks: int, device_type: str = "cpu") ->
 
 
 def shards_of(plan: RunPlan) -> ModelShards:
-    return ModelShards(plan.target, family_module(plan.recipe.model.name), plan.mesh_shape)
+    return ModelShards(plan.target, family_module(plan.recipe.model.name), plan.phase.mesh_shape)
 
 
 def parts_by_rank(plan: RunPlan) -> list[tuple[Part, ...]]:
-    if plan.mesh_shape.pp == 1:
+    if plan.phase.mesh_shape.pp == 1:
         return [(Part(0, tuple(range(plan.target.num_layers)), first=True, last=True),)]
     section, batch = plan.recipe.parallelism, plan.recipe.training.local_batch_size
     layout = plan_pipeline(section, plan.target.num_layers, batch, Findings())
     assert layout is not None
-    return [layout.parts_of(place) for place in range(plan.mesh_shape.pp)]
+    return [layout.parts_of(place) for place in range(plan.phase.mesh_shape.pp)]
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
@@ -128,12 +128,12 @@ def test_one_layer_tells_the_parameters_of_every_flavor(family: str, flavor: str
 def _built_numel(rank: int, values: dict[str, Any], num_ranks: int) -> tuple[tuple[int, int, int], int, int]:
     """((pp, tp, fsdp rank), elements of the parameters on this rank, elements of its moments)."""
     plan = plan_of(values, num_ranks)
-    mesh = Mesh.get(plan.mesh_shape, "cpu")
+    mesh = Mesh.get(plan.phase.mesh_shape, "cpu")
     model = build(
         plan.target,
         family=plan.recipe.model.name,
         mesh=mesh,
-        stages=plan.stages,
+        stages=plan.phase.stages,
         device=torch.device("cpu"),
         dtype=torch.float32,
         seq_len=plan.recipe.training.seq_len,
@@ -143,7 +143,7 @@ def _built_numel(rank: int, values: dict[str, Any], num_ranks: int) -> tuple[tup
     moments = [
         state for parameter in optimizer.inner.state.values() for name, state in parameter.items() if "exp" in name
     ]
-    fsdp_rank = mesh.rank_of("dp_shard") * plan.mesh_shape.cp + mesh.rank_of("cp")
+    fsdp_rank = mesh.rank_of("dp_shard") * plan.phase.mesh_shape.cp + mesh.rank_of("cp")
     place = mesh.rank_of("pp"), mesh.rank_of("tp"), fsdp_rank
     return place, _local_numel(part for parts in model.parts for part in parts.parameters()), _local_numel(moments)
 
@@ -202,8 +202,8 @@ def _checkpoint_numel(rank: int, values: dict[str, Any]) -> int:
     model = build(
         plan.target,
         family=plan.recipe.model.name,
-        mesh=Mesh.get(plan.mesh_shape, "cpu"),
-        stages=plan.stages,
+        mesh=Mesh.get(plan.phase.mesh_shape, "cpu"),
+        stages=plan.phase.stages,
         device=torch.device("cpu"),
         dtype=torch.float32,
         seq_len=plan.recipe.training.seq_len,

@@ -189,7 +189,7 @@ def test_a_derived_batch_size_is_kept_on_other_meshes(tmp_path: Path) -> None:
     assert decide(derived, Site(folder, 1, "cpu"), checkpoint) == Decisions(first.seed, BFLOAT16, 8)
     again = start_from(checkpoint, derived, Site(folder, 1, "cpu")).plan
     assert again.recipe.training.global_batch_size == 8
-    assert again.num_accumulation_steps == 2
+    assert again.phase.num_accumulation_steps == 2
     with pytest.raises(ConfigError, match=r"training\.global_batch_size: 8 is not a multiple"):
         start_from(checkpoint, derived, Site(folder, 4, "cpu"))
 
