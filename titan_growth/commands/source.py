@@ -76,13 +76,13 @@ def open_source(path: Path, plugins: Sequence[str] = ()) -> Source:
         raise ConfigError([Problem("--plugins", message, f"If you trust them, give --plugins {','.join(missing)}")])
     if damage := problem_of(folder) or whole_problem(folder):
         raise folder.refused(damage)
-    recipe, chain, lineage = history_of(folder)
-    if lineage.events:
-        last = lineage.events[-1]
+    history = history_of(folder)
+    if history.lineage.events:
+        last = history.lineage.events[-1]
         mask_steps = last.stage.get("mask_steps")
         if folder.step < last.step + (mask_steps if isinstance(mask_steps, int) else 0):
             raise folder.refused("the mask of its last growth is still opening. Take a later step")
-    return Source(folder, recipe, chain, lineage)
+    return Source(folder, *history)
 
 
 def _plugins_of(folder: StepFolder) -> list[str]:

@@ -33,8 +33,10 @@ class Chain:
         return (self.maps[0].before, *(growth_map.after for growth_map in self.maps)) if self.maps else (self.target,)
 
 
-def chain_of(section: GrowthConfig, target: DecoderConfig, found: Findings) -> Chain | None:
-    """The growths of a recipe; None when something is wrong with them."""
+def chain_of(section: GrowthConfig, target: DecoderConfig | None, found: Findings) -> Chain | None:
+    """The growths of a recipe; None when something is wrong with them, or there is no target."""
+    if target is None:
+        return None
     if not section.active_stages:
         return Chain(target, ())
     own = Findings()

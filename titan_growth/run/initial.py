@@ -1,4 +1,4 @@
-"""Starting a new run from somebody's checkpoint: `checkpoint.initial_load_path`."""
+"""Starting a new run from other weights: `checkpoint.initial_load_path`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from titan_growth.checkpoint.folder import StepFolder, open_step
-from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
+from titan_growth.checkpoint.folder import open_step
+from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager, misfits
 from titan_growth.checkpoint.reader import NamesOf, SafeReader
 from titan_growth.checkpoint.search import damage_of
@@ -30,9 +30,9 @@ from titan_growth.tools.logs import logger
 
 
 def tied_names(tied: Mapping[str, str]) -> NamesOf | None:
-    """Shows another model's weights as those of one with tied ones: each copy is read from its original.
+    """Presents weights as those of a model with tied ones: each copy is read from its original.
 
-    What is stored under a copy's own name, if anything, may be another tensor, and is left alone.
+    A tensor stored under a copy's own name may be another one, and is not read.
     """
     if not tied:
         return None
@@ -45,7 +45,7 @@ def tied_names(tied: Mapping[str, str]) -> NamesOf | None:
 
 
 def initial_reader(path: Path, family: str, config: DecoderConfig) -> SafeReader:
-    """A reader of what a run of a model starts from: a DCP folder, or a Hugging Face folder."""
+    """A reader of a run's initial weights: a DCP folder, or a Hugging Face folder."""
     names_of = tied_names(config.tied)
     if is_hugging_face(path):
         return HuggingFaceReader(path, names_of, family=family, config=config)
@@ -53,11 +53,7 @@ def initial_reader(path: Path, family: str, config: DecoderConfig) -> SafeReader
 
 
 def initial_notes(reader: SafeReader, tensors: Mapping[str, Tensor]) -> list[str]:
-    """What is worth a line about weights that do fit: casts, and settings that they were not trained with.
-
-    Args:
-        tensors: of this rank.
-    """
+    """Warnings about weights that fit this rank's tensors: casts, and settings that they were not trained with."""
     stored = reader.tensor_entries()
     casts = {(stored[name].properties.dtype, tensor.dtype) for name, tensor in tensors.items()}
     lines = [f"weights stored as {there} are cast to {here}" for there, here in sorted(casts, key=str) if there != here]
@@ -66,22 +62,18 @@ def initial_notes(reader: SafeReader, tensors: Mapping[str, Tensor]) -> list[str
 
 @dataclass(frozen=True)
 class Initial:
-    """What a new run starts from, and the counters and growths that it goes on with."""
+    """What a new run starts from, and the counters and growths that it takes over."""
 
     path: Path
     progress: Progress
     lineage: Lineage
     seconds: float = 0.0
-    """Wall-clock of the run that it is from, when that run is gone on with."""
+    """Wall-clock seconds of the run that is continued."""
 
     def load(
-        self,
-        tensors: Mapping[str, Tensor],
-        config: DecoderConfig,
-        recipe: Recipe,
-        checkpointer: CheckpointManager,
+        self, tensors: Mapping[str, Tensor], config: DecoderConfig, recipe: Recipe, checkpointer: CheckpointManager
     ) -> None:
-        """Fills this rank's tensors of the model, and says what is worth a line about it.
+        """Fills this rank's tensors of the model, with its warnings.
 
         Raises:
             CheckpointError: on every rank, when they are not there or do not fit.
@@ -98,9 +90,9 @@ def open_initial(section: CheckpointConfig, growth: GrowthPlan) -> Initial:
     """`checkpoint.initial_load_path`, read in full by all ranks together.
 
     Raises:
-        CheckpointError: on every rank, when it is damaged, or cannot be gone on from with the recipe's growths.
+        CheckpointError: on every rank, when it is damaged, or its growths are not the recipe's.
     """
-    initial = on_rank0(lambda: initial_state(section, checksums=False))
+    initial = on_rank0(lambda: initial_state(section))
     folder = on_rank0(lambda: open_step(initial.path))
     if folder is not None and (damage := damage_of(folder)):
         raise folder.refused(damage)
@@ -108,11 +100,11 @@ def open_initial(section: CheckpointConfig, growth: GrowthPlan) -> Initial:
     return initial
 
 
-def initial_state(section: CheckpointConfig, *, checksums: bool) -> Initial:
-    """What the recipe names to start from.
+def initial_state(section: CheckpointConfig) -> Initial:
+    """What the recipe names to start from; its checksums are not compared.
 
-    With `initial_load_model_only` the counters start at zero and any DCP folder will do, also one of another program,
-    and a Hugging Face folder, which is told by its files; otherwise it must be a committed checkpoint of ours.
+    With `initial_load_model_only` the counters start at zero, and any DCP folder or Hugging Face folder will do;
+    without, only a committed checkpoint.
 
     Raises:
         CheckpointError: when the folder cannot be used in that way.
@@ -122,49 +114,38 @@ def initial_state(section: CheckpointConfig, *, checksums: bool) -> Initial:
     key = f"checkpoint.initial_load_path {path}"
     if not path.is_dir():
         raise CheckpointError(f"{key}: no such folder. Name a step-N folder")
-    theirs = is_hugging_face(path)
-    if section.initial_load_in_hf and not theirs:
+    only_weights = f"{key}: holds only weights. Set checkpoint.initial_load_model_only = true"
+    if is_hugging_face(path):
+        if not section.initial_load_model_only:
+            raise CheckpointError(only_weights)
+        return Initial(path, Progress(), Lineage())
+    if section.initial_load_in_hf:
         message = "is no Hugging Face folder, which checkpoint.initial_load_in_hf = true says. Leave that key out"
         raise CheckpointError(f"{key}: {message}")
-    if theirs:
-        if not section.initial_load_model_only:
-            raise CheckpointError(f"{key}: holds only weights. Set checkpoint.initial_load_model_only = true")
-        return Initial(path, Progress(), Lineage())
     if not (path / ".metadata").is_file():
         raise CheckpointError(f"{key}: is not a checkpoint (it has no .metadata). Name a step-N folder")
     folder = open_step(path)
-    if folder is not None and (damage := folder.damage(checksums=checksums)):
+    if folder is not None and (damage := folder.damage(checksums=False)):
         raise folder.refused(damage)
     if section.initial_load_model_only:
-        return Initial(path, Progress(), Lineage(ancestors=_ancestors(folder)))
-    return _whole_state(path, folder, key)
-
-
-def _ancestors(folder: StepFolder | None) -> tuple[GrowthEvent, ...]:
-    """The growths behind a checkpoint; none where it is another program's, or does not say."""
-    if folder is None:
-        return ()
-    lineage = folder.lineage()
-    return (*lineage.ancestors, *lineage.events)
-
-
-def _whole_state(path: Path, folder: StepFolder | None, key: str) -> Initial:
+        lineage = folder.lineage() if folder is not None else Lineage()  # another program's has none
+        return Initial(path, Progress(), Lineage(ancestors=(*lineage.ancestors, *lineage.events)))
     if folder is None:
         raise CheckpointError(
             f"{key}: has no manifest, so its counters are not known. Set checkpoint.initial_load_model_only = true"
         )
     if folder.manifest.model_only:
-        raise CheckpointError(f"{key}: holds only weights. Set checkpoint.initial_load_model_only = true")
+        raise CheckpointError(only_weights)
     return Initial(path, folder.manifest.progress, folder.lineage(), folder.manifest.seconds)
 
 
 def check_initial(plan: RunPlan) -> None:
-    """`checkpoint.initial_load_path` holds nothing that should not be read, and the run's first model.
+    """Checks that `checkpoint.initial_load_path` holds the run's first model and nothing unsafe.
 
     Raises:
-        CheckpointError: when it does not. What is asked of all bytes is left to the ranks, which divide the reading.
+        CheckpointError: when it does not. The ranks read the shards in full, and divide that work.
     """
-    initial = initial_state(plan.recipe.checkpoint, checksums=False)
+    initial = initial_state(plan.recipe.checkpoint)
     path, lineage = initial.path, initial.lineage
     if len(lineage.events) > len(plan.growth_plan.planned):
         raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
@@ -173,11 +154,10 @@ def check_initial(plan: RunPlan) -> None:
         model = family_module(plan.recipe.model.name).Decoder(config, plan.recipe.training.seq_len)
     reader = initial_reader(path, plan.recipe.model.name, config)
     wanted = model.to(getattr(torch, plan.recipe.training.dtype)).state_dict()
-    wrong = misfits(reader, wanted, casts=plan.recipe.checkpoint.initial_load_model_only)
-    if wrong:
+    if wrong := misfits(reader, wanted, casts=plan.recipe.checkpoint.initial_load_model_only):
         raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}. Name a checkpoint of this model")
     if is_hugging_face(path):
-        return  # its files hold no archives, and have been looked into
+        return  # its files hold no archives, and have been checked
     folder = open_step(path)
     if folder is not None and (problem := listing_problem(folder)):
         raise folder.refused(problem)

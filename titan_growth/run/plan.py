@@ -160,10 +160,9 @@ def plan_run(
     """
     own = Findings()
     target = model_config_of(recipe.model, own)
-    chain = None
     if target is not None:
         _check_lengths(recipe.training, recipe.growth, recipe.validation.seq_len, target, own)
-        chain = chain_of(recipe.growth, target, own)
+    chain = chain_of(recipe.growth, target, own)
     LRSchedule.of(recipe).warn_of_clamped_warmups(own)
     held_out = recipe.data.validation_fraction > 0 or recipe.validation.dataset_path is not None
     _warn_of_growths(recipe.growth, recipe.training.seq_len, recipe.data, own, held_out=held_out)

@@ -1,8 +1,7 @@
-"""Coming back to a run: what it had decided for itself, and what may have changed since.
+"""Resuming a run: what its first start decided, and which changes of the recipe are allowed.
 
-A run folder resumes. Some of what the recipe left open was decided at the first start (a drawn seed, a derived batch
-size) and must not be decided again; some changes would make the run another run and are refused; all others are printed
-and take effect.
+What the recipe left open was decided at the first start (a drawn seed, a derived batch size) and stays. Changes that
+would make it another run are refused; all others are printed and take effect.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from titan_growth.run.vet import recipe_of
 from titan_growth.tools.errors import CheckpointError, Problem
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.run_folder import RECIPE_FILE
+from titan_growth.tools.text import many
 
 _FIXED = (
     "training.seq_len",
@@ -40,10 +40,15 @@ _FIXED = (
 """Keys whose change makes it another run. The model is compared by its sizes, and the data by its content."""
 
 _UNREMARKABLE = ("job.", "model.", "data.", "metrics.", "profiling.")
-"""Sections whose changes are not worth a line: they change nothing, or are compared in another way."""
+"""Sections whose changes are not printed: they change nothing, or are compared in another way."""
 
 _REMARKABLE = ("model.converters",)
-"""Keys of those sections that do change the computation."""
+"""Exceptions: keys of those sections that do change the computation."""
+
+_STILL_FREE = {"lr", "warmup_steps", "parallelism", "num_ranks", "local_batch_size"}
+"""Keys of a past growth that a resume may change: they concern the steps to come."""
+
+_NEW_FOLDER = "Name another job.dump_folder to start a new run"
 
 
 def decided_before(folder: Path, checkpoint: StepFolder | None) -> Recipe | None:
@@ -61,61 +66,50 @@ def decided_before(folder: Path, checkpoint: StepFolder | None) -> Recipe | None
 
 
 def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list[str]]:
-    """(changes that are refused, lines about those that take effect) between a checkpoint and the present recipe.
+    """(changes that are refused, a line for each that takes effect) between a checkpoint and the present recipe.
 
     Both recipes are effective ones, with seed and batch size resolved.
     """
-    before = recipe_of(checkpoint)
-    refused: list[Problem] = []
-    where = f"{checkpoint.path.name} was written with"
-    unknown = Findings()  # the present recipe has been planned; of the other one, a family may be gone
-    old_model = model_config_of(before.model, unknown)
-    new_model = model_config_of(recipe.model, unknown)
-    if (before.model.name, old_model) != (recipe.model.name, new_model):
-        # A flavor that this version does not know any more has no sizes to compare.
-        sizes = [vars(model) if model is not None else {} for model in (old_model, new_model)]
-        names = [name for name in sizes[0] if sizes[0][name] != sizes[1].get(name)]
-        for name in names or ["name"]:
-            old, new = (table.get(name) for table in sizes)
-            refused.append(
-                Problem(f"model ({name})", f"{where} {_show(old)}, the recipe says {_show(new)}", _NEW_FOLDER)
-            )
+    before, name, done = recipe_of(checkpoint), checkpoint.path.name, num_growths_of(checkpoint)
+    found = Findings()
     old, new = _flat(before), _flat(recipe)
-    for key in _FIXED:
-        if old.get(key) != new.get(key):
-            refused.append(
-                Problem(key, f"{where} {_show(old.get(key))}, the recipe says {_show(new.get(key))}", _NEW_FOLDER)
-            )
-    done = num_growths_of(checkpoint)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    old_model, new_model = (model_config_of(each.model, Findings()) for each in (before, recipe))
+    fixed = {key: (old.get(key), new.get(key)) for key in _FIXED if key in changed}
+    if (before.model.name, old_model) != (recipe.model.name, new_model):
+        fixed = {**_model_changes(old_model, new_model), **fixed}
+    for key, (there, here) in fixed.items():
+        found.problem(key, f"{name} was written with {_show(there)}, the recipe says {_show(here)}", _NEW_FOLDER)
     if _past(before, done) != _past(recipe, done):
-        message = f"{checkpoint.path.name} has {done} growth{'s' if done > 1 else ''} behind it that the recipe changes"
-        refused.append(Problem("growth.stages", message, _NEW_FOLDER))
+        message = f"{name} has {many(done, 'growth')} behind it that the recipe changes"
+        found.problem("growth.stages", message, _NEW_FOLDER)
     elif old_model == new_model and _model_then(before, done) != _model_then(recipe, done):
         message = (
-            f"{checkpoint.path.name} has {checkpoint.manifest.num_layers} layers, from which the recipe's "
+            f"{name} has {checkpoint.manifest.num_layers} layers, from which the recipe's "
             f"{'growths that are left do' if done else 'growths do'} not lead to its model"
         )
-        refused.append(Problem("growth.stages", message, _NEW_FOLDER))
+        found.problem("growth.stages", message, _NEW_FOLDER)
     if checkpoint.manifest.model_only:
-        refused.append(
-            Problem(
-                "checkpoint.last_save_model_only",
-                f"{checkpoint.path.name} holds only weights, so the run cannot go on from it",
-                "Start a new run with checkpoint.initial_load_path, or resume an earlier checkpoint.load_step",
-            )
-        )
+        message = f"{name} holds only weights, so the run cannot go on from it"
+        hint = "Start a new run with checkpoint.initial_load_path, or resume an earlier checkpoint.load_step"
+        found.problem("checkpoint.last_save_model_only", message, hint)
     changes = [
-        f"changed since {checkpoint.path.name}: {key} = {_show(new.get(key))} (was {_show(old.get(key))})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and key not in _FIXED
-        and (key in _REMARKABLE or not key.startswith(_UNREMARKABLE))
+        f"changed since {name}: {key} = {_show(new.get(key))} (was {_show(old.get(key))})"
+        for key in changed
+        if key not in _FIXED and (key in _REMARKABLE or not key.startswith(_UNREMARKABLE))
     ]
-    return refused, changes
+    return found.problems, changes
+
+
+def _model_changes(old: DecoderConfig | None, new: DecoderConfig | None) -> dict[str, tuple[Any, Any]]:
+    """The sizes that differ. A family or flavor that this version no longer knows has none to compare."""
+    before, now = (vars(model) if model is not None else {} for model in (old, new))
+    names = [name for name in before if before[name] != now.get(name)] or ["name"]
+    return {f"model ({name})": (before.get(name), now.get(name)) for name in names}
 
 
 def check_same_growths(path: Path, lineage: Lineage, growth: GrowthPlan) -> None:
-    """Raises CheckpointError when the growths behind another run's checkpoint are not the first ones of the recipe."""
+    """Raises CheckpointError unless the growths behind another run's checkpoint are the recipe's first ones."""
     if len(lineage.events) > len(growth.planned):
         raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
     for number, event in enumerate(lineage.events):
@@ -127,28 +121,21 @@ def check_same_growths(path: Path, lineage: Lineage, growth: GrowthPlan) -> None
             )
 
 
-_STILL_FREE = {"lr", "warmup_steps", "parallelism", "num_ranks", "local_batch_size"}
-"""Keys of a growth that has happened which a resume may change: they are about the steps to come."""
-
-_NEW_FOLDER = "Name another job.dump_folder to start a new run"
-
-
 def num_growths_of(checkpoint: StepFolder) -> int:
     """How often a checkpoint's run has grown. Raises CheckpointError when its lineage cannot be read."""
     return len(checkpoint.lineage().events)
 
 
 def _past(recipe: Recipe, num_growths: int) -> list[dict[str, Any]]:
-    """What cannot be changed about growths that have happened; their learning rates and layouts still can."""
+    """What is fixed about past growths; their learning rates and layouts may change."""
     stages = recipe.growth.active_stages[:num_growths]
     return [stage.model_dump(exclude=_STILL_FREE, exclude_defaults=True) for stage in stages]
 
 
 def _model_then(recipe: Recipe, num_growths: int) -> DecoderConfig | None:
-    """The model that a recipe has after so many growths."""
-    unused = Findings()  # a stored recipe that makes no model any more is compared as None
-    target = model_config_of(recipe.model, unused)
-    chain = chain_of(recipe.growth, target, unused) if target is not None else None
+    """The model of a recipe after some of its growths; None where this version cannot make one of it."""
+    unused = Findings()
+    chain = chain_of(recipe.growth, model_config_of(recipe.model, unused), unused)
     return chain.configs[num_growths] if chain is not None and num_growths < len(chain.configs) else None
 
 

@@ -1,12 +1,11 @@
-"""Steps that went wrong: a loss or gradient that is not finite, or far above those before it.
+"""Bad steps: a loss or gradient that is not finite, or far above those before it.
 
-Between clipping and the optimizer's move the numbers of a step are known and nothing has happened yet. There a step is
-accepted, skipped (gradients dropped, its data counted as consumed), or taken back together with all steps since the
-last checkpoint: the run goes on from there with the batch that follows the bad one, so that whatever data led here is
-passed over.
+Between clipping and the optimizer's update a step's numbers are known and nothing has changed yet. There it is
+accepted, skipped (gradients dropped, data counted as consumed), or rolled back with all steps since the last
+checkpoint: the run resumes there with the batch after the bad one, so the data that led here is passed over.
 
-The verdict needs nothing but numbers that all ranks have, so all come to the same one. What it depends on (the window
-of accepted steps, the events so far) lies in each checkpoint's manifest: an interrupted run decides as an unbroken one.
+The verdict uses only numbers that every rank has, so all agree. Its state (the window of accepted steps, the events so
+far) is in each checkpoint's manifest, so an interrupted run decides as an unbroken one.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ NAMES = ("loss", "gradient norm")
 
 
 class Stability:
-    """Moves the weights, unless a step is not to be trusted.
+    """Updates the weights, except after a bad step.
 
     Args:
         section: `[stability]`.
-        holds_out: a held-out batch judges growths, not the next batch of the training data.
+        holds_out: growths are judged on a held-out batch, not on the next training batch.
     """
 
     def __init__(self, section: StabilityConfig, *, holds_out: bool) -> None:
@@ -44,11 +43,11 @@ class Stability:
         self.events: list[dict[str, Any]] = []
         """Skipped and rolled back steps of the run so far."""
         self.skipped = ""
-        """Why the present step did not move the weights; empty when it did."""
+        """Why this step did not update the weights; empty when it did."""
         self._window: list[list[float]] = []
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from the state in a checkpoint's manifest."""
+        """Takes over the state in a checkpoint's manifest."""
         self.events = list(state.get("events", []))
         self._window = [list(pair) for pair in state.get("window", [])]
 
@@ -59,13 +58,13 @@ class Stability:
         return {key: value for key, value in kept.items() if value}
 
     def forget(self) -> None:
-        """The model has grown: its losses and gradients are not to be compared with those before."""
+        """The model has grown: earlier losses and gradients no longer compare."""
         self._window = []
 
     def update(
         self, optimizer: Optimizer, progress: Progress, cursor: int, loss: Tensor, lr: float, fresh_share: float
     ) -> Tensor:
-        """Clips the gradients and moves the weights, if the step may count.
+        """Clips the gradients and updates the weights, unless the step is bad.
 
         Args:
             progress: before this step.
@@ -77,8 +76,8 @@ class Stability:
             The gradient norm before clipping.
 
         Raises:
-            RollBackError: when the run is to go on from an earlier checkpoint.
-            TrainingError: when it is to end.
+            RollBackError: when the run must resume from an earlier checkpoint.
+            TrainingError: when it must end.
         """
         norm = optimizer.clip()
         self.skipped = ""
@@ -92,7 +91,7 @@ class Stability:
         return norm
 
     def require_finite(self, step: int, loss: float, gradient_norm: float) -> None:
-        """Raises TrainingError when a step that has counted was not finite."""
+        """Raises TrainingError when an accepted step was not finite."""
         if not self.skipped:
             require_finite(step, loss=loss, gradient_norm=gradient_norm)
 
@@ -102,18 +101,18 @@ class Stability:
         if not all(math.isfinite(value) for value in values):
             action = self.section.nonfinite
             reason = ", ".join(f"{name} {value}" for name, value in zip(NAMES, values, strict=True))
-        if reason and action == "stop":
-            require_finite(step, loss=values[0], gradient_norm=values[1])
-        if reason and action in ("skip", "roll_back"):
-            self._act(step, action, reason, cursor)
-            return
         if reason:
+            if action == "stop":
+                require_finite(step, loss=values[0], gradient_norm=values[1])
+            if action in ("skip", "roll_back"):
+                self._act(step, action, reason, cursor)
+                return
             logger.warning("step %d: %s", step, reason)
         if self.section.spike != "ignore":
             self._window = [*self._window, list(values)][-self.section.spike_window :]
 
     def _spike(self, values: Sequence[float]) -> str:
-        """Why the numbers of a step are a spike, or nothing."""
+        """Why a step is a spike; empty when it is none."""
         count = len(self._window)
         if self.section.spike == "ignore" or count < self.section.spike_window / 4:
             return ""
@@ -146,12 +145,12 @@ class Stability:
         raise RollBackError(f"step {step} ({reason})", lambda manifest: self._past_the_data(manifest, event))
 
     def _past_the_data(self, manifest: Manifest, event: dict[str, Any]) -> Manifest:
-        """The manifest of the checkpoint that is gone back to: from there on with the data after the bad batch."""
+        """The manifest of the checkpoint to resume from, with the data cursor after the bad batch."""
         event = {**event, "from_step": manifest.progress.step, "from_samples": manifest.progress.samples}
         return replace(
             manifest,
             progress=replace(manifest.progress, samples=event["to_samples"]),
-            # With nothing held out it is the loss of the next batch, which is another one now.
+            # With nothing held out it is the loss of the next batch, which has changed.
             held_out_loss=manifest.held_out_loss if self.holds_out else None,
             stability={**manifest.stability, "events": [*self.events, event]},
         )

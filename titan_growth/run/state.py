@@ -1,6 +1,6 @@
-"""What a run has come to on this rank: its counters, the growths behind it, and what trains in the present phase.
+"""The state of a run on this rank: counters, past growths, and what trains in the present phase.
 
-A checkpoint is this state written down (`save`), and a resume is this state read back (`load`).
+`save` writes it as a checkpoint, `load` reads it back.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class RunState:
         self.progress = Progress()
         self.lineage = Lineage()
         self.losses: list[float] = []
-        """The last training losses, when the next growth depends on their slope."""
+        """The last training losses, where the next growth depends on their slope."""
         self.stability = Stability(plan.recipe.stability, holds_out=run_data.validation_blocks(plan.recipe) is not None)
         self.seconds = 0.0
-        """Wall-clock of the run before this process."""
+        """Wall-clock seconds of the run before this process."""
         self._runtime: PhaseRuntime | None = None
 
     @property
     def runtime(self) -> PhaseRuntime:
-        """What trains in the phase that the run has come to."""
+        """What trains in the present phase."""
         assert self._runtime is not None, "nothing has been built: load first"
         return self._runtime
 
@@ -75,7 +75,7 @@ class RunState:
         )
 
     def has_grown(self, runtime: PhaseRuntime, progress: Progress, event: GrowthEvent) -> None:
-        """Takes over a grown model. What was judged by the small model's losses begins anew."""
+        """Takes over a grown model; what the small model's losses were for starts over."""
         self._runtime, self.progress, self.lineage = runtime, progress, self.lineage.grown(event)
         self.losses = []
         self.stability.forget()
@@ -90,21 +90,21 @@ class RunState:
         return self._runtime
 
     def release(self) -> None:
-        """Lets go of the model, if there is one, before a larger one is built."""
+        """Frees the model, if there is one, before a larger one is built."""
         self.close()
         self._runtime = None
         gc.collect()
         self.device.free_memory()
 
     def close(self) -> None:
-        """Stops the workers that make batches. A run that was stopped before it could grow has none."""
+        """Stops the data workers. A run that was stopped before it could grow has none."""
         if self._runtime is not None:
             self._runtime.close()
 
     # ---- loading and saving --------------------------------------------------------------------------------------
 
     def load(self, checkpoint: StepFolder | None, checkpointer: CheckpointManager) -> None:
-        """Takes the state to go on from: a checkpoint, or `checkpoint.initial_load_path`, or fresh weights.
+        """Loads a checkpoint, or `checkpoint.initial_load_path`, or makes fresh weights.
 
         Raises:
             CheckpointError: when it cannot be read, or does not fit.
@@ -124,11 +124,10 @@ class RunState:
             self.build(seed=self.plan.seed)
 
     def _resume(self, checkpoint: StepFolder, checkpointer: CheckpointManager) -> None:
-        self.progress = checkpoint.manifest.progress
-        self.lineage = checkpoint.lineage()
-        self.losses = checkpoint.manifest.recent_losses
-        self.seconds = checkpoint.manifest.seconds
-        self.stability.restore(checkpoint.manifest.stability)
+        manifest = checkpoint.manifest
+        self.progress, self.lineage = manifest.progress, checkpoint.lineage()
+        self.losses, self.seconds = manifest.recent_losses, manifest.seconds
+        self.stability.restore(manifest.stability)
         rng = stored_rng(dist.get_rank(), checkpointer.stored_names(checkpoint.path))
         tensors = dict(rng)
         if self.plan.first_phase == len(self.lineage.events):
@@ -140,12 +139,12 @@ class RunState:
         logger.info("resumed from %s", checkpoint.path)
 
     def save(self, checkpointer: CheckpointManager, *, growing: bool, metrics_offset: int, seconds: float) -> None:
-        """Writes and commits a checkpoint of this step, or begins to (`checkpoint.async_mode`).
+        """Writes and commits a checkpoint of this step, in the background under `checkpoint.async_mode`.
 
         Args:
             growing: the model grows from it.
             metrics_offset: bytes of metrics.jsonl so far.
-            seconds: wall-clock of the run so far.
+            seconds: wall-clock seconds of the run so far.
         """
         runtime, step = self.runtime, self.progress.step
         model_only = self.is_complete and self.plan.recipe.checkpoint.last_save_model_only
@@ -166,5 +165,5 @@ class RunState:
         tensors = runtime.tensors(optimizer=not model_only)
         if not model_only:
             tensors |= rng_tensors(dist.get_rank())
-        recipe_toml, lineage_json = to_toml(self.plan.recipe), self.lineage.to_json()
-        checkpointer.save(manifest, tensors, recipe_toml=recipe_toml, lineage_json=lineage_json)
+        recipe_toml = to_toml(self.plan.recipe)
+        checkpointer.save(manifest, tensors, recipe_toml=recipe_toml, lineage_json=self.lineage.to_json())

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from titan_growth.config.schema.recipe import ValidationConfig
 from titan_growth.data import BlockDataset, ValidationBatches
 from titan_growth.engine.engine import Engine
 from titan_growth.layout.mesh import Mesh
 
 
+@dataclass(frozen=True)
 class Validator:
-    """Evaluates an engine on the validation set, or on one fixed batch of it.
+    """Evaluates an engine on the validation set, or on one fixed batch of it."""
 
-    Args:
-        blocks: the held-out sequences; None when nothing is held out.
-    """
-
-    def __init__(self, section: ValidationConfig, blocks: BlockDataset | None, mesh: Mesh, total_steps: int) -> None:
-        self.section = section
-        self.blocks = blocks
-        self.mesh = mesh
-        self.total_steps = total_steps
+    section: ValidationConfig
+    blocks: BlockDataset | None
+    """The held-out sequences; None when nothing is held out."""
+    mesh: Mesh
+    total_steps: int
 
     def due(self, step: int) -> bool:
         """Whether a step is followed by a validation: every `freq` steps, and at the last."""
@@ -31,7 +30,7 @@ class Validator:
         return engine.evaluate(self._batches(limit))
 
     def one_batch(self, engine: Engine) -> float:
-        """Mean loss over one batch that is always the same: what a growth is judged by."""
+        """Mean loss over one fixed batch, which growths are judged by."""
         return engine.evaluate(self._batches(self.section.local_batch_size))
 
     def _batches(self, num_sequences: int | None) -> ValidationBatches:

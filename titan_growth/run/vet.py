@@ -1,14 +1,14 @@
-"""Can a run go on from this checkpoint? Asked before anything is built, and of a checkpoint that may be a stranger's.
+"""Can a run resume from this checkpoint? Decided before anything is built; the checkpoint may be hostile.
 
-Checksums that fit prove nothing: who writes the files writes the checksums, too. So everything that a start reads is
-checked for what it means: recipe, lineage and manifest tell one story, and the metadata lists the tensors of the model
-that they tell of. Each answer is one line; the run then takes the next older checkpoint.
+Matching checksums prove nothing: a forger of files forges checksums too. So the contents are checked: recipe,
+lineage and manifest must agree, and the metadata must list the tensors of their model. Each answer is one line; after a
+refusal the run takes the next older checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -25,16 +25,31 @@ from titan_growth.tools.findings import Findings
 from titan_growth.tools.text import one_line
 
 LARGEST = 1 << 24
-"""Of any size in a stored recipe; larger ones would be looped over."""
+"""Bound on the sizes in a stored recipe: loops run over them."""
 SPARE_BYTES = 1 << 20
-"""So many bytes of a shard may belong to nothing."""
+"""Bytes of a shard that may belong to no tensor."""
 
 
-def history_of(folder: StepFolder) -> tuple[Recipe, Chain, Lineage]:
-    """(what a checkpoint was written with, the models of that run, the growths behind it).
+class History(NamedTuple):
+    """Where a checkpoint comes from."""
+
+    recipe: Recipe
+    """What it was written with."""
+    chain: Chain
+    """The models of that recipe."""
+    lineage: Lineage
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The model that the checkpoint holds."""
+        return self.chain.configs[len(self.lineage.events)]
+
+
+def history_of(folder: StepFolder) -> History:
+    """The history of a checkpoint.
 
     Raises:
-        CheckpointError: when one of them cannot be read, or they do not agree with each other and with the manifest.
+        CheckpointError: when a part cannot be read, or contradicts another or the manifest.
     """
     lineage = folder.lineage()
     recipe = recipe_of(folder)
@@ -42,23 +57,23 @@ def history_of(folder: StepFolder) -> tuple[Recipe, Chain, Lineage]:
         raise folder.refused(f"its recipe cannot be used ({too_large})")
     try:
         found = Findings()
-        target = model_config_of(recipe.model, found)
-        chain = chain_of(recipe.growth, target, found) if target is not None else None
-    except (ArithmeticError, ValueError, TypeError, KeyError, IndexError) as error:  # sizes that nobody would write
+        chain = chain_of(recipe.growth, model_config_of(recipe.model, found), found)
+    except (ArithmeticError, ValueError, TypeError, KeyError, IndexError) as error:  # absurd sizes
         raise folder.refused(f"its recipe cannot be used ({type(error).__name__})") from None
     if chain is None:
         raise folder.refused(f"its recipe makes no model ({one_line(str(found.problems[0]), 300)})")
     if len(lineage.events) >= len(chain.configs):
         raise folder.refused("it has more growths behind it than its recipe has stages")
-    num_layers = chain.configs[len(lineage.events)].num_layers
+    history = History(recipe, chain, lineage)
+    num_layers = history.config.num_layers
     if num_layers != folder.manifest.num_layers:
-        told = f"its manifest says {folder.manifest.num_layers:,} layers, recipe and lineage {num_layers:,}"
-        raise folder.refused(told)
-    return recipe, chain, lineage
+        reason = f"its manifest says {folder.manifest.num_layers:,} layers, recipe and lineage {num_layers:,}"
+        raise folder.refused(reason)
+    return history
 
 
 def recipe_of(folder: StepFolder) -> Recipe:
-    """What a checkpoint was written with. Nothing that it names is imported.
+    """The recipe that a checkpoint was written with. Nothing that it names is imported.
 
     Raises:
         CheckpointError: when it cannot be read.
@@ -73,37 +88,31 @@ def recipe_of(folder: StepFolder) -> Recipe:
     raise folder.refused(f"its recipe cannot be read ({reason})")
 
 
-def model_of(folder: StepFolder) -> tuple[DecoderConfig, str]:
-    """(the model that a checkpoint holds, its family). Raises CheckpointError when its recipe cannot tell."""
-    recipe, chain, lineage = history_of(folder)
-    return chain.configs[len(lineage.events)], recipe.model.name
-
-
 def problem_of(folder: StepFolder) -> str | None:
-    """What is wrong with a checkpoint as far as can be told without reading its shards, or None."""
-    told = (METADATA, RECIPE, LINEAGE)
-    if unlisted := [name for name in told if name not in folder.manifest.files]:
+    """What is wrong with a checkpoint, short of reading its shards; None when nothing is."""
+    small_files = (METADATA, RECIPE, LINEAGE)
+    if unlisted := [name for name in small_files if name not in folder.manifest.files]:
         return f"its manifest does not list {unlisted[0]}"
     try:
-        if damage := folder.damage(checksums=True, names=told):
+        if damage := folder.damage(checksums=True, names=small_files):
             return damage
-        config, family = model_of(folder)
-        return listing_problem(folder) or _tensor_problem(folder, config, family)
+        history = history_of(folder)
+        return listing_problem(folder) or _tensor_problem(folder, history)
     except CheckpointError as error:
         return error.reason
 
 
 def whole_problem(folder: StepFolder) -> str | None:
-    """What is wrong with the shards of a checkpoint, all of which are read, or None."""
+    """What is wrong with the shards of a checkpoint, read in full; None when nothing is."""
     from titan_growth.checkpoint.reader import misplaced
 
     return folder.damage(checksums=True) or misplaced(folder.path)
 
 
 def listing_problem(folder: StepFolder) -> str | None:
-    """What is wrong with the metadata of a checkpoint of ours, or None.
+    """What is wrong with the metadata of a checkpoint with a manifest, or None.
 
-    It lists tensors and nothing else, in files that the manifest lists and that hold little else.
+    It may list tensors only, in files that the manifest lists and that hold little else.
 
     Raises:
         CheckpointError: when the metadata cannot be read.
@@ -126,19 +135,18 @@ def listing_problem(folder: StepFolder) -> str | None:
     return None
 
 
-def _tensor_problem(folder: StepFolder, config: DecoderConfig, family: str) -> str | None:
-    """Whether the metadata lists the tensors of the model."""
+def _tensor_problem(folder: StepFolder, history: History) -> str | None:
+    """How the metadata differs from the tensors of the model, or None."""
     import torch
 
     from titan_growth.checkpoint.reader import SafeReader
 
-    entries = SafeReader(folder.path).tensor_entries()
+    config, entries = history.config, SafeReader(folder.path).tensor_entries()
     if config.num_layers > len(entries):
         return f"it has {len(entries):,} tensors, too few for {config.num_layers:,} layers"
     with torch.device("meta"):
-        wanted: Mapping[str, Any] = family_module(family).Decoder(config, 8).state_dict()
-    missing = [name for name in wanted if name not in entries]
-    if missing:
+        wanted: Mapping[str, Any] = family_module(history.recipe.model.name).Decoder(config, 8).state_dict()
+    if missing := [name for name in wanted if name not in entries]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         return f"it has no {missing[0]}{more}"
     for name, tensor in wanted.items():
@@ -148,7 +156,7 @@ def _tensor_problem(folder: StepFolder, config: DecoderConfig, family: str) -> s
 
 
 def _too_large(value: Any, key: str = "") -> Iterator[str]:
-    """Sizes in a recipe that no model has."""
+    """Sizes in a recipe that no real model has."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _too_large(item, f"{key}.{name}" if key else str(name))

@@ -161,8 +161,7 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: 
         values |= {f"growth.base.{key}": getattr(first, field) for key, field in SIZES.items()}
     made = with_values(recipe, values)
     found = Findings()
-    target = model_config_of(made.model, found)
-    chain = chain_of(made.growth, target, found) if target is not None else None
+    chain = chain_of(made.growth, model_config_of(made.model, found), found)
     if chain is not None and chain.configs[num_growths] != source.config:
         found.problem(f"'{candidate.name}'", "does not start from the checkpoint's model")
     found.raise_if_any()
