@@ -19,7 +19,7 @@ import tomli
 
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE
-from titan_growth.tools.text import one_line
+from titan_growth.tools.text import many, one_line
 
 COSTS = ("flops", "tokens", "seconds")
 
@@ -135,7 +135,7 @@ def read_curve(name: str, path: Path) -> Curve:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ConfigError([Problem(f"{file}, line {number}", "is no line of a run's metrics")]) from None
     if len(points) < 2:
-        message = f"{file} has {len(points)} validation{'s' if len(points) != 1 else ''}, and a curve needs two"
+        message = f"{file} has {many(len(points), 'validation')}, and a curve needs two"
         raise ConfigError([Problem(name, message, "Set validation.enable = true and a smaller validation.freq")])
     return Curve(name, tuple(points), tuple(growths))
 

@@ -16,50 +16,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from titan_growth.tools.errors import Problem
 from titan_growth.tools.logs import logger
 
 _MAX_MEMORY_EVENTS = 100_000
 """Allocations and frees kept for a memory snapshot; PyTorch drops older ones."""
-
-
-def check(
-    *,
-    enable_profiling: bool,
-    profile_freq: int,
-    profiler_active: int,
-    profiler_warmup: int,
-    enable_memory_snapshot: bool,
-    device_type: str,
-) -> list[Problem]:
-    """What is wrong with the keys of `[profiling]` on a device of `device_type`; empty when nothing is."""
-    problems: list[Problem] = []
-    if enable_memory_snapshot and device_type != "cuda":
-        problems.append(
-            Problem(
-                "profiling.enable_memory_snapshot",
-                f"memory snapshots exist on CUDA only and this run is on {device_type}",
-                "Set it to false",
-            )
-        )
-    if (enable_profiling or enable_memory_snapshot) and profile_freq < 1:
-        problems.append(Problem("profiling.profile_freq", f"must be at least 1 step, is {profile_freq}"))
-    if not enable_profiling:
-        return problems
-    if profiler_active < 1:
-        problems.append(Problem("profiling.profiler_active", f"must be at least 1 step, is {profiler_active}"))
-    if profiler_warmup < 0:
-        problems.append(Problem("profiling.profiler_warmup", f"must not be negative, is {profiler_warmup}"))
-    needed = profiler_active + profiler_warmup
-    if profiler_active >= 1 and profiler_warmup >= 0 and 1 <= profile_freq < needed:
-        problems.append(
-            Problem(
-                "profiling.profile_freq",
-                f"is {profile_freq}, less than profiler_active + profiler_warmup = {needed} steps",
-                f"Set it to {needed} or more, or lower the other two",
-            )
-        )
-    return problems
 
 
 class Profiler:
@@ -72,8 +32,6 @@ class Profiler:
     `<dump_folder>/<save_traces_folder>/iteration_<N>/rank<R>_trace.json` and
     `<dump_folder>/<save_memory_snapshot_folder>/iteration_<N>/rank<R>_memory_snapshot.pickle`, written after step N. A
     run that ends while recording leaves a trace of what it has.
-
-    Settings must have passed `check`.
     """
 
     def __init__(

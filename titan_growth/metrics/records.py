@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_type_hints
 
 from titan_growth.metrics.formatting import COLORS, format_duration
@@ -44,9 +44,9 @@ class Metric:
     """Wall-clock and speed: no second run repeats the value."""
 
 
-def metric(**shown: Any) -> dict[str, Metric]:
-    """Metadata of a dataclass field; see `Metric` for the arguments."""
-    return {"metric": Metric(**shown)}
+def metric(default: Any = MISSING, **shown: Any) -> Any:
+    """A dataclass field with its `Metric`; see there for the arguments."""
+    return field(default=default, metadata={"metric": Metric(**shown)})
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Record:
     step: int = 0
     tokens: int = 0
     flops: int = 0
-    seconds: float = field(default=math.nan, metadata=metric(digits=3, measured=True))
+    seconds: float = metric(math.nan, digits=3, measured=True)
 
     @property
     def _columns(self) -> tuple[_Column, ...]:
@@ -165,35 +165,30 @@ class StepRecord(Record):
     console_head = "{cyan}step {step}/{step_total}{end}  {percent_done:.1f}%"
     console_tail = "flops {flops:.2e}  eta {eta}"
 
-    tokens: int = field(default=0, metadata=metric(tag="n_tokens_seen"))
-    flops: int = field(default=0, metadata=metric(tag="flops"))
-    loss: float = field(metadata=metric(console="{green}loss {loss:.4f}{end}", tag="loss_metrics/global_avg_loss"))
-    grad_norm: float = field(metadata=metric(console="grad_norm {grad_norm:.4f}", tag="grad_norm"))
-    lr: float = field(metadata=metric(console="lr {lr:.2e}", tag="lr"))
-    tokens_per_second: float = field(
-        default=math.nan,
-        metadata=metric(console="{blue}{tokens_per_second:,.0f} tok/s{end}", tag="throughput(tps)", measured=True),
+    tokens: int = metric(0, tag="n_tokens_seen")
+    flops: int = metric(0, tag="flops")
+    loss: float = metric(console="{green}loss {loss:.4f}{end}", tag="loss_metrics/global_avg_loss")
+    grad_norm: float = metric(console="grad_norm {grad_norm:.4f}", tag="grad_norm")
+    lr: float = metric(console="lr {lr:.2e}", tag="lr")
+    tokens_per_second: float = metric(
+        math.nan, console="{blue}{tokens_per_second:,.0f} tok/s{end}", tag="throughput(tps)", measured=True
     )
     """Of all ranks together."""
-    mfu: float = field(
-        default=math.nan, metadata=metric(console="{magenta}mfu {mfu:.1%}{end}", tag="mfu(%)", scale=100, measured=True)
-    )
+    mfu: float = metric(math.nan, console="{magenta}mfu {mfu:.1%}{end}", tag="mfu(%)", scale=100, measured=True)
     """Fraction of the hardware's peak."""
-    num_layers: int = field(metadata=metric(tag="num_layers"))
+    num_layers: int = metric(tag="num_layers")
     batch_hash: str | None = None
     skipped: str | None = None
 
-    step_seconds: float = field(default=math.nan, metadata=metric(tag="time_metrics/end_to_end(s)", file=False))
+    step_seconds: float = metric(math.nan, tag="time_metrics/end_to_end(s)", file=False)
     """Mean over the steps since the last log; so are the next two."""
-    data_seconds: float = field(default=math.nan, metadata=metric(tag="time_metrics/data_loading(s)", file=False))
-    data_share: float = field(
-        default=math.nan, metadata=metric(tag="time_metrics/data_loading(%)", scale=100, file=False)
-    )
+    data_seconds: float = metric(math.nan, tag="time_metrics/data_loading(s)", file=False)
+    data_share: float = metric(math.nan, tag="time_metrics/data_loading(%)", scale=100, file=False)
     """Fraction of the step spent waiting for data."""
-    memory_gib: float = field(default=math.nan, metadata=metric(console="mem {memory_gib:.2f} GiB", file=False))
-    peak_memory_gib: float = field(default=math.nan, metadata=metric(tag="memory/max_active(GiB)", file=False))
-    eta_seconds: float = field(default=math.nan, metadata=metric(file=False))
-    step_total: int = field(default=0, metadata=metric(file=False))
+    memory_gib: float = metric(math.nan, console="mem {memory_gib:.2f} GiB", file=False)
+    peak_memory_gib: float = metric(math.nan, tag="memory/max_active(GiB)", file=False)
+    eta_seconds: float = metric(math.nan, file=False)
+    step_total: int = metric(0, file=False)
     """The step the run ends at."""
 
     @property
@@ -215,7 +210,7 @@ class ValidationRecord(Record):
         "{yellow}validation loss {validation_loss:.4f}{end}  at step {step}  tokens {tokens:,}  flops {flops:.2e}"
     )
 
-    validation_loss: float = field(metadata=metric(tag="validation_metrics/loss"))
+    validation_loss: float = metric(tag="validation_metrics/loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,18 +227,16 @@ class GrowthRecord(Record):
     )
 
     from_layers: int
-    to_layers: int = field(metadata=metric(tag="growth/num_layers"))
-    loss_before: float = field(metadata=metric(tag="growth/loss_before"))
-    loss_after: float = field(metadata=metric(tag="growth/loss_after"))
+    to_layers: int = metric(tag="growth/num_layers")
+    loss_before: float = metric(tag="growth/loss_before")
+    loss_after: float = metric(tag="growth/loss_after")
 
     @classmethod
     def of(cls, event: GrowthEvent) -> GrowthRecord:
         """The record of a growth: every field that the event has too. A loss nobody measured is NaN."""
         known: dict[str, Any] = {}
-        for entry in fields(cls):
-            if hasattr(event, entry.name):
-                value = getattr(event, entry.name)
-                known[entry.name] = math.nan if value is None else value
+        for name in (entry.name for entry in fields(cls) if hasattr(event, entry.name)):
+            known[name] = math.nan if getattr(event, name) is None else getattr(event, name)
         return cls(**known)
 
 

@@ -10,10 +10,11 @@ it. A fresh run moves an older run's lines aside.
 from __future__ import annotations
 
 import logging
+import mmap
 import os
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from titan_growth.metrics.records import Record
 from titan_growth.tools.errors import RunFolderError
@@ -110,15 +111,10 @@ class JsonlSink:
 
     def _end_of_last_line(self, end: int) -> int:
         """The last position up to `end` that directly follows a line end; 0 if there is none."""
-        block = 4096
-        while end > 0:
-            begin = max(0, end - block)
-            self._file.seek(begin)
-            found = self._file.read(end - begin).rfind(b"\n")
-            if found >= 0:
-                return begin + found + 1
-            end = begin
-        return 0
+        if end == 0:
+            return 0  # an empty file cannot be mapped
+        with mmap.mmap(self._file.fileno(), end, access=mmap.ACCESS_READ) as text:
+            return text.rfind(b"\n") + 1
 
     def _unusable(self, error: OSError) -> RunFolderError:
         reason = error.strerror or str(error)
@@ -158,14 +154,9 @@ def _handlers_reached() -> list[logging.Handler]:
 
 
 def _all_terminals() -> bool:
-    streams = [getattr(handler, "stream", None) for handler in _handlers_reached()]
-    if not streams:
-        # Nothing configured: logging's last resort writes to standard error.
-        streams = [sys.stderr]
-    for stream in streams:
-        try:
-            if stream is None or not stream.isatty():
-                return False
-        except (AttributeError, ValueError):  # no such method, or a closed stream
-            return False
-    return True
+    # Nothing configured: logging's last resort writes to standard error.
+    streams: list[Any] = [getattr(handler, "stream", None) for handler in _handlers_reached()] or [sys.stderr]
+    try:
+        return all(stream.isatty() for stream in streams)
+    except (AttributeError, ValueError):  # no such method, or a closed stream
+        return False

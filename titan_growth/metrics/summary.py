@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from titan_growth.metrics.records import GrowthRecord, Record, ValidationRecord
 from titan_growth.tools.logs import logger
@@ -46,14 +47,9 @@ class RunSummary:
     def _add_line(self, line: dict[str, object]) -> None:
         step = int(_number(line["step"]))
         if line.get("event") == GrowthRecord.event:
-            record = GrowthRecord(
-                step=step,
-                from_layers=int(_number(line["from_layers"])),
-                to_layers=int(_number(line["to_layers"])),
-                loss_before=_number(line["loss_before"]),
-                loss_after=_number(line["loss_after"]),
-            )
-            self.growths.append(record)
+            growth: dict[str, Any] = {key: int(_number(line[key])) for key in ("from_layers", "to_layers")}
+            growth |= {key: _number(line[key]) for key in ("loss_before", "loss_after")}
+            self.growths.append(GrowthRecord(step=step, **growth))
         elif "validation_loss" in line:
             self.validations.append(ValidationRecord(step=step, validation_loss=_number(line["validation_loss"])))
 
@@ -67,10 +63,8 @@ class RunSummary:
         ]
 
     def _validation_line(self) -> str:
-        # NaN compares false with everything, so a diverged validation must not become the best.
-        best = min(
-            self.validations, key=lambda one: math.inf if math.isnan(one.validation_loss) else one.validation_loss
-        )
+        # NaN compares false with everything, and a diverged validation must not become the best.
+        best = min(self.validations, key=lambda one: (math.isnan(one.validation_loss), one.validation_loss))
         named = {"first": self.validations[0], "last": self.validations[-1], "best": best}
         facts = [f"{name} {one.validation_loss:.4f} (step {one.step})" for name, one in named.items()]
         return f"validation loss: {', '.join(facts)}"

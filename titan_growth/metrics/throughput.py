@@ -13,10 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from titan_growth.metrics.hardware import memory_gib, peak_flops_per_second
-
-__all__ = ["Throughput", "Window", "memory_gib", "peak_flops_per_second"]
-
 TRAIN = "train"
 DATA = "data"
 
@@ -82,8 +78,9 @@ class Throughput:
         self._phases: list[str] = [TRAIN]
         self._mark = self._clock()
         self._seconds: dict[str, float] = {TRAIN: 0.0, DATA: 0.0}
-        self._num_steps = 0
-        self._tokens = 0
+        self.num_steps = 0
+        self.tokens = 0
+        """Of all ranks."""
         self._flops = 0.0
         self._taken = (0, 0, 0.0, 0.0, 0.0)
         self._smoothed: float | None = None
@@ -91,8 +88,8 @@ class Throughput:
 
     def count_step(self, *, tokens: int, flops_per_token: float) -> None:
         """Call after every training step, logged or not. `tokens` are of all ranks."""
-        self._num_steps += 1
-        self._tokens += tokens
+        self.num_steps += 1
+        self.tokens += tokens
         # Summed per step: a growth changes the FLOPs per token within a window.
         self._flops += tokens * flops_per_token
 
@@ -118,17 +115,15 @@ class Throughput:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        self._settle()
-        self._phases.append(name)
-        self._tell()
+        self._enter([*self._phases, name])
         try:
             yield
         finally:
-            self._settle()
-            self._phases.pop()
-            self._tell()
+            self._enter(self._phases[:-1])
 
-    def _tell(self) -> None:
+    def _enter(self, phases: list[str]) -> None:
+        self._settle()
+        self._phases = phases
         if self._on_phase is not None:
             self._on_phase(self._phases[-1])
 
@@ -143,7 +138,7 @@ class Throughput:
         """Returns the window since the last `take()` (or the start), and begins the next."""
         self._settle()
         data = self._seconds[DATA]
-        now = (self._num_steps, self._tokens, self._flops, self._seconds[TRAIN] + data, data)
+        now = (self.num_steps, self.tokens, self._flops, self._seconds[TRAIN] + data, data)
         num_steps, tokens, flops, seconds, data_seconds = (b - a for a, b in zip(self._taken, now, strict=True))
         self._taken = now
         window = Window(
@@ -176,20 +171,10 @@ class Throughput:
         """Estimated training seconds for `num_steps_left` more steps, pauses excluded; NaN before any window."""
         return float("nan") if self._smoothed is None else self._smoothed * max(0, num_steps_left)
 
-    @property
-    def num_steps(self) -> int:
-        """Steps counted since the start."""
-        return self._num_steps
-
-    @property
-    def tokens(self) -> int:
-        """Tokens counted since the start, all ranks."""
-        return self._tokens
-
     def mean_tokens_per_second(self) -> float:
         """All counted tokens over all training time (waiting for data included, pauses not)."""
         seconds = self._training_seconds()
-        return self._tokens / seconds if seconds > 0 else 0.0
+        return self.tokens / seconds if seconds > 0 else 0.0
 
     def mean_mfu(self) -> float:
         """Model FLOPs utilisation over all training time, as a fraction."""

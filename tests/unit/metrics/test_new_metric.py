@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,18 +27,18 @@ from titan_growth.metrics.records import metric
 
 @dataclass(frozen=True, kw_only=True)
 class RouterStep(StepRecord):
-    entropy: float = field(metadata=metric(console="{blue}entropy {entropy:.3f}{end}", tag="router/entropy"))
+    entropy: float = metric(console="{blue}entropy {entropy:.3f}{end}", tag="router/entropy")
     router: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AccurateValidation(ValidationRecord):
-    accuracy: float = field(metadata=metric(console="accuracy {accuracy:.1%}", tag="accuracy(%)", scale=100))
+    accuracy: float = metric(console="accuracy {accuracy:.1%}", tag="accuracy(%)", scale=100)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingGrowth(GrowthRecord):
-    bytes_read: int = field(metadata=metric(console="{bytes_read} bytes read", tag="growth/bytes_read"))
+    bytes_read: int = metric(console="{bytes_read} bytes read", tag="growth/bytes_read")
     """Needs no value from the caller: a `GrowthEvent` has it."""
 
 

@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from titan_growth.metrics.profiling import Profiler, check
+from titan_growth.config.loader import inspect_recipe
+from titan_growth.metrics.profiling import Profiler
+from titan_growth.run.plan import plan_run
 from titan_growth.tools import torch_private
+from titan_growth.tools.errors import Problem
+from titan_growth.tools.findings import Findings
 
 ROOT = Path(__file__).parents[3]
 SETTINGS: dict[str, object] = {
@@ -187,53 +191,40 @@ def test_metrics_memory_snapshot_of_a_gpu_can_be_read(tmp_path: Path) -> None:
     assert snapshot["segments"]
 
 
-# ---- check
+# ---- what a recipe may not ask
 
 
-def keys(**changes: object) -> list[str]:
-    names = (
-        "enable_profiling",
-        "profile_freq",
-        "profiler_active",
-        "profiler_warmup",
-        "enable_memory_snapshot",
-        "device_type",
-    )
-    settings = {name: SETTINGS[name] for name in names} | changes
-    return [problem.key for problem in check(**settings)]  # type: ignore[arg-type]
+def refusals(*words: str, device_type: str = "cpu") -> list[Problem]:
+    recipe = inspect_recipe(["--profiling.enable_profiling", *words], found := Findings())
+    assert recipe is not None
+    plan_run(recipe, found, num_ranks=1, device_type=device_type)
+    return found.problems
 
 
-def test_metrics_profiling_check_accepts_what_works() -> None:
+def keys(*words: str, device_type: str = "cpu") -> list[str]:
+    return [problem.key for problem in refusals(*words, device_type=device_type)]
+
+
+def test_metrics_profiling_that_works_is_accepted() -> None:
     assert keys() == []
-    assert keys(profile_freq=2) == []
-    assert keys(enable_memory_snapshot=True, device_type="cuda") == []
-    assert keys(enable_profiling=False, profile_freq=0, profiler_active=0) == []
+    assert keys("--profiling.profile_freq=2", "--profiling.profiler_warmup=1") == []
+    assert keys("--profiling.enable_memory_snapshot", device_type="cuda") == []
 
 
-def test_metrics_profiling_check_refuses_memory_snapshots_on_a_cpu() -> None:
-    assert keys(enable_memory_snapshot=True) == ["profiling.enable_memory_snapshot"]
-    assert keys(enable_memory_snapshot=True, enable_profiling=False) == ["profiling.enable_memory_snapshot"]
+def test_metrics_memory_snapshots_are_refused_on_a_cpu() -> None:
+    wanted = "--profiling.enable_memory_snapshot"
+    assert keys(wanted) == ["profiling.enable_memory_snapshot"]
+    assert keys(wanted, "--profiling.enable_profiling=false") == ["profiling.enable_memory_snapshot"]
 
 
-def test_metrics_profiling_check_refuses_a_cycle_that_is_too_short() -> None:
-    assert keys(profile_freq=1) == ["profiling.profile_freq"]
-    (problem,) = check(
-        enable_profiling=True,
-        profile_freq=3,
-        profiler_active=2,
-        profiler_warmup=2,
-        enable_memory_snapshot=False,
-        device_type="cpu",
-    )
-    assert "= 4 steps" in str(problem)
-    assert keys(enable_profiling=False, enable_memory_snapshot=True, device_type="cuda", profile_freq=0) == [
-        "profiling.profile_freq"
-    ]
+def test_metrics_a_cycle_that_is_too_short_is_refused() -> None:
+    cycle = ("--profiling.profile_freq=3", "--profiling.profiler_active=2", "--profiling.profiler_warmup=2")
+    (problem,) = refusals(*cycle)
+    assert problem.key == "profiling.profile_freq"
+    assert "= 4" in str(problem)
+    assert keys("--profiling.enable_profiling=false", "--profiling.profile_freq=0") == ["profiling.profile_freq"]
 
 
-def test_metrics_profiling_check_reports_all_bad_numbers_at_once() -> None:
-    assert keys(profile_freq=0, profiler_active=0, profiler_warmup=-1) == [
-        "profiling.profile_freq",
-        "profiling.profiler_active",
-        "profiling.profiler_warmup",
-    ]
+def test_metrics_all_bad_numbers_are_reported_at_once() -> None:
+    zero = ("--profiling.profile_freq=0", "--profiling.profiler_active=0", "--profiling.profiler_warmup=-1")
+    assert keys(*zero) == ["profiling.profile_freq", "profiling.profiler_active", "profiling.profiler_warmup"]
