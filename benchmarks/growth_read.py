@@ -33,6 +33,7 @@ import torch.distributed as dist
 from tests.harness import run_ranks
 from tests.runs import make_recipe, save_tensors
 from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.engine.build import build
 from titan_growth.engine.optimizer import Optimizer
 from titan_growth.engine.state import model_tensors, optimizer_tensors
@@ -86,6 +87,16 @@ def saved(rank: int, num_ranks: int, recipe: Any, phase_number: int, step: int) 
     save_tensors(manager, step, tensors, num_ranks=num_ranks, model_only=False, permanent=True)
 
 
+class CountingReader(SafeReader):
+    """Remembers the largest chunk it has read."""
+
+    largest_chunk = 0
+
+    def read_chunk(self, chunk: StoredChunk, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        self.largest_chunk = max(self.largest_chunk, chunk.length)
+        return super().read_chunk(chunk, buffer)
+
+
 class Peak:
     """The most memory that a process has while it is entered, beyond what it had when first entered, in MiB.
 
@@ -122,38 +133,37 @@ def measured(rank: int, num_ranks: int, recipe: Any, repeats: int) -> dict[str, 
     """This rank's figures; seconds are of the slowest rank."""
     plan = plan_run(recipe, Findings(), num_ranks=num_ranks, device_type="cpu")
     assert plan is not None
-    growth, stage = plan.growth_plan.map_after(0), plan.growth_plan.planned[0]
-    module = family_module(recipe.model.name)
-    rules = Rules(growth, stage, module.ROLES, growth.after.tied)
+    growth, stage = plan.growth_plan.chain.maps[0], plan.growth_plan.planned[0]
+    rules = Rules(growth, stage, family_module(recipe.model.name))
     manager = CheckpointManager(recipe.checkpoint, Path(recipe.job.dump_folder))
     tensors = tensors_of(recipe, num_ranks, 1, seed=2)  # written to once, so that its pages are there
     shards = sum(_local(tensor).numel() * _local(tensor).element_size() for tensor in tensors.values())
     times: dict[str, list[float]] = {"growth": [], "load": []}
-    done, peak, verifying = None, Peak(), Peak()
-    std_of = lambda name: module.init_rule(growth.after, name)  # noqa: E731
+    peak, verifying = Peak(), Peak()
+    reader = CountingReader(manager.root / "step-1")
     for watched in (peak, verifying):  # before any load, whose memory an allocator may hand on
         dist.barrier()
         with watched:
             if watched is peak:
-                read_grown(manager.root / "step-1", tensors, rules.of, std_of=std_of, seed=1)
+                read_grown(SafeReader(manager.root / "step-1"), tensors, rules, seed=1)
             else:
-                wrong = verify_growth(manager.root / "step-1", tensors, rules.of, std_of=std_of)
+                wrong = verify_growth(SafeReader(manager.root / "step-1"), tensors, rules)
                 assert not wrong, wrong
     for _ in range(repeats):
         dist.barrier()
         began = time.perf_counter()
-        done = read_grown(manager.root / "step-1", tensors, rules.of, std_of=std_of, seed=1)
+        reader = CountingReader(manager.root / "step-1")
+        read_grown(reader, tensors, rules, seed=1)
         dist.barrier()
         times["growth"].append(time.perf_counter() - began)
         began = time.perf_counter()
         manager.load(manager.root / "step-2", tensors)
         dist.barrier()
         times["load"].append(time.perf_counter() - began)
-    assert done is not None
     return {
-        "bytes": done.num_bytes,
-        "chunks": done.num_chunks,
-        "largest": done.largest_chunk,
+        "bytes": reader.num_bytes_read,
+        "chunks": reader.num_chunks_read,
+        "largest": reader.largest_chunk,
         "shards": shards,
         "peak_mib": peak.mib,
         "verify_mib": verifying.mib,

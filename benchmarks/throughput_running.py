@@ -41,7 +41,7 @@ class RunningCase:
         recipe = plan.recipe
         self.plan, self.device = plan, device
         self.mesh = Mesh.get(plan.phase.mesh_shape, device.type)
-        self.config = plan.growth_plan.config_after(0)
+        self.config = plan.growth_plan.chain.configs[0]
         assert recipe.debug.seed is not None, "the common words give a seed"
         model = build(
             self.config,

@@ -105,7 +105,7 @@ class Grower:
             CheckpointError, GrowthError: on every rank, when the small model cannot be read or the grown one is wrong.
         """
         planned = self.plan.growth_plan.planned[len(lineage.events)]
-        growth = self.plan.growth_plan.map_after(len(lineage.events))
+        growth = self.plan.growth_plan.chain.maps[len(lineage.events)]
         event = self._event(planned, growth, source, progress, lineage)
         growing = lineage.grown(event)
         runtime = PhaseRuntime(self.plan, self.run_data, self.device, lineage=growing, progress=progress)
@@ -117,8 +117,10 @@ class Grower:
                 progress = steps.progress
             else:
                 tensors = runtime.tensors(optimizer=planned.optimizer_state != "reset")
-                read = carry_out(source.path, tensors, growth, planned, family=runtime.recipe.model.name, seed=seed)
-                event = replace(event, bytes_read=read.num_bytes)
+                num_bytes = carry_out(
+                    source.path, tensors, growth, planned, family=runtime.recipe.model.name, seed=seed
+                )
+                event = replace(event, bytes_read=num_bytes)
             loss_after = runtime.held_out_loss(progress)
             self._check_preserved(planned, growth, source, loss_after, holds_out=runtime.validator.blocks is not None)
         except BaseException:

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, train, trainer_of
+from titan_growth.growth.rules import Rule, Rules
 from titan_growth.models.roles import layer_of, with_layer
 
 STAGE = '{{at = "3 steps", operator = "stack", factor = 4, optimizer_state = "{moments}", lr_policy = "{lr}"}}'
@@ -121,8 +122,12 @@ def corrupted(rank: int, num_ranks: int, recipe: Any) -> None:
 
     honest = module.read_grown
 
-    def dishonest(source: Any, tensors: Any, rule_of: Any, **more: Any) -> Any:
-        return honest(source, tensors, lambda name: rule_of(name.replace("layers.0.", "layers.1.")), **more)
+    class WrongRules(Rules):
+        def of(self, name: str) -> Rule:
+            return super().of(name.replace("layers.0.", "layers.1."))
+
+    def dishonest(reader: Any, tensors: Any, rules: Rules, **more: Any) -> None:
+        honest(reader, tensors, WrongRules(rules.growth_map, rules.planned, rules.family), **more)
 
     module.read_grown = dishonest
     train(rank, num_ranks, recipe)

@@ -18,6 +18,7 @@ import torch
 from tests.distributed.meshes import Case, mesh
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, relative_difference, trainer_of
+from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.read import read_grown
@@ -143,9 +144,9 @@ def grown_on_paper(checkpoint: Path, recipe: Any, path: Path, number: int = 0) -
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{OPTIMIZER_PREFIX}{name}.{key}"] = torch.zeros(parameter.shape)
         tensors[f"{OPTIMIZER_PREFIX}{name}.step"] = torch.zeros(())
-    rules = Rules(growth, stage, module.ROLES, growth.after.tied)
+    rules = Rules(growth, stage, module)
     seed = recipe.debug.seed + 1_000_003 * (number + 1)
-    read_grown(checkpoint, tensors, rules.of, std_of=lambda name: module.init_rule(growth.after, name), seed=seed)
+    read_grown(SafeReader(checkpoint), tensors, rules, seed=seed)
     torch.save(tensors, path)
 
 

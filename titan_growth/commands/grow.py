@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,8 @@ def grow_checkpoint(
     growth = _map(opened.config, planned)
     require_new(target, source)
     module = family_module(recipe.model.name)
-    rules = Rules(growth, planned, module.ROLES, growth.after.tied)
-    std_of: Callable[[str], float | None] = lambda name: module.init_rule(growth.after, name)  # noqa: E731
-    with_state = rules.reads_state() and not folder.manifest.model_only
+    rules = Rules(growth, planned, module)
+    with_state = planned.optimizer_state != "reset" and not folder.manifest.model_only
     stored = opened.reader()
     tensors = _meta_tensors(module, growth.after, getattr(torch, recipe.training.dtype), with_state)
     tensors = _as_stored(tensors, rules, stored)
@@ -110,12 +109,12 @@ def grow_checkpoint(
 
     def make(name: str) -> Tensor:
         made = {name: torch.empty_like(tensors[name], device="cpu")}
-        read_grown(reader.folder, made, rules.of, std_of=std_of, seed=seed, reader=reader)
+        read_grown(reader, made, rules, seed=seed)
         return made[name]
 
     with new_folder(target, num_bytes, "the grown model"):
         files = save_tensors(tensors, target, make, order=lambda name: rules.of(name).source or "")
-        _verify(opened.reader(), target, tensors, rules, std_of)
+        _verify(opened.reader(), target, tensors, rules)
         event = _event(folder, planned, growth, time.perf_counter() - began, reader.num_bytes_read)
         lineage = folder.lineage()
         ancestors = Lineage(ancestors=(*lineage.ancestors, *lineage.events, event))
@@ -175,14 +174,13 @@ class _OneSourceReader(SafeReader):
         return self._kept[chunk]
 
 
-def _verify(source: SafeReader, target: Path, tensors: dict[str, Tensor], rules: Rules, std_of: Any) -> None:
+def _verify(source: SafeReader, target: Path, tensors: dict[str, Tensor], rules: Rules) -> None:
     """Reads each tensor back and compares it with what the source makes of it."""
     stored, written = _OneSourceReader(source), SafeReader(target)
     chunks = written.chunks()
     for name in sorted(tensors, key=lambda one: rules.of(one).source or ""):
         (chunk,) = chunks[name]
-        wrong = verify_growth(source.folder, {name: written.read_chunk(chunk)}, rules.of, std_of=std_of, reader=stored)
-        if wrong:
+        if wrong := verify_growth(stored, {name: written.read_chunk(chunk)}, rules):
             raise GrowthError(f"the grown model is wrong: {wrong[0]}")
 
 

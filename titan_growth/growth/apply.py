@@ -1,4 +1,4 @@
-"""One growth on all ranks: the grown model is read, verified, and either right everywhere or an error everywhere."""
+"""One growth on all ranks: read, verified, and either right on every rank or an error on every rank."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.ligo import LearnedGrowth, learn
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.operators.learn import learning_options
-from titan_growth.growth.read import Box, BytesRead, copied_elements, new_elements, read_grown
+from titan_growth.growth.read import Box, copied_elements, new_elements, read_grown
 from titan_growth.growth.rules import Rules
 from titan_growth.growth.verify import verify_growth
 from titan_growth.models.registry import family_module
@@ -26,18 +27,17 @@ Result = TypeVar("Result")
 
 
 def _read_together(source: Path, read: Callable[[], Result]) -> Result:
-    """What every rank reads of a checkpoint, once all have; raises CheckpointError on all when one cannot."""
+    """What each rank reads of a checkpoint; raises CheckpointError on all when one cannot."""
     errors: list[str] = []
-    result: Result | None = None
+    results: list[Result] = []
     try:
-        result = read()
+        results.append(read())
     except CheckpointError as error:
         errors = [str(error)]
     except OSError as error:
         errors = [str(RefusedCheckpointError(source.name, describe_os_error(error)))]
     fail_together(errors, CheckpointError)
-    assert result is not None, "a rank without an error has read something"
-    return result
+    return results[0]
 
 
 class LearnedModel(NamedTuple):
@@ -77,20 +77,19 @@ def learn_growth(
         ),
     )
     options = learning_options(planned)
-    learning = learn(learned, steps=options.steps, lr=options.lr, train_step=train_step)
+    losses = learn(learned, steps=options.steps, lr=options.lr, train_step=train_step)
     wrong = [shard.name for shard in learned.shards if not bool(torch.isfinite(shard.local).all())]
     message = f"the learned model is wrong: {wrong[0]} is not finite. Lower options.lr" if wrong else ""
     fail_together([message] if message else [], GrowthError)
-    losses = f"loss {learning.first_loss:.4f} -> {learning.last_loss:.4f}"
-    logger.info("the growth was learned in %d steps: %s", options.steps, losses)
-    record = {"steps": options.steps, "first_loss": learning.first_loss, "last_loss": learning.last_loss}
+    logger.info("the growth was learned in %d steps: loss %.4f -> %.4f", options.steps, losses[0], losses[-1])
+    record = {"steps": options.steps, "first_loss": losses[0], "last_loss": losses[-1]}
     return LearnedModel(record, sum(gather_objects(learned.num_bytes_read)))
 
 
 def fresh_elements(
     tensors: Mapping[str, Tensor], growth_map: GrowthMap, planned: PlannedGrowth, *, family: str
 ) -> dict[str, Tensor]:
-    """Which elements of each parameter came with a growth, new or copied; parameters without any are left out.
+    """Which elements of each parameter are new in a growth, or copies; parameters without any are left out.
 
     Args:
         tensors: this rank's parameters of the grown model.
@@ -98,14 +97,13 @@ def fresh_elements(
     Returns:
         Masks that broadcast to this rank's shards, on their device.
     """
-    rules = Rules(growth_map, planned, family_module(family).ROLES, growth_map.after.tied)
+    rules = Rules(growth_map, planned, family_module(family))
     found = {}
     for name, tensor in tensors.items():
         box = Box.of(tensor, rules.of(name))
         if not box.local.numel():
             continue
-        masks = [mask for mask in (new_elements(box), copied_elements(box)) if mask is not None and bool(mask.any())]
-        if masks:
+        if masks := [mask for mask in (new_elements(box), copied_elements(box)) if mask is not None and mask.any()]:
             found[name] = functools.reduce(torch.logical_or, masks).to(box.local.device)
     return found
 
@@ -118,8 +116,8 @@ def carry_out(
     *,
     family: str,
     seed: int,
-) -> BytesRead:
-    """Fills this rank's tensors of the grown model from the small one's checkpoint, and makes sure that they are right.
+) -> int:
+    """Fills this rank's tensors of the grown model from the small one's checkpoint, and verifies them.
 
     Args:
         source: the small model's step folder.
@@ -127,26 +125,21 @@ def carry_out(
         seed: of this growth.
 
     Returns:
-        What all ranks together have read, verification apart.
+        Bytes that all ranks together have read, verification apart.
 
     Raises:
         CheckpointError: on every rank, when any of them cannot read its share.
         GrowthError: on every rank, when any of them finds something wrong.
     """
-    module = family_module(family)
-    rules = Rules(growth_map, planned, module.ROLES, growth_map.after.tied)
-
-    def std_of(name: str) -> float | None:
-        deviation: float | None = module.init_rule(growth_map.after, name)
-        return deviation
-
-    done = _read_together(source, lambda: read_grown(source, tensors, rules.of, std_of=std_of, seed=seed))
+    rules = Rules(growth_map, planned, family_module(family))
+    reader = SafeReader(source)
+    _read_together(source, lambda: read_grown(reader, tensors, rules, seed=seed))
+    num_bytes_read = reader.num_bytes_read
     try:
-        wrong = verify_growth(source, tensors, rules.of, std_of=std_of)
+        wrong = verify_growth(SafeReader(source), tensors, rules)
     except (CheckpointError, OSError) as error:
         wrong = [str(error)]
     more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     fail_together([f"the grown model is wrong: {wrong[0]}{more}"] if wrong else [], GrowthError)
     logger.info("every tensor is what its source makes of it (%d compared on this rank)", len(tensors))
-    each = gather_objects((done.num_bytes, done.num_chunks, done.largest_chunk))
-    return BytesRead(sum(one[0] for one in each), sum(one[1] for one in each), max(one[2] for one in each))
+    return sum(gather_objects(num_bytes_read))

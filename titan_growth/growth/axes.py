@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from titan_growth.config.schema.growth import WIDTHS
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.roles import axis_lengths
 
@@ -31,22 +32,18 @@ class AxisMap:
     @cached_property
     def is_original(self) -> tuple[bool, ...]:
         """Whether a position is the first one with its source; the others are copies of it, or new."""
-        seen: set[int] = set()
-        original = []
-        for position in self.source:
-            original.append(position != NEW and position not in seen)
-            seen.add(position)
-        return tuple(original)
+        first = {position: place for place, position in reversed([*enumerate(self.source)])}
+        return tuple(position != NEW and first[position] == place for place, position in enumerate(self.source))
 
     @cached_property
     def shares(self) -> tuple[float, ...]:
-        """What a reader of the axis multiplies each position with, so that all copies of a source count as one."""
+        """What a reader of the axis multiplies each position by, so that all copies of a source count as one."""
         copies = Counter(self.source)
         return tuple(1.0 if position == NEW else 1.0 / copies[position] for position in self.source)
 
     @cached_property
     def nearest(self) -> tuple[int, ...]:
-        """The source, and for a new position one to borrow statistics from."""
+        """The source; for a new position, one to borrow statistics from."""
         return tuple(
             place % self.num_sources if position == NEW else position for place, position in enumerate(self.source)
         )
@@ -100,26 +97,13 @@ def _channels(heads: Sequence[int], head_dim: int) -> list[int]:
 
 def width_problem(before: DecoderConfig, after: DecoderConfig) -> str | None:
     """Why one model cannot be widened into another, or None."""
-    smaller = [
-        f"{name} shrinks from {old} to {new}"
-        for name, old, new in (
-            ("dim", before.dim, after.dim),
-            ("n_heads", before.num_heads, after.num_heads),
-            ("n_kv_heads", before.num_kv_heads, after.num_kv_heads),
-            ("hidden_dim", before.hidden_dim, after.hidden_dim),
-        )
-        if new < old
-    ]
-    if smaller:
+    sizes = {key: (getattr(before, field), getattr(after, field)) for key, field in WIDTHS.items()}
+    if smaller := [f"{key} shrinks from {old} to {new}" for key, (old, new) in sizes.items() if new < old]:
         return "; ".join(smaller)
     if before.head_dim != after.head_dim:
         return f"heads would change their width from {before.head_dim} to {after.head_dim}, and no head can be split"
     for config in (before, after):
         if config.num_heads % config.num_kv_heads:
             return f"{config.num_kv_heads} key/value heads do not divide {config.num_heads} query heads"
-    if after.num_heads // after.num_kv_heads < before.num_heads // before.num_kv_heads:
-        return (
-            f"{after.num_heads // after.num_kv_heads} query heads share a key/value head, "
-            f"and {before.num_heads // before.num_kv_heads} did before"
-        )
-    return None
+    old, new = (config.num_heads // config.num_kv_heads for config in (before, after))
+    return f"{new} query heads share a key/value head, and {old} did before" if new < old else None

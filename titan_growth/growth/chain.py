@@ -1,8 +1,7 @@
-"""The models of a run: from the recipe's target back to the one it starts from, and forward again through its growths.
+"""The models of a run: from the recipe's target back to its first model, and forward again through the growths.
 
-The recipe names the last model. Where every stage has a plain factor the first one follows; where one has not (a layer
-map, sizes of its own), `[growth.base]` names the sizes to start from. In both cases the chain is walked forward through
-the operators and must end exactly at the target.
+The recipe names the last model. If every stage has a plain factor, the first model follows; otherwise (a layer map,
+explicit sizes) `[growth.base]` gives its sizes. Either way the operators then run forward, and must end at the target.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from titan_growth.config.schema.growth import SIZES, WIDTHS, GrowthConfig, Plann
 from titan_growth.growth.operators.base import GrowthMap, Operator, operators
 from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.findings import Findings
+from titan_growth.tools.text import many
 
 DEPTH_KEYS = ("factor", "n_layers", "layer_map")
 WIDTH_KEYS = ("factor", *WIDTHS)
@@ -50,7 +50,7 @@ def chain_of(section: GrowthConfig, target: DecoderConfig | None, found: Finding
 
 
 def _check_operators(section: GrowthConfig, found: Findings) -> None:
-    """Operators and their settings, whatever the model."""
+    """Checks operators and their settings, without a model."""
     known = operators()
     for index, planned in enumerate(section.active_stages):
         if planned.operator not in known:
@@ -63,10 +63,10 @@ def _check_operators(section: GrowthConfig, found: Findings) -> None:
 
 
 def check_planned(key: str, planned: PlannedGrowth, operator: Operator, found: Findings) -> None:
-    """Reports settings of a growth that its operator does not know, and would leave unused.
+    """Reports settings of a growth that its operator would ignore.
 
     Args:
-        key: of the growth in the recipe; empty for one that is given as arguments.
+        key: of the growth in the recipe; empty for one given as arguments.
     """
     allowed = {*(DEPTH_KEYS if "depth" in operator.grows else ()), *(WIDTH_KEYS if "width" in operator.grows else ())}
     sizes = ("factor", "layer_map", *SIZES)
@@ -115,7 +115,7 @@ def _base(section: GrowthConfig, target: DecoderConfig, found: Findings) -> Deco
 
 
 def _maps(section: GrowthConfig, base: DecoderConfig, found: Findings) -> list[GrowthMap]:
-    """The growths from the first model on, up to one that is not possible."""
+    """The growths from the first model on, up to the first impossible one."""
     known, config = operators(), base
     maps: list[GrowthMap] = []
     for index, planned in enumerate(section.active_stages):
@@ -137,7 +137,7 @@ def _maps(section: GrowthConfig, base: DecoderConfig, found: Findings) -> list[G
 
 def _where(index: int, config: DecoderConfig, section: GrowthConfig) -> str:
     base = "" if section.base.given_sizes else ", a size worked out from the stages that follow"
-    place = f"after {index} growth{'s' if index > 1 else ''}" if index else f"at the start{base}"
+    place = f"after {many(index, 'growth')}" if index else f"at the start{base}"
     return f"The model has {config.num_layers} layers of width {config.dim} {place}"
 
 

@@ -8,17 +8,18 @@ with one D (L x l) for each kind of parameter of a block, and one B for each wid
 layer, and the heads, which are mixed whole (B = H x identity of a head), so that RoPE and the pairing of queries with
 keys survive. D starts as stacked identities, so over depth the growth starts as G_stack; B as [I; noise / sqrt(D)].
 
-While it is learned, the grown model runs as it always does, on any mesh: its weights are made from (B, D), its own
-backward pass gives the gradient G of every shard, and the chain rule from there is three products written out below:
+While it learns, the grown model runs as always, on any mesh: its weights are made from (B, D), its backward pass gives
+the gradient G of every shard, and the chain rule from there is three products:
 
     dB_out = G B_in M^T      dB_in = G^T B_out M      dD_lj = <B_out^T G B_in, W_j>      M = sum_j D_lj W_j
 
-Each rank does this for its own shards and the small sums are added up over all ranks. It holds the small model whole,
-which is what this operator costs more than the others. Moments cannot be carried through, so they are reset.
+Each rank computes them for its own shards, and the small results are summed over all ranks. Unlike other operators, it
+holds the whole small model on each rank. Moments cannot be carried through, so they are reset.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -52,7 +53,7 @@ class Shard:
     local: Tensor
     offset: tuple[int, ...]
     share: float
-    """1 / the number of ranks that hold the same box: a sum over all ranks then counts it once."""
+    """1 / the number of ranks with the same box, so that a sum over all ranks counts it once."""
 
 
 class LearnedGrowth:
@@ -85,7 +86,7 @@ class LearnedGrowth:
         reader = SafeReader(source)
         self.sources = self._read(reader, roles)
         self.num_bytes_read = reader.num_bytes_read
-        self.widths = {axis: self._first_width(axis, seed).to(device) for axis in growth_map.axes}
+        self.widths = {axis: self._first_width(axis, seed).to(device) for axis in sorted(growth_map.axes)}
         # D starts as the layer map says: stacked identities, for G_stack.
         depth = torch.zeros(growth_map.after.num_layers, growth_map.before.num_layers)
         for layer, origin in enumerate(growth_map.layers):
@@ -96,31 +97,27 @@ class LearnedGrowth:
     @property
     def maps(self) -> list[Tensor]:
         """Everything that is learned, in an order that all ranks share."""
-        return [
-            *(self.widths[axis] for axis in sorted(self.widths)),
-            *(self.depths[kind] for kind in sorted(self.depths)),
-        ]
+        return [*self.widths.values(), *self.depths.values()]
 
     def _shards(
         self, parameters: Mapping[str, Tensor], roles: Mapping[str, Role], tied: Mapping[str, str]
     ) -> list[Shard]:
         boxes = {name: local_and_offset(parameter.detach()) for name, parameter in parameters.items()}
-        mine = [(name, offset, tuple(local.shape)) for name, (local, offset) in boxes.items()]
-        holders = Counter(box for boxes_of_rank in gather_objects(mine) for box in boxes_of_rank)
+        of_rank = [(name, offset, tuple(local.shape)) for name, (local, offset) in boxes.items()]
+        holders = Counter(itertools.chain.from_iterable(gather_objects(of_rank)))
         shards = []
         for name, (local, offset) in boxes.items():
             layer = layer_of(name)
             kind = name if layer is None else name.replace(f"layers.{layer}.", "", 1)
-            # The gradient of a tied copy is that of both; it must count once.
+            # The gradient of a tied copy is that of both names, and must count once.
             share = 0.0 if name in tied else 1.0 / holders[name, offset, tuple(local.shape)]
             role = role_of(roles, tied.get(name, name))
             shards.append(Shard(name, kind, layer, role, parameters[name], local, offset, share))
         return shards
 
     def _read(self, reader: SafeReader, roles: Mapping[str, Role]) -> dict[str, Tensor]:
-        """Kind -> the small model's tensors of it, those of a block stacked over its layers."""
+        """Kind -> the small model's tensor, or those of its layers stacked."""
         chunks = reader.chunks()
-
         sizes = {name: entry.size for name, entry in reader.tensor_entries().items()}
 
         def whole(name: str) -> Tensor:
@@ -144,10 +141,7 @@ class LearnedGrowth:
     def _first_width(self, axis: str, seed: int) -> Tensor:
         """[I; noise / sqrt(D)], over whole heads where the axis is made of heads."""
         width = self._width_unit(axis)
-        old, new = (
-            axis_lengths(self.growth_map.before)[axis] // width,
-            axis_lengths(self.growth_map.after)[axis] // width,
-        )
+        old, new = (axis_lengths(config)[axis] // width for config in (self.growth_map.before, self.growth_map.after))
         first = torch.empty(new, old)
         draw(first, (0, 0), first.shape, f"ligo.{axis}", 1 / math.sqrt(new), seed)
         first[:old] = torch.eye(old)
@@ -157,7 +151,7 @@ class LearnedGrowth:
         return self.growth_map.before.head_dim if axis in HEAD_AXES else 1
 
     def _expansion(self, shard: Shard, dim: int) -> Tensor | None:
-        """The rows of B that a shard's dimension needs, (local length, old length); None for an axis that stays."""
+        """The rows of B for a shard's dimension, (local length, old length); None for an axis that does not grow."""
         axis = shard.role.dims[dim]
         if axis not in self.widths:
             return None
@@ -166,11 +160,10 @@ class LearnedGrowth:
         return whole[shard.offset[dim] : shard.offset[dim] + shard.local.shape[dim]]
 
     def _mixed(self, shard: Shard) -> Tensor:
-        """M: the small model's tensor that a shard is expanded from, its box of the axes that stay."""
-        stack = self.sources[shard.kind]
-        mixed = (
-            stack if shard.layer is None else torch.einsum("j,j...->...", self.depths[shard.kind][shard.layer], stack)
-        )
+        """M: the small model's tensor that a shard is expanded from, cut to the shard along axes that do not grow."""
+        mixed = self.sources[shard.kind]
+        if shard.layer is not None:
+            mixed = torch.einsum("j,j...->...", self.depths[shard.kind][shard.layer], mixed)
         return self._box(shard, mixed)
 
     def _box(self, shard: Shard, tensor: Tensor) -> Tensor:
@@ -206,7 +199,7 @@ class LearnedGrowth:
                 continue
             local, _ = local_and_offset(reduced(gradient, shard.parameter))
             self._backward(shard, local.to(self.device, torch.float32) * shard.share, widths, depths)
-        found = [*(widths[axis] for axis in sorted(widths)), *(depths[kind] for kind in sorted(depths))]
+        found = [*widths.values(), *depths.values()]
         if dist.get_world_size() > 1:
             for gradient in found:
                 dist.all_reduce(gradient)
@@ -228,7 +221,7 @@ class LearnedGrowth:
             depths[shard.kind][shard.layer] += stack.flatten(1) @ inner.flatten()
 
     def _add(self, shard: Shard, dim: int, gradient: Tensor, widths: dict[str, Tensor]) -> None:
-        """Adds the gradient of some rows of B to that of the whole, over whole heads where it is made of heads."""
+        """Adds the gradient of some rows of B to the whole; for an axis of heads, summed within each head."""
         axis = shard.role.dims[dim]
         unit = self._width_unit(axis)
         start = shard.offset[dim]
@@ -242,19 +235,10 @@ class LearnedGrowth:
         learned += torch.einsum("ncmc->nm", blocks)
 
 
-@dataclass(frozen=True)
-class Learning:
-    """What the learning phase came to."""
-
-    steps: int
-    first_loss: float
-    last_loss: float
-
-
 def learn(
     learned: LearnedGrowth, *, steps: int, lr: float, train_step: Callable[[], float], max_norm: float = 1.0
-) -> Learning:
-    """Learns the maps for some steps; the parameters hold what they make at the end.
+) -> list[float]:
+    """Learns the maps for some steps; the parameters then hold the result. Returns the loss of each step.
 
     AdamW under a warmup over half of the steps and a linear decay to a tenth, as the authors of Du et al. use it.
 
@@ -276,4 +260,4 @@ def learn(
             group["lr"] = lr * share
         optimizer.step()
         learned.write()
-    return Learning(steps, losses[0], losses[-1])
+    return losses

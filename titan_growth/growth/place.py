@@ -1,8 +1,8 @@
-"""Putting a stored chunk into a shard of the grown model, scaled, without a copy of either.
+"""Writes a stored chunk into a shard of the grown model, scaled, without a copy of either.
 
-Growth maps are made of runs: a whole layer, a half of the channels, a head. A run is copied as a slice, and where the
-rule scales it, the product goes straight into the shard. Only maps whose runs are very short (every channel twice, one
-beside the other) are gathered element by element, a few rows at a time.
+Growth maps consist of runs: a whole layer, half of the channels, a head. A run is copied as a slice, and a scaled one
+is multiplied straight into the shard. Only maps with very short runs (every channel twice, side by side) are gathered
+element by element, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from titan_growth.growth.rules import Rule
 from titan_growth.models.initialize import ROWS_PER_BLOCK
 
 SHORTEST_RUN = 16
-"""Positions; a map whose runs are shorter on average is gathered, since every slice costs a call."""
+"""In positions. A map with shorter runs on average is gathered: every slice costs a call."""
 
 Positions = tuple[int, ...] | range
 Places = slice | Tensor
@@ -34,14 +34,14 @@ class Run(NamedTuple):
     length: int
 
     def within(self, start: int, length: int) -> Run:
-        """What a chunk has of it; `there` then counts from the chunk's beginning."""
+        """The part within a chunk; `there` then counts from the chunk's start."""
         first, last = max(self.there, start), min(self.there + self.length, start + length)
         return Run(self.here + first - self.there, first - start, max(0, last - first))
 
 
 @functools.lru_cache(maxsize=1024)
 def runs(positions: Positions) -> tuple[Run, ...]:
-    """The runs of a map, as few as possible; positions without a source are in none."""
+    """The runs of a map, as few as possible; positions without a source are in no run."""
     if isinstance(positions, range):
         return (Run(0, positions.start, len(positions)),)
     found: list[Run] = []
@@ -63,21 +63,19 @@ def place(
     begin: Sequence[int],
     rule: Rule,
 ) -> None:
-    """Writes what a stored chunk has of a shard into it, scaled as its rule says.
+    """Writes a stored chunk's part of a shard into it, scaled as its rule says.
 
     Args:
-        values: the chunk.
-        offsets: where in the stored tensor it begins.
-        local: the shard.
+        values, offsets: the chunk, and its place in the stored tensor.
+        local, begin: the shard, and its place in the grown tensor.
         positions: of the shard's elements in the stored tensor, for each dimension (`read.Box`).
-        begin: where in the grown tensor the shard begins.
     """
     selections = [
         _selection([run.within(start, size) for run in runs(one)])
         for one, start, size in zip(positions, offsets, values.shape, strict=True)
     ]
     gathers = any(isinstance(here, Tensor) for choices in selections for here, _ in choices)
-    if selections and (gathers or local.device.type != "cpu"):  # what is gathered, or on its way to a device, is a copy
+    if selections and (gathers or local.device.type != "cpu"):  # both copy, so in small parts
         selections[0] = list(_few_rows(selections[0]))
     for block in itertools.product(*selections):
         piece = values
@@ -101,7 +99,7 @@ def _selection(found: list[Run]) -> list[tuple[Places, Places]]:
 
 
 def _few_rows(choices: list[tuple[Places, Places]]) -> Iterator[tuple[Places, Places]]:
-    """The same selection of rows, cut so that what is gathered at a time is small."""
+    """The same selection of rows in small parts."""
     for here, there in choices:
         if isinstance(here, Tensor) and isinstance(there, Tensor):
             yield from zip(here.split(ROWS_PER_BLOCK), there.split(ROWS_PER_BLOCK), strict=True)
@@ -110,14 +108,11 @@ def _few_rows(choices: list[tuple[Places, Places]]) -> Iterator[tuple[Places, Pl
         assert isinstance(there, slice), "both sides of a run are slices"
         for start in range(0, here.stop - here.start, ROWS_PER_BLOCK):
             stop = min(start + ROWS_PER_BLOCK, here.stop - here.start)
-            yield (
-                slice(here.start + start, here.start + stop),
-                slice(there.start + start, there.start + stop),
-            )
+            yield slice(here.start + start, here.start + stop), slice(there.start + start, there.start + stop)
 
 
 def _factors(rule: Rule, begin: Sequence[int], places: Sequence[Places], local: Tensor) -> Iterator[float | Tensor]:
-    """What a piece is multiplied with, in the order of the rule; each broadcasts to it."""
+    """The factors on a piece, in the rule's order; each broadcasts to it."""
     if rule.scale != 1.0:
         yield rule.scale
     for dim, scales in enumerate(rule.scales):

@@ -1,4 +1,4 @@
-"""When a growth comes: every way of writing `at`, brought to a count that a run can reach.
+"""When a growth comes: every way of writing `at`, resolved to a count of the run.
 
     "300 steps", "10M tokens", "3e17 FLOPs"     counts from the start of the run, over all depths
     "25%"                                       of training.steps
@@ -7,8 +7,8 @@
 
 The law is Eq. 2 of Du et al. (NeurIPS 2024), log10 d = 0.88 log10 N + 163.27 / log10 C - 5.74, with N the target's
 parameters without embeddings, C = 6 N D the budget in FLOPs and d the tokens at which to grow. It was fitted to models
-of 0.4B to 3B and budgets of 8e19 to 1.2e21 FLOPs; far below it asks for more tokens than there are. So it is clamped to
-a share of the run, and a warning says when it was not fitted to such a run.
+of 0.4B to 3B and budgets of 8e19 to 1.2e21 FLOPs; far below them it asks for more tokens than the run has. So it is
+clamped to a share of the run, and outside the fitted range there is a warning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from titan_growth.models.config import DecoderConfig
 FITTED_PARAMETERS = (0.4e9, 3e9)
 FITTED_FLOPS = (8e19, 1.2e21)
 SHARE_OF_RUN = (0.01, 0.5)
-"""What the law is clamped to: growing later than half-way leaves the grown model too little, whatever a fit says."""
+"""What the law is clamped to: growing later than half-way leaves the grown model too few steps."""
 
 
 def law_tokens(num_params: float, flops: float) -> float:
@@ -37,18 +37,18 @@ def law_tokens(num_params: float, flops: float) -> float:
 
 @dataclass(frozen=True)
 class Advice:
-    """What the law comes to for a run."""
+    """The law applied to a run."""
 
     tokens: int
     """Clamped."""
     law: float
-    """As the law says."""
+    """Unclamped."""
     num_params: int
     flops: float
 
     @property
     def doubts(self) -> str:
-        """Why the advice should be taken with care, or nothing."""
+        """Why the advice is uncertain; empty when it is not."""
         why = []
         low, high = FITTED_PARAMETERS
         if not low <= self.num_params <= high:
@@ -56,19 +56,16 @@ class Advice:
         low, high = FITTED_FLOPS
         if not low <= self.flops <= high:
             why.append(f"budgets of {low:.1g} to {high:.2g} FLOPs, and this one is {self.flops:.2g}")
-        clamped = f"; it asks for {self.law:.3g} tokens, cut to {self.tokens:,}" if self._clamped else ""
+        was_cut = abs(self.law - self.tokens) > 1
+        clamped = f"; it asks for {self.law:.3g} tokens, cut to {self.tokens:,}" if was_cut else ""
         return f"the law was fitted to {' and '.join(why)}{clamped}" if why else clamped.removeprefix("; ")
-
-    @property
-    def _clamped(self) -> bool:
-        return abs(self.law - self.tokens) > 1
 
 
 def advise(target: DecoderConfig, run_tokens: int, clamp_tokens: int | None = None) -> Advice:
-    """When to grow into `target` within a run of so many tokens.
+    """When to grow into `target` within a run of `run_tokens`.
 
     Args:
-        clamp_tokens: of the run if its batch never changed from what it is before the growth; default run_tokens.
+        clamp_tokens: of a run that keeps the batch it has before the growth; default run_tokens.
     """
     embeddings = target.vocab_size * target.dim * (1 if target.tie_word_embeddings else 2)
     num_params = max(target.num_params - embeddings, 1)
@@ -85,7 +82,7 @@ def resolved(at: Duration, target: DecoderConfig, *, steps: int, tokens_per_step
         target: the last model of the run.
         steps: training.steps.
         tokens_per_step: before the growth.
-        run_tokens: what the steps come to at the batch of the last model.
+        run_tokens: tokens of all steps at the last model's batch.
     """
     if at.unit == "percent":
         return Duration(max(1, round(float(at.value) / 100 * steps)), "steps")

@@ -2,18 +2,16 @@
 
     rule of each tensor -> which stored chunks overlap its shard -> each chunk read once -> placed, scaled -> filled
 
-Nothing is gathered and nothing is planned together: the ranks do not even talk to each other, but to agree on whether
-all have succeeded. A chunk that feeds many tensors (a layer that is stacked four times) is read once for all of them,
-and let go before the next is read; what is gathered or drawn on the way is so a few rows at a time. A rank needs its
-grown shards and the largest stored chunk.
+Nothing is gathered and nothing is planned together; the ranks only agree on whether all have succeeded. A chunk that
+feeds many tensors (a layer that is stacked four times) is read once for all of them, and freed before the next is read;
+indexing and drawing go a few rows at a time. So a rank needs memory for its grown shards and the largest stored chunk.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,21 +19,9 @@ from torch import Tensor
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.growth.axes import NEW
 from titan_growth.growth.place import place
-from titan_growth.growth.rules import Rule
+from titan_growth.growth.rules import Rule, Rules
 from titan_growth.models.initialize import ROWS_PER_BLOCK, draw, local_and_offset
 from titan_growth.models.roles import OPTIMIZER_PREFIX
-
-StdOf = Callable[[str], float | None]
-"""Parameter name -> deviation of its initial distribution in the grown model, None for ones."""
-
-
-@dataclass
-class BytesRead:
-    """What a growth has read from storage on this rank."""
-
-    num_bytes: int = 0
-    num_chunks: int = 0
-    largest_chunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,9 +45,9 @@ class Box:
         return cls(local, offset, rule, positions)
 
     def parts(self) -> Iterator[Box]:
-        """The box in parts of a few rows, so that what is computed for one of them is small.
+        """The box in parts of a few rows, to keep temporaries small.
 
-        They end where the blocks of the initial distribution do, so that no block is drawn twice.
+        Parts end where the blocks of the initial distribution do, so that no block is drawn twice.
         """
         if self.local.dim() < 2:
             yield self
@@ -79,32 +65,21 @@ class Box:
         return all(_overlaps(*span) for span in zip(self.positions, offsets, sizes, strict=True))
 
 
-def read_grown(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    rule_of: Callable[[str], Rule],
-    *,
-    std_of: StdOf,
-    seed: int,
-    reader: SafeReader | None = None,
-) -> BytesRead:
+def read_grown(stored: SafeReader, tensors: Mapping[str, Tensor], rules: Rules, *, seed: int) -> None:
     """Fills the tensors of a grown model in place, from the small model's checkpoint.
 
     Args:
-        folder: a step folder.
+        stored: reader of the small model's step folder.
         tensors: parameters and optimizer state by name, plain or sharded, of any values.
-        rule_of: how each of them is made.
-        std_of: of the initial distribution, for what has no source.
+        rules: how each of them is made.
         seed: of this growth; the same on every rank. New values depend on it, on the name and on the place, and not on
             the mesh.
-        reader: of the folder, when the caller has one.
 
     Raises:
         CheckpointError: when a source is not stored, has another type, or cannot be read.
     """
-    stored = reader or SafeReader(folder)
     chunks = stored.chunks()
-    boxes = {name: Box.of(tensor, rule_of(name)) for name, tensor in _once(tensors).items()}
+    boxes = {name: Box.of(tensor, rules.of(name)) for name, tensor in _once(tensors).items()}
     wanted: dict[StoredChunk, list[Box]] = {}
     for name, box in boxes.items():
         if box.rule.source is None:
@@ -120,20 +95,16 @@ def read_grown(
                 raise stored.refused(message)
             if box.overlaps(chunk.offsets, chunk.sizes):
                 wanted.setdefault(chunk, []).append(box)
-    done = BytesRead()
-    # One after another into the same memory: an allocator may keep several large pieces that have been let go.
+    # One after another into the same memory: an allocator may hold on to several large freed pieces.
     buffer = torch.empty(max((chunk.num_bytes for chunk in wanted), default=0), dtype=torch.uint8)
     for chunk in sorted(wanted, key=lambda chunk: (chunk.file, chunk.begin)):
         values = stored.read_chunk(chunk, buffer)
-        done.num_bytes += chunk.length
-        done.num_chunks += 1
-        done.largest_chunk = max(done.largest_chunk, chunk.length)
         for box in wanted[chunk]:
             place(values, chunk.offsets, box.local, box.positions, box.offset, box.rule)
     for name, box in boxes.items():
         for part in box.parts():
-            finish(part, tensors[name].shape, std_of, seed, is_state=name.startswith(OPTIMIZER_PREFIX))
-    return done
+            if not name.startswith(OPTIMIZER_PREFIX):
+                finish(part, tensors[name].shape, rules.std_of(part.rule.parameter), seed)
 
 
 def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,12 +126,11 @@ def _overlaps(positions: Sequence[int], start: int, length: int) -> bool:
     return any(start <= position < start + length for position in positions)
 
 
-def finish(box: Box, shape: torch.Size, std_of: StdOf, seed: int, *, is_state: bool) -> None:
-    """Initial values and noise, once all stored values are in their places."""
+def finish(box: Box, shape: torch.Size, std: float | None, seed: int) -> None:
+    """Adds initial values and noise to a parameter, once all stored values are in place."""
     rule, local = box.rule, box.local
-    if is_state or not local.numel():
+    if not local.numel():
         return
-    std = std_of(rule.parameter)
     if rule.initial and (new := new_elements(box)) is not None:
         values = torch.empty_like(local)
         draw(values, box.offset, shape, rule.parameter, std, _seed(seed, "new"))
@@ -175,12 +145,8 @@ def new_elements(box: Box) -> Tensor | None:
     """Which elements of a box have no source, as a mask that broadcasts to it; None when all have one."""
     if box.rule.source is None:
         return torch.ones([1] * box.local.dim(), dtype=torch.bool)
-    masks = [
-        torch.tensor([position == NEW for position in positions])
-        for positions in box.positions
-        if not isinstance(positions, range)
-    ]
-    return _any(box, masks, [dim for dim, positions in enumerate(box.positions) if not isinstance(positions, range)])
+    positions_of = {dim: one for dim, one in enumerate(box.positions) if not isinstance(one, range)}
+    return _any(box, {dim: [position == NEW for position in one] for dim, one in positions_of.items()})
 
 
 def copied_elements(box: Box) -> Tensor | None:
@@ -191,23 +157,21 @@ def copied_elements(box: Box) -> Tensor | None:
     has_source = torch.ones([1] * box.local.dim(), dtype=torch.bool) if new is None else ~new
     if box.rule.copied_layer:
         return has_source
-    dims = [dim for dim, originals in enumerate(box.rule.originals) if originals is not None]
-    masks = []
-    for dim in dims:
-        originals = box.rule.originals[dim]
-        assert originals is not None
-        start = box.offset[dim]
-        masks.append(~torch.tensor(originals[start : start + box.local.shape[dim]]))
-    copies = _any(box, masks, dims)
+    copied = {}
+    for dim, originals in enumerate(box.rule.originals):
+        if originals is not None:
+            start = box.offset[dim]
+            copied[dim] = [not original for original in originals[start : start + box.local.shape[dim]]]
+    copies = _any(box, copied)
     return None if copies is None else copies & has_source
 
 
-def _any(box: Box, masks: Sequence[Tensor], dims: Sequence[int]) -> Tensor | None:
-    """Elements that any of the masks, each of one dimension, marks."""
+def _any(box: Box, marked: Mapping[int, Sequence[bool]]) -> Tensor | None:
+    """Elements that are marked along any dimension."""
     found: Tensor | None = None
-    for mask, dim in zip(masks, dims, strict=True):
-        if mask.any():
-            spread = mask.reshape([-1 if d == dim else 1 for d in range(box.local.dim())])
+    for dim, mask in marked.items():
+        if any(mask):
+            spread = torch.tensor(mask).reshape([-1 if d == dim else 1 for d in range(box.local.dim())])
             found = spread if found is None else found | spread
     return found
 

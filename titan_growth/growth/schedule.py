@@ -1,7 +1,7 @@
-"""The growth plan of a run: which models it goes through, and when one becomes the next.
+"""The growth plan of a run: its models, and when one grows into the next.
 
-`chain.py` works out the models and `points.py` the counts; both are validated as a whole before anything starts. At run
-time the plan's only memory is the lineage: the number of growths that have happened.
+`chain.py` derives the models and `points.py` the counts; both are validated before anything starts. At run time the
+plan's only state is the lineage.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.config.duration import Duration
 from titan_growth.config.schema.growth import GrowthConfig, PlannedGrowth
 from titan_growth.growth.chain import Chain
-from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.points import advise, resolved, slope
-from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import TrainingError
 from titan_growth.tools.findings import Findings
 
@@ -29,21 +27,8 @@ class GrowthPlan:
     points: tuple[Duration, ...]
     """When, as counts (or a slope): "25%" and "auto" are resolved."""
 
-    @property
-    def configs(self) -> tuple[DecoderConfig, ...]:
-        """The models of the run in their order."""
-        return self.chain.configs
-
-    def map_after(self, num_growths: int) -> GrowthMap:
-        """The growth that comes after `num_growths` others."""
-        return self.chain.maps[num_growths]
-
-    def config_after(self, num_growths: int) -> DecoderConfig:
-        """The model after `num_growths` growths."""
-        return self.configs[num_growths]
-
     def due(self, progress: Progress, lineage: Lineage, losses: Sequence[float] = ()) -> PlannedGrowth | None:
-        """The growth to carry out now: the next one, once its count has been reached.
+        """The growth to carry out now: the next one, once its point has been reached.
 
         Args:
             losses: the last training losses, as many as `window_after` asks for.
@@ -55,9 +40,9 @@ class GrowthPlan:
         if progress.step < lineage.postponed_to(done):
             return None
         if done and progress.step < lineage.grown_at[-1] + (self.planned[done - 1].mask_steps or 0):
-            return None  # what the last growth has added is not all there yet
+            return None  # the last growth's mask is still opening
         if done and progress.step < lineage.grown_at[-1] + lineage.postponed_by(done - 1):
-            return None  # a growth that came late is given its time, and not judged because the next one is due
+            return None  # a postponed growth gets its full time before the next one
         if point.unit == "slope":
             reached = len(losses) >= point.window and slope(list(losses[-point.window :])) < float(point.value)
         else:
@@ -65,25 +50,21 @@ class GrowthPlan:
         return self.planned[done] if reached else None
 
     def reached(self, number: int, progress: Progress) -> bool:
-        """Whether the count of a growth has come; a slope is taken for one that has."""
+        """Whether the run has reached the count of a growth; a slope counts as reached."""
         point = self.points[number]
         return point.unit == "slope" or count_of(progress, point.unit) >= point.count
 
     def window_after(self, num_growths: int) -> int:
-        """How many losses the next growth is decided by; 0 when it does not depend on them."""
+        """How many losses decide the next growth; 0 when it does not depend on them."""
         return self.points[num_growths].window if num_growths < len(self.points) else 0
 
-    def remaining(self, lineage: Lineage) -> tuple[PlannedGrowth, ...]:
-        """Growths that have not happened."""
-        return self.planned[len(lineage.events) :]
-
     def require_complete(self, progress: Progress, lineage: Lineage) -> None:
-        """Raises TrainingError when a run that has come to its last step is not at its target."""
-        for planned in self.remaining(lineage):
-            config = self.config_after(len(lineage.events))
+        """Raises TrainingError when a finished run is not at its target."""
+        done = len(lineage.events)
+        if done < len(self.planned):
             raise TrainingError(
-                f"the growth at {planned.when} never came: the run ended with {progress.tokens:,} tokens at "
-                f"{config.num_layers} layers. Raise training.steps to go on"
+                f"the growth at {self.planned[done].when} never came: the run ended with {progress.tokens:,} tokens at "
+                f"{self.chain.configs[done].num_layers} layers. Raise training.steps to go on"
             )
 
 
@@ -103,12 +84,12 @@ def plan_growth(
     progress: Progress | None = None,
     num_growths: int = 0,
 ) -> GrowthPlan:
-    """When the growths of a recipe come, once its models and batches are known.
+    """The growth plan of a recipe, from its models and batches.
 
     Args:
         tokens_per_step, seq_lens: of each phase of the run.
-        progress: where the run has come to; None at its start.
-        num_growths: how many have happened, which are not checked again.
+        progress: counters of the run; None at its start.
+        num_growths: past growths, which are not checked again.
     """
     growths = tuple(section.active_stages)
     run_tokens = steps * tokens_per_step[-1]
@@ -126,8 +107,7 @@ def plan_growth(
         {"steps": 1, "tokens": tokens, "FLOPs": tokens * flops}
         for tokens, flops in zip(tokens_per_step, flops_per_token, strict=True)
     ]
-    now = progress or Progress()
-    _check_timing(growth_plan, found, steps=steps, rates=rates, now=now, num_growths=num_growths)
+    _check_timing(growth_plan, found, steps=steps, rates=rates, now=progress or Progress(), num_growths=num_growths)
     return growth_plan
 
 
@@ -143,8 +123,8 @@ def _check_timing(
     """Growths that would come too late or out of order.
 
     Args:
-        rates: of each phase, what a step adds to each counter; masked positions are counted, so growths given in tokens
-            may come later than this says.
+        rates: of each phase, what a step adds to each counter. They include masked positions, so growths given in
+            tokens may come later than this says.
     """
     plain = all(point.unit == "steps" for point in growth_plan.points)
     if plain and not any(planned.mask_steps for planned in growth_plan.planned):
@@ -155,7 +135,7 @@ def _check_timing(
     for index in range(num_growths, len(growth_plan.points)):
         point, planned, rate = growth_plan.points[index], growth_plan.planned[index], rates[index]
         if point.unit == "slope":
-            num_steps = 0 if resumed else point.window  # the losses of before count as well
+            num_steps = 0 if resumed else point.window  # earlier losses count too
         else:
             num_steps = max(0, -(-(point.count - counts[point.unit]) // rate[point.unit]))
         step += num_steps
@@ -166,7 +146,7 @@ def _check_timing(
             hint = "Grow earlier or train longer; growth.enable = false trains the target model from scratch"
             found.problem(key, message, hint)
         elif resumed:
-            pass  # a growth that is overdue, or was postponed, comes a step after the one before it
+            pass  # an overdue or postponed growth comes a step after the one before it
         elif index > num_growths and step < previous + (growth_plan.planned[index - 1].mask_steps or 0):
             message = (
                 f'"{planned.at}" (step {step:,}) is within the mask_steps of the growth before it (step {previous:,})'

@@ -1,17 +1,16 @@
-"""After a growth: is every element of the grown model what its rule says, and does the model do what it should?
+"""After a growth: is every element what its rule says, and does the model compute what it should?
 
-The check does not trust the read that it checks. It reads the small model's checkpoint once more, plainly, one stored
-tensor at a time, works out what should have come of it in one expression, and compares bit for bit. New values must be
-zero or within the range of their distribution; all must be finite. That costs one more read of what this rank holds,
-and the memory of one stored tensor, a stored chunk of it and a few rows.
+The check does not trust the read that it checks. It reads the small model's checkpoint again, one stored tensor at a
+time, computes the expected values in one expression, and compares bit for bit. New values must be zero or within the
+range of their distribution; all must be finite. That costs one more read of what this rank holds, and memory for one
+stored tensor, a stored chunk of it and a few rows.
 
 `check_preserved` compares the loss before and after with what the operator declares.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,8 +20,8 @@ from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.config.schema.recipe import TrainingConfig
 from titan_growth.growth.axes import NEW
 from titan_growth.growth.operators.base import GrowthMap
-from titan_growth.growth.read import Box, StdOf, copied_elements, new_elements
-from titan_growth.growth.rules import Rule
+from titan_growth.growth.read import Box, copied_elements, new_elements
+from titan_growth.growth.rules import Rules
 from titan_growth.models.roles import OPTIMIZER_PREFIX
 from titan_growth.tools.errors import GrowthError
 
@@ -30,27 +29,16 @@ TRUNCATED_AT = 3.0
 """Deviations at which the initial distribution ends (models/initialize.py)."""
 
 
-def verify_growth(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    rule_of: Callable[[str], Rule],
-    *,
-    std_of: StdOf,
-    reader: SafeReader | None = None,
-) -> list[str]:
+def verify_growth(stored: SafeReader, tensors: Mapping[str, Tensor], rules: Rules) -> list[str]:
     """Compares this rank's shards of a grown model with the checkpoint it was made from.
-
-    Args:
-        reader: of the folder, when the caller has one.
 
     Returns:
         What is wrong, a line for each tensor.
     """
-    stored = reader or SafeReader(folder)
     chunks = stored.chunks()
     buffer = torch.empty(max(piece.num_bytes for pieces in chunks.values() for piece in pieces), dtype=torch.uint8)
     by_source: dict[str | None, list[str]] = {}
-    boxes = {name: Box.of(tensor, rule_of(name)) for name, tensor in tensors.items()}
+    boxes = {name: Box.of(tensor, rules.of(name)) for name, tensor in tensors.items()}
     for name, box in boxes.items():
         by_source.setdefault(box.rule.source, []).append(name)
     wrong: list[str] = []
@@ -60,7 +48,7 @@ def verify_growth(
             box = boxes[name]
             if not box.local.numel():
                 continue
-            std = None if name.startswith(OPTIMIZER_PREFIX) else std_of(box.rule.parameter)
+            std = None if name.startswith(OPTIMIZER_PREFIX) else rules.std_of(box.rule.parameter)
             if source is not None and _span(box) != span:  # the layers that a layer was stacked to share it
                 dense = None  # before the next one is read
                 span = _span(box)
@@ -70,7 +58,7 @@ def verify_growth(
 
 
 def _compare_parts(name: str, box: Box, dense: Tensor | None, starts: Sequence[int], std: float | None) -> list[str]:
-    """What is wrong with the first part of a shard that is wrong. Lets go of all views of `dense` when it returns."""
+    """What is wrong with the first bad part of a shard. Keeps no view of `dense`."""
     for part in box.parts():
         expected = None if dense is None else _expected(part, dense, starts)
         if problems := _compare(name, part, expected, std):
@@ -112,11 +100,11 @@ def _dense(stored: SafeReader, chunks: Sequence[StoredChunk], span: Span, dtype:
 
 
 def _expected(box: Box, values: Tensor, starts: Sequence[int]) -> Tensor:
-    """What a part of a shard must be, where it has a source; anything elsewhere.
+    """What a part of a shard must be where it has a source; undefined elsewhere.
 
     Args:
-        values: a box of the stored tensor that holds all of its sources.
-        starts: where that begins.
+        values: a box of the stored tensor with all of its sources.
+        starts: where that box begins.
     """
     rule = box.rule
     for dim, (positions, start) in enumerate(zip(box.positions, starts, strict=True)):
@@ -175,8 +163,8 @@ def _not_finite(expected: Tensor, box: Box) -> bool:
 def allowed_change(tolerance: float, training: TrainingConfig) -> float:
     """How far a loss may move, relative, when the operator allows `tolerance` of exact arithmetic.
 
-    The model after a growth is another model, with sums over more channels or kernels of another size: in float32 that
-    is good for 1e-6, in bfloat16, which rounds every product and the residual stream, for 1e-2.
+    The grown model sums over more channels, with kernels of another size: in float32 that changes a loss by 1e-6, in
+    bfloat16, which rounds every product and the residual stream, by 1e-2.
     """
     exact = {training.mixed_precision_param, training.dtype} == {"float32"}
     return max(tolerance, 1e-5 if exact else 1e-2)
@@ -185,7 +173,7 @@ def allowed_change(tolerance: float, training: TrainingConfig) -> float:
 def check_preserved(
     operator: str, growth_map: GrowthMap, before: float, after: float, training: TrainingConfig
 ) -> None:
-    """Makes sure that an operator that declares to preserve the function has done so.
+    """Checks that an operator that declares to preserve the function has done so.
 
     Args:
         before, after: loss on the same held-out batch.

@@ -149,7 +149,7 @@ def check_initial(plan: RunPlan) -> None:
     path, lineage = initial.path, initial.lineage
     if len(lineage.events) > len(plan.growth_plan.planned):
         raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
-    config = plan.growth_plan.config_after(len(lineage.events))
+    config = plan.growth_plan.chain.configs[len(lineage.events)]
     with torch.device("meta"):
         model = family_module(plan.recipe.model.name).Decoder(config, plan.recipe.training.seq_len)
     reader = initial_reader(path, plan.recipe.model.name, config)

@@ -1,8 +1,8 @@
-"""The learning rate as a pure function of the step and of the growths that have happened.
+"""The learning rate as a pure function of the step and of past growths.
 
-Nothing is stored in a checkpoint and nothing can be frozen there: a changed recipe takes effect on resume. A schedule
-is a warmup, an optional stable phase and a decay, laid over a *segment* of the run. The run starts with one segment
-from step 0 to the end, as if it would never grow (the base of G_stack is grown un-annealed). A growth with
+Nothing of it is in a checkpoint, so a changed recipe takes effect on resume. A schedule is a warmup, an optional stable
+phase and a decay over a *segment* of the run. The run starts with one segment from step 0 to the end, as if it would
+never grow (the base of G_stack is grown un-annealed). A growth with
 `lr_policy = "restart"` opens a new segment from there to the end; "continue" changes at most the peak; "rewarm" is
 "continue" under a warmup, and "rewarm_new" one whose warmup is for what the growth has added alone (`fresh_share`).
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from titan_growth.config.schema.growth import GrowthBase, GrowthConfig
-from titan_growth.config.schema.recipe import LRSchedulerConfig, Recipe
+from titan_growth.config.schema.recipe import LRSchedulerConfig
 from titan_growth.tools.findings import Findings
 
 
@@ -44,11 +44,6 @@ class LRSchedule:
         self.total_steps = section.total_steps or steps
         self.growth = growth
 
-    @classmethod
-    def of(cls, recipe: Recipe) -> LRSchedule:
-        """The schedule of a run."""
-        return cls(recipe.lr_scheduler, lr=recipe.optimizer.lr, steps=recipe.training.steps, growth=recipe.growth)
-
     def __call__(self, step: int, grown_at: Sequence[int] = ()) -> float:
         """The learning rate of a step, counted from 1, after growths at the given steps."""
         segment = self.segment(step, grown_at)
@@ -56,11 +51,11 @@ class LRSchedule:
         return lr * self._warming("rewarm", step, grown_at)
 
     def fresh_share(self, step: int, grown_at: Sequence[int] = ()) -> float:
-        """What share of the learning rate of a step is for parameters that came with the last growth (`rewarm_new`)."""
+        """The share of a step's learning rate that parameters new in the last growth get (`rewarm_new`)."""
         return self._warming("rewarm_new", step, grown_at)
 
     def _warming(self, policy: str, step: int, grown_at: Sequence[int]) -> float:
-        """Share of the way through the warmup of the last growth before a step, if that has this policy."""
+        """How far the warmup of the last growth has come at a step, as a fraction; 1 under another policy."""
         passed = [index for index, at in enumerate(grown_at) if at < step]
         if not passed or passed[-1] >= len(self.growth.active_stages):
             return 1.0

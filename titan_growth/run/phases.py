@@ -1,8 +1,7 @@
-"""The phases of a run: from one growth to the next, each with its model, its mesh, its batch and its recipe.
+"""The phases of a run: from one growth to the next, each with its model, mesh, batch and recipe.
 
-A growth may change more than the model: it may name a new `[parallelism]` table, another batch, a longer
-sequence, another number of ranks. What holds in a phase is the recipe with those changes of all growths before it, so
-everything that reads a recipe (stages, batches, checks) reads the phase's, and need not know of growth.
+A growth may also change the `[parallelism]` table, the batch, the sequence length and the number of ranks. A phase's
+recipe has those changes of all growths before it, so what reads it (stages, batches, checks) need not know of growth.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ class Phase:
     stages: list[Stage]
     num_accumulation_steps: int
     growth_map: GrowthMap | None
-    """What the model has come from; None in the first phase."""
+    """The growth that made the model; None in the first phase."""
     mask_steps: int = 0
-    """Steps over which what that growth has added opens."""
+    """Steps over which that growth's mask opens."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -47,13 +46,13 @@ class Phase:
         return self.recipe.training.global_batch_size * self.recipe.training.seq_len
 
     def context(self, device_type: str) -> PlanContext:
-        """The context that stages are checked and described in while nothing is running."""
+        """The context that stages are checked and described in, without devices."""
         recipe, family = self.recipe, family_module(self.recipe.model.name)
         shape, seq_len = self.mesh_shape, recipe.training.seq_len
         return PlanContext(self.config, shape, device_type, seq_len, family, transition=self.transition(0))
 
     def check(self, device_type: str, found: Findings) -> None:
-        """What the stages of this phase have to say of it."""
+        """Reports what the stages of this phase find, each thing once."""
         context = self.context(device_type)
         for stage in self.stages:
             if stage.enabled(context):
@@ -61,7 +60,7 @@ class Phase:
                 found.warnings += [warning for warning in stage.warnings(context) if warning not in found.warnings]
 
     def transition(self, step: int) -> Transition | None:
-        """The growth that came after a step, for the model of this phase."""
+        """The growth that made this phase's model, after a step."""
         return None if self.growth_map is None else Transition(self.growth_map, self.mask_steps, step)
 
 

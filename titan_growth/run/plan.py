@@ -34,27 +34,27 @@ from titan_growth.tools.packages import missing_package
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run goes on from; by default from its beginning."""
+    """Where a run resumes; by default at its beginning."""
 
     progress: Progress = field(default_factory=Progress)
     num_growths: int = 0
-    """How often it has grown."""
+    """Growths so far."""
     grows_at_once: bool = False
-    """The checkpoint was saved at a growth, so the run needs the small model no more."""
+    """The checkpoint was saved at a growth, so the small model is no longer needed."""
     global_batch_size: int | None = None
     """What -1 was resolved to when the run was first started."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything about a run that follows from its recipe and the number of ranks."""
+    """What follows from a recipe and the number of ranks."""
 
     recipe: Recipe
     """With `training.global_batch_size` resolved, as it holds at the start of the run."""
     target: DecoderConfig
     growth_plan: GrowthPlan
     phases: list[Phase]
-    """The run from growth to growth; one more than there are growths."""
+    """One more than there are growths."""
     first_phase: int
     """The phase that this start of the run begins in."""
     schedule: LRSchedule
@@ -107,7 +107,7 @@ class RunPlan:
 
 
 def stage_lines(phase: Phase, device_type: str) -> list[str]:
-    """The stages of a phase in the order they are applied in, and what each of them does."""
+    """The stages of a phase in the order of their application, and what each does."""
     context = phase.context(device_type)
     active = [stage for stage in phase.stages if stage.enabled(context)]
     return [
@@ -155,7 +155,7 @@ def plan_run(
     """The plan of a run; None when something is wrong with its recipe.
 
     Args:
-        resume: where the run goes on from; None at its first start.
+        resume: where the run resumes; None at its first start.
         elsewhere: the run is to happen on another machine, so what this one lacks is only warned about.
     """
     own = Findings()
@@ -163,7 +163,9 @@ def plan_run(
     if target is not None:
         _check_lengths(recipe.training, recipe.growth, recipe.validation.seq_len, target, own)
     chain = chain_of(recipe.growth, target, own)
-    LRSchedule.of(recipe).warn_of_clamped_warmups(own)
+    steps, lr = recipe.training.steps, recipe.optimizer.lr
+    schedule = LRSchedule(recipe.lr_scheduler, lr=lr, steps=steps, growth=recipe.growth)
+    schedule.warn_of_clamped_warmups(own)
     held_out = recipe.data.validation_fraction > 0 or recipe.validation.dataset_path is not None
     _warn_of_growths(recipe.growth, recipe.training.seq_len, recipe.data, own, held_out=held_out)
     if device_type != "cuda":
@@ -171,7 +173,8 @@ def plan_run(
     _check_packages(recipe.metrics, recipe.model, own.warnings if elsewhere else own.problems)
     plan = None
     if chain is not None:
-        plan = _lay_out(recipe, chain, own, num_ranks=num_ranks, device_type=device_type, at=resume or ResumePoint())
+        at = resume or ResumePoint()
+        plan = _lay_out(recipe, chain, schedule, own, num_ranks=num_ranks, device_type=device_type, at=at)
     elif shape := resolve_mesh(recipe.parallelism, num_ranks, own):  # mesh and batch can be wrong without a model too
         resolve_batch(recipe.training.global_batch_size, recipe.training.local_batch_size, shape, own)
     found.extend(own)
@@ -179,12 +182,19 @@ def plan_run(
 
 
 def _lay_out(
-    recipe: Recipe, chain: Chain, found: Findings, *, num_ranks: int, device_type: str, at: ResumePoint
+    recipe: Recipe,
+    chain: Chain,
+    schedule: LRSchedule,
+    found: Findings,
+    *,
+    num_ranks: int,
+    device_type: str,
+    at: ResumePoint,
 ) -> RunPlan:
     """The plan of a run whose models are known."""
     candidates = [at.num_growths]
     due = recipe.growth.active_stages[at.num_growths :] if at.grows_at_once else []
-    # A growth that needs other ranks is not carried out here: the run says so, in the phase that it is still in.
+    # A growth that needs other ranks is not carried out now: the run asks for them from the phase that it is still in.
     if due and due[0].num_ranks in (None, num_ranks):
         candidates.insert(0, at.num_growths + 1)
     for first_phase in candidates:
@@ -214,7 +224,7 @@ def _lay_out(
     if recipe.comm.mode == "default" and not own.problems:
         own.extend(timing)
     found.extend(own)
-    return RunPlan(phases[0].recipe, chain.target, growth_plan, phases, first_phase, LRSchedule.of(recipe))
+    return RunPlan(phases[0].recipe, chain.target, growth_plan, phases, first_phase, schedule)
 
 
 def _check_lengths(
@@ -234,7 +244,7 @@ def _check_lengths(
 
 
 def _warn_of_growths(growth: GrowthConfig, seq_len: int, data: DataConfig, found: Findings, *, held_out: bool) -> None:
-    """What a growth that can be carried out does less well than one would think."""
+    """Side effects of a growth that its author may not expect."""
     for index, planned in enumerate(growth.active_stages):
         if planned.seq_len not in (None, seq_len) and data.shuffle:
             message = "within an epoch that is shuffled, some of its text comes twice then and some not at all"
@@ -245,7 +255,7 @@ def _warn_of_growths(growth: GrowthConfig, seq_len: int, data: DataConfig, found
 
 
 def _check_cpu(profiling: ProfilingConfig, checkpoint: CheckpointConfig, found: Findings) -> None:
-    """Nothing is asked of a CPU that needs CUDA."""
+    """Settings that need CUDA."""
     if profiling.enable_memory_snapshot:
         message = "memory snapshots exist on CUDA only, and this run is on the CPU"
         found.problem("profiling.enable_memory_snapshot", message, "Set it to false")

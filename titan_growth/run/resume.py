@@ -113,7 +113,7 @@ def check_same_growths(path: Path, lineage: Lineage, growth: GrowthPlan) -> None
     if len(lineage.events) > len(growth.planned):
         raise CheckpointError(f"{path}: has more growths behind it than the recipe has stages")
     for number, event in enumerate(lineage.events):
-        stage, sizes = growth.planned[number], growth.config_after(number + 1).sizes
+        stage, sizes = growth.planned[number], growth.chain.configs[number + 1].sizes
         if (event.operator, event.to_layers) != (stage.operator, sizes["n_layers"]):
             raise CheckpointError(
                 f"{path}: its growth {number + 1} was '{event.operator}' to {event.to_layers} layers, the recipe's "

@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.growth.read import read_grown
@@ -67,13 +68,9 @@ def grown(folder: Path, case: str, **settings: Any) -> tuple[nn.Module, nn.Modul
     assert isinstance(growth, GrowthMap), growth
     small, large = model_of(family, config, seed=3), model_of(family, growth.after)
     dcp.save(state_of(small), checkpoint_id=folder, no_dist=True)
-    rules = Rules(growth, stage, module.ROLES, growth.after.tied)
-
-    def std_of(name: str) -> float | None:
-        return module.init_rule(growth.after, name)
-
-    read_grown(folder, state_of(large), rules.of, std_of=std_of, seed=11)
-    wrong = verify_growth(folder, state_of(large), rules.of, std_of=std_of)
+    rules = Rules(growth, stage, module)
+    read_grown(SafeReader(folder), state_of(large), rules, seed=11)
+    wrong = verify_growth(SafeReader(folder), state_of(large), rules)
     assert wrong == []
     return small, large, growth
 

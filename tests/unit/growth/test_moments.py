@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from tests.unit.growth.test_function import CONFIGS, logits_of, model_of, state_of
+from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.apply import fresh_elements
 from titan_growth.growth.operators.base import GrowthMap, operators
@@ -50,10 +51,9 @@ def grown_state(
     dcp.save(small, checkpoint_id=folder, no_dist=True)
     large = state_of(model_of(FAMILY, growth.after))
     large |= moments_of(list(large), [tensor.shape for tensor in large.values()])
-    rules = Rules(growth, stage, ROLES, {})
-    std_of: Any = lambda name: family_module(FAMILY).init_rule(growth.after, name)  # noqa: E731
-    read_grown(folder, large, rules.of, std_of=std_of, seed=1)
-    assert verify_growth(folder, large, rules.of, std_of=std_of) == []
+    rules = Rules(growth, stage, family_module(FAMILY))
+    read_grown(SafeReader(folder), large, rules, seed=1)
+    assert verify_growth(SafeReader(folder), large, rules) == []
     return small, large, growth
 
 
@@ -104,8 +104,7 @@ def test_copy_scaled_is_how_gradients_really_scale(tied: bool, tmp_path: Path) -
     growth = operators()["split_width"].grow(config, stage)
     assert isinstance(growth, GrowthMap)
     small, large = model_of(family, config, seed=3), model_of(family, growth.after)
-    rules = Rules(growth, stage, ROLES, growth.after.tied)
-    std_of: Any = lambda name: family_module(family).init_rule(growth.after, name)  # noqa: E731
+    rules = Rules(growth, stage, family_module(family))
     tokens = torch.randint(0, 131, (2, 40), generator=torch.Generator().manual_seed(1))
     small(tokens, None, tokens).sum().backward()
     stored = state_of(small)
@@ -114,14 +113,14 @@ def test_copy_scaled_is_how_gradients_really_scale(tied: bool, tmp_path: Path) -
         stored[f"{OPTIMIZER_PREFIX}{name}.exp_avg"] = parameter.grad
         stored[f"{OPTIMIZER_PREFIX}{name}.exp_avg_sq"] = parameter.grad**2
     dcp.save(stored, checkpoint_id=tmp_path, no_dist=True)
-    read_grown(tmp_path, state_of(large), rules.of, std_of=std_of, seed=1)
+    read_grown(SafeReader(tmp_path), state_of(large), rules, seed=1)
     large(tokens, None, tokens).sum().backward()
     assert torch.allclose(logits_of(small), logits_of(large), rtol=1e-5, atol=1e-5)
     for name, parameter in large.named_parameters():
         assert parameter.grad is not None
         for power, key in ((1, "exp_avg"), (2, "exp_avg_sq")):
             scaled = {f"{OPTIMIZER_PREFIX}{name}.{key}": torch.empty_like(parameter)}
-            read_grown(tmp_path, scaled, rules.of, std_of=std_of, seed=1)
+            read_grown(SafeReader(tmp_path), scaled, rules, seed=1)
             (found,) = scaled.values()
             difference = (found - parameter.grad**power).norm() / (parameter.grad**power).norm()
             assert difference < 1e-5, f"{name}.{key} is off by {difference:.1e}"

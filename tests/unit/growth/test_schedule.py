@@ -17,7 +17,7 @@ from titan_growth.growth.operators.depth import DepthOperator
 from titan_growth.growth.points import advise, law_tokens
 from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.models.config import DecoderConfig
-from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.tools.errors import ConfigError, Problem, TrainingError
 from titan_growth.tools.findings import Findings
 
 TARGET = DecoderConfig(
@@ -76,7 +76,7 @@ def test_a_plugins_operator_is_one_class(monkeypatch: pytest.MonkeyPatch) -> Non
     plan, problems = plan_growth(growth({"at": "1 step", "operator": "mine", "options": {"upside_down": True}}), TARGET)
     assert plan is not None
     assert not problems
-    assert plan.map_after(0).layers == (5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0)
+    assert plan.chain.maps[0].layers == (5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0)
     _, problems = plan_growth(growth({"at": "1 step", "operator": "mine", "options": {"upsidedown": 1}}), TARGET)
     assert [(p.key, p.hint) for p in problems] == [
         ("growth.stages.0.options.upsidedown", "Did you mean 'upside_down'?")
@@ -148,9 +148,9 @@ def test_the_base_is_derived_and_the_chain_ends_at_the_target() -> None:
     plan, problems = plan_growth(growth({"at": "10 steps"}, {"at": "20 steps", "factor": 3}), TARGET)
     assert not problems
     assert plan is not None
-    assert [config.num_layers for config in plan.configs] == [2, 4, 12]
-    assert plan.config_after(2) == TARGET
-    assert plan.config_after(0) == replace(TARGET, num_layers=2)
+    assert [config.num_layers for config in plan.chain.configs] == [2, 4, 12]
+    assert plan.chain.configs[2] == TARGET
+    assert plan.chain.configs[0] == replace(TARGET, num_layers=2)
 
 
 @pytest.mark.parametrize("section", [growth(), growth({"at": "10 steps", "factor": 5}, enable=False)])
@@ -158,7 +158,7 @@ def test_without_growth_the_target_is_trained(section: GrowthConfig) -> None:
     plan, problems = plan_growth(section, TARGET)
     assert not problems
     assert plan is not None
-    assert plan.configs == (TARGET,)
+    assert plan.chain.configs == (TARGET,)
     assert plan.due(Progress(step=50), Lineage()) is None
 
 
@@ -210,7 +210,10 @@ def test_each_growth_happens_once() -> None:
     assert plan.due(Progress(step=10), lineage(1)) is None
     assert plan.due(Progress(step=20), lineage(1)) is plan.planned[1]
     assert plan.due(Progress(step=99), lineage(2)) is None
-    assert [len(plan.remaining(lineage(done))) for done in range(3)] == [2, 1, 0]
+    plan.require_complete(Progress(step=99), lineage(2))
+    for done in range(2):
+        with pytest.raises(TrainingError, match=f"the growth at {10 * (done + 1)} steps never came"):
+            plan.require_complete(Progress(step=99), lineage(done))
 
 
 @pytest.mark.parametrize(

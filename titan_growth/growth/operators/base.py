@@ -1,11 +1,9 @@
-"""What a growth operator is, and the registry of them.
+"""The interface of growth operators, and their registry.
 
-An operator is a pure function on configs: from the model before, and a growth of the recipe, to a `GrowthMap`, which
-says of every layer and every channel of the grown model where it comes from. It never touches a tensor and needs no
-device; the reader (`growth/read.py`) carries the map out on any mesh, and `growth/verify.py` checks what it did.
-
-The operators of this package are in `depth.py`, `width.py` and `learn.py`. A plugin adds one with `@register_operator`
-(docs/extending/adding_an_operator.md).
+An operator is a pure function on configs: from the model before and a planned growth to a `GrowthMap`, the source of
+every layer and channel of the grown model. It never touches a tensor; `growth/read.py` carries the map out on any mesh,
+and `growth/verify.py` checks the result. Ours are in `depth.py`, `width.py` and `learn.py`; a plugin adds one with
+`@register_operator` (docs/extending/adding_an_operator.md).
 """
 
 from __future__ import annotations
@@ -28,11 +26,7 @@ from titan_growth.tools.errors import ConfigError, Problem
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthMap:
-    """Where everything in a grown model comes from.
-
-    The map knows of tensors only their names and the axes of their dimensions; `growth/rules.py` makes of it the rule
-    for a single tensor.
-    """
+    """Where everything in a grown model comes from; `growth/rules.py` derives the rule of each tensor from it."""
 
     before: DecoderConfig
     after: DecoderConfig
@@ -41,18 +35,18 @@ class GrowthMap:
     axes: Mapping[str, AxisMap] = field(default_factory=dict)
     """The width axes that grow."""
     silent_copies: bool = False
-    """Layers that are not the first copy of their source add nothing: their writing projections are zero."""
+    """Layers after the first copy of their source add nothing: their writing projections are zero."""
     new_channels: Literal["zero", "random"] = "zero"
-    """What channels without a source do: nothing at first, or whatever their initial distribution makes them do."""
+    """Channels without a source do nothing at first, or start from their initial distribution."""
     rescale_norms: bool = False
-    """Norm weights are multiplied by sqrt(d / D), and eps by d / D: new channels are silent and thin out the mean."""
+    """Norm weights are multiplied by sqrt(d / D), and eps by d / D: silent new channels lower the mean."""
     masked: bool = False
     """Everything new is multiplied by a mask that opens from 0 to 1 over `mask_steps`."""
     learned: bool = False
     """The map is only where a learning phase starts from (`growth/ligo.py`)."""
     tolerance: float | None = None
-    """Largest change of the loss, relative, that the operator allows itself: 0 for a model that computes bit for bit
-    the same, a small number for one that does up to rounding, None for an operator that preserves nothing."""
+    """Largest relative change of the loss: 0 for a model that computes bit for bit the same, a small number for one
+    that does up to rounding, None for an operator that does not preserve the function."""
 
     def __post_init__(self) -> None:
         assert len(self.layers) == self.after.num_layers, "one source for each layer of the grown model"
@@ -72,7 +66,7 @@ class GrowthMap:
 
     @property
     def norm_scale(self) -> float:
-        """What norm weights of the residual stream are multiplied with."""
+        """Factor on the norm weights of the residual stream."""
         return (self.before.dim / self.after.dim) ** 0.5 if self.rescale_norms else 1.0
 
 
@@ -83,7 +77,7 @@ class Operator(Protocol):
     """What it changes: "depth", "width" or both."""
 
     def base(self, after: DecoderConfig, planned: PlannedGrowth) -> DecoderConfig | str:
-        """The model that the growth must start from to end at `after`; or why that cannot be worked out."""
+        """The model that the growth must start from to end at `after`; or why it cannot be derived."""
         ...
 
     def grow(self, before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap | str:
@@ -95,18 +89,17 @@ _OPERATORS: dict[str, Operator] = {}
 
 Kind = TypeVar("Kind", bound=type)
 
-
 _OWN = tuple(f"titan_growth.growth.operators.{module}" for module in ("depth", "width", "learn"))
 """The modules of the operators of this package."""
 
 
 def register_operator(name: str) -> Callable[[Kind], Kind]:
-    """Class decorator: makes an operator known to recipes under a name. The class is instantiated without arguments.
+    """Class decorator: registers an operator under a name. The class is instantiated without arguments.
 
-    A module that is imported again replaces its own operator; another one's name cannot be taken.
+    A module that is imported again replaces its own operator, and no other.
 
     Raises:
-        ConfigError: with everything that keeps the class from being an operator. Nothing has been registered then.
+        ConfigError: with everything that is wrong with the class, which is then not registered.
     """
     if isinstance(name, type):
         hint = 'Write @register_operator("my_operator") above the class'
@@ -114,7 +107,7 @@ def register_operator(name: str) -> Callable[[Kind], Kind]:
 
     def register(kind: Kind) -> Kind:
         if getattr(kind, "__module__", None) not in _OWN:
-            operators()  # so that the names of our own are taken
+            operators()  # so that the names of this package are taken
         if problems := list(_flaws(name, kind)):
             raise ConfigError(problems)
         _OPERATORS[name] = kind()
@@ -124,7 +117,7 @@ def register_operator(name: str) -> Callable[[Kind], Kind]:
 
 
 def _flaws(name: str, kind: type) -> Iterator[Problem]:
-    """What is wrong with a class that wants to be an operator, for the author of a plugin."""
+    """What keeps a class from being an operator, for the author of a plugin."""
     if not isinstance(kind, type):
         where = ".".join(str(getattr(kind, key, "?")) for key in ("__module__", "__qualname__"))
         yield Problem(where, "is not a class", f"Write @register_operator({name!r}) above a class")
@@ -148,7 +141,7 @@ def _flaws(name: str, kind: type) -> Iterator[Problem]:
 
 
 def _method_flaws(where: str, kind: type) -> Iterator[Problem]:
-    """Methods that are missing, or cannot be called as they are."""
+    """Methods that are missing, or take other arguments."""
     missing: frozenset[str] = getattr(kind, "__abstractmethods__", frozenset())
     for method, first in (("base", "after"), ("grow", "before")):
         hint = f"Write def {method}(self, {first}, stage)"

@@ -21,22 +21,20 @@ from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.operators.base import GrowthMap, register_operator
 from titan_growth.models.config import DecoderConfig
 
-DEPTH = frozenset({"depth"})
-
 
 def shallower(after: DecoderConfig, factor: int) -> DecoderConfig | str:
-    """The model that a factor over depth has grown from, or why there is none."""
+    """The model that `factor` times as many layers have grown from, or why there is none."""
     if after.num_layers % factor:
         return f"the factor {factor} does not divide {after.num_layers} layers"
     return replace(after, num_layers=after.num_layers // factor)
 
 
 class DepthOperator(ABC):
-    """The frame of all of them: how deep, and which layer comes from which."""
+    """What they share: how deep the model becomes, and which layer comes from which."""
 
-    grows = DEPTH
+    grows = frozenset({"depth"})
     keeps_order = False
-    """Whether every old layer must be there, in the old order: what an operator that preserves the function needs."""
+    """Whether every old layer must stay, in the old order, as preserving the function requires."""
 
     def base(self, after: DecoderConfig, planned: PlannedGrowth) -> DecoderConfig | str:
         if planned.factor is None:
@@ -115,8 +113,7 @@ class ZeroDepth(Interpose):
     """G_zero over depth (Du et al., App. A): copies whose writing projections, wo and w2, are zero.
 
     In Y = X + MHA(Norm(X)), Y = X + SwiGLU(Norm(X)) such a block is the identity, so the grown model computes bit for
-    bit the same. Each copy follows its source, as in the paper's code. Its other weights train from the second step on,
-    when its projections have left zero.
+    bit the same. Each copy follows its source, as in the paper's code. Its other weights train from the second step on.
     """
 
     keeps_order = True

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
-from titan_growth.config.schema.growth import WIDTHS, PlannedGrowth
-from titan_growth.growth.axes import appended, axis_maps, width_problem
+from titan_growth.config.schema.growth import PlannedGrowth
+from titan_growth.growth.axes import appended, axis_maps
 from titan_growth.growth.operators.base import GrowthMap, register_operator
 from titan_growth.growth.operators.depth import shallower
+from titan_growth.growth.operators.width import widened
 from titan_growth.models.config import DecoderConfig
 
 DEFAULT_STEPS, DEFAULT_LR = 100, 1e-3
@@ -30,40 +30,31 @@ class Learn:
         return shallower(after, planned.factor)
 
     def grow(self, before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap | str:
-        if planned.layer_map is not None:
-            layers = planned.layer_map
-        else:
-            num_layers = planned.n_layers or before.num_layers * (planned.factor or 1)
-            layers = [layer % before.num_layers for layer in range(num_layers)]
+        num_layers = planned.n_layers or before.num_layers * (planned.factor or 1)
+        layers = planned.layer_map or [layer % before.num_layers for layer in range(num_layers)]
         if beyond := [layer for layer in layers if layer >= before.num_layers]:
             return f"layer_map names layer {beyond[0]}, but the model has only {before.num_layers} layers by then"
         if len(layers) < before.num_layers:
             return f"{len(layers)} layers are fewer than the {before.num_layers} there are"
-        sizes: dict[str, Any] = {
-            field: getattr(planned, key) or getattr(before, field) for key, field in WIDTHS.items()
-        }
-        after = replace(before, num_layers=len(layers), **sizes)
-        if problem := width_problem(before, after):
-            return problem
-        if after == before:
-            return "changes nothing: give a factor, or the sizes after this growth"
-        if problem := self._odd_options(planned):
+        after = widened(before, planned, 1, len(layers))
+        if isinstance(after, str):
+            return after
+        if problem := _options_problem(planned):
             return problem
         axes = axis_maps(before, after, appended)
         return GrowthMap(before=before, after=after, layers=tuple(layers), axes=axes, learned=True)
 
-    def _odd_options(self, planned: PlannedGrowth) -> str | None:
-        steps, lr = learning_options(planned)
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            return f"options.steps must be a whole number of at least 1, got {steps!r}"
-        if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < float("inf"):
-            return f"options.lr must be a positive number, got {lr!r}"
-        if planned.optimizer_state != "reset":
-            state = planned.optimizer_state
-            return f"optimizer_state = '{state}': moments cannot be carried through maps that are learned"
-        if planned.noise:
-            return "noise has no meaning: nothing is a copy"
-        return None
+
+def _options_problem(planned: PlannedGrowth) -> str | None:
+    steps, lr = learning_options(planned)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        return f"options.steps must be a whole number of at least 1, got {steps!r}"
+    if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < float("inf"):
+        return f"options.lr must be a positive number, got {lr!r}"
+    if planned.optimizer_state != "reset":
+        state = planned.optimizer_state
+        return f"optimizer_state = '{state}': moments cannot be carried through maps that are learned"
+    return "noise has no meaning: nothing is a copy" if planned.noise else None
 
 
 class LearningOptions(NamedTuple):

@@ -6,9 +6,9 @@ d channels before, D after; "Du et al." is Du et al., NeurIPS 2024, App. A; head
     zero_width    x' = [x, 0]         G_zero: new channels of the residual stream are silent
     random_width  x' = [x, noise * c] G_random: new channels are random, under a mask c that opens
 
-RMSNorm sees the mean over all channels. Copies leave it as it is when every channel has equally many; silent channels
-thin it out, which is undone by weights times sqrt(d / D) (Eq. 33) and eps times d / D. The official code leaves both
-out and is wrong by tens of percent.
+RMSNorm sees the mean over all channels. Copies do not change it when every channel has equally many; silent channels
+lower it, which weights times sqrt(d / D) (Eq. 33) and eps times d / D undo. The official code leaves both out and is
+wrong by tens of percent.
 """
 
 from __future__ import annotations
@@ -26,8 +26,19 @@ ROUNDING = 1e-6
 """What function preservation means where sums are taken in another order."""
 
 
+def widened(before: DecoderConfig, planned: PlannedGrowth, factor: int, num_layers: int) -> DecoderConfig | str:
+    """The model with the planned widths, or else `factor` times as wide; or why it cannot be."""
+    sizes: dict[str, Any] = {
+        field: getattr(planned, key) or getattr(before, field) * factor for key, field in WIDTHS.items()
+    }
+    after = replace(before, num_layers=num_layers, **sizes)
+    if problem := width_problem(before, after):
+        return problem
+    return "changes nothing: give a factor, or the sizes after this growth" if after == before else after
+
+
 class WidthOperator(ABC):
-    """The frame of all of them: how wide."""
+    """What they share: how wide the model becomes."""
 
     grows = frozenset({"width"})
 
@@ -40,29 +51,21 @@ class WidthOperator(ABC):
         return replace(after, **{field: size // planned.factor for field, size in sizes.items()})
 
     def grow(self, before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap | str:
-        sizes: dict[str, Any] = {
-            field: getattr(planned, key) or getattr(before, field) * (planned.factor or 1)
-            for key, field in WIDTHS.items()
-        }
-        after = replace(before, **sizes)
-        if problem := width_problem(before, after):
-            return problem
-        if after == before:
-            return "changes nothing: give a factor, or the sizes after this growth"
-        return self.map_of(before, after)
+        after = widened(before, planned, planned.factor or 1, before.num_layers)
+        return after if isinstance(after, str) else self.map_of(before, after)
 
     @abstractmethod
     def map_of(self, before: DecoderConfig, after: DecoderConfig) -> GrowthMap:
-        """The map between these sizes."""
+        """The map between two models."""
 
 
 @register_operator("split_width")
 class SplitWidth(WidthOperator):
     """G_direct over width (Eq. 4-9): rows and embedding columns are copied; a reader of n copies takes 1 / n of each.
 
-    Preserves the function when every channel of the residual stream has equally many copies (D a multiple of d).
-    Otherwise RMSNorm changes, as the paper says it must. Copies get the same gradients and, under Adam, stay copies:
-    give the stage some `noise`, or `optimizer_state = "asymmetric"`, which makes them part.
+    Preserves the function when every channel of the residual stream has equally many copies (D a multiple of d);
+    otherwise RMSNorm changes, as the paper says. Copies get the same gradients and, under Adam, stay copies; some
+    `noise` or `optimizer_state = "asymmetric"` makes them diverge.
     """
 
     def map_of(self, before: DecoderConfig, after: DecoderConfig) -> GrowthMap:
@@ -81,9 +84,9 @@ class SplitWidth(WidthOperator):
 class ZeroWidth(WidthOperator):
     """G_zero over width (Eq. 14): W' = [[W, A], [0, 0]] for what writes to the residual stream, so it stays [x, 0].
 
-    The paper's W' = [[W, A], [0, C]] for every product leaves new SwiGLU channels without any gradient at first, and
-    for ever if dim does not grow. Here new heads and SwiGLU channels start random and are read with weight 0: just as
-    silent, and all of it learns from the first step.
+    The paper's W' = [[W, A], [0, C]] for every product leaves new SwiGLU channels without gradient at first, and for
+    ever if dim does not grow. Here new heads and SwiGLU channels start random and are read with weight 0: as silent, and
+    all of them learn from the first step.
     """
 
     def map_of(self, before: DecoderConfig, after: DecoderConfig) -> GrowthMap:
