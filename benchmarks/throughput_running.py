@@ -23,7 +23,7 @@ from titan_growth.engine.engine import num_valid_tokens, sum_over_ranks
 from titan_growth.engine.make_engine import make_engine
 from titan_growth.engine.optimizer import Optimizer
 from titan_growth.layout.mesh import Mesh
-from titan_growth.metrics import memory_gib, peak_flops_per_second
+from titan_growth.metrics.hardware import memory_gib, peak_flops_per_second
 from titan_growth.run.data import RunData
 from titan_growth.run.plan import RunPlan
 from titan_growth.tools.device import Device

@@ -17,7 +17,7 @@ from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.config.loader import inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.stop_signal import StopSignal
-from titan_growth.metrics import MEASURED
+from titan_growth.metrics.records import MEASURED
 from titan_growth.run.data import prepare_run_data
 from titan_growth.run.start import RunStart, Site, resolve
 from titan_growth.session import Session

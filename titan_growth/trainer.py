@@ -21,8 +21,8 @@ from titan_growth.data import batch_hash, sample_digests
 from titan_growth.engine.engine import Microbatch, num_valid_tokens, sum_over_ranks
 from titan_growth.grower import Agreed, Grower, StoppedWhileLearningError
 from titan_growth.liveness.stop_signal import StopSignal
-from titan_growth.metrics import GrowthRecord, StepRecord, ValidationRecord
 from titan_growth.metrics.observers import Observers
+from titan_growth.metrics.records import GrowthRecord, StepRecord, ValidationRecord
 from titan_growth.run.runtime import PhaseRuntime
 from titan_growth.run.state import RunState
 from titan_growth.run.watchdog import Watchdog

@@ -15,7 +15,7 @@ from tests.harness import run_ranks
 from tests.runs import BASE, argv_of, make_recipe, read_metrics, train, write_corpus
 from titan_growth.commands.lineage import lineage_lines
 from titan_growth.growth.schedule import slope
-from titan_growth.metrics import MEASURED
+from titan_growth.metrics.records import MEASURED
 
 ROOT = Path(__file__).parents[2]
 SAVING = {"checkpoint__enable": True, "checkpoint__interval": 2}

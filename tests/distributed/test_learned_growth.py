@@ -33,7 +33,7 @@ def learned_growth(folder: Path, case: str, **settings: Any) -> tuple[torch.nn.M
     roles = family_module(family).ROLES
     device = torch.device("cpu")
     parameters = dict(large.named_parameters())
-    learned = LearnedGrowth(folder, growth, parameters, roles=roles, tied=growth.after.tied, seed=5, device=device)
+    learned = LearnedGrowth(folder, growth, parameters, roles=roles, seed=5, device=device)
     return small, large, learned
 
 

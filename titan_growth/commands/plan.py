@@ -116,6 +116,7 @@ def start_lines(start: RunStart) -> list[str]:
     lines = []
     if start.checkpoint is not None:
         manifest = start.checkpoint.manifest
-        done = f"step {manifest.progress.step:,} of {start.plan.total_steps:,}, {many(manifest.num_layers, 'layer')}"
+        step, steps = manifest.progress.step, start.plan.recipe.training.steps
+        done = f"step {step:,} of {steps:,}, {many(manifest.num_layers, 'layer')}"
         lines = [f"goes on from {start.checkpoint.path.name}: {done}", *start.changes]
     return [*lines, str(start.precision)] if start.precision.reason else lines

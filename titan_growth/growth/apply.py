@@ -14,7 +14,7 @@ from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.ligo import LearnedGrowth, learn
 from titan_growth.growth.operators.base import GrowthMap
-from titan_growth.growth.operators.learn import learning_options
+from titan_growth.growth.operators.learn import DEFAULT_OPTIONS
 from titan_growth.growth.read import Box, copied_elements, new_elements, read_grown
 from titan_growth.growth.rules import Rules
 from titan_growth.growth.verify import verify_growth
@@ -69,20 +69,17 @@ def learn_growth(
         CheckpointError: when the small model cannot be read.
         GrowthError: when a learned weight is not finite.
     """
-    module = family_module(family)
+    roles = family_module(family).ROLES
     learned = _read_together(
-        source,
-        lambda: LearnedGrowth(
-            source, growth_map, parameters, roles=module.ROLES, tied=growth_map.after.tied, seed=seed, device=device
-        ),
+        source, lambda: LearnedGrowth(source, growth_map, parameters, roles=roles, seed=seed, device=device)
     )
-    options = learning_options(planned)
-    losses = learn(learned, steps=options.steps, lr=options.lr, train_step=train_step)
+    options = DEFAULT_OPTIONS | planned.options
+    losses = learn(learned, steps=options["steps"], lr=options["lr"], train_step=train_step)
     wrong = [shard.name for shard in learned.shards if not bool(torch.isfinite(shard.local).all())]
     message = f"the learned model is wrong: {wrong[0]} is not finite. Lower options.lr" if wrong else ""
     fail_together([message] if message else [], GrowthError)
-    logger.info("the growth was learned in %d steps: loss %.4f -> %.4f", options.steps, losses[0], losses[-1])
-    record = {"steps": options.steps, "first_loss": losses[0], "last_loss": losses[-1]}
+    logger.info("the growth was learned in %d steps: loss %.4f -> %.4f", len(losses), losses[0], losses[-1])
+    record = {"steps": len(losses), "first_loss": losses[0], "last_loss": losses[-1]}
     return LearnedModel(record, sum(gather_objects(learned.num_bytes_read)))
 
 

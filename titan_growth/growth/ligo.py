@@ -63,7 +63,7 @@ class LearnedGrowth:
         source: the small model's step folder.
         growth_map: what the growth starts from.
         parameters: of the grown model, by name, in use.
-        roles, tied: of the family and the model.
+        roles: of the family.
         seed: of the noise that B starts with.
         device: that the products are computed on.
     """
@@ -75,13 +75,12 @@ class LearnedGrowth:
         parameters: Mapping[str, Tensor],
         *,
         roles: Mapping[str, Role],
-        tied: Mapping[str, str],
         seed: int,
         device: torch.device,
     ) -> None:
         self.growth_map = growth_map
         self.device = device
-        self.shards = self._shards(parameters, roles, tied)
+        self.shards = self._shards(parameters, roles)
         self.block_kinds: set[str] = set()
         reader = SafeReader(source)
         self.sources = self._read(reader, roles)
@@ -99,9 +98,8 @@ class LearnedGrowth:
         """Everything that is learned, in an order that all ranks share."""
         return [*self.widths.values(), *self.depths.values()]
 
-    def _shards(
-        self, parameters: Mapping[str, Tensor], roles: Mapping[str, Role], tied: Mapping[str, str]
-    ) -> list[Shard]:
+    def _shards(self, parameters: Mapping[str, Tensor], roles: Mapping[str, Role]) -> list[Shard]:
+        tied = self.growth_map.after.tied
         boxes = {name: local_and_offset(parameter.detach()) for name, parameter in parameters.items()}
         of_rank = [(name, offset, tuple(local.shape)) for name, (local, offset) in boxes.items()]
         holders = Counter(itertools.chain.from_iterable(gather_objects(of_rank)))

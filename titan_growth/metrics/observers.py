@@ -12,17 +12,12 @@ from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import Progress
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.heartbeat import Heartbeat
-from titan_growth.metrics import (
-    ConsoleSink,
-    JsonlSink,
-    Profiler,
-    Recorder,
-    Sink,
-    TensorBoardSink,
-    Throughput,
-    WandbSink,
-    peak_flops_per_second,
-)
+from titan_growth.metrics.boards import TensorBoardSink, WandbSink
+from titan_growth.metrics.hardware import peak_flops_per_second
+from titan_growth.metrics.profiling import Profiler
+from titan_growth.metrics.recorder import Recorder
+from titan_growth.metrics.sinks import ConsoleSink, JsonlSink, Sink
+from titan_growth.metrics.throughput import Throughput
 from titan_growth.tools.device import Device
 from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
 

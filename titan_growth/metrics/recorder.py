@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from titan_growth.checkpoint.history import GrowthEvent, Progress
 from titan_growth.metrics.formatting import format_duration
 from titan_growth.metrics.hardware import memory_gib
-from titan_growth.metrics.records import GrowthRecord, Record, StepRecord, Totals
+from titan_growth.metrics.records import GrowthRecord, Record, StepRecord
 from titan_growth.metrics.sinks import Sink
 from titan_growth.metrics.summary import RunSummary
 from titan_growth.metrics.throughput import Throughput
@@ -65,7 +66,7 @@ class Recorder:
         """Whether `step` (counted from 1) is logged. The same answer on every rank."""
         return step == 1 or step == self._total_steps or step % self._log_freq == 0
 
-    def record(self, at: Totals, record: RecordT) -> RecordT:
+    def record(self, at: Progress | GrowthEvent, record: RecordT) -> RecordT:
         """Log a record of what happened at `at`; returns it with everything filled in.
 
         Raises:
@@ -98,7 +99,7 @@ class Recorder:
 
     def closing_summary(
         self,
-        reached: Totals,
+        reached: Progress,
         *,
         verb: str = "finished",
         metrics_path: str | Path | None = None,

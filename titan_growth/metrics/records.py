@@ -18,12 +18,10 @@ import functools
 import json
 import math
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
+from titan_growth.checkpoint.history import GrowthEvent
 from titan_growth.metrics.formatting import COLORS, format_duration
-
-if TYPE_CHECKING:
-    from titan_growth.checkpoint.history import GrowthEvent
 
 
 @dataclass(frozen=True)
@@ -74,19 +72,6 @@ def columns(record: Any) -> tuple[_Column, ...]:
         kind, *_ = get_args(hint) or (hint,)  # of an optional type, the type itself
         found.append(_Column(entry.name, kind, entry.metadata.get("metric", Metric())))
     return tuple(found)
-
-
-class Totals(Protocol):
-    """Counters at one point of a run: `Progress`, or a `GrowthEvent`."""
-
-    @property
-    def step(self) -> int: ...
-
-    @property
-    def tokens(self) -> int: ...
-
-    @property
-    def flops(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)

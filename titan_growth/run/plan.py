@@ -66,11 +66,6 @@ class RunPlan:
         return self.recipe.debug.seed
 
     @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.recipe.training.steps
-
-    @property
     def base_seq_len(self) -> int:
         """The sequence length that the data cursor counts in."""
         return self.recipe.training.seq_len

@@ -7,6 +7,7 @@ would make it another run are refused; all others are printed and take effect.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
     """
     before, name, done = recipe_of(checkpoint), checkpoint.path.name, num_growths_of(checkpoint)
     found = Findings()
-    old, new = _flat(before), _flat(recipe)
+    old, new = (dict(_flat(each.model_dump())) for each in (before, recipe))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     old_model, new_model = (model_config_of(each.model, Findings()) for each in (before, recipe))
     fixed = {key: (old.get(key), new.get(key)) for key in _FIXED if key in changed}
@@ -139,20 +140,15 @@ def _model_then(recipe: Recipe, num_growths: int) -> DecoderConfig | None:
     return chain.configs[num_growths] if chain is not None and num_growths < len(chain.configs) else None
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-
-    def walk(table: dict[str, Any], prefix: str) -> None:
-        for name, value in table.items():
-            if isinstance(value, list) and value and isinstance(value[0], dict):
-                value = {str(index): item for index, item in enumerate(value)}
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{name}.")
-            else:
-                flat[prefix + name] = value
-
-    walk(recipe.model_dump(), "")
-    return flat
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; tables in lists are numbered."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _flat(item, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
 
 
 def _show(value: Any) -> str:

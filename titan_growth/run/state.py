@@ -55,7 +55,7 @@ class RunState:
     @property
     def is_complete(self) -> bool:
         """Whether the last step has been taken."""
-        return self.progress.step >= self.plan.total_steps
+        return self.progress.step >= self.plan.recipe.training.steps
 
     def growth_is_due(self) -> bool:
         """Whether the model grows before the next step."""

@@ -37,8 +37,8 @@ class Watchdog:
     @classmethod
     def of(cls, plan: RunPlan) -> Watchdog:
         """The watchdog of a run."""
-        recipe = plan.recipe
-        return cls(recipe.growth.watchdog, plan.growth_plan.planned, recipe.lr_scheduler.warmup_steps, plan.total_steps)
+        recipe, planned = plan.recipe, plan.growth_plan.planned
+        return cls(recipe.growth.watchdog, planned, recipe.lr_scheduler.warmup_steps, recipe.training.steps)
 
     def steps_of(self, number: int) -> int:
         """Steps that a growth has to recover; 0 for a growth that is not watched."""

@@ -221,7 +221,9 @@ def test_config_is_read_without_torch() -> None:
         "titan_growth.config.loader",
         "titan_growth.config.help",
         "titan_growth.commands.check",
-        "titan_growth.metrics",
+        "titan_growth.metrics.boards",
+        "titan_growth.metrics.profiling",
+        "titan_growth.metrics.recorder",
     ]
     code = (
         f"import sys, {', '.join(modules)}; print([m for m in ('torch', 'tensorboard', 'numpy') if m in sys.modules])"

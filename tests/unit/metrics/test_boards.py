@@ -11,13 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from titan_growth.metrics import (
-    GrowthRecord,
-    StepRecord,
-    TensorBoardSink,
-    ValidationRecord,
-    WandbSink,
-)
+from titan_growth.metrics.boards import TensorBoardSink, WandbSink
+from titan_growth.metrics.records import GrowthRecord, StepRecord, ValidationRecord
 from titan_growth.tools.errors import ConfigError, RunFolderError
 
 GROWTH = GrowthRecord(

@@ -12,17 +12,11 @@ import pytest
 from tests.unit.metrics.test_boards import read_back
 from tests.unit.metrics.test_recorder import Clock, growth_event
 from titan_growth.checkpoint.history import Progress
-from titan_growth.metrics import (
-    ConsoleSink,
-    GrowthRecord,
-    JsonlSink,
-    Recorder,
-    StepRecord,
-    TensorBoardSink,
-    Throughput,
-    ValidationRecord,
-)
-from titan_growth.metrics.records import metric
+from titan_growth.metrics.boards import TensorBoardSink
+from titan_growth.metrics.recorder import Recorder
+from titan_growth.metrics.records import GrowthRecord, StepRecord, ValidationRecord, metric
+from titan_growth.metrics.sinks import ConsoleSink, JsonlSink
+from titan_growth.metrics.throughput import Throughput
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,7 @@ def test_metrics_profiler_is_quiet_about_starting_a_second_cycle(tmp_path: Path)
     # In a process of its own, because PyTorch gives this warning once per process.
     code = (
         "import sys\n"
-        "from titan_growth.metrics import Profiler\n"
+        "from titan_growth.metrics.profiling import Profiler\n"
         f"profiler = Profiler(dump_folder=sys.argv[1], **{SETTINGS!r})\n"
         "for _ in range(9):\n"
         "    profiler.step()\n"

@@ -8,16 +8,10 @@ from pathlib import Path
 import pytest
 
 from titan_growth.checkpoint.history import GrowthEvent, Progress
-from titan_growth.metrics import (
-    MEASURED,
-    GrowthRecord,
-    JsonlSink,
-    Record,
-    Recorder,
-    StepRecord,
-    Throughput,
-    ValidationRecord,
-)
+from titan_growth.metrics.recorder import Recorder
+from titan_growth.metrics.records import MEASURED, GrowthRecord, Record, StepRecord, ValidationRecord
+from titan_growth.metrics.sinks import JsonlSink
+from titan_growth.metrics.throughput import Throughput
 
 
 class Clock:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from titan_growth.metrics import Throughput, memory_gib, peak_flops_per_second
+from titan_growth.metrics.hardware import memory_gib, peak_flops_per_second
+from titan_growth.metrics.throughput import Throughput
 
 ROOT = Path(__file__).parents[3]
 
@@ -248,7 +249,7 @@ def test_metrics_cpu_memory_follows_what_the_process_holds() -> None:
     # In a process of its own: the peak of this one depends on the tests before.
     code = (
         "import torch\n"
-        "from titan_growth.metrics import memory_gib\n"
+        "from titan_growth.metrics.hardware import memory_gib\n"
         "before = memory_gib('cpu')\n"
         "held = torch.ones(256 * 2**20, dtype=torch.uint8)\n"
         "during = memory_gib('cpu')\n"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.axes import appended, axis_maps
 from titan_growth.growth.operators.base import GrowthMap, register_operator
@@ -11,7 +9,7 @@ from titan_growth.growth.operators.depth import shallower
 from titan_growth.growth.operators.width import widened
 from titan_growth.models.config import DecoderConfig
 
-DEFAULT_STEPS, DEFAULT_LR = 100, 1e-3
+DEFAULT_OPTIONS = {"steps": 100, "lr": 1e-3}
 
 
 @register_operator("learn")
@@ -22,7 +20,7 @@ class Learn:
     """
 
     grows = frozenset({"depth", "width"})
-    options = frozenset({"steps", "lr"})
+    options = frozenset(DEFAULT_OPTIONS)
 
     def base(self, after: DecoderConfig, planned: PlannedGrowth) -> DecoderConfig | str:
         if planned.factor is None:
@@ -46,7 +44,7 @@ class Learn:
 
 
 def _options_problem(planned: PlannedGrowth) -> str | None:
-    steps, lr = learning_options(planned)
+    steps, lr = (planned.options.get(name, default) for name, default in DEFAULT_OPTIONS.items())
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         return f"options.steps must be a whole number of at least 1, got {steps!r}"
     if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < float("inf"):
@@ -55,15 +53,3 @@ def _options_problem(planned: PlannedGrowth) -> str | None:
         state = planned.optimizer_state
         return f"optimizer_state = '{state}': moments cannot be carried through maps that are learned"
     return "noise has no meaning: nothing is a copy" if planned.noise else None
-
-
-class LearningOptions(NamedTuple):
-    """Options of a learning phase, as the recipe gives them."""
-
-    steps: Any
-    lr: Any
-
-
-def learning_options(planned: PlannedGrowth) -> LearningOptions:
-    """The options of a growth's learning phase, or their defaults."""
-    return LearningOptions(planned.options.get("steps", DEFAULT_STEPS), planned.options.get("lr", DEFAULT_LR))

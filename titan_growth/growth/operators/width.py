@@ -85,8 +85,8 @@ class ZeroWidth(WidthOperator):
     """G_zero over width (Eq. 14): W' = [[W, A], [0, 0]] for what writes to the residual stream, so it stays [x, 0].
 
     The paper's W' = [[W, A], [0, C]] for every product leaves new SwiGLU channels without gradient at first, and for
-    ever if dim does not grow. Here new heads and SwiGLU channels start random and are read with weight 0: as silent, and
-    all of them learn from the first step.
+    ever if dim does not grow. Here new heads and SwiGLU channels start random and are read with weight 0: they are as
+    silent, and learn from the first step.
     """
 
     def map_of(self, before: DecoderConfig, after: DecoderConfig) -> GrowthMap:
