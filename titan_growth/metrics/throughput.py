@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 TRAIN = "train"
@@ -93,25 +93,18 @@ class Throughput:
         # Summed per step: a growth changes the FLOPs per token within a window.
         self._flops += tokens * flops_per_token
 
-    @contextmanager
-    def data(self) -> Iterator[None]:
+    def data(self) -> AbstractContextManager[None]:
         """Time spent waiting for training data. Inside a pause the time stays the pause's."""
-        if self._phases[-1] != TRAIN:
-            yield
-            return
-        with self._phase(DATA):
-            yield
+        return self._phase(DATA) if self._phases[-1] == TRAIN else nullcontext()
 
-    @contextmanager
-    def pause(self, name: str) -> Iterator[None]:
+    def pause(self, name: str) -> AbstractContextManager[None]:
         """Time that is not training (`validation`, `checkpoint`, `growth`, ...): booked under `name`, not in rates.
 
         Pauses nest; the innermost gets the time.
         """
         if name in (TRAIN, DATA):
             raise ValueError(f"{name!r} is not a pause")
-        with self._phase(name):
-            yield
+        return self._phase(name)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """Can a run resume from this checkpoint? Decided before anything is built; the checkpoint may be hostile.
 
-Matching checksums prove nothing: a forger of files forges checksums too. So the contents are checked: recipe,
-lineage and manifest must agree, and the metadata must list the tensors of their model. Each answer is one line; after a
-refusal the run takes the next older checkpoint.
+Matching checksums prove nothing: who forges files forges checksums too. So the contents are checked: recipe, lineage
+and manifest must agree, and the metadata must list the tensors of their model. Each answer is one line; after a refusal
+the run takes the next older checkpoint.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The watchdog of a growth: has the loss recovered?
 
 A growth that does not preserve the function makes the loss jump, and a good one recovers within a few hundred steps. So
-not the jump is watched but the recovery: `steps` after the growth (or just before the next one) the loss on the fixed
+the recovery is watched, not the jump: `steps` after the growth (or just before the next one) the loss on the fixed
 held-out batch must be at most `max_rise` nats above its value before the growth. If it is not, the run warns, stops, or
 rolls back: it resumes from the small model's checkpoint and grows again `steps` later than it did. What came after that
 checkpoint is set aside, not deleted.

@@ -105,8 +105,8 @@ class RandomWidth(WidthOperator):
 
 
 def _with_new_channels(before: DecoderConfig, after: DecoderConfig, *, new_channels: Any) -> GrowthMap:
-    thinned = after.dim != before.dim
-    if thinned:
+    widens_residual = after.dim != before.dim
+    if widens_residual:
         heads_eps = before.norm_eps if before.qk_norm and before.qk_norm_eps is None else before.qk_norm_eps
         after = replace(after, norm_eps=before.norm_eps * before.dim / after.dim, qk_norm_eps=heads_eps)
     return GrowthMap(
@@ -115,6 +115,6 @@ def _with_new_channels(before: DecoderConfig, after: DecoderConfig, *, new_chann
         layers=tuple(range(before.num_layers)),
         axes=axis_maps(before, after, appended),
         new_channels=new_channels,
-        rescale_norms=thinned,
+        rescale_norms=widens_residual,
         tolerance=ROUNDING,
     )
