@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from titan_growth.data.storage import exclusive, writing
+from titan_growth.data.streams import buffered, whole
 from titan_growth.tools.errors import DataError, LocationError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import location
@@ -33,7 +34,6 @@ _MARKS = (
     *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modified", "created"),
 )
 """What storages call a mark of a file's content, then what they call the time of its last change; the first counts."""
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Remote:
 
     def open(self) -> io.BufferedReader:
         """The file's bytes from the beginning to the end, read ahead a block at a time."""
-        return io.BufferedReader(_WholeStream(self.open_seekable()), _CHUNK_BYTES)
+        return buffered(whole(self.open_seekable()))
 
     def open_seekable(self) -> BinaryIO:
         """The file for reading in any order. Raises whatever the storage's package raises."""
@@ -71,31 +71,6 @@ class Remote:
             return cast("dict[str, Any]", self.url.fs.info(self.url.path))
         except FileNotFoundError:
             return None
-
-
-class _WholeStream(io.RawIOBase):
-    """A stream that ends where the file ends, or fails: a connection can be lost without the package noticing."""
-
-    def __init__(self, source: Any) -> None:
-        self._source = source
-        self._size: int | None = getattr(source, "size", None)
-        self._num_bytes = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._source.read(len(buffer))
-        if not data and self._size is not None and self._num_bytes < self._size:
-            raise OSError(f"it ended after {self._num_bytes:,} of {self._size:,} bytes")
-        buffer[: len(data)] = data
-        self._num_bytes += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            self._source.close()
-        super().close()
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,9 @@ def test_full_disk_names_the_way_out(tmp_path: Path) -> None:
     spec = write_corpus(tmp_path / "c", ["x" * 3000] * 50)
     program = (
         "import resource, signal, sys\n"
-        "from titan_growth.data import CorpusSpec, TokenizerSpec, prepare\n"
+        "from titan_growth.data.corpus import CorpusSpec\n"
+        "from titan_growth.data.preparation import prepare\n"
+        "from titan_growth.data.tokenizers import TokenizerSpec\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try:\n    prepare(CorpusSpec('json', sys.argv[1]), TokenizerSpec('bytes'), bos=True, eos=True,\n"
