@@ -19,7 +19,7 @@ true/false, as a bare --section.key. Lists are comma-separated or TOML; growths 
 
 
 def help_text(section: str | None = None) -> str:
-    """The help of the whole recipe or of one table, those of loaded plugins included."""
+    """The help of the recipe, tables of loaded plugins included, or of one table."""
     root = recipe_class()
     blocks = [USAGE]
     seen = ""

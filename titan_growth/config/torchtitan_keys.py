@@ -1,8 +1,7 @@
-"""Keys of torchtitan 0.2.2 that are not part of the schema (yet), so that none of them is ever dropped silently.
+"""Keys of torchtitan 0.2.2 that are not in the schema, so that none is dropped silently.
 
-A recipe written for torchtitan may spell out settings that have no counterpart here. One that only says what happens
-here anyway (its neutral value) is accepted; any other value is refused by name. `IGNORED` holds keys that can only
-matter together with a feature that is switched off; they are accepted with a warning.
+A neutral value asks for what happens here anyway and is accepted; any other is refused by name. Keys in `IGNORED` only
+matter to features that are off, and are accepted with a warning.
 """
 
 from __future__ import annotations
@@ -43,32 +42,30 @@ IGNORED: dict[str, str] = {
     "memory_estimation.*": "memory_estimation.enable is false",
     "fault_tolerance.*": "fault_tolerance.enable is false",
 }
-"""Dotted key, or table.* for all that is in a table at any depth -> why it has no effect."""
+"""Dotted key, or table.* for everything in a table -> why it has no effect."""
 
-OLDER_VALUES: dict[str, dict[str, str]] = {
-    "model.converters": {"float8": "quantize.linear.float8"},
-}
-"""Key of a list -> older spellings of its items -> the present ones; accepted with a warning."""
+OLDER_VALUES = {"model.converters": {"float8": "quantize.linear.float8"}}
+"""Key of a list -> older spellings of its items -> current ones; accepted with a warning."""
 
 UNSUPPORTED_CONVERTERS = ("quantize.linear.mx", "quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
 """Items of model.converters that exist in torchtitan only."""
 
 
 def ignored_because(key: str) -> str | None:
-    """Why a key that is not in the schema has no effect, or None when it is not such a key."""
+    """Why a key that is not in the schema has no effect; None if it is not in `IGNORED`."""
     parts = key.split(".")
     tables = [".".join(parts[:depth]) + ".*" for depth in range(1, len(parts))]
     return next((IGNORED[name] for name in (key, *reversed(tables)) if name in IGNORED), None)
 
 
 def holds_known_keys(table: str) -> bool:
-    """Whether keys of this table, which is not in the schema, are listed here."""
+    """Whether keys of this table are listed here."""
     listed = any(name.startswith(table + ".") for name in (*NEUTRAL, *IGNORED))
     return listed or ignored_because(table) is not None
 
 
 def warn_of_older_spellings(values: dict[str, Any], found: Findings) -> None:
-    """Warns of every older spelling among the values of a recipe, as they were given."""
+    """Warns of every older spelling among the values of a recipe, as given."""
     for key, spellings in OLDER_VALUES.items():
         given: Any = values
         for name in key.split("."):
