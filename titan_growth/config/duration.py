@@ -61,7 +61,7 @@ class Duration:
         if match is None:
             raise ValueError(expected)
         unit = UNITS[match["unit"].lower().rstrip("s")]
-        # Decimal: in binary floating point 1.001k would come to 1000.9999999999999.
+        # Decimal, since 1.001 * 1000 == 1000.9999999999999 in binary.
         value = Decimal(match["number"].replace("_", "").replace(",", "")) * _SUFFIXES[match["suffix"].lower()]
         if value >= 2**63 and unit != "FLOPs":
             raise ValueError(f"{value:.3g} {unit} do not fit into 64 bits")

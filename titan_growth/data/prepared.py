@@ -119,16 +119,6 @@ def open_prepared(folder: Path) -> PreparedCorpus | None:
         raise DataError(f"prepared data {folder}: cannot be read ({error.strerror}). Check its permissions") from error
 
 
-def check_tokenizer_matches(prepared: PreparedCorpus, tokenizer: Tokenizer) -> None:
-    """Raise DataError if the data was prepared with another tokenizer than this one."""
-    if prepared.tokenizer_fingerprint != tokenizer.fingerprint():
-        raise DataError(
-            f"prepared data {prepared.folder}: made with the tokenizer {prepared.tokenizer.name} "
-            f"({prepared.tokenizer_fingerprint[:12]}), but this run uses {tokenizer.name} "
-            f"({tokenizer.fingerprint()[:12]}). Prepare the corpus with this tokenizer or use the other one"
-        )
-
-
 def _file_facts(meta: dict[str, Any]) -> list[dict[str, Any]]:
     facts = list(meta["tokenizer"]["files"])
     for split in meta["splits"].values():
