@@ -113,11 +113,9 @@ def _parallelism(recipe: Recipe, found: Findings) -> None:
     parallelism, batch = recipe.parallelism, recipe.training.local_batch_size
     microbatch = parallelism.pipeline_parallel_microbatch_size
     if parallelism.pipeline_parallel_degree > 1 and batch % microbatch:
-        key, message = (
-            "pipeline_parallel_microbatch_size",
-            f"{microbatch} does not divide training.local_batch_size {batch}",
-        )
-        found.problem(f"parallelism.{key}", message, "A pipeline takes the local batch in equal microbatches")
+        message = f"{microbatch} does not divide training.local_batch_size {batch}"
+        hint = "A pipeline takes the local batch in equal microbatches"
+        found.problem("parallelism.pipeline_parallel_microbatch_size", message, hint)
     if parallelism.tensor_parallel_degree > 1 and parallelism.enable_async_tensor_parallel:
         key = "parallelism.enable_async_tensor_parallel"
         if not _compiles_model(recipe):

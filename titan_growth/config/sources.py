@@ -52,15 +52,15 @@ class Sources:
             around = around.rpartition(".")[0]
         return next((origin for inner, origin in self.origins.items() if inner.startswith(key + ".")), "")
 
-    def located(self, problem: Problem) -> Problem:
+    def _located(self, problem: Problem) -> Problem:
         """The problem with the origin of its key."""
         origin = self.origin(problem.key)
         return Problem(problem.key, f"{problem.message} ({origin})", problem.hint) if origin else problem
 
     def take(self, found: Findings) -> None:
         """Adds findings, each with the origin of its key."""
-        self.found.problems += map(self.located, found.problems)
-        self.found.warnings += map(self.located, found.warnings)
+        self.found.problems += map(self._located, found.problems)
+        self.found.warnings += map(self._located, found.warnings)
 
 
 def read_sources(argv: list[str]) -> Sources:

@@ -6,6 +6,7 @@ matter to features that are off, and are accepted with a warning.
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from titan_growth.tools.findings import Findings
@@ -44,8 +45,8 @@ IGNORED: dict[str, str] = {
 }
 """Dotted key, or table.* for everything in a table -> why it has no effect."""
 
-OLDER_VALUES = {"model.converters": {"float8": "quantize.linear.float8"}}
-"""Key of a list -> older spellings of its items -> current ones; accepted with a warning."""
+OLDER_CONVERTERS = {"float8": "quantize.linear.float8"}
+"""Older spellings in model.converters -> current ones; accepted with a warning."""
 
 UNSUPPORTED_CONVERTERS = ("quantize.linear.mx", "quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
 """Items of model.converters that exist in torchtitan only."""
@@ -53,9 +54,7 @@ UNSUPPORTED_CONVERTERS = ("quantize.linear.mx", "quantize.grouped_mm.float8", "q
 
 def ignored_because(key: str) -> str | None:
     """Why a key that is not in the schema has no effect; None if it is not in `IGNORED`."""
-    parts = key.split(".")
-    tables = [".".join(parts[:depth]) + ".*" for depth in range(1, len(parts))]
-    return next((IGNORED[name] for name in (key, *reversed(tables)) if name in IGNORED), None)
+    return next((reason for pattern, reason in IGNORED.items() if fnmatchcase(key, pattern)), None)
 
 
 def holds_known_keys(table: str) -> bool:
@@ -66,10 +65,8 @@ def holds_known_keys(table: str) -> bool:
 
 def warn_of_older_spellings(values: dict[str, Any], found: Findings) -> None:
     """Warns of every older spelling among the values of a recipe, as given."""
-    for key, spellings in OLDER_VALUES.items():
-        given: Any = values
-        for name in key.split("."):
-            given = given.get(name) if isinstance(given, dict) else None
-        for old, new in spellings.items():
-            if isinstance(given, list) and old in given:
-                found.warn(key, f"'{old}' is an older name of '{new}'", "Write the new one")
+    model = values.get("model")
+    converters = model.get("converters") if isinstance(model, dict) else None
+    for old, new in OLDER_CONVERTERS.items():
+        if isinstance(converters, list) and old in converters:
+            found.warn("model.converters", f"'{old}' is an older name of '{new}'", "Write the new one")

@@ -89,11 +89,6 @@ class PreparedCorpus:
     description: str
     meta: dict[str, Any]
 
-    @property
-    def tokenizer_fingerprint(self) -> str:
-        """The fingerprint of the tokenizer it was made with."""
-        return str(self.meta["tokenizer"]["fingerprint"])
-
 
 def open_prepared(folder: Path) -> PreparedCorpus | None:
     """Open a prepared folder; None if it is not finished. Raises DamagedError if files do not match meta.json."""

@@ -95,6 +95,8 @@ def list_remote(place: Remote) -> Listing:
     Hidden files and folders are left out. Raises DataError for a file of unknown size, and what the storage's package
     raises.
     """
+    from upath import UPath
+
     fs, info = place.url.fs, place.info()
     path = fs._strip_protocol(place.url.path).rstrip("/")
     if info is not None and info["type"] != "directory":
@@ -111,7 +113,8 @@ def list_remote(place: Remote) -> Listing:
         # A name that ends with a slash is the empty object with which some tools mark a folder.
         is_file = facts["type"] != "directory" and not where.endswith("/")
         if is_file and (hidden_too or not any(part.startswith(".") for part in name.split("/"))):
-            entries.append(_entry(Remote(place.key, _url(fs, where)), name, facts))
+            url = UPath(fs.unstrip_protocol(where))
+            entries.append(_entry(Remote(place.key, url), name, facts))
     return Listing(info is not None, _marked(entries))
 
 
@@ -121,12 +124,6 @@ def _marked(entries: list[RemoteEntry]) -> list[RemoteEntry]:
     if unmarked:
         logger.warning("%s: the storage gives no ETag or time, so only a change of size is noticed", unmarked[0].place)
     return entries
-
-
-def _url(fs: Any, path: str) -> UPath:
-    from upath import UPath
-
-    return UPath(fs.unstrip_protocol(path))
 
 
 def _entry(place: Remote, name: str, info: dict[str, Any]) -> RemoteEntry:

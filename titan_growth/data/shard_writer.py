@@ -20,6 +20,7 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, state: dict[str, Any] | None) -> None:
         self._folder = folder
         self._split = split
+        self._index_name = f"{split}.idx"
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._shard_tokens = shard_tokens
         state = state or {"num_tokens": 0, "num_documents": 0, "shard_crcs": [], "index_crc": 0}
@@ -40,10 +41,6 @@ class SplitWriter:
     @property
     def _last_shard_bytes(self) -> int:
         return self.num_tokens % self._shard_tokens * self._dtype.itemsize
-
-    @property
-    def _index_name(self) -> str:
-        return f"{self._split}.idx"
 
     def _shard_path(self, number: int) -> Path:
         return self._folder / f"{self._split}-{number:05d}.bin"

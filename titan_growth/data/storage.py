@@ -26,18 +26,13 @@ def cache_root(cache_dir: Path | None = None) -> Path:
     `cache_dir` if given, else $TITAN_GROWTH_CACHE, else $XDG_CACHE_HOME/titan_growth, else ~/.cache/titan_growth.
     Raises DataError if the folder cannot be created.
     """
-    if cache_dir is not None:
-        root = Path(cache_dir)
-    elif is_remote(os.environ.get(CACHE_VARIABLE, "")):
-        place = f"{CACHE_VARIABLE}: {os.environ[CACHE_VARIABLE]}"
+    variable = os.environ.get(CACHE_VARIABLE, "")
+    if cache_dir is None and is_remote(variable):
+        place = f"{CACHE_VARIABLE}: {variable}"
         raise DataError(f"{place} is a URL, but prepared data is memory-mapped from a disk. Name a folder")
-    elif os.environ.get(CACHE_VARIABLE):
-        root = Path(os.environ[CACHE_VARIABLE])
-    elif os.environ.get("XDG_CACHE_HOME"):
-        root = Path(os.environ["XDG_CACHE_HOME"]) / "titan_growth"
-    else:
-        root = Path("~/.cache/titan_growth")
-    root = Path(os.path.expanduser(root)).absolute()  # Path.expanduser fails where there is no home
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "titan_growth")
+    # Not Path.expanduser, which fails where there is no home.
+    root = Path(os.path.expanduser(cache_dir or variable or default)).absolute()
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
     return root

@@ -45,10 +45,18 @@ def train_sentencepiece(corpus: Corpus, vocab_size: int) -> bytes:
         raise DataError(f"tokenizer training: {corpus.describe()} holds no text. Use a corpus with text")
     model = io.BytesIO()
     # The trainer's C++ code would lose an exception of the iterator, so it is kept and raised here.
-    feed = _Feed(first, lines)
+    errors: list[DataError] = []
+
+    def feed() -> Iterator[str]:
+        yield first
+        try:
+            yield from lines
+        except DataError as error:
+            errors.append(error)
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=feed,
+            sentence_iterator=feed(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -67,30 +75,11 @@ def train_sentencepiece(corpus: Corpus, vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise feed.error or _explain(str(error), corpus, vocab_size) from error
-    if feed.error is not None:
-        raise feed.error
+        raise errors[0] if errors else _explain(str(error), corpus, vocab_size) from error
+    if errors:
+        raise errors[0]
     logger.info("trained a tokenizer of %d tokens in %.1f s", vocab_size, time.monotonic() - started)
     return model.getvalue()
-
-
-class _Feed(Iterator[str]):
-    """The sample; ends where reading the corpus fails, and keeps the exception."""
-
-    def __init__(self, first: str, rest: Iterator[str]) -> None:
-        self._next: str | None = first
-        self._rest = rest
-        self.error: Exception | None = None
-
-    def __next__(self) -> str:
-        line = self._next
-        if line is None:
-            raise StopIteration
-        try:
-            self._next = next(self._rest, None)
-        except DataError as error:
-            self.error, self._next = error, None
-        return line
 
 
 def sample_lines(corpus: Corpus) -> Iterator[str]:

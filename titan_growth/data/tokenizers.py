@@ -22,7 +22,6 @@ from titan_growth.data.tokenizer_training import TRAINER_VERSION, train_sentence
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
 
-KINDS = ("auto", "sentencepiece", "huggingface", "bytes")
 _MODEL_NAME, _JSON_NAME, _BYTES_NAME = "tokenizer.model", "tokenizer.json", "tokenizer.bytes"
 _NAMES_IN_FOLDER = {
     "auto": (_JSON_NAME, _MODEL_NAME, _BYTES_NAME),
@@ -289,5 +288,5 @@ def _trained(vocab_size: int, corpus: Corpus, cache_dir: Path | None) -> Tokeniz
 
 
 def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise DataError(f"tokenizer kind {kind!r}: unknown. Use one of {', '.join(KINDS)}")
+    if kind not in _NAMES_IN_FOLDER:
+        raise DataError(f"tokenizer kind {kind!r}: unknown. Use one of {', '.join(_NAMES_IN_FOLDER)}")

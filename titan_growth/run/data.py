@@ -45,7 +45,7 @@ class RunData:
         splits = json.dumps(self.corpus.meta["splits"], sort_keys=True).encode()
         return {
             "corpus": hashlib.sha256(splits).hexdigest()[:16],
-            "tokenizer": self.corpus.tokenizer_fingerprint[:16],
+            "tokenizer": self.corpus.meta["tokenizer"]["fingerprint"][:16],
             "description": self.corpus.description,
         }
 

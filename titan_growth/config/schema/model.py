@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from titan_growth.config.fields import suggestion
 from titan_growth.config.section import BadValueError, Section
-from titan_growth.config.torchtitan_keys import OLDER_VALUES, UNSUPPORTED_CONVERTERS
+from titan_growth.config.torchtitan_keys import OLDER_CONVERTERS, UNSUPPORTED_CONVERTERS
 
 CONVERTERS = ("quantize.linear.float8",)
 """What `model.converters` may name."""
@@ -72,12 +72,12 @@ class ModelConfig(Section):
     @field_validator("converters")
     @classmethod
     def _known_converters(cls, value: list[str]) -> list[str]:
-        names = [OLDER_VALUES["model.converters"].get(name, name) for name in value]
+        names = [OLDER_CONVERTERS.get(name, name) for name in value]
         for name in names:
             if name in UNSUPPORTED_CONVERTERS:
                 raise BadValueError(f"'{name}' is not supported in this version", f"Only {', '.join(CONVERTERS)} is")
             if name not in CONVERTERS:
-                hint = suggestion(name, (*CONVERTERS, *OLDER_VALUES["model.converters"]))
+                hint = suggestion(name, (*CONVERTERS, *OLDER_CONVERTERS))
                 raise BadValueError(f"unknown converter '{name}'", hint or f"Known: {', '.join(CONVERTERS)}")
             if names.count(name) > 1:
                 raise BadValueError(f"names '{name}' more than once")
