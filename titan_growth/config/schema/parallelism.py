@@ -27,8 +27,7 @@ class ParallelismConfig(Section):
     pipeline_parallel_degree: int = Field(1, ge=1)
     """Ranks that hold different layers."""
     module_fqns_per_model_part: list[list[str]] | None = None
-    """Modules of each part in order, such as [["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]. Default:
-    an even split of the layers."""
+    """Modules of each part: [["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]. Default: split evenly."""
     pipeline_parallel_first_stage_less_layers: int = Field(1, ge=0)
     """Layers that the first part has less than an even share, because it holds the embedding too."""
     pipeline_parallel_last_stage_less_layers: int = Field(1, ge=0)

@@ -123,13 +123,11 @@ class TrainingConfig(Section):
     """Corpus: "stdlib" (the text of Python's own library), a format ("text", "json", "parquet") for dataset_path, or a
     Hugging Face dataset name. torchtitan's default is c4_test."""
     dataset_path: str | None = None
-    """File, folder or glob to read the corpus from, as a path or a URL (s3://, gs://, ...): txt, md, py, jsonl,
-    parquet; gz and zst too."""
+    """File, folder or glob of the corpus, as a path or URL (s3://...): txt, md, py, jsonl, parquet; gz and zst too."""
     local_batch_size: int = Field(8, ge=1)
     """Sequences per data-parallel rank in one forward pass."""
     global_batch_size: int = Field(-1, ge=-1)
-    """Sequences per optimizer step; -1 = local_batch_size times the data-parallel degree of the first start. More than
-    that is reached by gradient accumulation."""
+    """Sequences per optimizer step, by gradient accumulation; -1 = local_batch_size x first data-parallel degree."""
     seq_len: int = Field(2048, ge=1)
     """Tokens per sequence."""
     max_norm: float = Field(1.0, gt=0)
@@ -141,8 +139,7 @@ class TrainingConfig(Section):
     enable_cpu_offload: bool = False
     """FSDP keeps parameters, gradients and moments in host memory (CUDA)."""
     loss_chunk_tokens: int = Field(0, ge=0)
-    """Positions per chunk of head and loss, so that the logits of a batch never exist at once; 0 = one chunk. Not a key
-    of torchtitan."""
+    """Positions per chunk of head and loss, to never hold all logits of a batch; 0 = all. Not a key of torchtitan."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "bfloat16"
     """Type of the computation: FSDP casts parameters to it, on one rank autocast does. auto = decided at the first
     start by what the device does fast: bfloat16 on CUDA and on CPUs with AMX, else float32."""
@@ -245,8 +242,7 @@ class DataConfig(Section):
     """Tokenizer and preparation of the corpus."""
 
     tokenizer: Literal["auto", "sentencepiece", "huggingface", "bytes"] = "auto"
-    """Kind of tokenizer; auto = by tokenizer_path or model.hf_assets_path, else a sentencepiece model is trained on the
-    corpus with the model's vocab_size."""
+    """auto = by tokenizer_path or model.hf_assets_path, else sentencepiece, trained on the corpus to vocab_size."""
     tokenizer_path: str | None = None
     """A sentencepiece .model, a tokenizer.json, or a folder with one of them; a URL is fetched once into the cache."""
     text_key: str = "text"
