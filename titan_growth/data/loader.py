@@ -12,7 +12,6 @@ import itertools
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,20 +25,11 @@ from titan_growth.tools.labels import IGNORE_INDEX
 _NEVER = 2**62  # the cursor is the state; StatefulDataLoader's snapshots are not used
 
 
-@dataclass(frozen=True)
-class _RankSamples:
-    """The sample indices of each microbatch of one rank, without end."""
-
-    first: int
-    global_batch_size: int
-    local_batch_size: int
-    chunk: int
-    """Samples of a global batch on this rank."""
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in itertools.count(self.first, self.global_batch_size):
-            for microbatch in range(start, start + self.chunk, self.local_batch_size):
-                yield list(range(microbatch, microbatch + self.local_batch_size))
+def _microbatches(first: int, chunk: int, local_batch_size: int, global_batch_size: int) -> Iterator[list[int]]:
+    """The sample indices of each microbatch of one rank, without end; chunk is its share of a global batch."""
+    for start in itertools.count(first, global_batch_size):
+        for sample in range(start, start + chunk, local_batch_size):
+            yield list(range(sample, sample + local_batch_size))
 
 
 class BatchLoader:
@@ -81,13 +71,13 @@ class BatchLoader:
         self._advance = global_batch_size * blocks.blocks_per_sample
         self._num_microbatches = global_batch_size // (dp_degree * local_batch_size)
         chunk = global_batch_size // dp_degree
-        samples = _RankSamples(sample + dp_rank * chunk, global_batch_size, local_batch_size, chunk)
+        first = sample + dp_rank * chunk
         with warnings.catch_warnings():
             # torchdata calls a function that torch has deprecated; nothing the user could change.
             warnings.filterwarnings("ignore", message=".*set_vital")
             self._loader: StatefulDataLoader | None = StatefulDataLoader(
                 blocks,
-                batch_sampler=samples,
+                batch_sampler=_microbatches(first, chunk, local_batch_size, global_batch_size),
                 num_workers=num_workers,
                 collate_fn=stack,
                 # These two are accepted only with workers.
