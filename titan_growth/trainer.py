@@ -17,7 +17,7 @@ from torch import Tensor
 from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manager import CheckpointManager
-from titan_growth.data import batch_hash, sample_digests
+from titan_growth.data.loader import batch_hash, sample_digests
 from titan_growth.engine.engine import Microbatch, num_valid_tokens, sum_over_ranks
 from titan_growth.grower import Agreed, Grower, StoppedWhileLearningError
 from titan_growth.liveness.stop_signal import StopSignal

@@ -1,7 +1,6 @@
-"""Checks that need several keys of the recipe but neither a device nor a mesh.
+"""Checks of several keys together that need neither a device nor a mesh.
 
-What is allowed but without effect is a warning (most of them by the table in `no_effect.py`). A setting of a feature
-that is off is such a thing: it is not checked further.
+Settings of a feature that is off are not checked; `no_effect.py` warns of them.
 """
 
 from __future__ import annotations
@@ -14,14 +13,13 @@ from titan_growth.tools.location import is_remote, location
 
 
 def check_recipe(recipe: Recipe, found: Findings) -> None:
-    """Reports what is wrong between keys of one recipe."""
+    """Reports contradictions between keys of one recipe."""
     if not recipe.job.dump_folder.strip():
         found.problem("job.dump_folder", "must name a folder, is empty", "For example: ./outputs")
     name = recipe.job.save_config_file
     if name is not None and (name in ("", ".", "..", "recipe.toml", "metrics.jsonl", "exit.json") or "/" in name):
-        found.problem(
-            "job.save_config_file", f"must be a file name of its own, got '{name}'", "For example: config.json"
-        )
+        message = f"must be a file name of its own, got '{name}'"
+        found.problem("job.save_config_file", message, "For example: config.json")
     _training(recipe, found)
     _validation(recipe, found)
     _urls(recipe, found)
@@ -32,25 +30,21 @@ def check_recipe(recipe: Recipe, found: Findings) -> None:
     _compile(recipe, found)
     _float8(recipe, found)
     warn_without_effect(recipe, found)
-    if recipe.profiling.enable_profiling:
-        needed = recipe.profiling.profiler_warmup + recipe.profiling.profiler_active
-        if recipe.profiling.profile_freq < needed:
-            found.problem(
-                "profiling.profile_freq",
-                f"{recipe.profiling.profile_freq} is less than warmup + active = {needed}",
-                f"Set it to {needed} or more, or lower the other two",
-            )
+    profiling = recipe.profiling
+    needed = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < needed:
+        message = f"{profiling.profile_freq} is less than warmup + active = {needed}"
+        found.problem("profiling.profile_freq", message, f"Set it to {needed} or more, or lower the other two")
 
 
 def _training(recipe: Recipe, found: Findings) -> None:
     training, loader = recipe.training, recipe.training.dataloader
-    if training.global_batch_size == 0:
+    batch, local = training.global_batch_size, training.local_batch_size
+    if batch == 0:
         found.problem("training.global_batch_size", "must be -1 (derive it) or at least 1, got 0")
-    elif training.global_batch_size > 0 and training.global_batch_size % training.local_batch_size:
-        found.problem(
-            "training.global_batch_size",
-            f"{training.global_batch_size} is not a multiple of training.local_batch_size {training.local_batch_size}",
-        )
+    elif batch > 0 and batch % local:
+        message = f"{batch} is not a multiple of training.local_batch_size {local}"
+        found.problem("training.global_batch_size", message)
     if loader.num_workers == 0:
         for key in ("persistent_workers", "prefetch_factor"):
             if getattr(loader, key):
@@ -59,36 +53,29 @@ def _training(recipe: Recipe, found: Findings) -> None:
         message = "has no effect: the order of samples has no end, so workers live as long as the run in any case"
         found.warn("training.dataloader.persistent_workers", message)
     if training.dtype == "bfloat16" and training.mixed_precision_param == "float32":
-        found.problem(
-            "training.mixed_precision_param",
-            "float32 conflicts with training.dtype = bfloat16",
-            "Parameters that are kept in bfloat16 are computed with in bfloat16",
-        )
+        hint = "Parameters that are kept in bfloat16 are computed with in bfloat16"
+        found.problem("training.mixed_precision_param", "float32 conflicts with training.dtype = bfloat16", hint)
     if recipe.data.tokenizer == "bytes" and recipe.data.tokenizer_path is not None:
         found.problem("data.tokenizer_path", "conflicts with data.tokenizer = 'bytes', which has no file")
     total, steps = recipe.lr_scheduler.total_steps, training.steps
     if total is not None and total < steps:
-        found.warn(
-            "lr_scheduler.total_steps", f"{total} is less than training.steps = {steps}; the rest runs at the floor"
-        )
+        message = f"{total} is less than training.steps = {steps}; the rest runs at the floor"
+        found.warn("lr_scheduler.total_steps", message)
 
 
 def _validation(recipe: Recipe, found: Findings) -> None:
     validation = recipe.validation
     if validation.steps == 0:
         found.problem("validation.steps", "must be -1 (the whole set) or at least 1, got 0")
-    if not validation.enable:
-        return
-    if validation.dataset is None and validation.dataset_path is None and recipe.data.validation_fraction == 0:
-        found.problem(
-            "data.validation_fraction",
-            "0 holds nothing out, but validation.enable is true",
-            "Raise it, or name another corpus in validation.dataset_path",
-        )
+    has_corpus = validation.dataset is not None or validation.dataset_path is not None
+    if validation.enable and not has_corpus and recipe.data.validation_fraction == 0:
+        message = "0 holds nothing out, but validation.enable is true"
+        hint = "Raise it, or name another corpus in validation.dataset_path"
+        found.problem("data.validation_fraction", message, hint)
 
 
 def _urls(recipe: Recipe, found: Findings) -> None:
-    """URLs that can be known to be of no use without asking any storage."""
+    """URLs that cannot work, as far as that shows without asking any storage."""
     data, validation, checkpoint = recipe.data, recipe.validation, recipe.checkpoint
     places = {
         "training.dataset_path": recipe.training.dataset_path,
@@ -111,17 +98,11 @@ def _urls(recipe: Recipe, found: Findings) -> None:
 def _checkpoint(recipe: Recipe, found: Findings) -> None:
     checkpoint = recipe.checkpoint
     if checkpoint.keep_latest_k == 1:
-        found.problem(
-            "checkpoint.keep_latest_k",
-            "must be 0 (all) or at least 2, got 1",
-            "One copy alone can be lost while saving",
-        )
+        hint = "One copy alone can be lost while saving"
+        found.problem("checkpoint.keep_latest_k", "must be 0 (all) or at least 2, got 1", hint)
     if checkpoint.enable and checkpoint.initial_load_in_hf and checkpoint.initial_load_path is None:
-        found.problem(
-            "checkpoint.initial_load_in_hf",
-            "true needs checkpoint.initial_load_path; torchtitan would take model.hf_assets_path",
-            "Name the Hugging Face folder there",
-        )
+        message = "true needs checkpoint.initial_load_path; torchtitan would take model.hf_assets_path"
+        found.problem("checkpoint.initial_load_in_hf", message, "Name the Hugging Face folder there")
     leaves = checkpoint.folder.startswith("/") or ".." in checkpoint.folder.split("/")
     if not is_remote(checkpoint.folder) and (leaves or not checkpoint.folder):
         message = f"must name a folder inside job.dump_folder, or be a URL, got '{checkpoint.folder}'"
@@ -132,11 +113,9 @@ def _parallelism(recipe: Recipe, found: Findings) -> None:
     parallelism, batch = recipe.parallelism, recipe.training.local_batch_size
     microbatch = parallelism.pipeline_parallel_microbatch_size
     if parallelism.pipeline_parallel_degree > 1 and batch % microbatch:
-        found.problem(
-            "parallelism.pipeline_parallel_microbatch_size",
-            f"{microbatch} does not divide training.local_batch_size {batch}",
-            "A pipeline takes the local batch in equal microbatches",
-        )
+        message = f"{microbatch} does not divide training.local_batch_size {batch}"
+        hint = "A pipeline takes the local batch in equal microbatches"
+        found.problem("parallelism.pipeline_parallel_microbatch_size", message, hint)
     if parallelism.tensor_parallel_degree > 1 and parallelism.enable_async_tensor_parallel:
         key = "parallelism.enable_async_tensor_parallel"
         if not _compiles_model(recipe):
@@ -145,11 +124,11 @@ def _parallelism(recipe: Recipe, found: Findings) -> None:
             found.problem(key, f"needs compile.backend = 'inductor', got '{recipe.compile.backend}'")
 
 
+_MODEL_COMPILED = 'compile.enable = true with "model" in compile.components'
+
+
 def _compiles_model(recipe: Recipe) -> bool:
     return recipe.compile.enable and "model" in recipe.compile.components
-
-
-_MODEL_COMPILED = 'compile.enable = true with "model" in compile.components'
 
 
 def _compile(recipe: Recipe, found: Findings) -> None:
@@ -166,9 +145,9 @@ def _compile(recipe: Recipe, found: Findings) -> None:
 
 
 def _float8(recipe: Recipe, found: Findings) -> None:
-    """How parameters travel in Float8: only one scale for a whole tensor can be agreed on before it is gathered."""
+    """Gathering parameters in Float8 needs one scale per tensor, agreed on before."""
     float8 = recipe.quantize.linear.float8
-    if FLOAT8 not in recipe.model.converters:
+    if not recipe.model.uses_float8:
         return
     gathers, precomputes = "enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp"
     if float8.recipe_name not in (None, "tensorwise"):
@@ -181,20 +160,17 @@ def _float8(recipe: Recipe, found: Findings) -> None:
 
 
 def _stability(recipe: Recipe, found: Findings) -> None:
-    if recipe.comm.mode != "default":
-        return  # a dry run saves nothing, and takes one step
+    checkpoint = recipe.checkpoint
+    if recipe.comm.mode != "default" or (checkpoint.enable and not checkpoint.load_only):
+        return  # a dry run takes one step
+    reason = "checkpoint.load_only is true" if checkpoint.enable else "checkpoint.enable is false"
     for key in recipe.stability.rolls_back:
-        if not recipe.checkpoint.enable or recipe.checkpoint.load_only:
-            reason = "checkpoint.load_only is true" if recipe.checkpoint.enable else "checkpoint.enable is false"
-            found.problem(
-                f"stability.{key}",
-                f"'roll_back' goes on from the last checkpoint, but {reason}",
-                "Save checkpoints, or choose 'skip'",
-            )
+        message = f"'roll_back' goes on from the last checkpoint, but {reason}"
+        found.problem(f"stability.{key}", message, "Save checkpoints, or choose 'skip'")
 
 
 def _growth(recipe: Recipe, found: Findings) -> None:
-    """The order of the stages; what depends on the model is checked in `growth.schedule`."""
+    """The order of the growths; `growth.schedule` checks what depends on the model."""
     if recipe.comm.mode != "default":
         return  # a dry run does not grow
     if not recipe.growth.active_stages:
@@ -204,15 +180,11 @@ def _growth(recipe: Recipe, found: Findings) -> None:
         return
     checkpoint, steps = recipe.checkpoint, recipe.training.steps
     if not checkpoint.enable:
-        found.problem(
-            "growth.enable",
-            "growing needs checkpoints: the grown model is read from the one saved at the growth",
-            "Set checkpoint.enable = true, or growth.enable = false",
-        )
+        message = "growing needs checkpoints: the grown model is read from the one saved at the growth"
+        found.problem("growth.enable", message, "Set checkpoint.enable = true, or growth.enable = false")
     elif checkpoint.load_only:
-        found.problem(
-            "checkpoint.load_only", "conflicts with growth, which saves a checkpoint", "Set growth.enable = false"
-        )
+        message = "conflicts with growth, which saves a checkpoint"
+        found.problem("checkpoint.load_only", message, "Set growth.enable = false")
     previous = 0
     for index, planned in enumerate(recipe.growth.active_stages):
         key = f"growth.stages.{index}.at"
@@ -220,15 +192,12 @@ def _growth(recipe: Recipe, found: Findings) -> None:
             found.warn(f"growth.stages.{index}.warmup_steps", 'has no effect because lr_policy is "continue"')
         when = planned.when
         if when.unit != "steps":
-            continue  # where it falls depends on the batch size and on what has happened: see growth.schedule
+            continue  # its step depends on the batch size and the run: see growth.schedule
         if when.count >= steps:
-            found.problem(
-                key,
-                f'"{planned.at}" is not before the last step (training.steps = {steps:,})',
-                "Grow earlier or train longer; growth.enable = false trains the target model from scratch",
-            )
+            message = f'"{planned.at}" is not before the last step (training.steps = {steps:,})'
+            hint = "Grow earlier or train longer; growth.enable = false trains the target model from scratch"
+            found.problem(key, message, hint)
         if when.count <= previous:
-            found.problem(
-                key, f'"{planned.at}" is not after the growth before it', "Stages are in the order they happen"
-            )
+            message = f'"{planned.at}" is not after the growth before it'
+            found.problem(key, message, "Stages are in the order they happen")
         previous = when.count

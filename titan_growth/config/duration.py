@@ -1,7 +1,7 @@
 """Points in a run, written with their unit: `"300 steps"`, `"10M tokens"`, `"3e17 FLOPs"`, `"25%"`, `"auto"`,
 `"slope 0.02 over 200 steps"`.
 
-A bare number is refused on purpose. Whoever reads `at = 5000` in a recipe a month later cannot tell steps from tokens.
+A bare number is refused: `at = 5000` does not say whether steps or tokens.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ MOST_WINDOW_STEPS = 10_000
 
 @dataclass(frozen=True)
 class Duration:
-    """A count from the start of the run, in optimizer steps, tokens or FLOPs of all ranks together; or another point.
+    """A point in a run, counted from its start over all ranks.
 
-    unit is "steps", "tokens", "FLOPs", "percent" (of the run's steps), "auto" (the value is 0) or "slope" (the value is
-    the fall of the loss, in nats over the last `window` steps, below which the point is reached).
+    unit is "steps", "tokens", "FLOPs", "percent" (of the run's steps), "auto" (value 0) or "slope" (reached when the
+    loss has fallen by less than value, in nats over the last `window` steps).
     """
 
     value: int | Decimal
@@ -61,7 +61,7 @@ class Duration:
         if match is None:
             raise ValueError(expected)
         unit = UNITS[match["unit"].lower().rstrip("s")]
-        # Decimal: in binary floating point 1.001k would come to 1000.9999999999999.
+        # Decimal, since 1.001 * 1000 == 1000.9999999999999 in binary.
         value = Decimal(match["number"].replace("_", "").replace(",", "")) * _SUFFIXES[match["suffix"].lower()]
         if value >= 2**63 and unit != "FLOPs":
             raise ValueError(f"{value:.3g} {unit} do not fit into 64 bits")

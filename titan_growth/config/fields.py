@@ -1,7 +1,7 @@
-"""Looking up fields of the recipe by dotted key, and reading command-line text as the value that a field expects.
+"""Fields of the recipe by dotted key, and command-line text as the value that a field expects.
 
-A file gives typed values, a command line gives text. `parse_text` turns that text into what the file would have given,
-and no more: whether the value is acceptable is then decided by the one validator, so both sources get the same message.
+A file gives typed values, a command line text. `parse_text` makes of the text what the file would have given; the
+validator then judges both alike.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def without_none(annotation: Any) -> Any:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class that an annotation holds, directly or as the items of a list."""
+    """The section class of an annotation, or of the items of a list; None if there is none."""
     annotation = without_none(annotation)
     if get_origin(annotation) is list:
         annotation = get_args(annotation)[0]
@@ -45,7 +45,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def annotation_at(root: type[BaseModel], path: list[str]) -> Any | None:
-    """The annotation of the field at a dotted path (list items by their number), or None when there is none."""
+    """The annotation of the field at a dotted path (list items by number), or None."""
     annotation: Any = root
     for name in path:
         annotation = without_none(annotation)
@@ -71,7 +71,7 @@ def leaves(root: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Field
 
 
 def type_text(annotation: Any) -> str:
-    """An annotation in a reader's words: `integer`, `"a" | "b"`, `list of strings`."""
+    """An annotation for readers: `integer`, `"a" | "b"`, `list of strings`."""
     annotation = without_none(annotation)
     if get_origin(annotation) is typing.Literal:
         return " | ".join(repr(value).replace("'", '"') for value in get_args(annotation))
@@ -85,14 +85,14 @@ def type_text(annotation: Any) -> str:
 
 
 def suggestion(word: str, choices: Iterable[str]) -> str:
-    """`Did you mean 'x'?`, or nothing when no choice is near."""
+    """`Did you mean 'x'?`, or an empty string when no choice is near."""
     spellings = {choice.lower(): choice for choice in choices}
     near = difflib.get_close_matches(word.lower(), spellings, n=1, cutoff=0.6)
     return f"Did you mean {spellings[near[0]]!r}?" if near else ""
 
 
 def parse_text(text: str, annotation: Any | None) -> Any:
-    """Reads command-line text as a TOML value of the expected type; what cannot be read stays text."""
+    """Reads command-line text as a TOML value of the expected type; text that is none stays text."""
     if annotation is None:
         return _toml_value(text)
     inner = without_none(annotation)

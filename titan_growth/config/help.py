@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from titan_growth.config.fields import leaves, section_of, type_text
 from titan_growth.config.plugins import recipe_class
@@ -19,7 +19,7 @@ true/false, as a bare --section.key. Lists are comma-separated or TOML; growths 
 
 
 def help_text(section: str | None = None) -> str:
-    """The help of the whole recipe or of one table, those of loaded plugins included."""
+    """The help of the recipe, tables of loaded plugins included, or of one table."""
     root = recipe_class()
     blocks = [USAGE]
     seen = ""
@@ -49,11 +49,6 @@ def field_text(field: FieldInfo) -> str:
 
 def default_text(field: FieldInfo) -> str:
     """A field's default as TOML writes it, `none`, or `required`."""
-    value = field.default
-    if value is PydanticUndefined:
+    if field.is_required():
         return "required"
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return "none" if field.default is None else json.dumps(field.default)

@@ -2,8 +2,7 @@
 
     defaults < TOML file < command line  ->  one validator  ->  checks across tables  ->  Recipe
 
-All problems are reported together. When a value is unusable its default stands in for it, so that the checks that look
-at several keys can still run on the rest.
+All problems are reported together. The default replaces a refused value, so that checks of several keys still run.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def load_recipe(argv: list[str]) -> Recipe:
 
 
 def inspect_recipe(argv: list[str], found: Findings) -> Recipe | None:
-    """Like `load_recipe`, but only reports what is wrong, and returns the best recipe that can be made of the rest."""
+    """Like `load_recipe`, but reports problems, and returns a recipe with defaults in place of refused values."""
     try:
         sources = read_sources(argv)
     except ConfigError as error:
@@ -54,15 +53,13 @@ def inspect_recipe(argv: list[str], found: Findings) -> Recipe | None:
 
 
 def recipe_from_toml(table: dict[str, Any]) -> Recipe:
-    """A recipe from a table that this program has written (in a run folder or a checkpoint).
+    """A recipe from a table that this program wrote (in a run folder or a checkpoint).
 
-    Nothing is imported: a checkpoint may come from anywhere, and must not choose what runs here. The tables of plugins
-    that are not loaded are left out.
+    Nothing is imported: a checkpoint may come from anywhere. Tables of plugins that are not loaded are left out.
     """
     root = recipe_class()
     if table.get(PLUGINS_KEY):
-        is_foreign = {name: isinstance(value, dict) and name not in root.model_fields for name, value in table.items()}
-        table = {name: value for name, value in table.items() if not is_foreign[name]}
+        table = {key: value for key, value in table.items() if key in root.model_fields or not isinstance(value, dict)}
     return root.model_validate(table)
 
 
@@ -89,7 +86,7 @@ def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
 
 
 def dry_run_of(recipe: Recipe) -> Recipe:
-    """The recipe of a dry run (`comm.mode`): one step, which leaves nothing behind; any other recipe as it is."""
+    """The recipe of a dry run (`comm.mode`): one step that leaves nothing behind. Other recipes are unchanged."""
     if recipe.comm.mode == "default":
         return recipe
     sections = ("checkpoint", "growth", "validation")
@@ -98,12 +95,12 @@ def dry_run_of(recipe: Recipe) -> Recipe:
 
 
 def _validate(sources: Sources) -> Recipe | None:
-    """The recipe that the validator accepts, with defaults in place of what it refuses."""
+    """The validated recipe, with defaults in place of refused values."""
     values = copy.deepcopy(sources.values)
     refused: set[str] = set()
     recipe: Recipe | None = None
     root = recipe_class()
-    # Each round takes out what was refused and tries again with the defaults in its place.
+    # Each round takes out what was refused and tries again.
     for _ in range(20):
         try:
             recipe = root.model_validate(values)
@@ -118,7 +115,7 @@ def _validate(sources: Sources) -> Recipe | None:
     if recipe is not None:
         checked = Findings()
         check_recipe(recipe, checked)
-        # What a check says about a key that was refused would be about the default in its place.
+        # A problem of a refused key would be one of its default.
         checked.problems = [
             problem
             for problem in checked.problems
@@ -129,7 +126,7 @@ def _validate(sources: Sources) -> Recipe | None:
 
 
 def _refuse(details: Any, values: dict[str, Any], sources: Sources, refused: set[str]) -> None:
-    """Takes out one value that the validator has refused, and reports it."""
+    """Takes out one value that the validator refused, and reports it."""
     path = [str(part) for part in details["loc"]]
     key = ".".join(path)
     value = _take_out(values, path)
@@ -138,18 +135,18 @@ def _refuse(details: Any, values: dict[str, Any], sources: Sources, refused: set
         found.problems.append(problem_of(key, details))
         refused.add(key)
     elif not (sources.plugins_missing and len(path) == 1 and isinstance(value, dict)):
-        _check_torchtitan(key, value, found)  # else it may well be the table of the plugin that was reported
+        _check_torchtitan(key, value, found)  # else perhaps the table of the missing plugin
     sources.take(found)
 
 
 def _check_torchtitan(key: str, value: Any, found: Findings) -> None:
-    """Reports a key that is not in the schema, or the keys of a table that is not."""
+    """Reports a key that is not in the schema, or the keys of such a table."""
     if isinstance(value, dict) and holds_known_keys(key):
         for name, item in value.items():
             _check_torchtitan(f"{key}.{name}", item, found)
     elif key in NEUTRAL:
         if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[key]):
-            # Dates are the one kind of TOML value that JSON does not have.
+            # default=str: JSON has no dates.
             given, neutral = json.dumps(value, default=str), json.dumps(NEUTRAL[key][0])
             found.problem(key, f"{given} is not supported in this version", f"Only {neutral} is")
     elif (reason := ignored_because(key)) is not None:
@@ -159,10 +156,7 @@ def _check_torchtitan(key: str, value: Any, found: Findings) -> None:
 
 
 def _take_out(values: dict[str, Any], path: list[str]) -> Any:
-    """Removes and returns the value that the validator refused, so that its default stands in for it.
-
-    An item of a list has no default, so for a problem inside a list the whole list goes.
-    """
+    """Removes and returns a refused value; for a problem inside a list the whole list, since items have no default."""
     node = values
     for name in path[:-1]:
         child = node.get(name)

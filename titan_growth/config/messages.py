@@ -1,7 +1,7 @@
-"""What the validator found, said so that a user can act on it.
+"""What the validator found, as messages that a user can act on.
 
-Every message names the dotted key, says what is wrong with which value, and offers the nearest key or choice. The text
-is the same for a file and for the command line; only the origin that the loader adds differs.
+Every message names the dotted key, what is wrong with which value, and the nearest key or choice. The loader adds the
+origin; otherwise files and command line get the same text.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ MOVED = {
     "model.n_kv_head": "model.n_kv_heads",
     "growth.enabled": "growth.enable",
 }
-"""Older or likely spellings -> the key they mean."""
+"""Older or likely spellings -> the key meant."""
 
 
 def unknown_key(key: str, value: Any) -> Problem:
-    """The problem for a key that no table has; its value tells a section from a key outside all sections."""
+    """The problem for an unknown key; its value tells a section from a key outside all sections."""
     section, _, name = key.rpartition(".")
     if key in MOVED:
         return Problem(key, "unknown key", f"Did you mean {MOVED[key]!r}?")
@@ -44,7 +44,7 @@ def unknown_key(key: str, value: Any) -> Problem:
         return Problem(key, f"unknown section [{section}]", "See --help for the sections")
     if name == PLUGINS_KEY:
         return Problem(key, f"unknown key in [{section}]", "plugins is outside all sections: write it before the first")
-    # The very same key in another table is a better guess than a similar one in this table.
+    # The same key in another table is a better guess than a similar one in this table.
     elsewhere = [leaf for leaf, _ in leaves(root) if leaf.rpartition(".")[2] == name]
     near = f"Did you mean {elsewhere[0]!r}?" if elsewhere else suggestion(name, model.model_fields)
     if section:
@@ -75,11 +75,10 @@ def problem_of(key: str, details: Any) -> Problem:
             is_point = key.endswith(".at") and not isinstance(value, bool)
             hint = f'Write "{value} steps" or "{value} tokens"' if is_point else f'Write "{value}" in quotes'
         return Problem(key, f"{expected}, {got}", hint)
+    annotation = annotation_at(recipe_class(), key.split("."))
     if kind == "missing":
-        annotation = annotation_at(recipe_class(), key.split("."))
         return Problem(key, f"is missing; expected {type_text(annotation)}")
     if kind == "literal_error":
-        annotation = annotation_at(recipe_class(), key.split("."))
         choices = [choice.strip().strip('"') for choice in type_text(annotation).split("|")]
         allowed = ", ".join(repr(choice) for choice in choices)
         return Problem(key, f"must be one of {allowed}, {got}", suggestion(str(value), choices))
@@ -93,6 +92,5 @@ def problem_of(key: str, details: Any) -> Problem:
 
 
 def _show(value: Any) -> str:
-    text = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
-    text = text or (f"'{value}'" if isinstance(value, str) else repr(value))
+    text = str(value).lower() if isinstance(value, bool) else f"'{value}'" if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,19 +1,25 @@
-"""Settings that were changed although what they belong to is switched off.
+"""Warnings about keys that were changed although what they belong to is off.
 
-Such a recipe is not wrong, but whoever wrote it may think that it does something that it does not. So each key whose
-value is not the default's gets a warning with the reason. One table says which key belongs to what.
+Such a recipe is not wrong, but does less than its author may think. `IDLE` says which keys belong to what.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple
 
+from titan_growth.config.schema.parallelism import ParallelismConfig
 from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.techniques import Float8Config
 from titan_growth.tools.findings import Findings
 
 FLOAT8 = "quantize.linear.float8"
+_PIPELINE, _CONTEXT = (
+    [name for name in ParallelismConfig.model_fields if name.startswith(kind) and not name.endswith("_degree")]
+    for kind in ("pipeline_parallel_", "context_parallel_")
+)
 
 
 class Idle(NamedTuple):
@@ -25,22 +31,31 @@ class Idle(NamedTuple):
     reason: str
 
 
+def _while(switch: str, value: object, table: str, *keys: str) -> Idle:
+    """Keys that do nothing while another key has a value."""
+    return Idle(table, keys, lambda recipe: _value(recipe, switch) == value, f"{switch} is {json.dumps(value)}")
+
+
+def _unless_mode(mode: str, *keys: str) -> Idle:
+    """Keys of activation checkpointing in one mode."""
+    reason = f'activation_checkpoint.mode is not "{mode}"'
+    return Idle("activation_checkpoint", keys, lambda recipe: recipe.activation_checkpoint.mode != mode, reason)
+
+
 IDLE = (
-    Idle(
+    _while(
+        "checkpoint.enable",
+        False,
         "checkpoint",
-        (
-            "async_mode",
-            "enable_first_step_checkpoint",
-            "initial_load_in_hf",
-            "initial_load_path",
-            "last_save_model_only",
-            "load_only",
-            "load_step",
-            "permanent_interval",
-            "save_retries",
-        ),
-        lambda recipe: not recipe.checkpoint.enable,
-        "checkpoint.enable is false",
+        "async_mode",
+        "enable_first_step_checkpoint",
+        "initial_load_in_hf",
+        "initial_load_path",
+        "last_save_model_only",
+        "load_only",
+        "load_step",
+        "permanent_interval",
+        "save_retries",
     ),
     Idle(
         "checkpoint",
@@ -48,39 +63,18 @@ IDLE = (
         lambda recipe: recipe.checkpoint.enable and recipe.checkpoint.load_only,
         "checkpoint.load_only is true",
     ),
-    Idle(
+    _while(
+        "parallelism.tensor_parallel_degree",
+        1,
         "parallelism",
-        ("disable_loss_parallel", "enable_async_tensor_parallel"),
-        lambda recipe: recipe.parallelism.tensor_parallel_degree == 1,
-        "parallelism.tensor_parallel_degree is 1",
+        "disable_loss_parallel",
+        "enable_async_tensor_parallel",
     ),
+    _while("parallelism.context_parallel_degree", 1, "parallelism", *_CONTEXT),
+    _while("parallelism.pipeline_parallel_degree", 1, "parallelism", "module_fqns_per_model_part", *_PIPELINE),
     Idle(
         "parallelism",
-        ("context_parallel_load_balancer", "context_parallel_rotate_method"),
-        lambda recipe: recipe.parallelism.context_parallel_degree == 1,
-        "parallelism.context_parallel_degree is 1",
-    ),
-    Idle(
-        "parallelism",
-        (
-            "module_fqns_per_model_part",
-            "pipeline_parallel_first_stage_less_layers",
-            "pipeline_parallel_last_stage_less_layers",
-            "pipeline_parallel_layers_per_stage",
-            "pipeline_parallel_schedule",
-            "pipeline_parallel_schedule_csv",
-            "pipeline_parallel_microbatch_size",
-        ),
-        lambda recipe: recipe.parallelism.pipeline_parallel_degree == 1,
-        "parallelism.pipeline_parallel_degree is 1",
-    ),
-    Idle(
-        "parallelism",
-        (
-            "pipeline_parallel_first_stage_less_layers",
-            "pipeline_parallel_last_stage_less_layers",
-            "pipeline_parallel_layers_per_stage",
-        ),
+        tuple(name for name in _PIPELINE if "layers" in name),
         lambda recipe: (
             recipe.parallelism.pipeline_parallel_degree > 1
             and recipe.parallelism.module_fqns_per_model_part is not None
@@ -93,12 +87,7 @@ IDLE = (
         lambda recipe: recipe.activation_checkpoint.mode not in ("selective", "full"),
         'activation_checkpoint.mode is neither "selective" nor "full"',
     ),
-    Idle(
-        "activation_checkpoint",
-        ("selective_ac_option",),
-        lambda recipe: recipe.activation_checkpoint.mode != "selective",
-        'activation_checkpoint.mode is not "selective"',
-    ),
+    _unless_mode("selective", "selective_ac_option"),
     Idle(
         "activation_checkpoint",
         ("per_op_sac_force_recompute_mm_shapes_by_fqns",),
@@ -107,36 +96,20 @@ IDLE = (
         ),
         'activation_checkpoint.mode is not "selective" with selective_ac_option = "op"',
     ),
-    Idle(
-        "activation_checkpoint",
-        ("memory_budget", "visualize_memory_budget_pareto"),
-        lambda recipe: recipe.activation_checkpoint.mode != "memory_budget",
-        'activation_checkpoint.mode is not "memory_budget"',
-    ),
-    Idle(
-        "stability",
-        ("spike_sigmas", "spike_window"),
-        lambda recipe: recipe.stability.spike == "ignore",
-        'stability.spike is "ignore"',
-    ),
+    _unless_mode("memory_budget", "memory_budget", "visualize_memory_budget_pareto"),
+    _while("stability.spike", "ignore", "stability", "spike_sigmas", "spike_window"),
     Idle(
         "stability",
         ("max_events",),
         lambda recipe: not recipe.stability.acts,
         "stability.nonfinite and stability.spike neither skip nor roll back",
     ),
-    Idle("compile", ("components", "backend"), lambda recipe: not recipe.compile.enable, "compile.enable is false"),
+    _while("compile.enable", False, "compile", "components", "backend"),
     Idle("model", ("print_after_conversion",), lambda recipe: not recipe.model.converters, "model.converters is empty"),
     Idle(
         FLOAT8,
-        (
-            "enable_fsdp_float8_all_gather",
-            "precompute_float8_dynamic_scale_for_fsdp",
-            "recipe_name",
-            "filter_fqns",
-            "emulate",
-        ),
-        lambda recipe: FLOAT8 not in recipe.model.converters,
+        tuple(Float8Config.model_fields),
+        lambda recipe: not recipe.model.uses_float8,
         f"model.converters does not name {FLOAT8}",
     ),
 )

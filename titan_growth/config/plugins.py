@@ -1,11 +1,8 @@
 """Tables that plugins add to the recipe: `plugins = ["my_pkg.stages"]` in a file, or `--plugins my_pkg.stages`.
 
-A plugin is a module. Importing it registers what it adds, here the TOML table of its settings. From then on the table
-is part of the recipe's class, and everything that is derived from that class (flags, types, "did you mean", `--help`)
-holds for it as for a table of our own; no reader of recipes knows that there are plugins. That is why the plugins are
-imported before any other key is looked at.
-
-Only what a user names is ever imported: reading a stored recipe (of a run folder, of a checkpoint) imports nothing.
+Importing a plugin registers the TOML tables of its settings. From then on they are part of the recipe's class, and
+with it of everything derived from it: flags, types, "did you mean", `--help`. So plugins are imported before any other
+key is looked up. Reading a stored recipe (of a run folder, of a checkpoint) imports nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.section import Section
 from titan_growth.tools.errors import ConfigError, Problem, TitanGrowthError
 from titan_growth.tools.findings import Findings
+from titan_growth.tools.text import one_line
 
 PLUGINS_KEY = "plugins"
 
@@ -32,59 +30,59 @@ def register_table(name: str, section: type[Section]) -> None:
     """Adds the top-level table `[name]` to the recipe. A module that is imported again replaces its own table.
 
     Raises:
-        ConfigError: when the name is taken or cannot be a key, or when the table cannot be left out of a recipe.
+        ConfigError: when the name is taken or cannot be a key, or when a key has no default.
     """
+    if problem := _refusal(name, section):
+        raise ConfigError([problem])
+    _TABLES[name] = section
+
+
+def _refusal(name: str, section: type[Section]) -> Problem | None:
     if not (isinstance(section, type) and issubclass(section, Section)):
-        raise ConfigError(
-            [Problem(name, f"cannot be a table: {section!r} is not a subclass of config.section.Section")]
-        )
+        return Problem(name, f"cannot be a table: {section!r} is not a subclass of config.section.Section")
     if name in Recipe.model_fields:
-        raise ConfigError([Problem(name, "is a key of the recipe itself", "Give the plugin's table another name")])
+        return Problem(name, "is a key of the recipe itself", "Give the plugin's table another name")
     if name in _TABLES and not same_origin(_TABLES[name], section):
         other = origin_of(_TABLES[name])
-        raise ConfigError([Problem(name, f"is the table of {other} already", "Give one of the two another name")])
-    # Flags are written with "-" or "_", so "-" could not be told apart; and pydantic has attributes of its own.
+        return Problem(name, f"is the table of {other} already", "Give one of the two another name")
+    # No "-": flags may be written with "-" for "_". And pydantic has attributes of its own.
     if not re.fullmatch("[a-z][a-z0-9_]*", name) or hasattr(Recipe, name):
-        raise ConfigError(
-            [Problem(name, "cannot be the name of a table", "Use lower-case letters, digits and _, as in my_table")]
-        )
+        return Problem(name, "cannot be the name of a table", "Use lower-case letters, digits and _, as in my_table")
     try:
         section()
     except ValidationError as error:
         keys = ", ".join(".".join(str(part) for part in details["loc"]) for details in error.errors())
-        raise ConfigError(
-            [Problem(name, f"has keys without a usable default: {keys}", "A recipe may leave the whole table out")]
-        ) from None
-    _TABLES[name] = section
+        return Problem(name, f"has keys without a usable default: {keys}", "A recipe may leave the whole table out")
+    return None
 
 
 def origin_of(kind: type[Any]) -> str:
-    """Module and name of a class, as in `my_package.my_module.MyStage`."""
+    """Module and name of a class: `my_package.my_module.MyStage`."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def same_origin(one: type[Any], other: type[Any]) -> bool:
-    """Whether two classes are one and the same, or come from the same line of a module that was imported twice."""
+    """Whether two classes are the same, or the same of a module imported twice."""
     return origin_of(one) == origin_of(other)
 
 
 def recipe_class() -> type[Recipe]:
-    """The class of recipes as they are read now: `Recipe`, extended by every registered table."""
+    """`Recipe`, extended by every registered table."""
     return _extended(tuple(_TABLES.items())) if _TABLES else Recipe
 
 
 def table_of(recipe: Recipe, name: str) -> Any:
-    """A registered table of a recipe; its defaults when the recipe was made before the table was registered."""
+    """A registered table of a recipe; its defaults if the recipe is older than the registration."""
     assert name in _TABLES, f"no table [{name}] is registered; call register_table first"
     table = getattr(recipe, name, None)
     return table if table is not None else _TABLES[name]()
 
 
 def load_plugins(names: Sequence[str]) -> None:
-    """Imports the modules in their order; what they register stays registered, also when one fails halfway.
+    """Imports modules in order; what they register stays registered, even if a later one fails.
 
     Raises:
-        ConfigError: with one problem for each module that is not there or does not import.
+        ConfigError: with one problem for each module that is missing or does not import.
     """
     found = Findings()
     import_plugins(names, found)
@@ -92,7 +90,7 @@ def load_plugins(names: Sequence[str]) -> None:
 
 
 def import_plugins(names: Sequence[str], found: Findings) -> None:
-    """Like `load_plugins`, but only reports what is wrong."""
+    """Like `load_plugins`, but reports problems."""
     for name in names:
         if not name.strip():
             found.problem(PLUGINS_KEY, "holds an empty name", 'Name modules, as in plugins = ["my_package.my_stage"]')
@@ -107,7 +105,7 @@ def _import(name: str, found: Findings) -> None:
     try:
         importlib.import_module(name)
     except ConfigError as error:
-        found.problem(PLUGINS_KEY, f"{name} cannot be used: {_one_line(error)}")
+        found.problem(PLUGINS_KEY, f"{name} cannot be used: {one_line(str(error), 300)}")
     except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and (name + ".").startswith(missing + "."):
@@ -116,29 +114,24 @@ def _import(name: str, found: Findings) -> None:
             found.problem(PLUGINS_KEY, f"there is no module {name}{which}", hint)
             return
         kind = "" if isinstance(error, TitanGrowthError) else f"{type(error).__name__}: "
-        message = f"importing {name} failed with {kind}{_one_line(error)}".removesuffix(": ")
+        message = f"importing {name} failed with {kind}{one_line(str(error), 300)}".removesuffix(": ")
         found.problem(PLUGINS_KEY, message, f'python -c "import {name}" shows where')
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
 class _PluginRecipe(Recipe):
-    """Base of the extended classes. They are made at run time, where pickle cannot find them: it stores the values."""
+    """Base of the extended classes. Pickle cannot find classes made at run time, so it stores their values."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (self.model_dump(),)
 
 
 def _restored(values: dict[str, Any]) -> Recipe:
-    """A recipe from another rank, which has loaded the same plugins."""
+    """A recipe from another rank with the same plugins."""
     return recipe_class().model_validate(values)
 
 
 @functools.cache
 def _extended(tables: tuple[tuple[str, type[Section]], ...]) -> type[Recipe]:
-    # Cached because pydantic calls two recipes equal only when they are of the very same class.
+    # Cached: for pydantic, equal recipes are of the same class.
     fields: dict[str, Any] = {name: (section, section()) for name, section in tables}
     return create_model("ExtendedRecipe", __base__=_PluginRecipe, __doc__=Recipe.__doc__, __module__=__name__, **fields)

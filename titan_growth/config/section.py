@@ -1,7 +1,6 @@
-"""What every recipe section is: a frozen, strictly typed pydantic model whose docstrings are its help text.
+"""The base of every recipe section: a frozen, strictly typed pydantic model.
 
-Strict means that a file cannot smuggle in `steps = "ten"`; `extra = "forbid"` means that a typo is an error and not a
-silently used default. The docstring under each field is what `--help` prints.
+Strict: `steps = "ten"` is an error. `extra = "forbid"`: so is a typo. `--help` prints the docstring under each field.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 
 class BadValueError(ValueError):
-    """What a validator raises when it can also say what to do; any other ValueError is a message without that."""
+    """A validator's error with a hint; any other ValueError is a message without one."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -35,7 +34,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _can_be_stored(cls, value: Any) -> Any:
-        """Refuses what TOML, a file system or a counter cannot hold, before something deeper down stumbles over it."""
+        """Refuses what TOML, a file system or a 64-bit counter cannot hold."""
         if isinstance(value, str):
             if "\0" in value:
                 raise ValueError("holds a NUL character, which no path and no name can have")

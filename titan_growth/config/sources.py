@@ -1,18 +1,17 @@
-"""Where a recipe's values come from: a TOML file and the command line, merged into one table that knows its origins.
+"""A recipe's values from a TOML file and the command line, merged into one table, with the origin of each key.
 
-The plugins that either of them names are imported on the way, before any other key is looked up: their tables count.
-
-The command line is read by hand because `--a.b v`, `--a.b=v`, `--flag true` and a bare `--flag` must all work, items of
-`[[growth.stages]]` are reached by number, and a bad value must get the very message that a file gets; argparse-based
-readers decide types (and complain) before the validator sees anything.
+Plugins are imported before any other key is looked up, since they add tables. argparse is not used: it must know every
+flag beforehand, while plugins, growths by number and misspelt keys come with the words, and it takes no value that
+begins with `-`, as `--optimizer.lr -1e-3` does, to be refused like the same value in a file.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, NamedTuple, get_origin
 
 import tomli
 from pydantic import BaseModel
@@ -25,23 +24,27 @@ from titan_growth.tools.findings import Findings
 
 CONFIG_FILE_KEY = "job.config_file"
 
-_Flag = tuple[str, str | None, str]
-"""Key, text behind it (None: nothing), and the flag as it is written in messages."""
+_FLAG = re.compile(r"--([^=.]+(?:\.[^=.]+)*)(?:=(.*))?", re.DOTALL)
+
+
+class _Flag(NamedTuple):
+    key: str
+    text: str | None
+    """None for a bare flag."""
 
 
 @dataclass
 class Sources:
-    """The merged values, and for each dotted key the place it came from."""
+    """The merged values, and the origins of dotted keys as far as they are known."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     found: Findings = field(default_factory=Findings)
-    config_file: Path | None = None
     plugins_missing: bool = False
-    """Not all plugins could be loaded, so that an unknown table may be one of theirs."""
+    """Some plugins could not be loaded; an unknown table may be theirs."""
 
     def origin(self, key: str) -> str:
-        """The origin of a key, of the nearest table around it, or of what is in it; empty for a default."""
+        """The origin of a key, of the nearest table around it, or of a key in it; empty for a default."""
         around = key
         while around:
             if around in self.origins:
@@ -49,59 +52,58 @@ class Sources:
             around = around.rpartition(".")[0]
         return next((origin for inner, origin in self.origins.items() if inner.startswith(key + ".")), "")
 
-    def located(self, problem: Problem) -> Problem:
-        """The problem with the place that its key's value came from."""
+    def _located(self, problem: Problem) -> Problem:
+        """The problem with the origin of its key."""
         origin = self.origin(problem.key)
         return Problem(problem.key, f"{problem.message} ({origin})", problem.hint) if origin else problem
 
     def take(self, found: Findings) -> None:
-        """Adds findings, each with the place that its key's value came from."""
-        self.found.problems += map(self.located, found.problems)
-        self.found.warnings += map(self.located, found.warnings)
+        """Adds findings, each with the origin of its key."""
+        self.found.problems += map(self._located, found.problems)
+        self.found.warnings += map(self._located, found.warnings)
 
 
 def read_sources(argv: list[str]) -> Sources:
-    """Reads `--job.config_file`, imports the plugins, and then lays every other flag over the file.
+    """Reads `--job.config_file`, imports the plugins, and lays every other flag over the file.
 
     Raises:
-        ConfigError: when the file cannot be read or is not TOML (nothing else can be said then).
+        ConfigError: when the file cannot be read or is not TOML; nothing else is reported then.
     """
     sources = Sources()
-    flags = _read_flags(argv, sources)
+    flags = _read_flags(argv, sources.found)
     _read_file_and_plugins(flags, sources)
     root = recipe_class()
-    for key, text, flag in flags:
+    for key, text in flags:
         annotation = str if key == CONFIG_FILE_KEY else annotation_at(root, key.split("."))
         if text is None and annotation is not None and without_none(annotation) is not bool:
             sources.found.problem(key, "the flag needs a value", f"Write --{key} VALUE")
         elif key not in (CONFIG_FILE_KEY, PLUGINS_KEY):
-            # A bare flag is true; when its key is unknown, it gets that message later.
-            _set(sources, root, key, parse_text("true" if text is None else text, annotation), flag)
+            # A bare flag is true; the validator reports unknown keys.
+            _set(sources, root, key, parse_text("true" if text is None else text, annotation))
     return sources
 
 
 def load_named_plugins(argv: list[str]) -> None:
-    """Imports the plugins of a command line and its file, and reads nothing else of them (for `--help`).
+    """Imports the plugins of a command line and its file, and ignores everything else (for `--help`).
 
     Raises:
         ConfigError: when the file cannot be read or a plugin cannot be imported.
     """
     sources = Sources()
-    _read_file_and_plugins(_read_flags(argv, sources), sources)
+    _read_file_and_plugins(_read_flags(argv, sources.found), sources)
     if problems := [problem for problem in sources.found.problems if problem.key == PLUGINS_KEY]:
         raise ConfigError(problems)
 
 
 def _read_file_and_plugins(flags: list[_Flag], sources: Sources) -> None:
-    config_files = [text for key, text, _ in flags if key == CONFIG_FILE_KEY and text is not None]
-    if config_files:
-        _read_file(Path(config_files[-1]).expanduser(), sources)
-    for key, text, flag in flags:
-        if key == PLUGINS_KEY and text is not None:
-            _set(sources, Recipe, key, parse_text(text, annotation_at(Recipe, [key])), flag)
+    given = {key: text for key, text in flags if text is not None}
+    if CONFIG_FILE_KEY in given:
+        _read_file(Path(given[CONFIG_FILE_KEY]).expanduser(), sources)
+    if PLUGINS_KEY in given:
+        _set(sources, Recipe, PLUGINS_KEY, parse_text(given[PLUGINS_KEY], list[str]))
     names = sources.values.get(PLUGINS_KEY, [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        sources.plugins_missing = True  # the validator says what is wrong with the list
+        sources.plugins_missing = True  # the validator reports the list
         return
     found = Findings()
     import_plugins(names, found)
@@ -109,86 +111,65 @@ def _read_file_and_plugins(flags: list[_Flag], sources: Sources) -> None:
     sources.plugins_missing = bool(found.problems)
 
 
-def _read_flags(argv: list[str], sources: Sources) -> list[_Flag]:
-    flags: list[_Flag] = []
-    position = 0
-    while position < len(argv):
-        word = argv[position]
-        position += 1
-        if not word.startswith("--") or len(word) == 2:
-            sources.found.problem("command line", f"unexpected {word!r}", "Write --section.key value")
+def _read_flags(argv: list[str], found: Findings) -> list[_Flag]:
+    flags = []
+    words = deque(argv)
+    while words:
+        word = words.popleft()
+        match = _FLAG.fullmatch(word)
+        if match is None:
+            found.problem("command line", f"unexpected {word!r}", "Write --section.key value")
             continue
-        name, has_value, text = word[2:].partition("=")
-        key = name.replace("-", "_")
-        if not all(key.split(".")):
-            sources.found.problem("command line", f"unexpected {word!r}", "Write --section.key value")
-            continue
-        if has_value:
-            flags.append((key, text, f"--{key}"))
-        elif position < len(argv) and not argv[position].startswith("--"):
-            flags.append((key, argv[position], f"--{key}"))
-            position += 1
-        else:
-            flags.append((key, None, f"--{key}"))
+        text = match[2]
+        if text is None and words and not words[0].startswith("--"):
+            text = words.popleft()
+        flags.append(_Flag(match[1].replace("-", "_"), text))
     return flags
 
 
 def _read_file(path: Path, sources: Sources) -> None:
-    where = f"{CONFIG_FILE_KEY} {path}"
     try:
         text = path.read_bytes().decode("utf-8")
-        table = tomli.loads(text)
-    except FileNotFoundError:
-        raise ConfigError([Problem(where, "no such file", "Give the path of a TOML recipe")]) from None
-    except IsADirectoryError:
-        raise ConfigError([Problem(where, "is a folder", "Give the path of a TOML recipe")]) from None
-    except UnicodeDecodeError as error:
-        message = f"is not UTF-8 text (byte {error.start})"
-        raise ConfigError([Problem(where, message, "Save the recipe as UTF-8")]) from None
-    except OSError as error:
-        raise ConfigError([Problem(where, f"cannot be read ({error.strerror})")]) from None
-    except tomli.TOMLDecodeError as error:
-        raise ConfigError([Problem(where, f"is not valid TOML: {error}")]) from None
-    sources.config_file = path
-    sources.values = table
-    _note_origins(table, "", str(path), _line_numbers(text), sources.origins)
+        sources.values = tomli.loads(text)
+    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
+        raise ConfigError([_unreadable(f"{CONFIG_FILE_KEY} {path}", error)]) from None
+    lines = {key: f"{path}:{number}" for key, number in _line_numbers(text).items()}
+    sources.origins = {**dict.fromkeys(sources.values, str(path)), **lines}
 
 
-def _note_origins(
-    table: Any, prefix: str, path: str, lines: dict[str, int], origins: dict[str, str], around: str = ""
-) -> None:
-    """`around` is the origin of the table itself: inside an inline table it is the best that is known."""
-    items = table.items() if isinstance(table, dict) else enumerate(table)
-    for name, value in items:
-        key = f"{prefix}{name}"
-        origins[key] = f"{path}:{lines[key]}" if key in lines else around or path
-        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
-            _note_origins(value, key + ".", path, lines, origins, origins[key])
+def _unreadable(where: str, error: Exception) -> Problem:
+    if isinstance(error, FileNotFoundError):
+        return Problem(where, "no such file", "Give the path of a TOML recipe")
+    if isinstance(error, IsADirectoryError):
+        return Problem(where, "is a folder", "Give the path of a TOML recipe")
+    if isinstance(error, UnicodeDecodeError):
+        return Problem(where, f"is not UTF-8 text (byte {error.start})", "Save the recipe as UTF-8")
+    if isinstance(error, OSError):
+        return Problem(where, f"cannot be read ({error.strerror})")
+    return Problem(where, f"is not valid TOML: {error}")
 
 
 def _line_numbers(text: str) -> dict[str, int]:
-    """The line of each table header and of each key below it; approximate for inline tables, and only for messages."""
+    """The line of each table header and key, for messages; approximate for inline tables."""
     lines: dict[str, int] = {}
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     section = ""
     for number, line in enumerate(text.splitlines(), start=1):
-        header = re.match(r"\s*(\[\[?)\s*([^\]#]+?)\s*\]", line)
-        assignment = re.match(r"\s*([A-Za-z0-9_\-.\"']+)\s*=", line)
-        if header:
-            section = header[2].replace('"', "").replace("'", "").replace(" ", "")
+        if header := re.match(r"\s*(\[\[?)\s*([^\]#]+?)\s*\]", line):
+            key = section = re.sub("[\"' ]", "", header[2])
             if header[1] == "[[":
-                index = counts.get(section, 0)
-                counts[section] = index + 1
-                section = f"{section}.{index}"
-            lines.setdefault(section, number)
-        elif assignment:
-            key = assignment[1].replace('"', "").replace("'", "")
-            lines.setdefault(f"{section}.{key}" if section else key, number)
+                counts[section] += 1
+                key = section = f"{section}.{counts[section] - 1}"
+        elif assignment := re.match(r"\s*([A-Za-z0-9_\-.\"']+)\s*=", line):
+            key = ".".join(filter(None, (section, re.sub("[\"']", "", assignment[1]))))
+        else:
+            continue
+        lines.setdefault(key, number)
     return lines
 
 
-def _set(sources: Sources, root: type[BaseModel], key: str, value: Any, flag: str) -> None:
-    """Puts one command-line value at its dotted key; tables, and the next item of a list, are made on the way."""
+def _set(sources: Sources, root: type[BaseModel], key: str, value: Any) -> None:
+    """Puts a command-line value at its dotted key; makes missing tables, and the next item of a list."""
     *parents, last = key.split(".")
     node: Any = sources.values
     for depth, name in enumerate(parents):
@@ -211,4 +192,4 @@ def _set(sources: Sources, root: type[BaseModel], key: str, value: Any, flag: st
         sources.found.problem(key, "names an item of a list, not a key of it", f"Write --{key}.KEY VALUE")
         return
     node[last] = value
-    sources.origins[key] = flag
+    sources.origins[key] = f"--{key}"

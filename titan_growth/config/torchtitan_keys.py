@@ -1,12 +1,12 @@
-"""Keys of torchtitan 0.2.2 that are not part of the schema (yet), so that none of them is ever dropped silently.
+"""Keys of torchtitan 0.2.2 that are not in the schema, so that none is dropped silently.
 
-A recipe written for torchtitan may spell out settings that have no counterpart here. One that only says what happens
-here anyway (its neutral value) is accepted; any other value is refused by name. `IGNORED` holds keys that can only
-matter together with a feature that is switched off; they are accepted with a warning.
+A neutral value asks for what happens here anyway and is accepted; any other is refused by name. Keys in `IGNORED` only
+matter to features that are off, and are accepted with a warning.
 """
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from titan_growth.tools.findings import Findings
@@ -43,36 +43,30 @@ IGNORED: dict[str, str] = {
     "memory_estimation.*": "memory_estimation.enable is false",
     "fault_tolerance.*": "fault_tolerance.enable is false",
 }
-"""Dotted key, or table.* for all that is in a table at any depth -> why it has no effect."""
+"""Dotted key, or table.* for everything in a table -> why it has no effect."""
 
-OLDER_VALUES: dict[str, dict[str, str]] = {
-    "model.converters": {"float8": "quantize.linear.float8"},
-}
-"""Key of a list -> older spellings of its items -> the present ones; accepted with a warning."""
+OLDER_CONVERTERS = {"float8": "quantize.linear.float8"}
+"""Older spellings in model.converters -> current ones; accepted with a warning."""
 
 UNSUPPORTED_CONVERTERS = ("quantize.linear.mx", "quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
 """Items of model.converters that exist in torchtitan only."""
 
 
 def ignored_because(key: str) -> str | None:
-    """Why a key that is not in the schema has no effect, or None when it is not such a key."""
-    parts = key.split(".")
-    tables = [".".join(parts[:depth]) + ".*" for depth in range(1, len(parts))]
-    return next((IGNORED[name] for name in (key, *reversed(tables)) if name in IGNORED), None)
+    """Why a key that is not in the schema has no effect; None if it is not in `IGNORED`."""
+    return next((reason for pattern, reason in IGNORED.items() if fnmatchcase(key, pattern)), None)
 
 
 def holds_known_keys(table: str) -> bool:
-    """Whether keys of this table, which is not in the schema, are listed here."""
+    """Whether keys of this table are listed here."""
     listed = any(name.startswith(table + ".") for name in (*NEUTRAL, *IGNORED))
     return listed or ignored_because(table) is not None
 
 
 def warn_of_older_spellings(values: dict[str, Any], found: Findings) -> None:
-    """Warns of every older spelling among the values of a recipe, as they were given."""
-    for key, spellings in OLDER_VALUES.items():
-        given: Any = values
-        for name in key.split("."):
-            given = given.get(name) if isinstance(given, dict) else None
-        for old, new in spellings.items():
-            if isinstance(given, list) and old in given:
-                found.warn(key, f"'{old}' is an older name of '{new}'", "Write the new one")
+    """Warns of every older spelling among the values of a recipe, as given."""
+    model = values.get("model")
+    converters = model.get("converters") if isinstance(model, dict) else None
+    for old, new in OLDER_CONVERTERS.items():
+        if isinstance(converters, list) and old in converters:
+            found.warn("model.converters", f"'{old}' is an older name of '{new}'", "Write the new one")

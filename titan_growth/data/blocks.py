@@ -1,17 +1,15 @@
 """Blocks: a prepared split as an endless sequence of fixed-length samples with random access.
 
-Packing: a split is one long stream of tokens, cut into blocks of seq_len inputs without regard to documents; block b
-reads tokens [b * seq_len, b * seq_len + seq_len] (one more than seq_len, since labels are the inputs shifted by one).
-No token is padded away; at most one block's worth at the end of the stream is left out.
+Packing: the token stream of a split is cut into blocks of seq_len inputs without regard to documents. Block b reads
+seq_len + 1 tokens from b * seq_len on: labels are the inputs shifted by one. Less than a block is lost at the end.
 
-Sample i belongs to epoch i // num_blocks. Each epoch visits every block once, in an order that depends on the seed and
-the epoch only. So "sample i" means the same on every rank, for every batch size, and after every restart.
+Sample i belongs to epoch i // num_blocks. An epoch visits every block once, in an order fixed by seed and epoch. So
+sample i is the same on every rank, for every batch size, and after every restart.
 
-Longer sequences later in training: with base_seq_len, the shortest sequence length of the run, a sample of
-seq_len = m * base_seq_len covers m consecutive base blocks, and the training cursor counts base blocks
-(`blocks_per_sample` is m). Long samples are shuffled as wholes, because joining blocks from different places would
-defeat their purpose. If the length changes within an epoch, the rest of that epoch therefore follows another order, and
-some text of it is seen twice and some not at all; from the next epoch on everything is visited once again.
+Longer sequences later in training: base_seq_len is the run's shortest, a sample of seq_len = m * base_seq_len covers m
+consecutive base blocks, and the cursor counts base blocks (`blocks_per_sample` is m). Long samples are shuffled whole:
+joining distant blocks would defeat their purpose. If the length changes within an epoch, the rest of it follows another
+order, so some text is seen twice and some not at all; the next epoch visits everything once.
 """
 
 from __future__ import annotations
@@ -29,10 +27,8 @@ from titan_growth.tools.labels import IGNORE_INDEX
 class BlockDataset(Dataset[dict[str, torch.Tensor]]):
     """Random access to the samples of a split.
 
-    seq_len: tokens per sample.
-    document_mask: add "positions", which restart at each document, and ignore the labels that would have to be
-        predicted from another document.
-    seed, shuffle: the order of the blocks within each epoch; not shuffled, it is the order of the stream.
+    document_mask: add "positions", which restart at each document, and ignore labels that another document predicts.
+    seed, shuffle: the order of the blocks within each epoch; without shuffle, stream order.
     base_seq_len: see the module; None means seq_len.
 
     Raises DataError if the split is shorter than one block or seq_len is not a multiple of base_seq_len.
@@ -70,11 +66,11 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
         self._permutation: tuple[int, Permutation] | None = None
 
     def __len__(self) -> int:
-        """Samples in one epoch; indices beyond are valid and belong to later epochs."""
+        """Samples in one epoch; larger indices belong to later epochs."""
         return self.num_blocks
 
     def block_of(self, index: int) -> int:
-        """The block that sample `index` (0, 1, ... without end) shows."""
+        """The block of sample `index`, which has no upper bound."""
         if index < 0:
             raise IndexError(f"sample {index}: samples are counted from 0")
         epoch, position = divmod(index, self.num_blocks)
@@ -89,15 +85,14 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
         return self.block(self.block_of(index))
 
     def block(self, number: int) -> dict[str, torch.Tensor]:
-        """Block `number` (0 <= number < num_blocks) in the order of the stream; contents as of a sample."""
+        """Block `number` (0 <= number < num_blocks) in stream order; same contents as a sample."""
         if not 0 <= number < self.num_blocks:
             raise IndexError(f"block {number} of {self.num_blocks}")
         start = number * self.seq_len
         tokens = self.split.read(start, start + self.seq_len + 1)
         sample = {"input": torch.from_numpy(tokens[:-1].copy()), "labels": torch.from_numpy(tokens[1:].copy())}
         if self.document_mask:
-            # Document starts, relative to the block. A block that begins within a document also starts at position 0:
-            # what came before is not in the sample.
+            # Relative to the block. A block that begins within a document also starts at position 0.
             starts = self.split.document_starts(start + 1, start + self.seq_len + 1) - start
             sample["labels"][torch.from_numpy(starts - 1)] = IGNORE_INDEX
             origins = np.zeros(self.seq_len, dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Corpora of files, and how to open any corpus that a recipe names (`corpus.py` says what a corpus is).
+"""Corpora of files, and opening the corpus that a recipe names.
 
-The default corpus, "stdlib", is the source text of the running Python's own standard library: about 12 MB of real
-text that every machine has, without any network.
+The default corpus, "stdlib", is the source of the running Python's standard library: about 12 MB of real text on every
+machine, without a network.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from titan_growth.data import hub
@@ -38,46 +39,30 @@ _NOT_STDLIB_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"
 
 
 def open_corpus(spec: CorpusSpec) -> Corpus:
-    """Find the corpus that the recipe means. Raises DataError if it is missing, unreadable or empty."""
-    if spec.dataset_path is not None:
-        place = place_of(spec.key, spec.dataset_path)
-        return _open_remote(spec, place) if isinstance(place, Remote) else _open_path(spec, place)
-    if spec.dataset == STDLIB:
-        return StdlibCorpus()
-    if spec.dataset in KINDS:
-        raise DataError(
-            f"dataset {spec.dataset!r}: needs files to read. Set dataset_path to a file, a folder or a glob"
-        )
-    return hub.load_from_hub(spec)
-
-
-def _open_path(spec: CorpusSpec, path: Path) -> Corpus:
-    with reading(path):
-        present = {name for name in ("state.json", "dataset_info.json", "dataset_dict.json") if (path / name).is_file()}
-    is_saved_dataset = "dataset_dict.json" in present or present == {"state.json", "dataset_info.json"}
-    if is_saved_dataset:
-        return hub.load_saved(spec, path)
-    return _of_files(spec, path, find_files(path, _forced_kind(spec)))
-
-
-def _open_remote(spec: CorpusSpec, place: Remote) -> Corpus:
-    return _of_files(spec, place.url, find_remote_files(place, _forced_kind(spec)))
-
-
-def _of_files(spec: CorpusSpec, origin: object, files: list[SourceFile]) -> FileCorpus:
+    """Open the corpus that the recipe names. Raises DataError if it is missing, unreadable or empty."""
+    kind = spec.dataset if spec.dataset in KINDS else None
+    if spec.dataset_path is None:
+        if kind:
+            raise DataError(f"dataset {kind!r}: needs files to read. Set dataset_path to a file, a folder or a glob")
+        return StdlibCorpus() if spec.dataset == STDLIB else hub.load_from_hub(spec)
+    place = place_of(spec.key, spec.dataset_path)
+    if isinstance(place, Remote):
+        origin, files = str(place.url), find_remote_files(place, kind)
+    else:
+        with reading(place):
+            is_saved = hub.is_saved_dataset({name for name in hub.SAVED_NAMES if (place / name).is_file()})
+        if is_saved:
+            return hub.load_saved(spec, place)
+        origin, files = str(place), find_files(place, kind)
     if any(file.kind == PARQUET for file in files) and (problem := missing_package(spec.key, "pyarrow")):
         raise DataError(str(problem))
-    return FileCorpus(str(origin), files, spec.text_key)
-
-
-def _forced_kind(spec: CorpusSpec) -> str | None:
-    return spec.dataset if spec.dataset in KINDS else None
+    return FileCorpus(origin, files, spec.text_key)
 
 
 def find_files(path: Path, forced_kind: str | None) -> list[SourceFile]:
     """The usable files at `path` (a file, folder or glob), sorted by relative name.
 
-    A forced kind is applied to a file or a glob whatever the extensions; of a folder it selects the files of that kind.
+    A forced kind overrides the extensions of a file or a glob; of a folder it selects the files of that kind.
     Raises DataError if there are none.
     """
     with reading(path):
@@ -108,8 +93,7 @@ def find_remote_files(place: Remote, forced_kind: str | None) -> list[SourceFile
     with reading(place):
         listing = list_remote(place)
     is_folder, entries = listing.is_folder, listing.entries
-    names = {entry.name for entry in entries}
-    if is_folder and ("dataset_dict.json" in names or names >= {"state.json", "dataset_info.json"}):
+    if is_folder and hub.is_saved_dataset({entry.name for entry in entries}):
         raise DataError(f"{place}: a saved dataset is read from a disk only. Copy it to one, or write it as parquet")
     if not entries and not is_folder:
         what = "the glob matches no file" if glob.has_magic(place.url.path) else "does not exist"
@@ -158,43 +142,43 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _fixed_part(pattern: Path) -> str:
-    """The leading folders of a glob that have no wildcard."""
+    """The leading folders of a glob that have no wildcards."""
     parts = itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts[:-1])
     return os.path.join("", *parts)
 
 
+@dataclass(frozen=True)
 class FileCorpus(Corpus):
-    """The documents of files, in the order of the files' relative names."""
+    """The documents of files, ordered by relative name."""
 
-    def __init__(self, origin: str, files: list[SourceFile], text_key: str) -> None:
-        self._origin = origin
-        self._files = files
-        self._text_key = text_key
+    origin: str
+    files: list[SourceFile]
+    text_key: str
 
     @property
     def num_bytes(self) -> int:
-        return sum(file.approximate_text_bytes for file in self._files)
+        return sum(file.approximate_text_bytes for file in self.files)
 
     def describe(self) -> str:
-        megabytes = sum(file.size_bytes for file in self._files) / 1e6
-        return f"{self._origin} ({len(self._files)} files, {megabytes:.1f} MB)"
+        megabytes = sum(file.size_bytes for file in self.files) / 1e6
+        return f"{self.origin} ({len(self.files)} files, {megabytes:.1f} MB)"
 
     def fingerprint(self) -> str:
-        # The text key plays no part in plain text, so naming another one must not cost a second preparation.
-        key = None if all(file.kind == TEXT for file in self._files) else self._text_key
-        facts = [(file.name, file.kind, file.size_bytes, file.mark) for file in self._files]
+        # Plain text has no keys: another text_key must not cost a second preparation.
+        key = None if all(file.kind == TEXT for file in self.files) else self.text_key
+        facts = [(file.name, file.kind, file.size_bytes, file.mark) for file in self.files]
         return _digest("files", [key, *facts])
 
     def document_parts(self, start: int = 0) -> Iterator[Document]:
         skip = Skip(start)
-        for file in self._files:
-            yield from read_documents(file, self._text_key, skip)
+        for file in self.files:
+            yield from read_documents(file, self.text_key, skip)
 
 
 class StdlibCorpus(Corpus):
     """The *.py files of the running Python's standard library, without its tests; one file is one document.
 
-    Files that cannot be read or are not UTF-8 are left out with one log line: they are not the user's files.
+    Files that are unreadable or not UTF-8 are skipped with one log line; they are not the user's to fix.
     """
 
     def __init__(self) -> None:
@@ -217,7 +201,7 @@ class StdlibCorpus(Corpus):
         return f"standard library of Python {version} ({len(self._sizes)} files, {self.num_bytes / 1e6:.1f} MB)"
 
     def fingerprint(self) -> str:
-        # No modification times: they tell when Python was installed, and would differ between equal nodes.
+        # No mtimes: they record when Python was installed, and differ between equal nodes.
         return _digest(STDLIB, [platform.python_version(), *self._sizes.items()])
 
     def document_parts(self, start: int = 0) -> Iterator[Document]:

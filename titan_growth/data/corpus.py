@@ -1,8 +1,7 @@
 """What a corpus is, and what a recipe says about one.
 
-A corpus is a deterministic sequence of documents. It can be read from any document on (so that an interrupted
-preparation goes on where it was), it knows about how large it is, and it has a fingerprint that changes when its inputs
-do.
+A corpus is a deterministic sequence of documents. It can be read from any document on (to resume a preparation), and
+knows its approximate size and a fingerprint of its inputs.
 """
 
 from __future__ import annotations
@@ -18,15 +17,14 @@ STDLIB = "stdlib"
 
 @dataclass(frozen=True)
 class CorpusSpec:
-    """What the recipe says about a corpus.
+    """A recipe's corpus.
 
-    dataset: "stdlib", a Hugging Face dataset name, or, with dataset_path, "text", "json" or "parquet" to force a kind
-        (any other name then means: by extension).
-    dataset_path: a file, a folder (recursive), a glob, or a folder written by `datasets.Dataset.save_to_disk`; or a URL
-        of one of the first three.
-    text_key: the field that holds the text, in JSON lines, parquet and Hugging Face datasets.
+    dataset: "stdlib" or a Hugging Face dataset; with dataset_path, "text", "json" or "parquet" forces the kind of the
+        files (any other name: by extension).
+    dataset_path: a file, a folder (recursive) or a glob, as a path or URL; or a folder written by `save_to_disk`.
+    text_key: the field with the text, in JSON lines, parquet and Hugging Face datasets.
     split, subset: of a Hugging Face dataset.
-    key: of the recipe, where dataset_path was said; messages about URLs name it.
+    key: the recipe key of dataset_path, for messages.
     """
 
     dataset: str = STDLIB
@@ -42,20 +40,20 @@ class Corpus(abc.ABC):
 
     @abc.abstractmethod
     def describe(self) -> str:
-        """One line for logs: what it is and how large."""
+        """What it is and how large, in one line for logs."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """A string that stays the same exactly as long as the inputs do."""
+        """A string that changes exactly when the inputs do."""
 
     @property
     @abc.abstractmethod
     def num_bytes(self) -> int | None:
-        """About how many bytes of text there are, or None if that is unknown."""
+        """Approximate size of the text, None if unknown."""
 
     @abc.abstractmethod
     def document_parts(self, start: int = 0) -> Iterator[Document]:
-        """The documents from number `start` on, each as an iterable of text parts, to be used up before the next one.
+        """The documents from number `start` on, each as text parts to be used up before the next document.
 
         Raises DataError, with file and position, at the first thing that cannot be read.
         """

@@ -18,11 +18,14 @@ _SHORT_NAMES: dict[str, tuple[str, str, str | None]] = {
     "c4": ("allenai/c4", "en", None),
     "c4_validation": ("allenai/c4", "en", "validation"),
 }
-"""torchtitan's names -> dataset on the hub, subset, and split unless it is the recipe's."""
+"""torchtitan's names -> dataset on the hub, subset, and split (None: the recipe's)."""
+
+SAVED_NAMES = ("dataset_dict.json", "state.json", "dataset_info.json")
+"""What `save_to_disk` writes: the first, or both others."""
 
 
 class HubCorpus(Corpus):
-    """The texts of one column of a map-style Hugging Face dataset; one row is one document."""
+    """One column of a map-style Hugging Face dataset; a row is a document."""
 
     def __init__(self, origin: str, dataset: Any, text_key: str, identity: str) -> None:
         self._origin = origin
@@ -53,7 +56,7 @@ class HubCorpus(Corpus):
         for first_row in range(start, len(self._dataset), _BATCH_ROWS):
             try:
                 texts = self._dataset[first_row : first_row + _BATCH_ROWS][self._text_key]
-            except Exception as error:  # a damaged Arrow file can fail anywhere in the library
+            except Exception as error:  # a damaged Arrow file can fail anywhere
                 raise DataError(
                     f"{self._origin}: row {first_row}: cannot be read ({_first_line(error)}). Download or save it again"
                 ) from error
@@ -63,16 +66,21 @@ class HubCorpus(Corpus):
                 yield (text,)
 
 
+def is_saved_dataset(names: set[str]) -> bool:
+    """Whether these are the files of a folder written by `save_to_disk`."""
+    return SAVED_NAMES[0] in names or names.issuperset(SAVED_NAMES[1:])
+
+
 def load_from_hub(spec: CorpusSpec) -> Corpus:
-    """The dataset that `spec.dataset` names, as a whole on disk. Raises DataError if it cannot be had."""
+    """The dataset that `spec.dataset` names, downloaded in full. Raises DataError if it cannot be loaded."""
     datasets = _library(spec.key.removesuffix("_path"))
     origin = f"dataset {spec.dataset!r}"
     name, usual_subset, own_split = _SHORT_NAMES.get(spec.dataset, (spec.dataset, None, None))
     subset, split = spec.subset or usual_subset, own_split or spec.split
     try:
-        # Not as a stream: an interrupted preparation goes on from any row, and a dataset's fingerprint tells it apart.
+        # Not streamed: preparation resumes from any row, and needs the dataset's fingerprint.
         dataset = datasets.load_dataset(name, subset, split=split, streaming=False)
-    except Exception as error:  # the library, the hub and the network each have their own exceptions
+    except Exception as error:  # library, hub and network each raise their own
         raise DataError(
             f"{origin}: cannot be loaded from the Hugging Face hub, subset {subset!r}, split {split!r} "
             f"({_first_line(error)}). Check the names and the network, set dataset_path to local files, "
@@ -86,7 +94,7 @@ def load_saved(spec: CorpusSpec, path: Path) -> Corpus:
     datasets = _library(spec.key)
     try:
         dataset = datasets.load_from_disk(str(path))
-    except Exception as error:  # a damaged folder can fail anywhere in the library
+    except Exception as error:  # a damaged folder can fail anywhere
         raise DataError(f"{path}: damaged saved dataset ({_first_line(error)}). Save it again") from error
     if isinstance(dataset, datasets.DatasetDict):
         if spec.split not in dataset:
@@ -96,7 +104,7 @@ def load_saved(spec: CorpusSpec, path: Path) -> Corpus:
 
 
 def _library(key: str) -> Any:
-    """The package `datasets`. Raises DataError, which names the key that needs it, when it is not installed."""
+    """The package `datasets`. Raises DataError, which names the key that needs it, if it is not installed."""
     if problem := missing_package(key, "datasets", "name files of text or JSON"):
         raise DataError(str(problem))
     return import_module("datasets")

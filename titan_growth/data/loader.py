@@ -1,14 +1,14 @@
 """Batches: which samples make up which step, on which rank.
 
-Training progress through the data is one integer, the cursor: the number of (base) blocks consumed so far. The global
-batch at cursor c is the samples that follow c; data-parallel rank r takes the r-th contiguous chunk and cuts it, in
-order, into microbatches. Which samples make a step therefore depends neither on the number of ranks nor on the
-microbatch size nor on workers, and to resume is to build a loader with the saved cursor.
+The cursor is the number of (base) blocks consumed so far. The global batch at cursor c is the samples that follow c;
+data-parallel rank r takes the r-th contiguous chunk and cuts it into microbatches. So the samples of a step do not
+depend on the number of ranks, the microbatch size or workers, and resuming is building a loader with the saved cursor.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,39 +22,24 @@ from titan_growth.liveness.stop_signal import signal_on_parent_death
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.labels import IGNORE_INDEX
 
-# Our cursor is the state; the transport's own snapshots are put off for good.
-_NEVER = 2**62
+_NEVER = 2**62  # the cursor is the state; StatefulDataLoader's snapshots are not used
 
 
-class _RankSamples:
-    """For one rank, without end: the sample indices of each microbatch."""
-
-    def __init__(self, first: int, global_batch_size: int, local_batch_size: int, dp_rank: int, dp_degree: int) -> None:
-        self._first = first
-        self._global_batch_size = global_batch_size
-        self._local_batch_size = local_batch_size
-        self._chunk = global_batch_size // dp_degree
-        self._offset = dp_rank * self._chunk
-
-    def __iter__(self) -> Iterator[list[int]]:
-        batch_start = self._first
-        while True:
-            start = batch_start + self._offset
-            for microbatch in range(start, start + self._chunk, self._local_batch_size):
-                yield list(range(microbatch, microbatch + self._local_batch_size))
-            batch_start += self._global_batch_size
+def _microbatches(first: int, chunk: int, local_batch_size: int, global_batch_size: int) -> Iterator[list[int]]:
+    """The sample indices of each microbatch of one rank, without end; chunk is its share of a global batch."""
+    for start in itertools.count(first, global_batch_size):
+        for sample in range(start, start + chunk, local_batch_size):
+            yield list(range(sample, sample + local_batch_size))
 
 
 class BatchLoader:
     """This rank's part of each global batch.
 
-    blocks: the samples.
     global_batch_size: samples per step over all ranks; a multiple of dp_degree * local_batch_size.
     local_batch_size: samples per microbatch.
     cursor: (base) blocks consumed before the first step. If samples cover m > 1 base blocks, a cursor within a sample
-        is moved up to the next one.
-    num_workers, persistent_workers, pin_memory, prefetch_factor: of the data loader. Memory is pinned only where
-        there is a CUDA device.
+        moves up to the next one.
+    num_workers, persistent_workers, pin_memory, prefetch_factor: StatefulDataLoader's. pin_memory needs CUDA.
 
     Raises DataError if the sizes do not divide.
     """
@@ -85,22 +70,23 @@ class BatchLoader:
         self._cursor = sample * blocks.blocks_per_sample
         self._advance = global_batch_size * blocks.blocks_per_sample
         self._num_microbatches = global_batch_size // (dp_degree * local_batch_size)
-        samples = _RankSamples(sample, global_batch_size, local_batch_size, dp_rank, dp_degree)
+        chunk = global_batch_size // dp_degree
+        first = sample + dp_rank * chunk
         with warnings.catch_warnings():
-            # torchdata calls a function that torch has deprecated, which is not the user's business.
+            # torchdata calls a function that torch has deprecated; nothing the user could change.
             warnings.filterwarnings("ignore", message=".*set_vital")
             self._loader: StatefulDataLoader | None = StatefulDataLoader(
                 blocks,
-                batch_sampler=samples,
+                batch_sampler=_microbatches(first, chunk, local_batch_size, global_batch_size),
                 num_workers=num_workers,
                 collate_fn=stack,
-                # The library accepts these two only together with workers.
+                # These two are accepted only with workers.
                 persistent_workers=persistent_workers and num_workers > 0,
                 prefetch_factor=prefetch_factor if num_workers > 0 else None,
                 pin_memory=pin_memory and torch.cuda.is_available(),
                 worker_init_fn=_die_with_parent,
-                # It draws a seed for its workers, which need none. From the process's own generator, that would change
-                # the run's random state by how often it has been resumed.
+                # It draws a seed for its workers. From the global generator, that would make the run's random state
+                # depend on how often it was resumed.
                 generator=torch.Generator(),
                 snapshot_every_n_steps=_NEVER,
             )
@@ -108,13 +94,13 @@ class BatchLoader:
 
     @property
     def cursor(self) -> int:
-        """(Base) blocks consumed by the global batches handed out so far, by all ranks; to be saved in checkpoints."""
+        """(Base) blocks consumed by all ranks in the global batches handed out so far; saved in checkpoints."""
         return self._cursor
 
     def next_batch(self) -> list[dict[str, Tensor]]:
         """This rank's microbatches of the next global batch; each tensor is (local_batch_size, seq_len) int64.
 
-        The first call starts the workers; they live as long as the thread that made it.
+        The first call starts the workers; they live as long as the calling thread.
         """
         if self._loader is None:
             raise RuntimeError("the loader is closed")
@@ -125,17 +111,17 @@ class BatchLoader:
         return microbatches
 
     def close(self) -> None:
-        """Stop the workers, as before a loader with other sizes is made. The cursor can still be read."""
+        """Stop the workers. The cursor can still be read."""
         self._iterator = None
         self._loader = None
 
 
 class ValidationBatches:
-    """The same validation sequences at every call, dealt to the ranks; one pass over them per iteration.
+    """The same validation sequences at every iteration, dealt to the ranks.
 
-    Of the `blocks` (in the order of the stream, whatever their `shuffle`), num_sequences evenly spread ones are used,
-    all if it is None or more than there are. Every rank yields the same number of batches of the same shape; rows
-    that only fill up a batch repeat the first block with all labels IGNORE_INDEX.
+    Takes num_sequences evenly spread `blocks` in stream order (whatever their `shuffle`); all if None or more than
+    there are. Every rank yields the same number of batches of the same shape; rows that fill up a batch repeat the
+    first block with all labels IGNORE_INDEX.
 
     Raises DataError if num_sequences is not positive.
     """
@@ -184,10 +170,7 @@ def sample_digests(microbatches: Sequence[dict[str, Tensor]]) -> list[str]:
 
 
 def batch_hash(digests_of_ranks: Sequence[Sequence[str]]) -> str:
-    """One hash (sha256 hex) of a global batch, from every rank's `sample_digests` in rank order.
-
-    It depends on the samples and their order only, so it is the same for every data-parallel degree.
-    """
+    """sha256 (hex) of a global batch, from every rank's `sample_digests` in rank order; equal for all dp degrees."""
     return hashlib.sha256("\n".join(digest for rank in digests_of_ranks for digest in rank).encode()).hexdigest()
 
 
@@ -199,5 +182,5 @@ def _check_rank(dp_rank: int, dp_degree: int, local_batch_size: int) -> None:
 
 
 def _die_with_parent(_worker: int) -> None:
-    """Let this worker die at once with the thread that started it (the library's own watchdog takes seconds)."""
+    """Kill this worker with the thread that started it at once (torch's own watchdog takes seconds)."""
     signal_on_parent_death(signal.SIGKILL)

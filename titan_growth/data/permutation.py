@@ -1,9 +1,8 @@
-"""Pseudo-random permutations of 0..n-1 that need no memory: any element is computed on its own.
+"""Pseudo-random permutations of 0..n-1 without memory: each element is computed on its own.
 
-A Feistel network is a bijection on pairs of half-words whatever its round function is, so it shuffles the 2**(2h)
-numbers of 2h bits. For an n in between, the network is applied again until the number is below n ("cycle walking"),
-which stays a bijection. Blocks of a corpus of any size are thus shuffled without a list of them, and a run that is
-resumed in the middle of an epoch finds its place at once.
+A Feistel network permutes the numbers of 2h bits, whatever its round function. For any n it is applied again until the
+number is below n ("cycle walking"), still a bijection. So a corpus of any size is shuffled without a list of its
+blocks, and a run resumes in the middle of an epoch at once.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from __future__ import annotations
 import hashlib
 
 _NUM_ROUNDS = 6
-# Tiny networks shuffle badly; more bits only cost more walking, which for small n is cheap enough.
-_SMALLEST_HALF_BITS = 4
+_SMALLEST_HALF_BITS = 4  # smaller networks shuffle badly; the extra walking is cheap
 _MASK_64 = 2**64 - 1
 
 
@@ -28,7 +26,7 @@ class Permutation:
         self._keys = [int.from_bytes(digest[8 * r : 8 * r + 8], "little") for r in range(_NUM_ROUNDS)]
 
     def __call__(self, index: int) -> int:
-        """Where `index` (0 <= index < size) goes."""
+        """The image of `index` (0 <= index < size)."""
         if not 0 <= index < self._size:
             raise IndexError(f"{index} is not in range({self._size})")
         value = self._shuffle(index)
@@ -45,7 +43,7 @@ class Permutation:
 
 
 def _mix(value: int) -> int:
-    """A 64-bit word in which every bit depends on every bit of the argument."""
+    """A 64-bit mix: every bit depends on every bit of the argument."""
     value = (value ^ (value >> 33)) * 0xFF51AFD7ED558CCD & _MASK_64
     value = (value ^ (value >> 33)) * 0xC4CEB9FE1A85EC53 & _MASK_64
     return value ^ (value >> 33)

@@ -1,12 +1,12 @@
 """Preparing a corpus: tokenize it once, split it, and keep the tokens as memory-mapped shards in the cache.
 
-The result's folder is named after a hash of everything that determines it, and valid once it has `meta.json`. A journal
-says what is safely on disk; a preparation that was killed goes on from there and ends with the same bytes.
+The folder is named after a hash of everything that determines the result. A journal records up to which piece of which
+document everything is on disk; a killed preparation resumes there and ends with the same bytes. `meta.json`, written
+last, makes a folder valid.
 
-Where a document is cut between the splits: BOS comes only before the document's real beginning and EOS only after its
-real end, since a model must not learn that texts end where the split happened to cut. Each contiguous run of a
-document's pieces in one split is a "document" of its own in that split's index: the stream before it is other text,
-which attention does not reach with document_mask.
+BOS comes only before the real beginning of a document and EOS only after its real end: a model must not learn that
+texts end where a split cut them. Each contiguous run of a document's pieces in one split is a "document" of that
+split's index, since what precedes it in the stream does not precede it in the text; document_mask separates them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,18 +50,17 @@ def prepare(
     progress: bool = False,
     shard_tokens: int = 2**26,
 ) -> PreparedCorpus:
-    """Return the prepared corpus, from the cache if it is there, else by making it.
+    """The prepared corpus, from the cache or made now.
 
-    tokenizer: what the recipe says, or one that is already loaded (as for a separate validation corpus, which is
-        prepared with the training corpus's tokenizer and validation_fraction = 0).
+    tokenizer: the recipe's, or one already loaded (a separate validation corpus uses the training corpus's).
     bos, eos: put the tokenizer's BOS before and its EOS after each document.
     validation_fraction: in [0, 0.5]; see `splitting`.
     cache_dir: None for the default; see `storage.cache_root`.
-    progress: show a bar on stderr while working, if that is a terminal.
-    shard_tokens: tokens per shard file, of a corpus that is prepared now; it does not change the stream.
+    progress: show a bar on stderr if that is a terminal.
+    shard_tokens: tokens per shard file if made now; does not change the stream.
 
-    Of processes that ask for the same at once one does the work and the others wait. Raises DataError for whatever is
-    wrong with the corpus, the tokenizer or the cache.
+    One process does the work while others that want the same wait. Raises DataError for whatever is wrong with the
+    corpus, the tokenizer or the cache.
     """
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be positive, not {shard_tokens}")
@@ -81,18 +81,16 @@ def prepare(
         "validation_fraction": validation_fraction,
     }
     folder = root / "prepared" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    found = _open_or_none(folder, report_damage=False)
-    if found is None:
-        with exclusive(folder.with_suffix(".lock"), "preparing the corpus"):
-            found = _open_or_none(folder, report_damage=True)
-            if found is None:
-                job = _Job(corpus_spec, corpus, tokenizer, folder, facts, rule, shard_tokens, progress)
-                with writing(folder):
-                    job.run()
-                found = _open_or_none(folder, report_damage=True)
-    if found is None:
-        raise DataError(f"prepared data {folder}: changed while it was being made. See that nothing cleans the cache")
-    return found
+    if found := _open_or_none(folder, report_damage=False):
+        return found
+    with exclusive(folder.with_suffix(".lock"), "preparing the corpus"):
+        if found := _open_or_none(folder, report_damage=True):
+            return found
+        with writing(folder):
+            _Job(corpus_spec, corpus, tokenizer, folder, facts, rule, shard_tokens, progress).run()
+        if found := _open_or_none(folder, report_damage=True):
+            return found
+    raise DataError(f"prepared data {folder}: changed while it was being made. See that nothing cleans the cache")
 
 
 def _open_or_none(folder: Path, report_damage: bool) -> PreparedCorpus | None:
@@ -104,82 +102,75 @@ def _open_or_none(folder: Path, report_damage: bool) -> PreparedCorpus | None:
         return None
 
 
+@dataclass
+class _Position:
+    """How far a preparation has come; the journal keeps it."""
+
+    document: int = 0
+    pieces_of_document: int = 0
+    pieces: int = 0
+    num_documents: int = 0
+    run: str | None = None
+    """The split that takes this document's current run of pieces."""
+    chars: int = 0
+
+
+@dataclass
 class _Job:
     """One preparation, from the journal (if there is one) to meta.json."""
 
-    def __init__(
-        self,
-        corpus_spec: CorpusSpec,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
-        folder: Path,
-        facts: dict[str, Any],
-        rule: SplitRule,
-        shard_tokens: int,
-        progress: bool,
-    ) -> None:
-        self._corpus_spec = corpus_spec
-        self._corpus = corpus
-        self._tokenizer = tokenizer
-        self._folder = folder
-        self._facts = facts
-        self._rule = rule
-        self._shard_tokens = shard_tokens
-        self._progress = progress
-        self._bos = [tokenizer.bos_id] if facts["bos"] and tokenizer.bos_id is not None else []
-        self._eos = [tokenizer.eos_id] if facts["eos"] and tokenizer.eos_id is not None else []
-        self._dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        # Where we are: number of the document, pieces of it done, pieces and documents done in all, and the split whose
-        # run of this document's pieces is open.
-        self._document = 0
-        self._pieces_of_document = 0
-        self._pieces = 0
-        self._num_documents = 0
-        self._run: str | None = None
-        self._chars = 0
+    corpus_spec: CorpusSpec
+    corpus: Corpus
+    tokenizer: Tokenizer
+    folder: Path
+    facts: dict[str, Any]
+    rule: SplitRule
+    shard_tokens: int
+    progress: bool
+    at: _Position = field(default_factory=_Position)
 
     def run(self) -> None:
-        """Do the work. Raises DataError, and OSError where the disk refuses."""
+        """Do the work. Raises DataError, or OSError of the disk."""
         started = time.monotonic()
         writers = self._writers_from_journal() or self._fresh_writers()
-        logger.info("preparing %s with tokenizer %s", self._corpus.describe(), self._tokenizer.name)
+        logger.info("preparing %s with tokenizer %s", self.corpus.describe(), self.tokenizer.name)
         num_shards = sum(writer.num_complete_shards for writer in writers.values())
         try:
             with self._bar() as bar:
                 for batch in self._batches():
-                    chars = self._chars
+                    chars = self.at.chars
                     self._write(batch, writers)
-                    bar.update(self._chars - chars)
+                    bar.update(self.at.chars - chars)
                     now_complete = sum(writer.num_complete_shards for writer in writers.values())
                     if now_complete > num_shards:
                         num_shards = now_complete
                         self._write_journal(writers)
             num_tokens = sum(writer.num_tokens for writer in writers.values())
             if num_tokens == 0:
-                raise DataError(f"{self._corpus.describe()}: holds no text to train on. Use another corpus")
-            if open_corpus(self._corpus_spec).fingerprint() != self._facts["corpus"]:
-                raise DataError(f"{self._corpus.describe()}: the corpus changed while it was prepared. Start again")
+                raise DataError(f"{self.corpus.describe()}: holds no text to train on. Use another corpus")
+            if open_corpus(self.corpus_spec).fingerprint() != self.facts["corpus"]:
+                raise DataError(f"{self.corpus.describe()}: the corpus changed while it was prepared. Start again")
             self._commit({name: writer.finish() for name, writer in writers.items()})
         finally:
             for writer in writers.values():
                 writer.close()
-            if not (self._folder / META_NAME).exists() and not (self._folder / _JOURNAL_NAME).exists():
-                shutil.rmtree(self._folder, ignore_errors=True)  # nothing to go on from
+            if not (self.folder / META_NAME).exists() and not (self.folder / _JOURNAL_NAME).exists():
+                shutil.rmtree(self.folder, ignore_errors=True)  # nothing to go on from
         logger.info(
             "prepared %s tokens of %s documents in %.1f s (%s)",
             f"{num_tokens:,}",
-            f"{self._num_documents:,}",
+            f"{self.at.num_documents:,}",
             time.monotonic() - started,
-            self._folder,
+            self.folder,
         )
 
     def _batches(self) -> Iterator[list[tuple[int, Piece]]]:
-        """The pieces from here on, with their document's number, in batches of about a million characters."""
+        """The remaining pieces, each with its document's number, in batches of about a million characters."""
         batch: list[tuple[int, Piece]] = []
         num_chars = 0
-        first, pieces_to_skip = self._document, self._pieces_of_document
-        for number, parts in enumerate(self._corpus.document_parts(first), start=first):
-            for piece in islice(cut(parts, self._rule.piece_chars), pieces_to_skip if number == first else 0, None):
+        first, pieces_to_skip = self.at.document, self.at.pieces_of_document
+        for number, parts in enumerate(self.corpus.document_parts(first), start=first):
+            for piece in islice(cut(parts, self.rule.piece_chars), pieces_to_skip if number == first else 0, None):
                 batch.append((number, piece))
                 num_chars += len(piece.text)
                 if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_PIECES:
@@ -189,112 +180,99 @@ class _Job:
             yield batch
 
     def _write(self, batch: list[tuple[int, Piece]], writers: dict[str, SplitWriter]) -> None:
-        encoded = self._tokenizer.encode_batch([piece.text for _, piece in batch])
+        bos = [token] if self.facts["bos"] and (token := self.tokenizer.bos_id) is not None else []
+        eos = [token] if self.facts["eos"] and (token := self.tokenizer.eos_id) is not None else []
+        encoded = self.tokenizer.encode_batch([piece.text for _, piece in batch])
         for (number, piece), tokens in zip(batch, encoded, strict=True):
             if piece.begins_document:
-                self._document, self._pieces_of_document, self._run = number, 0, None
-                tokens = [*self._bos, *tokens]
+                self.at.document, self.at.pieces_of_document, self.at.run = number, 0, None
+                tokens = [*bos, *tokens]
             if piece.ends_document:
-                tokens = [*tokens, *self._eos]
-            split = self._rule.split_of(self._pieces)
-            if self._run != split:
-                self._run = None
+                tokens = [*tokens, *eos]
+            split = self.rule.split_of(self.at.pieces)
+            if self.at.run != split:
+                self.at.run = None
             if tokens:
-                if self._run is None:
+                if self.at.run is None:
                     writers[split].begin_document()
-                    self._run = split
+                    self.at.run = split
                 writers[split].append(tokens)
-            self._pieces += 1
-            self._pieces_of_document += 1
-            self._num_documents += piece.ends_document
-            self._chars += len(piece.text)
+            self.at.pieces += 1
+            self.at.pieces_of_document += 1
+            self.at.num_documents += piece.ends_document
+            self.at.chars += len(piece.text)
 
     def _fresh_writers(self) -> dict[str, SplitWriter]:
-        # Files of an older attempt are unlinked, never rewritten: another run may still have them mapped.
-        if self._folder.exists():
-            shutil.rmtree(self._folder)
-        self._folder.mkdir(parents=True)
+        # Unlink files of an older attempt, never rewrite them: another run may have them mapped.
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
         return {name: self._writer(name, None) for name in self._split_names}
 
     def _writers_from_journal(self) -> dict[str, SplitWriter] | None:
-        """Writers and position as the journal has them, or None if there is no usable journal."""
-        if (self._folder / META_NAME).exists():
-            return None  # it was finished and then damaged
+        """The writers of the journal, whose position is taken; None if there is no usable journal."""
+        if (self.folder / META_NAME).exists():
+            return None  # finished, and then damaged
         try:
-            journal = json.loads((self._folder / _JOURNAL_NAME).read_bytes())
-            if (journal["shard_tokens"], journal["rule"]) != (self._shard_tokens, repr(self._rule)):
+            journal = json.loads((self.folder / _JOURNAL_NAME).read_bytes())
+            if (journal["shard_tokens"], journal["rule"]) != (self.shard_tokens, repr(self.rule)):
                 return None
             writers = {name: self._writer(name, journal["splits"][name]) for name in self._split_names}
-            position = journal["position"]
-            self._document = position["document"]
-            self._pieces_of_document = position["pieces_of_document"]
-            self._pieces = position["pieces"]
-            self._num_documents = position["num_documents"]
-            self._run = position["run"]
-            self._chars = position["chars"]
+            self.at = _Position(**journal["position"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            logger.warning("the interrupted preparation in %s cannot be continued (%s)", self._folder, error)
+            logger.warning("the interrupted preparation in %s cannot be continued (%s)", self.folder, error)
             return None
-        logger.info("continuing an interrupted preparation at document %d", self._document)
+        logger.info("continuing an interrupted preparation at document %d", self.at.document)
         return writers
 
     def _write_journal(self, writers: dict[str, SplitWriter]) -> None:
         journal = {
-            "shard_tokens": self._shard_tokens,
-            "rule": repr(self._rule),
+            "shard_tokens": self.shard_tokens,
+            "rule": repr(self.rule),
             "splits": {name: writer.state() for name, writer in writers.items()},
-            "position": {
-                "document": self._document,
-                "pieces_of_document": self._pieces_of_document,
-                "pieces": self._pieces,
-                "num_documents": self._num_documents,
-                "run": self._run,
-                "chars": self._chars,
-            },
+            "position": asdict(self.at),
         }
-        write_atomic(self._folder / _JOURNAL_NAME, json.dumps(journal).encode())
+        write_atomic(self.folder / _JOURNAL_NAME, json.dumps(journal).encode())
 
     def _commit(self, splits: dict[str, dict[str, Any]]) -> None:
-        """Write the tokenizer's files and, last, meta.json. Nothing in it depends on when or how often we ran."""
-        for leftover in self._folder.glob(".*.tmp"):
-            leftover.unlink()  # of a process that died while it put a file in place
+        """Write the tokenizer's files and, last, meta.json, which does not depend on when or how often we ran."""
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()  # of a process that died in write_atomic
         tokenizer_files = []
-        for name, content in self._tokenizer.files().items():
-            write_atomic(self._folder / name, content)
+        for name, content in self.tokenizer.files().items():
+            write_atomic(self.folder / name, content)
             tokenizer_files.append({"file": name, "size_bytes": len(content), "crc32": zlib.crc32(content)})
         meta = {
-            **self._facts,
-            "corpus": {"fingerprint": self._facts["corpus"], "description": self._corpus.describe()},
+            **self.facts,
+            "corpus": {"fingerprint": self.facts["corpus"], "description": self.corpus.describe()},
             "tokenizer": {
-                "fingerprint": self._facts["tokenizer"],
-                "vocab_size": self._tokenizer.vocab_size,
+                "fingerprint": self.facts["tokenizer"],
+                "vocab_size": self.tokenizer.vocab_size,
                 "files": tokenizer_files,
             },
             "dtype": self._dtype,
-            "num_source_documents": self._num_documents,
+            "num_source_documents": self.at.num_documents,
             "splits": splits,
         }
-        write_atomic(self._folder / META_NAME, json.dumps(meta, indent=1).encode())
-        (self._folder / _JOURNAL_NAME).unlink(missing_ok=True)
+        write_atomic(self.folder / META_NAME, json.dumps(meta, indent=1).encode())
+        (self.folder / _JOURNAL_NAME).unlink(missing_ok=True)
+
+    @property
+    def _dtype(self) -> str:
+        return "uint16" if self.tokenizer.vocab_size <= 2**16 else "uint32"
 
     @property
     def _split_names(self) -> tuple[str, ...]:
-        return (TRAIN, VALIDATION) if self._rule.period else (TRAIN,)
+        return (TRAIN, VALIDATION) if self.rule.period else (TRAIN,)
 
     def _writer(self, name: str, state: dict[str, Any] | None) -> SplitWriter:
-        return SplitWriter(self._folder, name, self._dtype, self._shard_tokens, state)
+        return SplitWriter(self.folder, name, self._dtype, self.shard_tokens, state)
 
     def _bar(self) -> Any:
         from tqdm import tqdm
 
-        shown = self._progress and sys.stderr.isatty()
-        return tqdm(
-            total=self._corpus.num_bytes,
-            initial=self._chars,
-            unit="B",
-            unit_scale=True,
-            desc="preparing",
-            disable=not shown,
-        )
+        shown = self.progress and sys.stderr.isatty()
+        size = self.corpus.num_bytes
+        return tqdm(total=size, initial=self.at.chars, unit="B", unit_scale=True, desc="preparing", disable=not shown)

@@ -1,8 +1,7 @@
 """Prepared corpora: the token files of a finished preparation, opened as memory maps.
 
-A prepared folder holds, for each split, shards of raw little-endian token ids (`train-00000.bin`, ...), an index of the
-token offsets at which documents start (`train.idx`, uint64), the tokenizer's own files, and `meta.json`, which is
-written last: a folder without it is not finished.
+A prepared folder has, for each split, shards of raw little-endian token ids (`train-00000.bin`, ...) and an index of
+the token offsets of document starts (`train.idx`, uint64); the tokenizer's files; and `meta.json`, written last.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ META_NAME = "meta.json"
 
 
 class DamagedError(Exception):
-    """A prepared folder whose files do not fit its meta.json; the message says which."""
+    """A prepared folder whose files do not match its meta.json; the message says which."""
 
 
 class TokenSplit:
-    """The token stream of one split, read through memory maps that are opened on first use, in each process anew."""
+    """The token stream of one split, memory-mapped on first use in each process."""
 
     def __init__(self, name: str, folder: Path, facts: dict[str, Any], dtype: str) -> None:
         self.name = name
@@ -41,7 +40,7 @@ class TokenSplit:
         self._maps: dict[str, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickled memory map would carry the whole file to a worker process.
+        # A pickled memory map would copy the whole file to a worker process.
         return {**self.__dict__, "_maps": {}}
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -87,13 +86,12 @@ class PreparedCorpus:
     train: TokenSplit
     validation: TokenSplit | None
     tokenizer: Tokenizer
-    tokenizer_fingerprint: str
     description: str
     meta: dict[str, Any]
 
 
 def open_prepared(folder: Path) -> PreparedCorpus | None:
-    """Open a prepared folder; None if none was finished there. Raises DamagedError if the files do not fit."""
+    """Open a prepared folder; None if it is not finished. Raises DamagedError if files do not match meta.json."""
     try:
         meta = json.loads((folder / META_NAME).read_bytes())
         for facts in _file_facts(meta):
@@ -104,15 +102,8 @@ def open_prepared(folder: Path) -> PreparedCorpus | None:
         tokenizer = load_tokenizer(folder)
         if tokenizer.fingerprint() != meta["tokenizer"]["fingerprint"]:
             raise DamagedError("the copy of the tokenizer has changed")
-        return PreparedCorpus(
-            folder=folder,
-            train=splits[TRAIN],
-            validation=splits.get(VALIDATION),
-            tokenizer=tokenizer,
-            tokenizer_fingerprint=meta["tokenizer"]["fingerprint"],
-            description=meta["corpus"]["description"],
-            meta=meta,
-        )
+        description = meta["corpus"]["description"]
+        return PreparedCorpus(folder, splits[TRAIN], splits.get(VALIDATION), tokenizer, description, meta)
     except FileNotFoundError as error:
         if not (folder / META_NAME).exists():
             return None
@@ -121,16 +112,6 @@ def open_prepared(folder: Path) -> PreparedCorpus | None:
         raise DamagedError(f"meta.json or the tokenizer is unreadable ({error})") from error
     except OSError as error:
         raise DataError(f"prepared data {folder}: cannot be read ({error.strerror}). Check its permissions") from error
-
-
-def check_tokenizer_matches(prepared: PreparedCorpus, tokenizer: Tokenizer) -> None:
-    """Raise DataError if the data was prepared with another tokenizer than this one."""
-    if prepared.tokenizer_fingerprint != tokenizer.fingerprint():
-        raise DataError(
-            f"prepared data {prepared.folder}: made with the tokenizer {prepared.tokenizer.name} "
-            f"({prepared.tokenizer_fingerprint[:12]}), but this run uses {tokenizer.name} "
-            f"({tokenizer.fingerprint()[:12]}). Prepare the corpus with this tokenizer or use the other one"
-        )
 
 
 def _file_facts(meta: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,43 +1,37 @@
 """Reading documents out of single files: plain text, JSON lines and parquet, plain or compressed.
 
-Files are streamed. A document is a sequence of text parts, so that a plain text file of any size (which is one
-document) never has to fit in memory. Whatever is wrong with a file is reported with the file and the position.
+Files are streamed. A document is a sequence of text parts, so a plain text file (one document) need not fit in memory.
+Every error names the file and the position in it.
 """
 
 from __future__ import annotations
 
 import codecs
 import contextlib
-import io
+import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from titan_growth.data.remote import Remote
+from titan_growth.data.streams import CHUNK_BYTES, buffered, unzstd
 from titan_growth.tools.errors import DataError, TitanGrowthError
 
 TEXT, JSON, PARQUET = "text", "json", "parquet"
 KINDS = (TEXT, JSON, PARQUET)
 _KIND_OF_SUFFIX = {
-    ".txt": TEXT,
-    ".text": TEXT,
-    ".md": TEXT,
-    ".py": TEXT,
-    ".json": JSON,
-    ".jsonl": JSON,
-    ".jsonlines": JSON,
-    ".ndjson": JSON,
+    **dict.fromkeys((".txt", ".text", ".md", ".py"), TEXT),
+    **dict.fromkeys((".json", ".jsonl", ".jsonlines", ".ndjson"), JSON),
     ".parquet": PARQUET,
 }
 _COMPRESSIONS = (".gz", ".zst")
-_CHUNK_BYTES = 1 << 20
 _PARQUET_BATCH_ROWS = 256
-# Text usually shrinks by about this factor; only progress bars and the size of validation pieces depend on it.
-_TYPICAL_COMPRESSION = 3
+_TYPICAL_COMPRESSION = 3  # of text; only progress bars and the size of validation pieces depend on it
 
 Document = Iterable[str]
 """One document, as text parts to be concatenated."""
@@ -52,40 +46,40 @@ class SourceFile:
     kind: str
     size_bytes: int
     mark: int | str
-    """What changes when the file does: the time of its last change in ns, or what its storage has (`remote`)."""
+    """Changes when the file does: its mtime in ns, or the storage's ETag or the like (`remote`)."""
 
     @property
     def approximate_text_bytes(self) -> int:
         """Size of the text in bytes, guessed for compressed files."""
-        squeezed = self.path.suffix.lower() in _COMPRESSIONS or self.kind == PARQUET
-        return self.size_bytes * (_TYPICAL_COMPRESSION if squeezed else 1)
+        compressed = self.path.suffix.lower() in _COMPRESSIONS or self.kind == PARQUET
+        return self.size_bytes * (_TYPICAL_COMPRESSION if compressed else 1)
 
 
 class Skip:
-    """How many documents are still to be passed over before reading starts."""
+    """The number of documents still to skip before reading starts."""
 
     def __init__(self, num_documents: int) -> None:
         self.remaining = num_documents
 
     def take(self, available: int) -> int:
-        """Of `available` documents, how many to pass over."""
+        """How many of `available` documents to skip."""
         taken = min(self.remaining, available)
         self.remaining -= taken
         return taken
 
 
 def kind_of(path: Path | Remote) -> str | None:
-    """The kind that a file name's extension stands for, or None if it is not one of ours."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
-        kind = _KIND_OF_SUFFIX.get(suffixes[-2]) if len(suffixes) > 1 else None
+    """The kind of a file by its extension, None if unknown."""
+    suffixes = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    if suffixes[-1] in _COMPRESSIONS:
+        kind = _KIND_OF_SUFFIX.get(suffixes[-2])
         return kind if kind != PARQUET else None
-    return _KIND_OF_SUFFIX.get(suffixes[-1]) if suffixes else None
+    return _KIND_OF_SUFFIX.get(suffixes[-1])
 
 
 @contextlib.contextmanager
 def reading(path: Path | Remote) -> Iterator[None]:
-    """Turn what the operating system, the storage and the decompressors raise while `path` is read into a DataError."""
+    """Turn errors of the operating system, storage and decompressors while reading `path` into a DataError."""
     remote = isinstance(path, Remote)
     try:
         yield
@@ -105,24 +99,20 @@ def reading(path: Path | Remote) -> Iterator[None]:
     except Exception as error:
         if not remote and not isinstance(error, OSError):
             raise
-        # A storage's package, and what it builds on, each have exceptions of their own.
+        # Storage packages, and what they build on, have exceptions of their own.
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
         fix = "Check the file, the connection and the credentials" if remote else "Check the file and its disk"
         raise DataError(f"{path}: cannot be read ({' '.join(reason.split())[:300]}). {fix}") from error
 
 
 def read_documents(file: SourceFile, text_key: str, skip: Skip) -> Iterator[Document]:
-    """The documents of one file in order, without those that `skip` says to pass over. Raises DataError."""
+    """The documents of one file in order, from the first that `skip` leaves. Raises DataError."""
     if file.kind == TEXT:
         if not skip.take(1):
             yield read_text(file.path)
-    elif file.size_bytes == 0:
-        return
-    elif file.kind == JSON:
-        for text in read_json_lines(file.path, text_key, skip):
-            yield (text,)
-    else:
-        for text in read_parquet(file.path, text_key, skip):
+    elif file.size_bytes:
+        read = read_json_lines if file.kind == JSON else read_parquet
+        for text in read(file.path, text_key, skip):
             yield (text,)
 
 
@@ -132,11 +122,11 @@ def read_text(path: Path | Remote) -> Iterator[str]:
     num_bytes = 0
     with reading(path), _open(path) as stream:
         while True:
-            chunk = stream.read(_CHUNK_BYTES)
+            chunk = stream.read(CHUNK_BYTES)
             try:
                 part = decoder.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                # The decoder's object starts with the bytes that it had kept from the chunk before.
+                # error.object starts with the bytes kept from the previous chunk.
                 offset = num_bytes + len(chunk) - len(error.object) + error.start
                 raise DataError(
                     f"{path}: byte offset {offset} is not valid UTF-8 (0x{error.object[error.start]:02x}). "
@@ -192,7 +182,7 @@ def _text_of_record(record: Any, text_key: str, where: str, may_have_surrogates:
             "Name another field as text_key or repair the line"
         )
     if may_have_surrogates:
-        # JSON can spell half of a surrogate pair, which is no character and cannot be written as UTF-8.
+        # JSON can escape half of a surrogate pair, which UTF-8 cannot encode.
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -203,14 +193,14 @@ def _text_of_record(record: Any, text_key: str, where: str, may_have_surrogates:
 
 
 def missing_key(where: str, text_key: str, keys: list[str]) -> str:
-    """The message for a text key that is not there, with those that are."""
+    """The message for a missing text key; lists the keys there are."""
     shown = ", ".join(keys[:20]) if keys else "none"
     return f"{where}: no field {text_key!r}; it has: {shown}. Set text_key to the one that holds the text"
 
 
 def read_parquet(path: Path | Remote, text_key: str, skip: Skip) -> Iterator[str]:
     """The texts of one column of a parquet file, row group by row group. Raises DataError."""
-    pa = import_module("pyarrow")
+    pa = import_module("pyarrow")  # by name: it ships no types
     with reading(path), path.open_seekable() if isinstance(path, Remote) else open(path, "rb") as stream:
         try:
             yield from _parquet_texts(path, stream, text_key, skip)
@@ -220,7 +210,6 @@ def read_parquet(path: Path | Remote, text_key: str, skip: Skip) -> Iterator[str
 
 
 def _parquet_texts(path: Path | Remote, stream: BinaryIO, text_key: str, skip: Skip) -> Iterator[str]:
-    # Imported by name since pyarrow ships no types.
     with import_module("pyarrow.parquet").ParquetFile(stream) as table:
         schema = table.schema_arrow
         if text_key not in schema.names:
@@ -233,16 +222,14 @@ def _parquet_texts(path: Path | Remote, stream: BinaryIO, text_key: str, skip: S
         row = 0
         for group in range(table.num_row_groups):
             num_rows = table.metadata.row_group(group).num_rows
-            passed_over = skip.take(num_rows)
-            if passed_over < num_rows:
+            skipped = skip.take(num_rows)
+            if skipped < num_rows:
                 batches = table.iter_batches(_PARQUET_BATCH_ROWS, row_groups=[group], columns=[text_key])
                 texts = (text for batch in batches for text in batch.column(0).to_pylist())
-                for index, text in enumerate(texts):
-                    if index < passed_over:
-                        continue
+                for number, text in islice(enumerate(texts, start=row), skipped, None):
                     if text is None:
                         raise DataError(
-                            f"{path}: row {row + index}: the column {text_key!r} is null, not a string. Remove the row"
+                            f"{path}: row {number}: the column {text_key!r} is null, not a string. Remove the row"
                         )
                     yield text
             row += num_rows
@@ -254,52 +241,7 @@ def _open(path: Path | Remote) -> Iterator[Any]:
     with path.open() if isinstance(path, Remote) else open(path, "rb") as stored:
         suffix = path.suffix.lower()
         if suffix == ".gz":
-            import gzip
-
             with gzip.open(stored, "rb") as stream:
                 yield stream
-        elif suffix == ".zst":
-            yield io.BufferedReader(_ZstandardStream(stored), _CHUNK_BYTES)
         else:
-            yield stored
-
-
-class _ZstandardStream(io.RawIOBase):
-    """Decompresses one frame after another; unlike the library's own reader it notices a frame that is cut off."""
-
-    def __init__(self, source: BinaryIO | io.BufferedReader) -> None:
-        import zstandard
-
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._broken: type[Exception] = zstandard.ZstdError
-        self._source = source
-        self._frame = self._new_frame()
-        self._inside_frame = False
-        self._compressed = b""
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            if not self._compressed:
-                self._compressed = self._source.read(_CHUNK_BYTES // 8)
-                if not self._compressed:
-                    if self._inside_frame:
-                        raise EOFError("it ends in the middle of a zstd frame")
-                    return 0
-            self._inside_frame = True
-            try:
-                self._ready = self._frame.decompress(self._compressed)
-            except self._broken as error:
-                raise EOFError(str(error)) from error
-            self._compressed = b""
-            if self._frame.eof:
-                self._compressed = self._frame.unused_data
-                self._frame = self._new_frame()
-                self._inside_frame = False
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
+            yield buffered(unzstd(stored)) if suffix == ".zst" else stored

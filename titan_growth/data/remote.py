@@ -1,10 +1,9 @@
-"""Corpora and tokenizers that a URL names, in whatever storage fsspec knows.
+"""Corpora and tokenizers by URL, in any storage that fsspec knows.
 
-Text is read from storage as it is from a disk, a block at a time, and its tokens go into the local cache: training
-itself never touches storage. What identifies a file is what its storage says of it, an ETag or another mark of the
-content, else the time of the last change; listings are always asked for anew, since fsspec remembers them.
+Text is streamed from storage, and its tokens go into the local cache: training never touches storage. A file is
+identified by the storage's ETag or the like, else by its mtime. fsspec caches listings, so caches are dropped first.
 
-Every message about a place in storage begins with the recipe's key and the URL. `Remote` does that by being printed so.
+Every message about a place in storage begins with the recipe's key and the URL, which is how a `Remote` prints.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from titan_growth.data.storage import exclusive, writing
+from titan_growth.data.streams import buffered, whole
 from titan_growth.tools.errors import DataError, LocationError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import location
@@ -32,13 +32,12 @@ _MARKS = (
     *("ETag", "etag", "e_tag", "md5Hash", "content_md5", "Content-MD5", "Digest", "blob_id", "generation"),
     *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modified", "created"),
 )
-"""What storages call a mark of a file's content, then what they call the time of its last change; the first counts."""
-_CHUNK_BYTES = 1 << 20
+"""Names that storages give a hash of the content, then to the mtime; the first one present counts."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file or folder in storage, and the key of the recipe that led there."""
+    """A file or folder in storage, and the recipe's key that names it."""
 
     key: str
     url: UPath
@@ -48,54 +47,29 @@ class Remote:
 
     @property
     def suffix(self) -> str:
-        """As of a path."""
+        """As a path's."""
         return self.url.suffix
 
     @property
     def suffixes(self) -> list[str]:
-        """As of a path."""
+        """As a path's."""
         return self.url.suffixes
 
     def open(self) -> io.BufferedReader:
-        """The file's bytes from the beginning to the end, read ahead a block at a time."""
-        return io.BufferedReader(_WholeStream(self.open_seekable()), _CHUNK_BYTES)
+        """The file from beginning to end, read ahead a block at a time."""
+        return buffered(whole(self.open_seekable()))
 
     def open_seekable(self) -> BinaryIO:
-        """The file for reading in any order. Raises whatever the storage's package raises."""
+        """The file for random access. Raises what the storage's package raises."""
         return cast(BinaryIO, self.url.fs.open(self.url.path, "rb"))
 
     def info(self) -> dict[str, Any] | None:
-        """What the storage says of it now, or None if there is none. Raises what the storage's package raises."""
+        """The storage's facts about it now, None if it does not exist. Raises what the storage's package raises."""
         self.url.fs.invalidate_cache()
         try:
             return cast("dict[str, Any]", self.url.fs.info(self.url.path))
         except FileNotFoundError:
             return None
-
-
-class _WholeStream(io.RawIOBase):
-    """A stream that ends where the file ends, or fails: a connection can be lost without the package noticing."""
-
-    def __init__(self, source: Any) -> None:
-        self._source = source
-        self._size: int | None = getattr(source, "size", None)
-        self._num_bytes = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._source.read(len(buffer))
-        if not data and self._size is not None and self._num_bytes < self._size:
-            raise OSError(f"it ended after {self._num_bytes:,} of {self._size:,} bytes")
-        buffer[: len(data)] = data
-        self._num_bytes += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            self._source.close()
-        super().close()
 
 
 @dataclass(frozen=True)
@@ -121,6 +95,8 @@ def list_remote(place: Remote) -> Listing:
     Hidden files and folders are left out. Raises DataError for a file of unknown size, and what the storage's package
     raises.
     """
+    from upath import UPath
+
     fs, info = place.url.fs, place.info()
     path = fs._strip_protocol(place.url.path).rstrip("/")
     if info is not None and info["type"] != "directory":
@@ -134,10 +110,11 @@ def list_remote(place: Remote) -> Listing:
     entries = []
     for where, facts in found.items():
         name = where[len(base) :].lstrip("/")
-        # A name that ends with a slash is the empty object that some tools put where a folder is to be shown.
+        # A name that ends with a slash is the empty object with which some tools mark a folder.
         is_file = facts["type"] != "directory" and not where.endswith("/")
         if is_file and (hidden_too or not any(part.startswith(".") for part in name.split("/"))):
-            entries.append(_entry(Remote(place.key, _url(fs, where)), name, facts))
+            url = UPath(fs.unstrip_protocol(where))
+            entries.append(_entry(Remote(place.key, url), name, facts))
     return Listing(info is not None, _marked(entries))
 
 
@@ -149,12 +126,6 @@ def _marked(entries: list[RemoteEntry]) -> list[RemoteEntry]:
     return entries
 
 
-def _url(fs: Any, path: str) -> UPath:
-    from upath import UPath
-
-    return UPath(fs.unstrip_protocol(path))
-
-
 def _entry(place: Remote, name: str, info: dict[str, Any]) -> RemoteEntry:
     if info.get("size") is None:
         raise DataError(f"{place}: the storage does not say how large it is. Copy it to a disk or another storage")
@@ -163,11 +134,9 @@ def _entry(place: Remote, name: str, info: dict[str, Any]) -> RemoteEntry:
 
 
 def fetch(place: Remote, names: Sequence[str], companions: Sequence[str], cache: Path) -> Path:
-    """A copy in the cache of a file and of the companions beside it, made once and again when one has changed.
+    """The cached copy of a file, made with the companions beside it, again when one has changed.
 
-    Args:
-        place: the file, or a folder that has it by one of the `names`; the first that is there is taken.
-        cache: a folder for copies, made if need be.
+    place: the file, or a folder with one of the `names`; the first one present is taken.
 
     Raises DataError if there is no such file or the cache cannot be written, and what the storage's package raises.
     """
@@ -189,7 +158,7 @@ def fetch(place: Remote, names: Sequence[str], companions: Sequence[str], cache:
                 contents = {entry.name: _content(entry) for entry in entries}
                 with writing(copies):
                     copies.mkdir(exist_ok=True)
-                    for name, content in contents.items():  # the main one, last, says that all are there
+                    for name, content in contents.items():  # the main one, last, marks the copy complete
                         write_atomic(copies / name, content)
                 logger.info("fetched %s", main.place.url)
     return copies / main.name
@@ -207,7 +176,7 @@ def _content(entry: RemoteEntry) -> bytes:
 
 
 def place_of(key: str, text: str) -> Path | Remote:
-    """What the recipe's `key` names with `text`. Raises DataError for a URL that cannot be used."""
+    """The place that the value `text` of a recipe key names. Raises DataError for a URL that cannot be used."""
     try:
         where = location(text)
     except LocationError as error:

@@ -1,7 +1,7 @@
-"""Appending the token stream of one split to shards, in a way that can be continued after a crash.
+"""Appending the token stream of one split to shards, resumable after a crash.
 
-The state of a writer is small: how many tokens and documents there are and the running checksums. Restored from a
-state, the writer cuts its files back to it, so whatever was written after the state was taken is as if never written.
+A writer's state is the number of tokens and documents and the running checksums. Restored from a state, it truncates
+its files to it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, state: dict[str, Any] | None) -> None:
         self._folder = folder
         self._split = split
+        self._index_name = f"{split}.idx"
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._shard_tokens = shard_tokens
         state = state or {"num_tokens": 0, "num_documents": 0, "shard_crcs": [], "index_crc": 0}
@@ -41,10 +42,6 @@ class SplitWriter:
     def _last_shard_bytes(self) -> int:
         return self.num_tokens % self._shard_tokens * self._dtype.itemsize
 
-    @property
-    def _index_name(self) -> str:
-        return f"{self._split}.idx"
-
     def _shard_path(self, number: int) -> Path:
         return self._folder / f"{self._split}-{number:05d}.bin"
 
@@ -56,7 +53,7 @@ class SplitWriter:
         self.num_documents += 1
 
     def append(self, tokens: list[int]) -> None:
-        """Append tokens to the stream, going on to the next shard where one is full."""
+        """Append tokens to the stream, opening the next shard when one is full."""
         array = np.array(tokens, dtype=self._dtype)
         while array.size:
             room = self._shard_tokens - self.num_tokens % self._shard_tokens
@@ -69,14 +66,14 @@ class SplitWriter:
             self._shard_crcs[shard] = zlib.crc32(data, self._shard_crcs[shard])
             self.num_tokens += len(chunk)
             if chunk.size == room:
-                self._close(self._shard)
+                _sync(self._shard)
+                self._shard.close()
                 self._shard = self._open_cut(self._shard_path(self.num_complete_shards), 0)
 
     def state(self) -> dict[str, Any]:
-        """Make what was written durable and return what a writer needs to go on from here."""
+        """Make what was written durable and return the state to resume from."""
         for file in (self._shard, self._index):
-            file.flush()
-            os.fsync(file.fileno())
+            _sync(file)
         return {
             "num_tokens": self.num_tokens,
             "num_documents": self.num_documents,
@@ -88,42 +85,28 @@ class SplitWriter:
         """Close the files and return the split's entry for meta.json."""
         self.close()
         if self._last_shard_bytes == 0:
-            # The shard that was opened after the last full one stayed empty.
+            # Opened after the last full shard, and empty.
             self._shard_path(self.num_complete_shards).unlink()
         shards = []
         for number, crc in enumerate(self._shard_crcs):
+            path = self._shard_path(number)
             num_tokens = min(self._shard_tokens, self.num_tokens - number * self._shard_tokens)
-            shards.append(
-                {
-                    "file": self._shard_path(number).name,
-                    "num_tokens": num_tokens,
-                    "size_bytes": num_tokens * self._dtype.itemsize,
-                    "crc32": crc,
-                }
-            )
+            size_bytes = num_tokens * self._dtype.itemsize
+            shards.append({"file": path.name, "num_tokens": num_tokens, "size_bytes": size_bytes, "crc32": crc})
         index = {"file": self._index_name, "size_bytes": self.num_documents * 8, "crc32": self._index_crc}
-        return {
-            "num_tokens": self.num_tokens,
-            "num_documents": self.num_documents,
-            "shards": shards,
-            "index": index,
-        }
+        counts = {"num_tokens": self.num_tokens, "num_documents": self.num_documents}
+        return {**counts, "shards": shards, "index": index}
 
     def close(self) -> None:
         """Make durable and close the files."""
-        self._close(self._shard)
-        self._close(self._index)
-
-    def _close(self, file: BinaryIO) -> None:
-        if not file.closed:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+        for file in (self._shard, self._index):
+            if not file.closed:
+                _sync(file)
+                file.close()
 
     def _open_cut(self, path: Path, size_bytes: int) -> BinaryIO:
-        """Open for appending after the first `size_bytes` bytes. Raises ValueError if there are fewer."""
-        if size_bytes:
-            self._check_size(path, size_bytes, or_more=True)
+        """Open for appending after `size_bytes` bytes. Raises ValueError if there are fewer."""
+        self._check_size(path, size_bytes, or_more=True)
         file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (closed by close())
         file.truncate(size_bytes)
         file.seek(size_bytes)
@@ -134,3 +117,8 @@ class SplitWriter:
         size = path.stat().st_size if path.exists() else 0
         if size < size_bytes or (size > size_bytes and not or_more):
             raise ValueError(f"{path.name} has {size} bytes instead of {size_bytes}")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

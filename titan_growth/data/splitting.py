@@ -1,7 +1,6 @@
 """Cutting documents into pieces and dealing the pieces to training and validation.
 
-Whole documents are too coarse a unit for a validation set: a corpus can be a single file. So long documents are cut,
-near line breaks, into pieces of bounded length, and every n-th piece of the corpus goes to validation.
+A corpus can be a single file, so long documents are cut near line breaks, and every n-th piece goes to validation.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 _SMALLEST_PIECE_CHARS = 4096
 _LARGEST_PIECE_CHARS = 1 << 20
-# The second piece is the first that goes to validation: soon enough for a corpus of two pieces.
-_FIRST_VALIDATION_PIECE = 1
+_FIRST_VALIDATION_PIECE = 1  # so that a corpus of two pieces has one
 
 
 @dataclass(frozen=True)
@@ -30,20 +28,20 @@ class Piece:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """How long pieces are, in characters, and which of them are validation: one in `period`, none if that is 0."""
+    """Length of pieces in characters, and which are validation: one in `period`, none if 0."""
 
     piece_chars: int
     period: int
 
     def split_of(self, piece_number: int) -> str:
-        """The split of the piece with this number, counted through the whole corpus."""
+        """The split of a piece, by its number in the whole corpus."""
         return VALIDATION if self.period and piece_number % self.period == _FIRST_VALIDATION_PIECE else TRAIN
 
 
 def split_rule(validation_fraction: float, num_bytes: int | None) -> SplitRule:
-    """The rule for a fraction in [0, 0.5] of a corpus of about `num_bytes` bytes. Raises DataError outside that range.
+    """One piece in round(1 / fraction), pieces being short enough that validation gets several of `num_bytes` bytes.
 
-    The fraction is realized as one piece in round(1 / fraction). Pieces are short enough that validation gets several.
+    Raises DataError for a fraction outside [0, 0.5].
     """
     if not 0.0 <= validation_fraction <= 0.5:
         raise DataError(f"validation_fraction {validation_fraction}: not between 0 and 0.5. Use for example 0.01")
@@ -54,11 +52,11 @@ def split_rule(validation_fraction: float, num_bytes: int | None) -> SplitRule:
 
 
 def cut(parts: Iterable[str], piece_chars: int) -> Iterator[Piece]:
-    """Cut one document, given as text parts, into pieces; their texts joined are the document. Empty: no pieces.
+    """Cut one document, given as text parts, into pieces; an empty one into none.
 
-    A document of up to 1.25 * piece_chars characters stays whole. A longer one is cut after the last line break, or
-    before the last space, in the last quarter of each piece_chars characters, or hard if there is neither. Where it is
-    cut does not depend on how the text came in parts, of which at most one piece and one part are kept in memory.
+    Up to 1.25 * piece_chars characters stay whole. A longer document is cut after the last line break, or before the
+    last space, in the last quarter of each piece_chars characters, or hard if there is neither. Cuts do not depend on
+    the parts, of which one, and one piece, are kept in memory.
     """
     longest = piece_chars + piece_chars // 4
     text, start, begins = "", 0, True

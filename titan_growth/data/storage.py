@@ -1,8 +1,8 @@
-"""Where derived data lives on disk, and how it is written so that a crash never leaves a lie behind.
+"""The cache of derived data, written so that a crash never leaves a wrong file.
 
-Everything under the cache folder can be made again from its inputs, so the rules are few: a file that means "this is
-complete" appears in one step (`write_atomic`), only one process of a machine makes a thing while the others wait
-(`exclusive`), and a disk that refuses us is reported with the way out (`writing`).
+Everything in it can be made again, so the rules are few: a file that marks something complete appears in one step
+(`write_atomic`), one process makes it while others wait (`exclusive`), and a full or read-only disk is reported with
+the way out (`writing`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from titan_growth.tools.location import is_remote
 from titan_growth.tools.logs import logger
 
 CACHE_VARIABLE = "TITAN_GROWTH_CACHE"
-_SECONDS_BEFORE_SAYING_THAT_WE_WAIT = 5.0
+_SECONDS_BEFORE_LOGGING_A_WAIT = 5.0
 
 
 def cache_root(cache_dir: Path | None = None) -> Path:
@@ -26,20 +26,13 @@ def cache_root(cache_dir: Path | None = None) -> Path:
     `cache_dir` if given, else $TITAN_GROWTH_CACHE, else $XDG_CACHE_HOME/titan_growth, else ~/.cache/titan_growth.
     Raises DataError if the folder cannot be created.
     """
-    if cache_dir is not None:
-        root = Path(cache_dir)
-    elif is_remote(os.environ.get(CACHE_VARIABLE, "")):
-        message = (
-            f"{CACHE_VARIABLE}: {os.environ[CACHE_VARIABLE]} is a URL, but prepared data is memory-mapped from a disk"
-        )
-        raise DataError(f"{message}. Name a folder")
-    elif os.environ.get(CACHE_VARIABLE):
-        root = Path(os.environ[CACHE_VARIABLE])
-    elif os.environ.get("XDG_CACHE_HOME"):
-        root = Path(os.environ["XDG_CACHE_HOME"]) / "titan_growth"
-    else:
-        root = Path(os.path.expanduser("~")) / ".cache" / "titan_growth"
-    root = Path(os.path.expanduser(root)).absolute()
+    variable = os.environ.get(CACHE_VARIABLE, "")
+    if cache_dir is None and is_remote(variable):
+        place = f"{CACHE_VARIABLE}: {variable}"
+        raise DataError(f"{place} is a URL, but prepared data is memory-mapped from a disk. Name a folder")
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "titan_growth")
+    # Not Path.expanduser, which fails where there is no home.
+    root = Path(os.path.expanduser(cache_dir or variable or default)).absolute()
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
     return root
@@ -47,7 +40,7 @@ def cache_root(cache_dir: Path | None = None) -> Path:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn any OSError of the block, which writes at `path`, into a DataError that names the way out."""
+    """Turn any OSError while writing at `path` into a DataError that names the way out."""
     try:
         yield
     except OSError as error:
@@ -59,14 +52,14 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exclusive(path: Path, purpose: str) -> Iterator[None]:
-    """Hold the lock file `path` during the block; a wait of more than a few seconds is logged once."""
+    """Hold the lock file `path`; a wait of more than a few seconds is logged once."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(str(path))
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=_SECONDS_BEFORE_SAYING_THAT_WE_WAIT)
+            lock.acquire(timeout=_SECONDS_BEFORE_LOGGING_A_WAIT)
         except Timeout:
             logger.info("waiting for another process to finish %s (lock: %s)", purpose, path)
             lock.acquire()

@@ -1,8 +1,7 @@
-"""Training a SentencePiece tokenizer on a corpus: deterministic, lossless, and done in seconds.
+"""Training a SentencePiece tokenizer on a corpus: deterministic, lossless, done in seconds.
 
-The model is a BPE with byte fallback, so every text can be encoded, and whitespace is kept as it is: nothing is
-normalized, nothing is trimmed, no space is put in front. Line breaks and tabs are tokens of their own. (One exception
-lies in the format itself: SentencePiece writes a space as U+2581, so a U+2581 in the text decodes to a space.)
+The model is a BPE with byte fallback, so it encodes any text. Nothing is normalized, trimmed or prefixed; line breaks
+and tabs are tokens. (One loss lies in the format: it writes a space as U+2581, which therefore decodes to a space.)
 """
 
 from __future__ import annotations
@@ -11,29 +10,26 @@ import io
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from titan_growth.data.corpus import Corpus
-from titan_growth.data.storage import writing
 from titan_growth.tools.errors import DataError
-from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
 
 TRAINER_VERSION = "bpe-1"
-"""Part of the cache key; to be changed with anything below that changes the trained model."""
+"""Part of the cache key; change it with anything below that changes the trained model."""
 
 _SAMPLE_CHARS = 4_000_000
 _LONGEST_PASSAGE_BYTES = 256_000_000
 _MAX_LINE_CHARS = 1000  # at most 4000 bytes, below the 4192 bytes beyond which the trainer drops a line
-_SPREAD = 2654435761  # odd, close to 2**32 divided by the golden ratio: its multiples spread evenly over 2**32
+_SPREAD = 2654435761  # odd, near 2**32 / golden ratio: multiples spread evenly over 2**32
 _SMALLEST_VOCAB_SIZE = 3 + 256 + 2 + 1  # unk, bos, eos; bytes; line break and tab; one piece
 
 
-def train_sentencepiece(corpus: Corpus, vocab_size: int, path: Path | None = None) -> bytes:
-    """Train on a deterministic sample of the corpus and return the model (also written to `path` if given).
+def train_sentencepiece(corpus: Corpus, vocab_size: int) -> bytes:
+    """The model, trained on a deterministic sample of the corpus; unk 0, bos 1, eos 2, no padding token.
 
-    The ids are: unk 0, bos 1, eos 2, no padding token. Raises DataError if the corpus cannot feed a vocabulary of that
-    size (saying the largest possible), or if the size is too small for the corpus's characters.
+    Raises DataError if the corpus is too small for the vocabulary (naming the largest possible), or has more characters
+    than the vocabulary has room for.
     """
     import sentencepiece
 
@@ -48,11 +44,19 @@ def train_sentencepiece(corpus: Corpus, vocab_size: int, path: Path | None = Non
     if first is None:
         raise DataError(f"tokenizer training: {corpus.describe()} holds no text. Use a corpus with text")
     model = io.BytesIO()
-    # An exception inside the trainer's iterator would be lost in its C++ code; it is kept and raised here.
-    feed = _Feed(first, lines)
+    # The trainer's C++ code would lose an exception of the iterator, so it is kept and raised here.
+    errors: list[DataError] = []
+
+    def feed() -> Iterator[str]:
+        yield first
+        try:
+            yield from lines
+        except DataError as error:
+            errors.append(error)
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=feed,
+            sentence_iterator=feed(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -71,39 +75,17 @@ def train_sentencepiece(corpus: Corpus, vocab_size: int, path: Path | None = Non
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise feed.error or _explain(str(error), corpus, vocab_size) from error
-    if feed.error is not None:
-        raise feed.error
+        raise errors[0] if errors else _explain(str(error), corpus, vocab_size) from error
+    if errors:
+        raise errors[0]
     logger.info("trained a tokenizer of %d tokens in %.1f s", vocab_size, time.monotonic() - started)
-    if path is not None:
-        with writing(path):
-            write_atomic(path, model.getvalue())
     return model.getvalue()
 
 
-class _Feed(Iterator[str]):
-    """The sample as an iterator that ends, remembering the exception, where reading the corpus fails."""
-
-    def __init__(self, first: str, rest: Iterator[str]) -> None:
-        self._next: str | None = first
-        self._rest = rest
-        self.error: Exception | None = None
-
-    def __next__(self) -> str:
-        line = self._next
-        if line is None:
-            raise StopIteration
-        try:
-            self._next = next(self._rest, None)
-        except DataError as error:
-            self.error, self._next = error, None
-        return line
-
-
 def sample_lines(corpus: Corpus) -> Iterator[str]:
-    """Lines of the corpus, at most about 4 million characters, spread over it (over its first 256 MB if it is larger).
+    """Lines of at most 1000 characters, about 4 million in all, spread over the first 256 MB of the corpus.
 
-    Which lines are taken depends on nothing but the corpus; long lines are cut into pieces of at most 1000 characters.
+    Which are taken depends on the corpus alone; longer lines are cut.
     """
     passage_bytes = min(corpus.num_bytes or _LONGEST_PASSAGE_BYTES, _LONGEST_PASSAGE_BYTES)
     share = min(1.0, _SAMPLE_CHARS / max(passage_bytes, 1))
@@ -128,14 +110,12 @@ def sample_lines(corpus: Corpus) -> Iterator[str]:
 
 def _explain(message: str, corpus: Corpus, vocab_size: int) -> DataError:
     where = f"tokenizer training on {corpus.describe()}"
-    too_large = re.search(r"too high.*<= (\d+)", message)
-    if too_large:
+    if too_large := re.search(r"too high.*<= (\d+)", message):
         return DataError(
             f"{where}: the corpus is too small for a vocab_size of {vocab_size:,}. "
             f"The largest possible is {int(too_large[1]):,}; set vocab_size to that or less, or use a larger corpus"
         )
-    too_small = re.search(r"required_chars\D*\d+ vs (\d+)", message)
-    if too_small:
+    if too_small := re.search(r"required_chars\D*\d+ vs (\d+)", message):
         return DataError(
             f"{where}: a vocab_size of {vocab_size:,} is smaller than the characters that the corpus needs. "
             f"Set it to more than {int(too_small[1]):,}"

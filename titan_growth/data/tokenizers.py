@@ -1,18 +1,18 @@
-"""Tokenizers: text to token ids and back, behind one small protocol.
+"""Tokenizers: SentencePiece models, Hugging Face `tokenizer.json` files and plain bytes.
 
-Three kinds are known: SentencePiece models, Hugging Face `tokenizer.json` files and plain bytes. When the recipe names
-none, a SentencePiece model is trained on the corpus itself (`tokenizer_training`) and kept in the cache.
-Whatever the kind, `encode` adds no special tokens; the preparation puts BOS and EOS where documents begin and end.
+If the recipe names none, a SentencePiece model is trained on the corpus (`tokenizer_training`) and cached. `encode`
+adds no special tokens; preparation puts BOS and EOS where documents begin and end.
 """
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from titan_growth.data.corpus import Corpus
 from titan_growth.data.readers import reading
@@ -22,7 +22,6 @@ from titan_growth.data.tokenizer_training import TRAINER_VERSION, train_sentence
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
 
-KINDS = ("auto", "sentencepiece", "huggingface", "bytes")
 _MODEL_NAME, _JSON_NAME, _BYTES_NAME = "tokenizer.model", "tokenizer.json", "tokenizer.bytes"
 _NAMES_IN_FOLDER = {
     "auto": (_JSON_NAME, _MODEL_NAME, _BYTES_NAME),
@@ -35,50 +34,48 @@ _USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[BOS]", "
 _USUAL_EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "[EOS]")
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What the rest of the system needs to know about a tokenizer."""
+class Tokenizer(abc.ABC):
+    """Text to token ids and back."""
 
-    @property
-    def name(self) -> str:
-        """For logs."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest token id."""
-
-    @property
-    def bos_id(self) -> int | None:
-        """Token that begins a document, if there is one."""
-
-    @property
-    def eos_id(self) -> int | None:
-        """Token that ends a document, if there is one."""
+    name: str
+    """For logs."""
+    vocab_size: int
+    """One more than the largest token id."""
+    bos_id: int | None
+    """Token that begins a document, if there is one."""
+    eos_id: int | None
+    """Token that ends a document, if there is one."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""
+        return self.encode_batch([text])[0]
 
+    @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each text, on the library's own threads."""
+        """`encode` of each text, on the library's threads."""
 
+    @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
 
+    @abc.abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """Name -> content of the files from which `load_tokenizer`, given their folder, makes this tokenizer."""
+
     def fingerprint(self) -> str:
         """sha256 (hex) of the tokenizer's definition."""
-
-    def files(self) -> dict[str, bytes]:
-        """The files (name to content) from which `load_tokenizer`, given their folder, makes this tokenizer again."""
+        (content,) = self.files().values()
+        return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """What the recipe says about the tokenizer.
+    """The recipe's tokenizer.
 
     kind: "auto" (by the path's extension), "sentencepiece", "huggingface" or "bytes".
-    path: a .model file, a tokenizer.json, or a folder that holds one; None to look in hf_assets_path, else to train.
-    hf_assets_path: a folder of a Hugging Face model, with tokenizer.json or tokenizer.model. Both may be URLs.
-    vocab_size: of the model; the tokenizer's must not be larger. One that is trained gets exactly this size.
+    path: a .model file, a tokenizer.json, or a folder with one, as a path or URL; None: in hf_assets_path, else train.
+    hf_assets_path: path or URL of a Hugging Face folder with tokenizer.json or tokenizer.model.
+    vocab_size: the model's. The tokenizer's must not be larger; a trained one gets exactly this size.
     """
 
     kind: str = "auto"
@@ -87,31 +84,25 @@ class TokenizerSpec:
     vocab_size: int = 2048
 
 
-class BytesTokenizer:
-    """UTF-8 bytes as tokens 0..255, BOS (256), EOS (257). Decoding drops both and replaces what is not UTF-8."""
+class BytesTokenizer(Tokenizer):
+    """UTF-8 bytes as tokens 0..255, BOS (256), EOS (257). Decoding drops both and replaces invalid UTF-8."""
 
     name = "bytes"
     vocab_size = 258
-    bos_id: int | None = 256
-    eos_id: int | None = 257
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+    bos_id = 256
+    eos_id = 257
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+        return [list(text.encode("utf-8")) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self.files()[_BYTES_NAME]).hexdigest()
 
     def files(self) -> dict[str, bytes]:
         return {_BYTES_NAME: b"one token per UTF-8 byte, bos 256, eos 257\n"}
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file. Raises DataError if it is missing or not one."""
 
     def __init__(self, path: str | Path) -> None:
@@ -127,12 +118,9 @@ class SentencePieceTokenizer:
                 f"{self._path}: not a SentencePiece model. Name a .model file that was written by sentencepiece"
             ) from error
         self.name = f"sentencepiece {self._path.name}"
-        self.vocab_size: int = self._processor.piece_size()
-        self.bos_id = _id_or_none(self._processor.bos_id())
-        self.eos_id = _id_or_none(self._processor.eos_id())
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._processor.encode(text))
+        self.vocab_size = self._processor.piece_size()
+        special = (self._processor.bos_id(), self._processor.eos_id())
+        self.bos_id, self.eos_id = (token if token >= 0 else None for token in special)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return list(self._processor.encode(texts)) if texts else []
@@ -140,18 +128,15 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._processor.decode([int(token) for token in ids]))
 
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self._model).hexdigest()
-
     def files(self) -> dict[str, bytes]:
         return {_MODEL_NAME: self._model}
 
 
-class HuggingFaceTokenizer:
-    """A `tokenizer.json`, given as the file or as the folder that holds it.
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`, given as the file or its folder.
 
-    BOS and EOS are the ones that tokenizer_config.json or special_tokens_map.json next to it name, else well-known
-    names that are in the vocabulary, else None. Raises DataError if a file is missing or damaged.
+    BOS and EOS are those that tokenizer_config.json or special_tokens_map.json beside it name, else well-known names
+    in the vocabulary, else None. Raises DataError if a file is missing or damaged.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -199,11 +184,8 @@ class HuggingFaceTokenizer:
                     raise DataError(f"{where}: its {role} {token!r} is not in {self._path.name}. Use matching files")
                 return vocabulary[token]
         if named_by_a_file:
-            return None  # a file says null: this tokenizer has none
+            return None  # a file says null
         return next((vocabulary[token] for token in usual_names if token in vocabulary), None)
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         try:
@@ -219,15 +201,14 @@ class HuggingFaceTokenizer:
         return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False))
 
     def fingerprint(self) -> str:
-        marks = f"{self.bos_id} {self.eos_id}".encode()
-        return hashlib.sha256(marks + b"\n" + self._files[_JSON_NAME]).hexdigest()
+        return hashlib.sha256(f"{self.bos_id} {self.eos_id}\n".encode() + self._files[_JSON_NAME]).hexdigest()
 
     def files(self) -> dict[str, bytes]:
         return dict(self._files)
 
 
 def load_tokenizer(path: str | Path, kind: str = "auto") -> Tokenizer:
-    """The tokenizer in a file or folder; "auto" goes by what is there. Raises DataError."""
+    """The tokenizer in a file or folder; "auto" goes by file names. Raises DataError."""
     _check_kind(kind)
     path = Path(path).expanduser()
     with reading(path):
@@ -253,17 +234,17 @@ def load_tokenizer(path: str | Path, kind: str = "auto") -> Tokenizer:
 
 
 def load_or_train(spec: TokenizerSpec, corpus: Corpus, cache_dir: Path | None) -> Tokenizer:
-    """The tokenizer that the recipe means; without a path, one trained on the corpus and kept in the cache.
+    """The recipe's tokenizer; without a path, one trained on the corpus and cached.
 
     Raises DataError if it cannot be loaded or trained, or if its vocabulary is larger than `spec.vocab_size`.
     """
     _check_kind(spec.kind)
     tokenizer: Tokenizer
-    key = "data.tokenizer_path" if spec.path else "model.hf_assets_path"
     source = spec.path or spec.hf_assets_path
     if spec.kind == "bytes":
         tokenizer = BytesTokenizer()
     elif source is not None:
+        key = "data.tokenizer_path" if spec.path else "model.hf_assets_path"
         tokenizer = _load(key, source, spec.kind, cache_dir)
     elif spec.kind == "huggingface":
         raise DataError('tokenizer kind "huggingface": needs a tokenizer.json. Set its path or hf_assets_path')
@@ -278,7 +259,7 @@ def load_or_train(spec: TokenizerSpec, corpus: Corpus, cache_dir: Path | None) -
 
 
 def _load(key: str, source: str, kind: str, cache_dir: Path | None) -> Tokenizer:
-    """From a path, or from a copy in the cache of what a URL names."""
+    """From a path, or from the cached copy of a URL."""
     place = place_of(key, source)
     if not isinstance(place, Remote):
         return load_tokenizer(place, kind)
@@ -289,7 +270,7 @@ def _load(key: str, source: str, kind: str, cache_dir: Path | None) -> Tokenizer
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
     if isinstance(tokenizer, SentencePieceTokenizer | HuggingFaceTokenizer):
-        tokenizer.name = f"{tokenizer.name.split()[0]} {place.url}"  # not of the copy
+        tokenizer.name = f"{tokenizer.name.split()[0]} {place.url}"  # not the copy's
     return tokenizer
 
 
@@ -307,9 +288,5 @@ def _trained(vocab_size: int, corpus: Corpus, cache_dir: Path | None) -> Tokeniz
 
 
 def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise DataError(f"tokenizer kind {kind!r}: unknown. Use one of {', '.join(KINDS)}")
-
-
-def _id_or_none(token: int) -> int | None:
-    return token if token >= 0 else None
+    if kind not in _NAMES_IN_FOLDER:
+        raise DataError(f"tokenizer kind {kind!r}: unknown. Use one of {', '.join(_NAMES_IN_FOLDER)}")

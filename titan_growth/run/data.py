@@ -15,7 +15,12 @@ from typing import Any
 
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.data import BatchLoader, BlockDataset, CorpusSpec, PreparedCorpus, TokenizerSpec, TokenSplit, prepare
+from titan_growth.data.blocks import BlockDataset
+from titan_growth.data.corpus import CorpusSpec
+from titan_growth.data.loader import BatchLoader
+from titan_growth.data.preparation import prepare
+from titan_growth.data.prepared import PreparedCorpus, TokenSplit
+from titan_growth.data.tokenizers import TokenizerSpec
 from titan_growth.layout.mesh import Mesh
 from titan_growth.tools.errors import DataError, Problem
 from titan_growth.tools.findings import Findings
@@ -40,7 +45,7 @@ class RunData:
         splits = json.dumps(self.corpus.meta["splits"], sort_keys=True).encode()
         return {
             "corpus": hashlib.sha256(splits).hexdigest()[:16],
-            "tokenizer": self.corpus.tokenizer_fingerprint[:16],
+            "tokenizer": self.corpus.meta["tokenizer"]["fingerprint"][:16],
             "description": self.corpus.description,
         }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from titan_growth.checkpoint.history import Lineage, Progress
-from titan_growth.data import BatchLoader
+from titan_growth.data.loader import BatchLoader
 from titan_growth.engine.build import build
 from titan_growth.engine.make_engine import make_engine
 from titan_growth.engine.optimizer import Optimizer

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from titan_growth.config.schema.recipe import ValidationConfig
-from titan_growth.data import BlockDataset, ValidationBatches
+from titan_growth.data.blocks import BlockDataset
+from titan_growth.data.loader import ValidationBatches
 from titan_growth.engine.engine import Engine
 from titan_growth.layout.mesh import Mesh
 

@@ -257,7 +257,7 @@ def test_unreachable_hub_is_one_line(tmp_path: Path) -> None:
 
 def test_importing_corpora_needs_no_heavy_library() -> None:
     program = (
-        "import sys, titan_growth.data.corpora, titan_growth.data as data; data.CorpusSpec()\n"
+        "import sys, titan_growth.data.corpora as corpora; corpora.CorpusSpec()\n"
         "print([name for name in ('torch', 'datasets', 'numpy', 'tokenizers', 'sentencepiece') if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": ROOT}

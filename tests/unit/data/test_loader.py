@@ -149,7 +149,11 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text\n" * 5000)
     program = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from titan_growth.data import BatchLoader, BlockDataset, CorpusSpec, TokenizerSpec, prepare\n"
+        "from titan_growth.data.blocks import BlockDataset\n"
+        "from titan_growth.data.corpus import CorpusSpec\n"
+        "from titan_growth.data.loader import BatchLoader\n"
+        "from titan_growth.data.preparation import prepare\n"
+        "from titan_growth.data.tokenizers import TokenizerSpec\n"
         "corpus = prepare(CorpusSpec('text', sys.argv[1]), TokenizerSpec('bytes'), bos=True, eos=True,\n"
         "    validation_fraction=0.0, cache_dir=Path(sys.argv[2]))\n"
         "blocks = BlockDataset(corpus.train, 32, False, 0, True)\n"

@@ -15,10 +15,10 @@ from tests.runs import make_recipe, train
 from titan_growth.checkpoint.folder import open_step
 from titan_growth.commands.export import export_folder
 from titan_growth.commands.import_ import main as import_main
-from titan_growth.data import CorpusSpec, TokenizerSpec
 from titan_growth.data.corpora import open_corpus
+from titan_growth.data.corpus import CorpusSpec
 from titan_growth.data.storage import cache_root
-from titan_growth.data.tokenizers import BytesTokenizer, Tokenizer, load_or_train, load_tokenizer
+from titan_growth.data.tokenizers import BytesTokenizer, Tokenizer, TokenizerSpec, load_or_train, load_tokenizer
 
 TEXTS = ["the model grows\n\n\tfrom 1234 layers ", "  indented, gr\u00fcn \u4f60\u597d \U0001f9ea", "a"]
 

@@ -1,4 +1,4 @@
-"""The `[growth]` table: how the run gets from a small model to the one that `[model]` names."""
+"""The `[growth]` table: how a small model grows into that of `[model]`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from titan_growth.config.schema.parallelism import ParallelismConfig
 from titan_growth.config.section import BadValueError, Section
 
 WIDTHS = {"dim": "dim", "n_heads": "num_heads", "n_kv_heads": "num_kv_heads", "hidden_dim": "hidden_dim"}
-"""Recipe key -> field of `DecoderConfig`, of the sizes that width growth changes. The width of a head never changes."""
+"""Recipe key -> field of `DecoderConfig`, for width growth. The width of a head never changes."""
 
 SIZES = {"n_layers": "num_layers", **WIDTHS}
-"""The same for all sizes that growth changes."""
+"""The same for all growth."""
 
 
 class SizesConfig(Section):
-    """Sizes of a model, as far as they are given."""
+    """Sizes of a model; None where not given."""
 
     n_layers: int | None = Field(None, ge=1)
     """Transformer blocks."""
@@ -33,12 +33,12 @@ class SizesConfig(Section):
 
     @property
     def given_sizes(self) -> dict[str, int]:
-        """Field of `DecoderConfig` -> size, of those that are given."""
+        """Field of `DecoderConfig` -> size, without those not given."""
         return {field: getattr(self, key) for key, field in SIZES.items() if getattr(self, key) is not None}
 
 
 class PlannedGrowth(SizesConfig):
-    """One growth: when, by which operator, and what becomes of moments and learning rate."""
+    """One growth: when, by which operator, with which moments and learning rate."""
 
     at: str
     """When to grow, counted from the start of the run: "300 steps", "10M tokens", "3e17 FLOPs", "25%" of the steps,
@@ -50,15 +50,15 @@ class PlannedGrowth(SizesConfig):
     layer_map: list[int] | None = None
     """Depth operators: the source of each layer of the grown model, counted from 0, such as [0, 1, 1, 2]."""
     noise: float = Field(0.0, ge=0, le=10)
-    """Noise added to everything that is a copy, as a share of the deviation that its tensor was initialised with."""
+    """Noise added to copies, as a share of the standard deviation of the tensor's initialisation."""
     mask_steps: int | None = Field(None, ge=1)
-    """random_depth and random_width: steps over which the mask on what is new opens."""
+    """random_depth and random_width: steps over which the mask on new parameters opens."""
     options: dict[str, Any] = {}
     """Settings of a plugin's operator."""
     parallelism: ParallelismConfig | None = None
     """The whole [parallelism] table from this growth on, for another mesh. Default: the mesh stays."""
     num_ranks: int | None = Field(None, ge=1)
-    """Ranks from this growth on: the run saves and is started again with so many (status 76)."""
+    """Ranks from this growth on: the run saves and restarts with this number (status 76)."""
     global_batch_size: int | None = Field(None, ge=1)
     """Sequences of a step from this growth on. Default: as before."""
     local_batch_size: int | None = Field(None, ge=1)
@@ -66,10 +66,10 @@ class PlannedGrowth(SizesConfig):
     seq_len: int | None = Field(None, ge=1)
     """Tokens of a sequence from this growth on; a multiple of training.seq_len. Default: as before."""
     optimizer_state: Literal["reset", "copy", "copy_scaled", "asymmetric"] = "reset"
-    """What becomes of the moments: zero again (official G_stack), copied along with the weights, copied and scaled as
-    the gradients are (width), or kept where the weights are originals and zero where they are copies or new."""
+    """The moments: zero (official G_stack), copied with the weights, copied and scaled as the gradients are (width), or
+    kept where the weights are originals and zero elsewhere."""
     optimizer_step: Literal["keep", "reset"] | None = None
-    """Adam's step counter, which corrects the bias of young moments. Default: keep it, unless the moments are reset."""
+    """Adam's step counter, for bias correction. Default: keep it, unless the moments are reset."""
     lr_policy: Literal["restart", "continue", "rewarm", "rewarm_new"] = "restart"
     """restart = warmup again and a decay to the run's end (official G_stack); continue = the ungrown run's curve;
     rewarm = that curve, with a warmup; rewarm_new = with a warmup of the new and copied parameters only."""
@@ -121,9 +121,9 @@ class PlannedGrowth(SizesConfig):
 
 
 class GrowthBase(SizesConfig):
-    """The run before its first growth: its settings, and the sizes to start from where the stages' factors do not tell.
+    """The run before its first growth.
 
-    A size that is not given is that of [model], divided by the factors of the stages when all of them have one.
+    A size that is not given is that of [model], divided by the factors of the stages if all have one.
     """
 
     lr: float | None = Field(None, gt=0)
@@ -136,11 +136,11 @@ class WatchdogConfig(Section):
     """Whether the loss comes back after a growth."""
 
     steps: int | None = Field(None, ge=0)
-    """Steps after a growth by which it must be back; 0 = not watched. Default: twice the warmup, at least 100."""
+    """Steps after which it must be back; 0 = not watched. Default: twice the warmup, at least 100."""
     max_rise: float = Field(0.1, ge=0)
-    """Nats by which the loss on the held-out batch may then still be above what it was before."""
+    """Nats by which the loss on the held-out batch may then exceed that before the growth."""
     action: Literal["warn", "stop", "roll_back"] = "warn"
-    """What to do when it is not: say so, end the run, or go on from the small model and grow that many steps later."""
+    """If it is not: warn, end the run, or go back to the small model and grow that many steps later."""
     max_roll_backs: int = Field(1, ge=1)
     """Roll-backs of one growth after which the run ends."""
 

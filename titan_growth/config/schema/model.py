@@ -1,4 +1,4 @@
-"""The `[model]` table. Its size keys are torchtitan's spellings; what they come to is a `DecoderConfig`."""
+"""The `[model]` table. Its size keys are torchtitan's; they resolve to a `DecoderConfig`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from titan_growth.config.fields import suggestion
 from titan_growth.config.section import BadValueError, Section
-from titan_growth.config.torchtitan_keys import OLDER_VALUES, UNSUPPORTED_CONVERTERS
+from titan_growth.config.torchtitan_keys import OLDER_CONVERTERS, UNSUPPORTED_CONVERTERS
 
 CONVERTERS = ("quantize.linear.float8",)
 """What `model.converters` may name."""
@@ -18,11 +18,11 @@ class ModelConfig(Section):
     name: str = "llama3"
     """Model family."""
     flavor: str = "debugmodel"
-    """Named sizes, or "custom" for sizes that are all given here. A size key beside a named flavor overrides it."""
+    """Named sizes, or "custom" if all sizes are given here. A size key overrides the flavor's."""
     hf_assets_path: str | None = None
     """Folder or URL with tokenizer.json (or tokenizer.model). Default: none (torchtitan: its own test tokenizer)."""
     converters: list[str] = []
-    """What replaces modules of the model before it is sharded: "quantize.linear.float8"."""
+    """Replacements of modules before sharding: "quantize.linear.float8"."""
     print_after_conversion: bool = False
     """Log the model's modules after the converters."""
     dim: int | None = Field(None, ge=1)
@@ -58,7 +58,7 @@ class ModelConfig(Section):
     rope_original_max_seq_len: int | None = Field(None, ge=1)
     """Llama 3.1 scaling: context length of the unscaled model. Default: 8192."""
     max_seq_len: int | None = Field(None, ge=1)
-    """Longest sequence the model is meant for; training.seq_len may not exceed it. Default: 131072."""
+    """Longest sequence of the model; training.seq_len may not exceed it. Default: 131072."""
     depth_init: bool | None = None
     """Scale the init of wo, w2, w3 by the layer's own depth (true, default) or by the number of layers."""
     tie_word_embeddings: bool | None = None
@@ -72,12 +72,12 @@ class ModelConfig(Section):
     @field_validator("converters")
     @classmethod
     def _known_converters(cls, value: list[str]) -> list[str]:
-        names = [OLDER_VALUES["model.converters"].get(name, name) for name in value]
+        names = [OLDER_CONVERTERS.get(name, name) for name in value]
         for name in names:
             if name in UNSUPPORTED_CONVERTERS:
                 raise BadValueError(f"'{name}' is not supported in this version", f"Only {', '.join(CONVERTERS)} is")
             if name not in CONVERTERS:
-                hint = suggestion(name, (*CONVERTERS, *OLDER_VALUES["model.converters"]))
+                hint = suggestion(name, (*CONVERTERS, *OLDER_CONVERTERS))
                 raise BadValueError(f"unknown converter '{name}'", hint or f"Known: {', '.join(CONVERTERS)}")
             if names.count(name) > 1:
                 raise BadValueError(f"names '{name}' more than once")

@@ -27,15 +27,13 @@ class ParallelismConfig(Section):
     pipeline_parallel_degree: int = Field(1, ge=1)
     """Ranks that hold different layers."""
     module_fqns_per_model_part: list[list[str]] | None = None
-    """The split written out: the modules of each model part in order, such as [["tok_embeddings", "layers.0"],
-    ["layers.1", "norm", "output"]]. Default: an even split of the layers."""
+    """Modules of each part: [["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]. Default: split evenly."""
     pipeline_parallel_first_stage_less_layers: int = Field(1, ge=0)
     """Layers that the first part has less than an even share, because it holds the embedding too."""
     pipeline_parallel_last_stage_less_layers: int = Field(1, ge=0)
     """Layers that the last part has less than an even share, because it holds the head too."""
     pipeline_parallel_layers_per_stage: int | None = Field(None, ge=1)
-    """Layers of a part, from which the number of parts follows. Default: one part a rank, or two for the schedules that
-    need several."""
+    """Layers of a part; sets the number of parts. Default: one part a rank, or two if the schedule needs them."""
     pipeline_parallel_schedule: str = "1F1B"
     """Schedule of torch.distributed.pipelining: GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble,
     ZBVZeroBubble or DualPipeV."""
@@ -46,7 +44,7 @@ class ParallelismConfig(Section):
     context_parallel_degree: int = Field(1, ge=1)
     """Ranks that split each sequence."""
     context_parallel_load_balancer: Literal["headtail", "none"] = "headtail"
-    """headtail gives each rank a piece from both ends of the sequence, so that all have equally much to attend to."""
+    """headtail gives each rank a piece from both ends of the sequence, for equal work in attention."""
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
     """How ring attention passes keys and values on (CUDA; on a CPU they are always gathered)."""
 

@@ -1,7 +1,7 @@
 """The recipe: one pydantic model per TOML table, with torchtitan 0.2.2's key names.
 
-Where a default differs from torchtitan's, the field's text says so. Nothing here looks at two tables at once; what must
-agree between tables is checked in `checks.py`, and what needs the mesh or the model in `preflight.py`.
+A field's text names torchtitan's default where it differs. `checks.py` checks several tables together; what needs the
+mesh or the model is checked in `run/plan.py`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ class JobConfig(Section):
     save_config_file: str | None = None
     """Also write the effective recipe as JSON under this name in dump_folder (it is always saved as recipe.toml)."""
     time_limit_seconds: int | None = Field(None, ge=1)
-    """Save and end with status 75 after the step in which so much time has passed since the launch. Default: no limit.
-    Not a key of torchtitan."""
+    """Save and end with status 75 after the step that passes this time since launch. Not a key of torchtitan."""
 
 
 class ProfilingConfig(Section):
@@ -124,13 +123,11 @@ class TrainingConfig(Section):
     """Corpus: "stdlib" (the text of Python's own library), a format ("text", "json", "parquet") for dataset_path, or a
     Hugging Face dataset name. torchtitan's default is c4_test."""
     dataset_path: str | None = None
-    """File, folder or glob to read the corpus from, as a path or a URL (s3://, gs://, ...): txt, md, py, jsonl,
-    parquet; gz and zst too."""
+    """File, folder or glob of the corpus, as a path or URL (s3://...): txt, md, py, jsonl, parquet; gz and zst too."""
     local_batch_size: int = Field(8, ge=1)
     """Sequences per data-parallel rank in one forward pass."""
     global_batch_size: int = Field(-1, ge=-1)
-    """Sequences per optimizer step; -1 = local_batch_size times the data-parallel degree of the first start. More than
-    that is reached by gradient accumulation."""
+    """Sequences per optimizer step, by gradient accumulation; -1 = local_batch_size x first data-parallel degree."""
     seq_len: int = Field(2048, ge=1)
     """Tokens per sequence."""
     max_norm: float = Field(1.0, gt=0)
@@ -142,11 +139,10 @@ class TrainingConfig(Section):
     enable_cpu_offload: bool = False
     """FSDP keeps parameters, gradients and moments in host memory (CUDA)."""
     loss_chunk_tokens: int = Field(0, ge=0)
-    """Compute head and loss for so many positions at a time, so that the logits of a whole batch never exist;
-    0 = all at once. Not a key of torchtitan."""
+    """Positions per chunk of head and loss, to never hold all logits of a batch; 0 = all. Not a key of torchtitan."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "bfloat16"
-    """Type of the computation: FSDP casts parameters to it, and on one rank autocast does. auto = decided once, at the
-    first start, by what the device does fast: bfloat16 on CUDA and on CPUs with AMX, else float32."""
+    """Type of the computation: FSDP casts parameters to it, on one rank autocast does. auto = decided at the first
+    start by what the device does fast: bfloat16 on CUDA and on CPUs with AMX, else float32."""
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Type of gradient reductions."""
     gc_freq: int = Field(50, ge=1)
@@ -169,10 +165,9 @@ class CheckpointConfig(Section):
     interval: int = Field(500, ge=1)
     """Save every this many steps, and at the last step."""
     initial_load_path: str | None = None
-    """Step folder or Hugging Face folder to start a new run from; ignored, with a warning, once the run has a
-    checkpoint of its own."""
+    """Step folder or Hugging Face folder to start a new run from; ignored, with a warning, once it has a checkpoint."""
     initial_load_in_hf: bool = False
-    """Insist that initial_load_path is a Hugging Face folder. It need not be set: a folder is told by its files."""
+    """Insist that initial_load_path is a Hugging Face folder. Optional: a folder is recognised by its files."""
     initial_load_model_only: bool = True
     """Load only the weights from initial_load_path; false: optimizer state, counters and data cursor too."""
     last_save_model_only: bool = False
@@ -181,15 +176,13 @@ class CheckpointConfig(Section):
     """async: a save copies the tensors to host memory, and writes while training goes on; one at a time.
     async_with_pinned_mem: into page-locked memory, without waiting for the copies (CUDA)."""
     save_retries: int = Field(2, ge=0)
-    """A save that fails is tried again so often, after 1, 2, 4, ... seconds, before the run ends with an error. Not a
-    key of torchtitan."""
+    """Retries of a failed save, after 1, 2, 4, ... seconds, before the run ends. Not a key of torchtitan."""
     keep_latest_k: int = Field(10, ge=0)
     """Keep this many committed checkpoints, 0 = all. Those taken at a growth are kept besides."""
     permanent_interval: int = Field(0, ge=0)
-    """Checkpoints of every so many steps are kept for good, 0 = none. Not a key of torchtitan."""
+    """Keep the checkpoints of every this many steps for good, 0 = none. Not a key of torchtitan."""
     load_step: int = Field(-1, ge=-1)
-    """Go back to this step instead of resuming from the newest, once: the same command given again goes on. Later
-    checkpoints are kept as superseded-N."""
+    """Go back to this step once, instead of resuming from the newest; later checkpoints are kept as superseded-N."""
     enable_first_step_checkpoint: bool = False
     """Save after the first step too, to find out early whether saving works."""
     load_only: bool = False
@@ -202,8 +195,7 @@ class ValidationConfig(Section):
     enable: bool = False
     """Validate every freq steps and at the last step."""
     dataset: str | None = None
-    """Another corpus to validate on, named as training.dataset is. Default: the held-out part of the training one
-    (torchtitan: c4_validation)."""
+    """Another corpus, as in training.dataset. Default: held out of the training one (torchtitan: c4_validation)."""
     dataset_path: str | None = None
     """File, folder or glob of that corpus, as a path or a URL."""
     local_batch_size: int = Field(8, ge=1)
@@ -213,8 +205,7 @@ class ValidationConfig(Section):
     freq: int = Field(10, ge=1)
     """Validate every this many steps."""
     steps: int = Field(-1, ge=-1)
-    """Batches of local_batch_size sequences, counted over all ranks together so that the result does not depend on
-    their number; -1 = the whole set."""
+    """Batches of local_batch_size sequences of all ranks together, whatever the mesh; -1 = the whole set."""
 
 
 class CommConfig(Section):
@@ -251,8 +242,7 @@ class DataConfig(Section):
     """Tokenizer and preparation of the corpus."""
 
     tokenizer: Literal["auto", "sentencepiece", "huggingface", "bytes"] = "auto"
-    """Kind of tokenizer; auto = by tokenizer_path or model.hf_assets_path, else a sentencepiece model is trained on the
-    corpus with the model's vocab_size."""
+    """auto = by tokenizer_path or model.hf_assets_path, else sentencepiece, trained on the corpus to vocab_size."""
     tokenizer_path: str | None = None
     """A sentencepiece .model, a tokenizer.json, or a folder with one of them; a URL is fetched once into the cache."""
     text_key: str = "text"

@@ -12,19 +12,18 @@ from titan_growth.config.section import Section
 class StabilityConfig(Section):
     """Steps that went wrong. Not a section of torchtitan.
 
-    Any other setting than the defaults waits for the device once in every step, to look at loss and gradient norm.
+    Any other setting than the defaults waits for the device in every step, to look at loss and gradient norm.
     """
 
     nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
     """A loss or gradient norm that is NaN or infinite: stop = end the run (noticed at the next logged or saved step);
-    skip = leave the weights as they are and go on; roll_back = go on from the last checkpoint, past the data since."""
+    skip = do not update the weights; roll_back = continue from the last checkpoint, past the data since."""
     spike: Literal["ignore", "warn", "skip", "roll_back"] = "ignore"
-    """A loss or gradient norm far above those of the last steps: likewise, or only say so."""
+    """A loss or gradient norm far above those of the last steps: likewise, or only warn."""
     spike_sigmas: float = Field(6.0, gt=0)
-    """A spike is more than so many standard deviations above the mean of the window."""
+    """Standard deviations above the mean of the window beyond which a value is a spike."""
     spike_window: int = Field(128, ge=8)
-    """Steps that loss and gradient norm are compared with; nothing is judged before a quarter of them has been seen,
-    and a growth begins anew."""
+    """Steps that loss and gradient norm are compared with, from a quarter of them on; restarts at a growth."""
     max_events: int = Field(10, ge=1)
     """Skipped and rolled back steps of the whole run; the next one ends it with an error that lists them."""
 

@@ -11,7 +11,7 @@ from titan_growth.config.section import BadValueError, Section
 
 
 class ActivationCheckpointConfig(Section):
-    """What is kept for the backward pass, and what is computed again."""
+    """What is kept for the backward pass, and what is recomputed."""
 
     mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
     """full = recompute every layer; selective = some layers or operations; memory_budget = let the compiler choose."""
@@ -21,7 +21,7 @@ class ActivationCheckpointConfig(Section):
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = ["moe.router.gate"]
     """Selective "op": matrix products with weights of the same shape as those of these modules are recomputed too."""
     early_stop: bool = False
-    """Stop recomputing a layer as soon as everything its backward pass needs is there."""
+    """Stop recomputing a layer once its backward pass has what it needs."""
     memory_budget: float = Field(0.5, ge=0, le=1)
     """memory_budget: share of the activations that may be kept; 0 = as full, 1 = as none. Needs compile.enable."""
     visualize_memory_budget_pareto: bool = False
@@ -70,7 +70,7 @@ class Float8Config(Section):
     filter_fqns: list[str] = []
     """Linear layers whose name contains one of these stay as they are."""
     emulate: bool = False
-    """Compute what Float8 would give in higher precision. Chosen by itself where the device has no Float8 products."""
+    """Emulate Float8 in higher precision. Automatic where the device has no Float8 products."""
 
 
 class QuantizeLinearConfig(Section):
