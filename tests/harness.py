@@ -23,6 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Autograd starts a thread per device in its first backward pass, and then none can run in a forked process. FakeTensors
+# make PyTorch's CUDA builds count 8 devices where there are none: the first backward pass comes before them.
+if not torch.cuda.is_available():
+    torch.ones(1, requires_grad=True).sum().backward()
+
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_seconds: float = 90) -> list[Any]:
     """Calls `function(rank, *args)` on every rank inside a process group; returns the (picklable) results by rank.

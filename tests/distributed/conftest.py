@@ -45,6 +45,5 @@ def warm_imports() -> None:
     """Imports the compiler and torchao (4 s) once, before ranks are forked from this process."""
     import torchao.float8  # noqa: F401
 
-    with torch.no_grad():  # a backward pass here would start autograd's threads, which do not survive a fork
-        torch.compile(torch.nn.Linear(1, 1), backend="aot_eager")(torch.zeros(1, 1))
+    torch.compile(torch.nn.Linear(1, 1), backend="aot_eager")(torch.zeros(1, 1))
     torch._dynamo.reset()

@@ -12,7 +12,7 @@ import sys
 from titan_growth.tools.errors import ConfigError, Problem
 
 CORE = {
-    "torch": "torch>=2.13,<2.14",
+    "torch": "torch>=2.13,<2.16",
     "torchdata": "torchdata~=0.11.0",
     "tensorboard": "tensorboard>=2.16",
     "tomli": "tomli>=2.0",

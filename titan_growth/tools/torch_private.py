@@ -166,9 +166,10 @@ def forward_schedule_of(
     for pipeline_stage in pipeline_stages:
         pipeline_stage.stage_index_to_group_rank = placement
     gathered = {rank: schedules._add_unshard_reshard(row) for rank, row in _actions(order).items()}
-    schedule.pipeline_order_with_comms = schedules._add_send_recv(
-        gathered, stage_to_rank=lambda part: placement[part], num_stages=len(placement)
-    )
+    actions = schedules._add_send_recv(gathered, stage_to_rank=lambda part: placement[part], num_stages=len(placement))
+    if hasattr(schedules, "_add_wait_send"):  # PyTorch 2.15 waits for sends by actions, 2.13 by itself
+        actions = schedules._add_wait_send(actions)
+    schedule.pipeline_order_with_comms = actions
     return schedule
 
 
@@ -188,6 +189,6 @@ def drop_activations(schedule: Any) -> None:
 
 
 def answer_votes(pipeline_stage: PipelineStage) -> None:
-    """For a dry run, where no other rank answers: all parts have static metadata, so the vote is known."""
+    """For a dry run of torch 2.13: no other rank answers, but all parts have static metadata, so the vote is known."""
     for vote in ("_warmup_forward_vote", "_warmup_backward_result"):
         setattr(pipeline_stage, vote, lambda *_args, **_kwargs: torch.ones(1, dtype=torch.int32))

@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.tools.errors import CheckpointError
@@ -97,6 +98,45 @@ def test_the_chunks_of_a_folder(folder: Path) -> None:
         assert torch.equal(reader.read_chunk(chunk), tensor)
     with pytest.raises(CheckpointError, match=r"step-5 refused: .* does not hold layers\.0\.w as the metadata says"):
         reader.read_chunk(dataclasses.replace(chunks["layers.0.w"][0], sizes=(5, 4)))
+
+
+def rewrite_properties(folder: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Pickles the metadata again with other states of `TensorProperties`."""
+    state_of = TensorProperties.__getstate__
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorProperties, "__getstate__", lambda properties: change(state_of(properties)))
+        change_metadata(folder, lambda _metadata: None)
+
+
+PROPERTIES = {
+    "torch 2.13": lambda state: state[:5],
+    "torch 2.15": lambda state: (*state[:5], (3, 1)),
+    "torch 2.15 without strides": lambda state: (*state[:5], None),
+}
+
+
+@pytest.mark.parametrize("layout", PROPERTIES)
+def test_metadata_of_other_releases_of_torch(layout: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite_properties(folder, monkeypatch, PROPERTIES[layout])
+    wanted = {name: torch.full_like(tensor, 99) for name, tensor in STORED.items()}
+    load(wanted, SafeReader(folder))
+    assert all(torch.equal(wanted[name], STORED[name]) for name in STORED)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state[:4],
+        lambda state: (*state[:5], (3, 1), None),
+        lambda state: list(state),
+        lambda state: ("torch.float32", *state[1:5], (3, 1)),
+    ],
+    ids=["too few", "too many", "a list", "no type"],
+)
+def test_other_properties_are_refused(change: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite_properties(folder, monkeypatch, change)
+    with pytest.raises(CheckpointError, match=r"^step-5 refused: its metadata does not say which type \S+ has$"):
+        SafeReader(folder).read_metadata()
 
 
 # ---- hostile and damaged ---------------------------------------------------------------------------------------------

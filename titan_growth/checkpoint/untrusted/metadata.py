@@ -217,9 +217,13 @@ def _is_shard_name(name: str) -> bool:
     return is_plain_name(name) and not name.startswith(".")
 
 
+_NUM_PROPERTIES = (5, 6)
+"""PyTorch 2.15 added strides; like all after the layout they are of no use for a load, and are dropped."""
+
+
 def _properties(record: Any, name: str) -> TensorProperties:
     state = record.state if type(record) is Record and record.kind == "TensorProperties" else None
-    if type(state) is not tuple or len(state) != 5 or not isinstance(state[0], torch.dtype):
+    if type(state) is not tuple or len(state) not in _NUM_PROPERTIES or not isinstance(state[0], torch.dtype):
         raise RefusedError(f"does not say which type {_brief(name)} has")
     if state[1] is not torch.strided:
         raise RefusedError(f"says that {_brief(name)} is not dense")
