@@ -275,7 +275,7 @@ DAMAGES = [
         in_newest(lambda step: (step / "manifest.json").unlink()),
         sees="from .*step-6",
     ),
-    damaged("flipped bit", "a shard of every checkpoint", every_shard, sees="none can be used", status=1, quick=True),
+    damaged("flipped bit", "a shard of every checkpoint", every_shard, sees="none can be used", status=2, quick=True),
     damaged(
         "missing shard",
         "of every checkpoint",
