@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from titan_growth.config.schema.recipe import Recipe
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 
 
@@ -12,10 +11,6 @@ class QuietStage(Stage):
     """Needs a name and the hooks that matter to the test."""
 
     name: ClassVar[str]
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> QuietStage:
-        return cls()
 
     def enabled(self, context: PlanContext) -> bool:
         return True

@@ -172,8 +172,8 @@ TORCHTITAN = [
     ),
 ]
 
-STAGE = """from pydantic import Field
-from titan_growth.config.plugins import table_of
+STAGE = """from dataclasses import dataclass
+from pydantic import Field
 from titan_growth.config.section import Section
 from titan_growth.stages.base import Stage
 from titan_growth.stages.order import register_stage
@@ -185,26 +185,22 @@ class Table(Section):
 
 
 @register_stage
+@dataclass
 class Mine(Stage):
     name = "mine"
     after = ("pipeline",)
     table = "mine"
     settings = Table
 
-    def __init__(self, level):
-        self.level = level
-
-    @classmethod
-    def from_recipe(cls, recipe):
-        return cls(table_of(recipe, "mine").level)
+    mine: Table
 
     def enabled(self, context):
-        return self.level > 0
+        return self.mine.level > 0
 
     def check(self, context):
         depth = context.model_config.num_layers
-        if self.level > depth:
-            yield Problem("mine.level", f"{self.level} is more than the model's {depth} layers")
+        if self.mine.level > depth:
+            yield Problem("mine.level", f"{self.mine.level} is more than the model's {depth} layers")
 
     def apply(self, parts, context):
         return parts

@@ -118,17 +118,13 @@ def _parallelism(recipe: Recipe, found: Findings) -> None:
         found.problem("parallelism.pipeline_parallel_microbatch_size", message, hint)
     if parallelism.tensor_parallel_degree > 1 and parallelism.enable_async_tensor_parallel:
         key = "parallelism.enable_async_tensor_parallel"
-        if not _compiles_model(recipe):
+        if not recipe.compile.compiles_model:
             found.problem(key, f"needs {_MODEL_COMPILED}")
         elif recipe.compile.backend != "inductor":
             found.problem(key, f"needs compile.backend = 'inductor', got '{recipe.compile.backend}'")
 
 
 _MODEL_COMPILED = 'compile.enable = true with "model" in compile.components'
-
-
-def _compiles_model(recipe: Recipe) -> bool:
-    return recipe.compile.enable and "model" in recipe.compile.components
 
 
 def _compile(recipe: Recipe, found: Findings) -> None:
@@ -139,7 +135,7 @@ def _compile(recipe: Recipe, found: Findings) -> None:
     if recipe.compile.enable and "loss" in components and recipe.training.loss_chunk_tokens:
         message = '"loss" has no effect because training.loss_chunk_tokens computes the loss in pieces, uncompiled'
         found.warn("compile.components", message)
-    if recipe.activation_checkpoint.mode == "memory_budget" and not _compiles_model(recipe):
+    if recipe.activation_checkpoint.mode == "memory_budget" and not recipe.compile.compiles_model:
         message = f"'memory_budget' leaves the choice to the compiler, so it needs {_MODEL_COMPILED}"
         found.problem("activation_checkpoint.mode", message, "Compile the model, or choose 'selective' or 'full'")
 

@@ -91,9 +91,7 @@ IDLE = (
     Idle(
         "activation_checkpoint",
         ("per_op_sac_force_recompute_mm_shapes_by_fqns",),
-        lambda recipe: (
-            recipe.activation_checkpoint.mode != "selective" or recipe.activation_checkpoint.selective_ac_option != "op"
-        ),
+        lambda recipe: not recipe.activation_checkpoint.per_op,
         'activation_checkpoint.mode is not "selective" with selective_ac_option = "op"',
     ),
     _unless_mode("memory_budget", "memory_budget", "visualize_memory_budget_pareto"),

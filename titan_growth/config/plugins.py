@@ -72,10 +72,11 @@ def recipe_class() -> type[Recipe]:
 
 
 def table_of(recipe: Recipe, name: str) -> Any:
-    """A registered table of a recipe; its defaults if the recipe is older than the registration."""
+    """A table of a recipe; a plugin's defaults when the recipe was made before the table was registered."""
+    if (table := getattr(recipe, name, None)) is not None:
+        return table
     assert name in _TABLES, f"no table [{name}] is registered; call register_table first"
-    table = getattr(recipe, name, None)
-    return table if table is not None else _TABLES[name]()
+    return _TABLES[name]()
 
 
 def load_plugins(names: Sequence[str]) -> None:

@@ -36,7 +36,7 @@ class PipelineEngine(Engine):
         super().__init__(model, device)
         self.layout: PipelineLayout = stage.layout(model.context)
         self.microbatch_size = stage.parallelism.pipeline_parallel_microbatch_size
-        self.compute_dtype = getattr(torch, stage.compute_dtype)
+        self.compute_dtype = getattr(torch, stage.training.mixed_precision_param)
         self.group = model.context.mesh.group_of("pp")
         self.parts = self.layout.parts_of(model.context.mesh.rank_of("pp"))
         self.holds_first = any(part.first for part in self.parts)

@@ -13,6 +13,7 @@ split and after growth.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,8 +21,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from titan_growth.config.schema.recipe import Recipe
-from titan_growth.config.schema.techniques import ActivationCheckpointConfig
+from titan_growth.config.schema.techniques import ActivationCheckpointConfig, CompileConfig
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
@@ -40,6 +40,7 @@ class Checkpointed:
 
 
 @register_stage
+@dataclass
 class ActivationCheckpoint(Stage):
     """Recomputes layers, or their cheap operations."""
 
@@ -53,58 +54,46 @@ class ActivationCheckpoint(Stage):
         "growth_mask",
     )
 
-    def __init__(self, section: ActivationCheckpointConfig, compiles_model: bool) -> None:
-        self.section = section
-        self.compiles_model = compiles_model
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> ActivationCheckpoint:
-        compiles_model = recipe.compile.enable and "model" in recipe.compile.components
-        return cls(recipe.activation_checkpoint, compiles_model)
+    activation_checkpoint: ActivationCheckpointConfig
+    compile: CompileConfig
 
     def enabled(self, context: PlanContext) -> bool:
-        return self.section.mode != "none"
+        return self.activation_checkpoint.mode != "none"
 
     @property
-    def per_op(self) -> bool:
-        """Whether checkpointing selects operations rather than layers."""
-        return self.section.mode == "selective" and self.section.selective_ac_option == "op"
+    def every(self) -> int:
+        """k if every k-th layer is recomputed; 1 for all."""
+        section = self.activation_checkpoint
+        return int(section.selective_ac_option) if section.mode == "selective" and not section.per_op else 1
 
     def check(self, context: PlanContext) -> Iterator[Problem]:
-        if self.per_op and self.compiles_model and context.mesh_shape.tp > 1:
+        if self.activation_checkpoint.per_op and self.compile.compiles_model and context.mesh_shape.tp > 1:
             message = '"op" does not work inside compiled layers under tensor parallelism'
             hint = 'Use activation_checkpoint.mode = "full", every k-th layer, or no compile'
             yield Problem("activation_checkpoint.selective_ac_option", message, hint)
 
     def warnings(self, context: PlanContext) -> Iterator[Problem]:
-        option, num_layers = self.section.selective_ac_option, context.model_config.num_layers
-        if self.section.mode == "selective" and not self.per_op and int(option) > num_layers:
-            message = f"{option} recomputes nothing in a model of {num_layers} layers"
+        num_layers = context.model_config.num_layers
+        if self.every > num_layers:
+            message = f"{self.every} recomputes nothing in a model of {num_layers} layers"
             yield Problem("activation_checkpoint.selective_ac_option", message)
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
-        if self.section.mode == "memory_budget":
+        section = self.activation_checkpoint
+        if section.mode == "memory_budget":
             return parts  # the compile stage sets it
-        options: dict[str, Any] = {
-            "preserve_rng_state": self.section.preserve_rng_state,
-            "determinism_check": self.section.determinism_check,
-            "debug": self.section.debug,
-            "early_stop": self.section.early_stop,
-        }
-        every = 1
-        if self.section.mode == "selective" and not self.per_op:
-            every = int(self.section.selective_ac_option)
+        options = section.model_dump(include={"preserve_rng_state", "determinism_check", "debug", "early_stop"})
         for part in parts:
-            if self.per_op:
+            if section.per_op:
                 options["context_fn"] = partial(_per_operation, self._recomputed_shapes(part))
             for layer, block in part.layers.items():
-                if (int(layer) + 1) % every == 0:
+                if (int(layer) + 1) % self.every == 0:
                     block.forward = Checkpointed(block.forward, **options)
         return parts
 
     def _recomputed_shapes(self, part: nn.Module) -> frozenset[tuple[int, ...]]:
         """Shapes (in, out) of the weights whose products are recomputed, as the matrix product sees them."""
-        patterns = self.section.per_op_sac_force_recompute_mm_shapes_by_fqns
+        patterns = self.activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns
         return frozenset(
             (module.in_features, module.out_features)
             for name, module in part.named_modules()
@@ -112,18 +101,13 @@ class ActivationCheckpoint(Stage):
         )
 
     def describe(self, context: PlanContext) -> str:
-        if self.section.mode == "memory_budget":
-            return f"activation_checkpoint: memory budget {self.section.memory_budget:g}, chosen by the compiler"
-        if self.section.mode == "full":
-            return "activation_checkpoint: every layer is recomputed"
-        if self.per_op:
+        section = self.activation_checkpoint
+        if section.mode == "memory_budget":
+            return f"activation_checkpoint: memory budget {section.memory_budget:g}, chosen by the compiler"
+        if section.per_op:
             return "activation_checkpoint: cheap operations are recomputed"
-        every = int(self.section.selective_ac_option)
-        return (
-            f"activation_checkpoint: one layer in {every} is recomputed"
-            if every > 1
-            else ("activation_checkpoint: every layer is recomputed")
-        )
+        which = f"one layer in {self.every}" if self.every > 1 else "every layer"
+        return f"activation_checkpoint: {which} is recomputed"
 
 
 def _per_operation(recomputed_shapes: frozenset[tuple[int, ...]]) -> Any:

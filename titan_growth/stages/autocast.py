@@ -6,34 +6,31 @@ it casts each parameter once, all alike. The two round differently: autocast lea
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from titan_growth.config.schema.recipe import Recipe, TrainingConfig
+from titan_growth.config.schema.recipe import ModelConfig, TrainingConfig
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
 
 
 @register_stage
+@dataclass
 class Autocast(Stage):
     """bfloat16 computation over float32 parameters on a mesh without FSDP."""
 
     name: ClassVar[str] = "autocast"
     after: ClassVar[tuple[str, ...]] = ("pipeline", "compile")
 
-    def __init__(self, training: TrainingConfig, float8: bool) -> None:
-        self.training = training
-        self.float8 = float8
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> Autocast:
-        return cls(recipe.training, recipe.model.uses_float8)
+    training: TrainingConfig
+    model: ModelConfig
 
     def enabled(self, context: PlanContext) -> bool:
         if self.training.enable_cpu_offload and context.device_type != "cpu":
             return False  # offload needs FSDP
-        return self.training.mixes_precision and context.mesh_shape.num_ranks == 1 and not self.float8
+        return self.training.mixes_precision and context.mesh_shape.num_ranks == 1 and not self.model.uses_float8
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         for part in parts:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from titan_growth.config.plugins import table_of
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.section import Section
 from titan_growth.growth.operators.base import GrowthMap
@@ -73,10 +74,12 @@ class BuildContext(PlanContext):
     mesh: Mesh = field(kw_only=True)
 
 
+@dataclass
 class Stage(ABC):
     """One transformation of the model, applied once per build.
 
-    A plugin's stage names its TOML `table` and the `Section` of its `settings`; built-in tables are in the schema.
+    A subclass is a dataclass whose fields are the recipe's tables that it reads, by their names. A plugin's stage also
+    names its own TOML `table` and the `Section` of its `settings`; built-in tables are in the schema.
     """
 
     name: ClassVar[str]
@@ -85,9 +88,9 @@ class Stage(ABC):
     settings: ClassVar[type[Section] | None] = None
 
     @classmethod
-    @abstractmethod
     def from_recipe(cls, recipe: Recipe) -> Stage:
-        """The stage, with the sections it owns; it keeps nothing else of the recipe."""
+        """The stage with its tables; it keeps nothing else of the recipe."""
+        return cls(**{table.name: table_of(recipe, table.name) for table in fields(cls)})
 
     @abstractmethod
     def enabled(self, context: PlanContext) -> bool:

@@ -6,6 +6,7 @@ Under tensor parallelism each rank handles its shard of the vocabulary, for the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.recipe import TrainingConfig
 from titan_growth.models.chunked_loss import chunked_cross_entropy_sum
 from titan_growth.models.decoder import LossHead
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
@@ -62,28 +63,24 @@ class ChunkedLossHead(LossHead):
 
 
 @register_stage
+@dataclass
 class ChunkedLoss(Stage):
     """Head and loss in chunks."""
 
     name: ClassVar[str] = "chunked_loss"
     after: ClassVar[tuple[str, ...]] = ("pipeline", "float8", "tensor_parallel", "context_parallel")
 
-    def __init__(self, chunk_tokens: int) -> None:
-        self.chunk_tokens = chunk_tokens
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> ChunkedLoss:
-        return cls(recipe.training.loss_chunk_tokens)
+    training: TrainingConfig
 
     def enabled(self, context: PlanContext) -> bool:
-        return self.chunk_tokens > 0
+        return self.training.loss_chunk_tokens > 0
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         group = context.mesh.group_of("tp") if context.mesh_shape.tp > 1 else None
         for part in parts:
             if part.output is not None:
-                part.output = ChunkedLossHead(part.output.weight, self.chunk_tokens, group)
+                part.output = ChunkedLossHead(part.output.weight, self.training.loss_chunk_tokens, group)
         return parts
 
     def describe(self, context: PlanContext) -> str:
-        return f"chunked_loss: {self.chunk_tokens} positions at a time"
+        return f"chunked_loss: {self.training.loss_chunk_tokens} positions at a time"

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from titan_growth.config.messages import suggestion
-from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.recipe import JobConfig
 from titan_growth.config.schema.techniques import ActivationCheckpointConfig, CompileConfig
 from titan_growth.stages.activation_checkpoint import Checkpointed
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
@@ -25,6 +26,7 @@ from titan_growth.tools.torch_private import set_memory_budget
 
 
 @register_stage
+@dataclass
 class Compile(Stage):
     """Compiled blocks and loss."""
 
@@ -39,35 +41,30 @@ class Compile(Stage):
         "activation_checkpoint",
     )
 
-    def __init__(self, section: CompileConfig, checkpointing: ActivationCheckpointConfig, dump_folder: str) -> None:
-        self.section = section
-        self.checkpointing = checkpointing
-        self.dump_folder = dump_folder
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> Compile:
-        return cls(recipe.compile, recipe.activation_checkpoint, recipe.job.dump_folder)
+    compile: CompileConfig
+    activation_checkpoint: ActivationCheckpointConfig
+    job: JobConfig
 
     def enabled(self, context: PlanContext) -> bool:
-        return self.section.enable
+        return self.compile.enable
 
     def check(self, context: PlanContext) -> Iterator[Problem]:
         backends = torch.compiler.list_backends(exclude_tags=())
-        if self.section.backend not in backends:
+        if self.compile.backend not in backends:
             # PyTorch has two dozen, most of them for its own tests.
-            hint = suggestion(self.section.backend, backends) or 'Use "inductor", or "aot_eager" without a compiler'
-            yield Problem("compile.backend", f"there is no backend '{self.section.backend}'", hint)
-        elif self.section.backend == "inductor" and context.device_type == "cpu" and not _has_compiler():
+            hint = suggestion(self.compile.backend, backends) or 'Use "inductor", or "aot_eager" without a compiler'
+            yield Problem("compile.backend", f"there is no backend '{self.compile.backend}'", hint)
+        elif self.compile.backend == "inductor" and context.device_type == "cpu" and not _has_compiler():
             message = "inductor needs a C++ compiler on a CPU, and there is none"
             yield Problem("compile.backend", message, 'Install g++, set CXX, or use backend = "aot_eager"')
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         self._set_memory_budget()
         for part in parts:
-            if "model" in self.section.components:
+            if "model" in self.compile.components:
                 for block in part.layers.values():
                     self._compile_block(block, context)
-            if "loss" in self.section.components:
+            if "loss" in self.compile.components:
                 part.loss = self._compiled(part.loss, fullgraph=False)
         return parts
 
@@ -80,22 +77,23 @@ class Compile(Stage):
             block.forward = self._compiled(block.forward)
 
     def _compiled(self, function: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
-        return torch.compile(function, backend=self.section.backend, fullgraph=fullgraph)
+        return torch.compile(function, backend=self.compile.backend, fullgraph=fullgraph)
 
     def _set_memory_budget(self) -> None:
         """The budget is process-wide, so every build sets it, also back to "keep everything"."""
-        if self.checkpointing.mode != "memory_budget":
+        section = self.activation_checkpoint
+        if section.mode != "memory_budget":
             set_memory_budget(None)
             return
         folder = None
-        if self.checkpointing.visualize_memory_budget_pareto:
-            folder = os.path.join(self.dump_folder, "memory_budget_pareto")
+        if section.visualize_memory_budget_pareto:
+            folder = os.path.join(self.job.dump_folder, "memory_budget_pareto")
             os.makedirs(folder, exist_ok=True)
-        set_memory_budget(self.checkpointing.memory_budget, folder)
+        set_memory_budget(section.memory_budget, folder)
 
     def describe(self, context: PlanContext) -> str:
         what = {"model": "blocks", "loss": "loss"}
-        return f"compile: {' and '.join(what[part] for part in self.section.components)} with {self.section.backend}"
+        return f"compile: {' and '.join(what[part] for part in self.compile.components)} with {self.compile.backend}"
 
 
 def _has_compiler() -> bool:

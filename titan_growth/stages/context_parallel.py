@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_growth.config.schema.recipe import ParallelismConfig, Recipe
+from titan_growth.config.schema.recipe import DataConfig, ParallelismConfig, ValidationConfig
 from titan_growth.models.decoder import SequenceContext, SequenceLayout, documents_of
 from titan_growth.stages.base import BuildContext, Microbatch, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
@@ -49,19 +49,17 @@ class GatheredContext(SequenceContext):
         return super().attend(q_BSNH, k_BTKH, v_BTKH)
 
 
+@dataclass(kw_only=True)
 class ShardedSequence(SequenceLayout):
     """The positions of one context-parallel rank."""
 
-    def __init__(
-        self, rank: int, degree: int, balancer: str, group: dist.ProcessGroup, *, ring: bool, hidden_shards: int
-    ) -> None:
-        self.rank = rank
-        self.degree = degree
-        self.balancer = balancer
-        self.group = group
-        self.ring = ring
-        self.hidden_shards = hidden_shards
-        self._placed: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+    rank: int
+    degree: int
+    balancer: str
+    group: dist.ProcessGroup
+    ring: bool
+    hidden_shards: int
+    _placed: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def context(self, cos: Tensor, sin: Tensor, num_tokens: int, positions_BT: Tensor | None) -> SequenceContext:
         total = num_tokens * self.degree
@@ -88,44 +86,39 @@ class ShardedSequence(SequenceLayout):
 
 
 @register_stage
+@dataclass
 class ContextParallel(Stage):
     """Sequences sharded over ranks."""
 
     name: ClassVar[str] = "context_parallel"
     after: ClassVar[tuple[str, ...]] = ("pipeline", "tensor_parallel")  # the latter sets `hidden_shards`
 
-    def __init__(self, parallelism: ParallelismConfig, validation_seq_len: int | None, document_mask: bool) -> None:
-        self.parallelism = parallelism
-        self.validation_seq_len = validation_seq_len
-        self.document_mask = document_mask
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> ContextParallel:
-        validation = recipe.validation.seq_len if recipe.validation.enable else None
-        return cls(recipe.parallelism, validation, recipe.data.document_mask)
+    parallelism: ParallelismConfig
+    validation: ValidationConfig
+    data: DataConfig
 
     def enabled(self, context: PlanContext) -> bool:
         return context.mesh_shape.cp > 1
 
     def _rings(self, context: PlanContext) -> bool:
-        return context.device_type == "cuda" and not self.document_mask
+        return context.device_type == "cuda" and not self.data.document_mask
 
     def check(self, context: PlanContext) -> Iterator[Problem]:
-        yield from sequence_problems(context, self.validation_seq_len)
+        yield from sequence_problems(context, self.validation)
 
     def warnings(self, context: PlanContext) -> Iterator[Problem]:
         if self.parallelism.context_parallel_rotate_method != "allgather" and not self._rings(context):
-            reason = "with data.document_mask" if self.document_mask else "on a CPU"
+            reason = "with data.document_mask" if self.data.document_mask else "on a CPU"
             message = f"has no effect: {reason} keys and values are gathered, not rotated"
             yield Problem("parallelism.context_parallel_rotate_method", message)
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         for part in parts:
             part.sequence = ShardedSequence(
-                context.mesh.rank_of("cp"),
-                context.mesh_shape.cp,
-                self.parallelism.context_parallel_load_balancer,
-                context.mesh.group_of("cp"),
+                rank=context.mesh.rank_of("cp"),
+                degree=context.mesh_shape.cp,
+                balancer=self.parallelism.context_parallel_load_balancer,
+                group=context.mesh.group_of("cp"),
                 ring=self._rings(context),
                 hidden_shards=part.sequence.hidden_shards,
             )

@@ -10,18 +10,18 @@ torchao takes seconds to import, so it is imported when the stage is applied, ne
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from titan_growth.config.messages import suggestion
-from titan_growth.config.schema.recipe import Recipe
-from titan_growth.config.schema.techniques import Float8Config
+from titan_growth.config.schema.recipe import ModelConfig, ParallelismConfig, TrainingConfig
+from titan_growth.config.schema.techniques import Float8Config, QuantizeConfig
 from titan_growth.models.decoder import Split
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
@@ -33,25 +33,25 @@ MULTIPLE = 16
 
 
 @register_stage
+@dataclass
 class Float8(Stage):
     """Linear layers become torchao's `Float8Linear`."""
 
     name: ClassVar[str] = "float8"
     after: ClassVar[tuple[str, ...]] = ("pipeline",)
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.section: Float8Config = recipe.quantize.linear.float8
-        self.model = recipe.model
-        self.chunked_loss = recipe.training.loss_chunk_tokens > 0
-        self.local_batch_size = recipe.training.local_batch_size
-        self.microbatch_size = recipe.parallelism.pipeline_parallel_microbatch_size
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> Float8:
-        return cls(recipe)
+    model: ModelConfig
+    quantize: QuantizeConfig
+    training: TrainingConfig
+    parallelism: ParallelismConfig
 
     def enabled(self, context: PlanContext) -> bool:
         return self.model.uses_float8
+
+    @property
+    def section(self) -> Float8Config:
+        """The settings of Float8 itself."""
+        return self.quantize.linear.float8
 
     @property
     def recipe_name(self) -> str:
@@ -77,14 +77,15 @@ class Float8(Stage):
             message = f"Float8 needs sizes that are multiples of {MULTIPLE}{ranks}, but the model has {listed}"
             names = ", ".join(f'"{leaf}"' for leaf, *_ in wrong)
             yield Problem("model.converters", message, f"Name them in quantize.linear.float8.filter_fqns: [{names}]")
-        if self.chunked_loss and not self._keeps("output", context):
+        if self.training.loss_chunk_tokens and not self._keeps("output", context):
             message = "with training.loss_chunk_tokens the head computes the loss itself and cannot be a Float8 layer"
             yield Problem("quantize.linear.float8.filter_fqns", message, 'Add "output" to it')
 
     def _token_problems(self, context: PlanContext) -> Iterator[Problem]:
         """A weight's gradient is a product over a microbatch's tokens, so their number matters too."""
-        shape = context.mesh_shape
-        size = self.microbatch_size if shape.pp > 1 else self.local_batch_size
+        shape, size = context.mesh_shape, self.training.local_batch_size
+        if shape.pp > 1:
+            size = self.parallelism.pipeline_parallel_microbatch_size
         num_tokens = size * context.seq_len // shape.cp
         if num_tokens % MULTIPLE and self.recipe_name != "rowwise_with_gw_hp":
             ranks = " on each context-parallel rank" if shape.cp > 1 else ""
@@ -121,7 +122,7 @@ class Float8(Stage):
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
         config = Float8LinearConfig.from_recipe_name(self.recipe_name)
-        config = dataclasses.replace(
+        config = replace(
             config,
             emulate=self.emulates(context),
             enable_fsdp_float8_all_gather=self.section.enable_fsdp_float8_all_gather,
@@ -171,7 +172,7 @@ def linear_sizes(context: PlanContext) -> Iterator[tuple[str, int, int]]:
     Channels that do not divide evenly over the ranks count as 1, which no Float8 product accepts.
     """
     degree = context.mesh_shape.tp
-    config = dataclasses.replace(context.model_config, num_layers=1)  # all layers are alike
+    config = replace(context.model_config, num_layers=1)  # all layers are alike
     with torch.device("meta"):
         model: Any = context.family.Decoder(config, context.seq_len)
     plan = context.family.tensor_parallel_plan(model)

@@ -10,12 +10,13 @@ over ranks, never averaged: the divide factor is 1. gloo has no pre-multiplied s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from titan_growth.config.schema.recipe import ParallelismConfig, Recipe, TrainingConfig
+from titan_growth.config.schema.recipe import ModelConfig, ParallelismConfig, TrainingConfig
 from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
@@ -23,6 +24,7 @@ from titan_growth.tools.errors import Problem
 
 
 @register_stage
+@dataclass
 class FSDP(Stage):
     """Fully sharded data parallelism, over the units that the model family declares."""
 
@@ -38,18 +40,13 @@ class FSDP(Stage):
         "autocast",
     )
 
-    def __init__(self, parallelism: ParallelismConfig, training: TrainingConfig, float8: bool) -> None:
-        self.parallelism = parallelism
-        self.training = training
-        self.float8 = float8
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> FSDP:
-        return cls(recipe.parallelism, recipe.training, recipe.model.uses_float8)
+    parallelism: ParallelismConfig
+    training: TrainingConfig
+    model: ModelConfig
 
     def enabled(self, context: PlanContext) -> bool:
         shape = context.mesh_shape
-        if shape.dp_degree * shape.cp > 1 or self.float8:
+        if shape.dp_degree * shape.cp > 1 or self.model.uses_float8:
             return True
         return self._offloads(context) or (self.training.mixes_precision and shape.num_ranks > 1)
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.axes import NEW
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.models.roles import RESIDUAL, Role, layer_of, role_of
@@ -37,10 +36,6 @@ class GrowthMask(Stage):
 
     name: ClassVar[str] = "growth_mask"
     after: ClassVar[tuple[str, ...]] = ("pipeline", "float8", "tensor_parallel", "context_parallel", "chunked_loss")
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> GrowthMask:
-        return cls()
 
     def enabled(self, context: PlanContext) -> bool:
         return context.transition is not None and context.transition.growth.masked

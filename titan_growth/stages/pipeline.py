@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.recipe import ParallelismConfig, TrainingConfig
+from titan_growth.config.schema.techniques import ActivationCheckpointConfig, CompileConfig
 from titan_growth.layout.pipeline_layout import PipelineLayout, plan_pipeline
 from titan_growth.models.decoder import LossHead
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
@@ -29,22 +31,16 @@ from titan_growth.tools.gradients import reduced
 
 
 @register_stage
+@dataclass
 class Pipeline(Stage):
     """Splits the model into parts."""
 
     name: ClassVar[str] = "pipeline"
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.parallelism = recipe.parallelism
-        self.local_batch_size = recipe.training.local_batch_size
-        self.compiles_model = recipe.compile.enable and "model" in recipe.compile.components
-        checkpointing = recipe.activation_checkpoint
-        self.checkpoints_operations = checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op"
-        self.compute_dtype = recipe.training.mixed_precision_param
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> Pipeline:
-        return cls(recipe)
+    parallelism: ParallelismConfig
+    training: TrainingConfig
+    compile: CompileConfig
+    activation_checkpoint: ActivationCheckpointConfig
 
     def enabled(self, context: PlanContext) -> bool:
         return context.mesh_shape.pp > 1
@@ -56,7 +52,7 @@ class Pipeline(Stage):
         return layout
 
     def _plan(self, context: PlanContext, found: Findings) -> PipelineLayout | None:
-        return plan_pipeline(self.parallelism, context.model_config.num_layers, self.local_batch_size, found)
+        return plan_pipeline(self.parallelism, context.model_config.num_layers, self.training.local_batch_size, found)
 
     def check(self, context: PlanContext) -> Iterator[Problem]:
         layout = self._plan(context, found := Findings())
@@ -68,11 +64,11 @@ class Pipeline(Stage):
         if self.parallelism.fsdp_reshard_after_forward == "always":
             message = f'"always" gives wrong gradients with {name}, which splits the backward pass'
             yield Problem("parallelism.fsdp_reshard_after_forward", message, 'Use "default" or "never"')
-        if self.compiles_model:
+        if self.compile.compiles_model:
             message = f"{name} splits the backward pass, which compiled layers do not allow"
             hint = "Set compile.enable = false, or use 1F1B, Interleaved1F1B, GPipe or LoopedBFS"
             yield Problem("compile.enable", message, hint)
-        if self.checkpoints_operations:
+        if self.activation_checkpoint.per_op:
             message = f"{name} splits the backward pass, in which single operations cannot be recomputed"
             hint = 'Use activation_checkpoint.mode = "full" or every k-th layer'
             yield Problem("activation_checkpoint.selective_ac_option", message, hint)

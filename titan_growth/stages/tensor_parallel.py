@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from titan_growth.config.schema.recipe import ParallelismConfig, Recipe
+from titan_growth.config.schema.recipe import ParallelismConfig, TrainingConfig, ValidationConfig
 from titan_growth.models.decoder import Decoder, Split
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
@@ -35,21 +36,16 @@ from titan_growth.tools.torch_private import overlap_tensor_parallel
 
 
 @register_stage
+@dataclass
 class TensorParallel(Stage):
     """DTensor tensor and sequence parallelism, with loss parallel."""
 
     name: ClassVar[str] = "tensor_parallel"
     after: ClassVar[tuple[str, ...]] = ("pipeline", "float8")  # it must see the Float8 layers
 
-    def __init__(self, parallelism: ParallelismConfig, validation_seq_len: int | None, chunked_loss: bool) -> None:
-        self.parallelism = parallelism
-        self.validation_seq_len = validation_seq_len
-        self.chunked_loss = chunked_loss
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> TensorParallel:
-        validation = recipe.validation.seq_len if recipe.validation.enable else None
-        return cls(recipe.parallelism, validation, recipe.training.loss_chunk_tokens > 0)
+    parallelism: ParallelismConfig
+    validation: ValidationConfig
+    training: TrainingConfig
 
     def enabled(self, context: PlanContext) -> bool:
         return context.mesh_shape.tp > 1
@@ -57,7 +53,7 @@ class TensorParallel(Stage):
     @property
     def loss_parallel(self) -> bool:
         """Whether the loss is computed on logits sharded over the vocabulary."""
-        return not self.parallelism.disable_loss_parallel and not self.chunked_loss
+        return not self.parallelism.disable_loss_parallel and not self.training.loss_chunk_tokens
 
     def check(self, context: PlanContext) -> Iterator[Problem]:
         config, degree = context.model_config, context.mesh_shape.tp
@@ -73,13 +69,13 @@ class TensorParallel(Stage):
             yield Problem(key, f"{degree} does not divide the model's {', '.join(uneven)}", hint)
         if config.vocab_size < degree:
             yield Problem(key, f"{degree} is more than the vocabulary's {config.vocab_size} entries")
-        yield from sequence_problems(context, self.validation_seq_len)
+        yield from sequence_problems(context, self.validation)
         if self.parallelism.enable_async_tensor_parallel and context.device_type != "cuda":
             message = "needs CUDA (symmetric memory between GPUs), and this run is on the CPU"
             yield Problem("parallelism.enable_async_tensor_parallel", message, "Set it to false")
 
     def warnings(self, context: PlanContext) -> Iterator[Problem]:
-        if self.chunked_loss and self.parallelism.disable_loss_parallel:
+        if self.training.loss_chunk_tokens and self.parallelism.disable_loss_parallel:
             message = "has no effect: with training.loss_chunk_tokens the vocabulary is always split"
             yield Problem("parallelism.disable_loss_parallel", message)
 
@@ -136,7 +132,8 @@ class TensorParallel(Stage):
         return loss_parallel() if self.loss_parallel else contextlib.nullcontext()
 
     def describe(self, context: PlanContext) -> str:
-        loss = "loss on the split vocabulary" if self.loss_parallel or self.chunked_loss else "logits gathered"
+        gathers = self.parallelism.disable_loss_parallel and not self.training.loss_chunk_tokens
+        loss = "logits gathered" if gathers else "loss on the split vocabulary"
         overlap = ", collectives overlapped with products" if self.parallelism.enable_async_tensor_parallel else ""
         return f"tensor_parallel: {context.mesh_shape.tp} ranks, sequence parallel, {loss}{overlap}"
 
@@ -150,13 +147,14 @@ def _owned(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
     return output.clone()
 
 
-def sequence_problems(context: PlanContext, validation_seq_len: int | None) -> Iterator[Problem]:
+def sequence_problems(context: PlanContext, validation: ValidationConfig) -> Iterator[Problem]:
     """Sequence lengths that do not divide evenly over the tensor- and context-parallel ranks."""
     shape = context.mesh_shape
     pieces = shape.tp * (2 * shape.cp if shape.cp > 1 else 1)
     product = f"tensor-parallel degree {shape.tp}" if shape.tp > 1 else ""
     if shape.cp > 1:
         product += f"{' x ' if product else ''}2 x context-parallel degree {shape.cp}"
+    validation_seq_len = validation.seq_len if validation.enable else None
     for key, length in (("training.seq_len", context.seq_len), ("validation.seq_len", validation_seq_len)):
         if length is not None and length % pieces:
             below = length // pieces * pieces

@@ -33,6 +33,11 @@ class ActivationCheckpointConfig(Section):
     debug: bool = False
     """On a mismatch, print the operations of both computations."""
 
+    @property
+    def per_op(self) -> bool:
+        """Whether operations are selected rather than layers."""
+        return self.mode == "selective" and self.selective_ac_option == "op"
+
     @field_validator("selective_ac_option", mode="before")
     @classmethod
     def _number_as_text(cls, value: Any) -> Any:
@@ -56,6 +61,11 @@ class CompileConfig(Section):
     """model = every transformer block, loss = the loss function."""
     backend: str = "inductor"
     """Backend of torch.compile."""
+
+    @property
+    def compiles_model(self) -> bool:
+        """Whether the transformer blocks are compiled."""
+        return self.enable and "model" in self.components
 
 
 class Float8Config(Section):
