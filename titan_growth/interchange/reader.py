@@ -21,34 +21,22 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.futures import Future
+from torch.distributed.checkpoint.planner import ReadItem
 
 from titan_growth.checkpoint.reader import NamesOf, SafeReader, StoredChunk
 from titan_growth.checkpoint.untrusted.archive import StoredValues
 from titan_growth.interchange.folder import HuggingFaceFolder, open_folder
 from titan_growth.interchange.safetensors_file import StoredTensor, fill, memory_of
 from titan_growth.models.config import DecoderConfig
-from titan_growth.tools.errors import CheckpointError
 
 PIECE_BYTES = 64 * 2**20
 """Size of a piece, unless one head is larger."""
 
-_MUST_AGREE = {
-    "num_heads": "n_heads",
-    "num_kv_heads": "n_kv_heads",
-    "head_dim": "head_dim",
-}
+_MUST_AGREE = {"num_heads": "n_heads", "num_kv_heads": "n_kv_heads", "head_dim": "head_dim"}
 """What the shapes of the weights do not determine but their meaning depends on: field -> recipe key."""
 
-_MAY_DIFFER = {
-    "norm_eps": "norm_eps",
-    "rope_theta": "rope_theta",
-    "rope_scaling_factor": "rope_scaling_factor",
-    "rope_low_freq_factor": "rope_low_freq_factor",
-    "rope_high_freq_factor": "rope_high_freq_factor",
-    "rope_original_max_seq_len": "rope_original_max_seq_len",
-}
+_ONLY_SCALED = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
+_MAY_DIFFER = ("norm_eps", "rope_theta", "rope_scaling_factor", *_ONLY_SCALED)
 
 
 @dataclass(frozen=True)
@@ -102,17 +90,14 @@ class HuggingFaceReader(SafeReader):
         """The folder, checked."""
         if self._opened is None:
             opened = open_folder(self.folder)
-            self._require_same(opened)
+            if self.family is not None and opened.section.name != self.family:
+                raise self.refused(f"its family is {opened.section.name}, the recipe's is {self.family}")
+            for field, key in _MUST_AGREE.items() if self.config is not None else ():
+                stored, wanted = getattr(opened.config, field), getattr(self.config, field)
+                if stored != wanted:
+                    raise self.refused(f"it is of another model: {key} is {stored} there and {wanted} here")
             self._opened = opened
         return self._opened
-
-    def _require_same(self, opened: HuggingFaceFolder) -> None:
-        if self.family is not None and opened.section.name != self.family:
-            raise self.refused(f"its family is {opened.section.name}, the recipe's is {self.family}")
-        for field, key in _MUST_AGREE.items() if self.config is not None else ():
-            stored, wanted = getattr(opened.config, field), getattr(self.config, field)
-            if stored != wanted:
-                raise self.refused(f"it is of another model: {key} is {stored} there and {wanted} here")
 
     def differences(self) -> list[str]:
         """A line for each setting of the recipe that computes something else from the same weights."""
@@ -120,9 +105,9 @@ class HuggingFaceReader(SafeReader):
             return []
         stored = self.opened.config
         return [
-            f"model.{key} is {getattr(self.config, field)}, but {self.folder.name} was trained with "
+            f"model.{field} is {getattr(self.config, field)}, but {self.folder.name} was trained with "
             f"{getattr(stored, field)}"
-            for field, key in _MAY_DIFFER.items()
+            for field in _MAY_DIFFER
             if getattr(stored, field) != getattr(self.config, field)
             and not (self.config.rope_scaling_factor == stored.rope_scaling_factor == 1 and field in _ONLY_SCALED)
         ]
@@ -154,25 +139,15 @@ class HuggingFaceReader(SafeReader):
             begin, length = tensor.begin + start * row_bytes, (stop - start) * row_bytes
             yield _Piece(tensor.file, begin, length, tensor, group, start)
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Serves all requests of this rank. What several of them share (tied weights) is read once."""
+    def _parts_of(self, chunk: StoredChunk, items: list[ReadItem]) -> Iterator[tuple[ReadItem, Tensor]]:
+        """As in `SafeReader`, but reads only what is requested of the chunk."""
         pieces: Any = self.read_metadata().storage_data
-        grouped: dict[Any, list[ReadItem]] = {}
-        for item in plan.items:
-            if item.type != LoadItemType.TENSOR:
-                raise CheckpointError(f"{item.storage_index.fqn} is not stored as a tensor")
-            piece = pieces[item.storage_index]
-            key = (piece.relative_path, piece.offset, tuple(item.storage_offsets), tuple(item.lengths))
-            grouped.setdefault(key, []).append(item)
-        for (_, _, starts, lengths), items in sorted(grouped.items(), key=lambda entry: entry[0]):
-            values = self._part(pieces[items[0].storage_index], starts, lengths)
-            for item in items:
-                target = planner.resolve_tensor(item).detach()
-                target.copy_(values)
-                planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+        boxes: dict[Any, list[ReadItem]] = {}
+        for item in items:
+            boxes.setdefault((tuple(item.storage_offsets), tuple(item.lengths)), []).append(item)
+        for (starts, lengths), same in sorted(boxes.items(), key=lambda entry: entry[0]):
+            values = self._part(pieces[same[0].storage_index], starts, lengths)
+            yield from ((item, values) for item in same)
 
     def _part(self, piece: _Piece, starts: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
         """A box of a piece. Reads whole heads if rows are reordered, and only the columns of the box."""
@@ -193,15 +168,12 @@ class HuggingFaceReader(SafeReader):
 
     def _read_rows(self, piece: _Piece, begin: int, row_bytes: int, part_bytes: int, target: memoryview) -> None:
         """Reads the same byte range of consecutive rows into memory."""
-        try:
-            with self._file(piece.relative_path) as file:
-                if part_bytes == row_bytes:
-                    fill(file, piece.offset + begin, target)
-                else:
-                    for row, at in enumerate(range(0, len(target), part_bytes)):
-                        fill(file, piece.offset + begin + row * row_bytes, target[at : at + part_bytes])
-        except OSError as error:
-            raise self.refused(f"{piece.relative_path} cannot be read ({error.strerror or error})") from None
+        with self._reading(piece.relative_path), self._file(piece.relative_path) as file:
+            if part_bytes == row_bytes:
+                fill(file, piece.offset + begin, target)
+            else:
+                for row, at in enumerate(range(0, len(target), part_bytes)):
+                    fill(file, piece.offset + begin + row * row_bytes, target[at : at + part_bytes])
         self.num_bytes_read += len(target)
         self.num_chunks_read += 1
 
@@ -221,18 +193,13 @@ class HuggingFaceReader(SafeReader):
         return values
 
     def _open(self, chunk: StoredChunk) -> IO[bytes]:
-        try:
+        with self._reading(chunk.file):
             return self._file(chunk.file)
-        except OSError as error:
-            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
 
     def _find(self, file: IO[bytes], chunk: StoredChunk) -> StoredValues:
         """The values are the whole chunk: safetensors has no archive around them."""
         stride = torch.empty(chunk.sizes, device="meta").stride()
         return StoredValues(chunk.dtype, chunk.sizes, stride, 0)
-
-
-_ONLY_SCALED = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
 
 
 def in_pairs(values: Tensor, group: int | None) -> Tensor:
