@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.errors import CheckpointError
 
-LINEAGE = json.dumps(Lineage().to_dict())
+LINEAGE = Lineage().to_json()
 
 
 def manager(folder: Path, **section: Any) -> CheckpointManager:
