@@ -70,7 +70,7 @@ def rates(rank: int, folder: Path, num_bytes: int, repeats: int) -> list[tuple[f
         save_tensors(checkpoints, step, named)
         both = torch.tensor([plain, time.perf_counter() - began])
         dist.all_reduce(both, dist.ReduceOp.MAX)
-        checkpoints.close()  # what is removed in the background must not disturb the next write
+        checkpoints.saver.close()  # what is removed in the background must not disturb the next write
         if step > 1:
             found.append((both[0].item(), both[1].item()))
     return found

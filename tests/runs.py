@@ -142,7 +142,7 @@ def save_tensors(
     manifest = Manifest(
         Progress(step=step), 1, num_ranks, "", model_only=model_only, permanent=permanent, metrics_offset=0
     )
-    checkpoints.save(manifest, tensors, recipe_toml="", lineage_json=Lineage().to_json())
+    checkpoints.saver.save(manifest, tensors, recipe_toml="", lineage_json=Lineage().to_json())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

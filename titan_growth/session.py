@@ -47,7 +47,7 @@ class Session:
 
     def last_checkpoint(self) -> str:
         """What a failed run can resume from, for its error message."""
-        saved = self.checkpointer.last_saved
+        saved = self.checkpointer.saver.last_saved
         if saved is None:
             return "There is no checkpoint yet; the same command starts over"
         return f"The last checkpoint is {saved.path.name}; run the same command again"
@@ -68,7 +68,9 @@ class Session:
     def _train(self, start: RunStart) -> Outcome:
         with self.trainer(start) as trainer:
             completed = _fit(trainer)
-            for line in trainer.observers.summary(trainer.progress, self.checkpointer.last_saved, completed=completed):
+            for line in trainer.observers.summary(
+                trainer.progress, self.checkpointer.saver.last_saved, completed=completed
+            ):
                 logger.info("%s", line)
         return Outcome(DONE) if completed else self._stopped(trainer)
 
@@ -82,16 +84,16 @@ class Session:
         try:
             for line in (plan.recipe.job.description, *plan.describe(self.device.type), observers.peak_source):
                 logger.info("%s", line)
-            state.load(start.checkpoint, self.checkpointer)
+            state.load(start.checkpoint)
             observers.recorder.seconds_before = state.seconds
             yield Trainer(state, checkpointer=self.checkpointer, observers=observers, stop=self.stop)
-            self.checkpointer.close()
+            self.checkpointer.saver.close()
         except TitanGrowthError:
-            self.checkpointer.close()  # all ranks are alive, so a background save can finish
+            self.checkpointer.saver.close()  # all ranks are alive, so a background save can finish
             raise
         except BaseException:
             # Another rank may be gone. If only this rank's part of a background save is missing, let it finish.
-            self.checkpointer.close(min(LAST_SAVE_SECONDS, timeout_in_force()))
+            self.checkpointer.saver.close(min(LAST_SAVE_SECONDS, timeout_in_force()))
             raise
         finally:
             observers.close()
@@ -109,7 +111,7 @@ class Session:
 
     def _stopped(self, trainer: Trainer) -> Outcome:
         """The outcome of a run that ended before its last step."""
-        step, saved = trainer.progress.step, self.checkpointer.last_saved
+        step, saved = trainer.progress.step, self.checkpointer.saver.last_saved
         if wanted := trainer.wanted_ranks:
             return Outcome(RESIZE, f"saved at step {step}; the growth wants {wanted} ranks", wanted)
         if saved is not None and saved.step == step:

@@ -74,7 +74,7 @@ class Trainer:
         try:
             self._loop()
             with self.observers.meter.pause("checkpoint"):
-                self.checkpointer.wait()
+                self.checkpointer.saver.wait()
         finally:
             gc.enable()
         if not self.state.is_complete:
@@ -127,10 +127,10 @@ class Trainer:
             CheckpointError: on every rank, when a background save has failed on any rank.
         """
         num_tokens = num_valid_tokens(batch) if runtime.mesh.speaks_for_its_data else 0
-        flags = [int(self.stop.is_set), int(self.checkpointer.save_failed)]
+        flags = [int(self.stop.is_set), int(self.checkpointer.saver.failed)]
         num_tokens, stop, save_failed = sum_over_ranks(torch.tensor([num_tokens, *flags])).tolist()
         if save_failed:
-            self.checkpointer.wait()
+            self.checkpointer.saver.wait()
         if num_tokens == 0:
             raise TrainingError(f"step {self.progress.step + 1}: the global batch has no tokens to train on")
         return Agreed(num_tokens, stop > 0)
@@ -211,12 +211,12 @@ class Trainer:
 
     def growth_checkpoint(self) -> StepFolder:
         """The small model's checkpoint of this step, made permanent; normally the loop has just saved it."""
-        self.checkpointer.wait()
-        saved = self.checkpointer.last_saved
+        self.checkpointer.saver.wait()
+        saved = self.checkpointer.saver.last_saved
         if saved is None or saved.step != self.progress.step:
             self.save(growing=True)
-            self.checkpointer.wait()
-            saved = self.checkpointer.last_saved
+            self.checkpointer.saver.wait()
+            saved = self.checkpointer.saver.last_saved
         assert saved is not None, "a save that did not fail leaves a checkpoint"
         loss = saved.manifest.held_out_loss
         return self.checkpointer.make_permanent(self.runtime.held_out_loss(self.progress) if loss is None else loss)

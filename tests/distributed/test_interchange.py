@@ -22,6 +22,7 @@ from tests.hugging_face import (
     weights_of,
 )
 from tests.runs import BASE, argv_of, make_recipe, read_metrics, train, trainer_of, write_corpus
+from titan_growth.checkpoint.loading import load
 from titan_growth.commands.check import main as check_main
 from titan_growth.commands.export import export_folder
 from titan_growth.commands.grow import main as grow_main
@@ -93,7 +94,7 @@ def _read_by_a_rank(rank: int, num_ranks: int, recipe: Recipe, path: str) -> tup
     with trainer_of(recipe, num_ranks) as trainer:
         tensors = trainer.runtime.tensors(optimizer=False)
         reader = initial_reader(Path(path), recipe.model.name, trainer.runtime.model_config)
-        trainer.checkpointer.load(Path(path), tensors, reader=reader, casts=True)
+        load(reader, tensors, casts=True)
         local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors.values()]
         return reader.num_bytes_read, sum(tensor.numel() * 4 for tensor in local)
 

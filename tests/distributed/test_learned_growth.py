@@ -145,8 +145,8 @@ def stopped_while_learning(rank: int, num_ranks: int, recipe: Any) -> None:
         assert not trainer.fit()
         assert calls[0] == 8, "it has learned on"
         assert (trainer.progress.step, len(trainer.lineage.events)) == (4, 0)
-        assert trainer.checkpointer.last_saved is not None
-        assert trainer.checkpointer.last_saved.step == 4
+        assert trainer.checkpointer.saver.last_saved is not None
+        assert trainer.checkpointer.saver.last_saved.step == 4
 
 
 def test_a_stop_while_it_learns_ends_the_run_and_loses_nothing_but_the_learning(

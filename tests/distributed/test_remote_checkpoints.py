@@ -133,7 +133,7 @@ def _no_answer(rank: int, folder: Path) -> None:
     )
     for step in (2, 4):
         save(checkpoints, step, permanent=step == 2)
-    checkpoints.close()
+    checkpoints.saver.close()
     honest = storage.BucketFileSystem.info
 
     def silent(self: Any, path: str, **more: Any) -> Any:

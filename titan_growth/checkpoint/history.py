@@ -34,13 +34,7 @@ class Progress:
 
     def advanced(self, *, tokens: int, flops: int, samples: int) -> Progress:
         """The counters one step later."""
-        return replace(
-            self,
-            step=self.step + 1,
-            tokens=self.tokens + tokens,
-            flops=self.flops + flops,
-            samples=self.samples + samples,
-        )
+        return replace(self.learned(tokens=tokens, flops=flops, samples=samples), step=self.step + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,11 +146,11 @@ class StabilityState:
 class Lineage:
     """The growths of a run, oldest first."""
 
-    events: tuple[GrowthEvent, ...] = field(default=())
+    events: tuple[GrowthEvent, ...] = ()
     """Growths of this run's recipe."""
-    ancestors: tuple[GrowthEvent, ...] = field(default=())
+    ancestors: tuple[GrowthEvent, ...] = ()
     """Growths before this run: on disk, and in the runs it descends from."""
-    roll_backs: tuple[RollBack, ...] = field(default=())
+    roll_backs: tuple[RollBack, ...] = ()
 
     def grown(self, event: GrowthEvent) -> Lineage:
         """The lineage after one more growth."""
@@ -175,16 +169,10 @@ class Lineage:
         """The number of steps a growth was postponed by when it was last rolled back; 0 if it never was."""
         return max((one.postponed_to - one.step for one in self.roll_backs if one.growth == growth), default=0)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "ancestors": [asdict(event) for event in self.ancestors],
-            "events": [asdict(event) for event in self.events],
-            "roll_backs": [asdict(one) for one in self.roll_backs],
-        }
-
     def to_json(self) -> str:
         """The text of `lineage.json`."""
-        return json.dumps(self.to_dict(), indent=1) + "\n"
+        table = asdict(self)
+        return json.dumps({"ancestors": table.pop("ancestors"), **table}, indent=1) + "\n"
 
     @classmethod
     def from_dict(cls, table: Any) -> Lineage:

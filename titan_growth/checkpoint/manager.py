@@ -1,6 +1,4 @@
-"""The step folders of a run: loading on all ranks, saving (`saving.py`), and rolling back.
-
-    load   find (`search.py`) -> check that every tensor is there with the right size and dtype -> read in place
+"""The step folders of a run: when to save (`saving.py`), and rolling back.
 
 A folder without a manifest is left over from a save that died. It is never loaded, and is cleared when its step is
 saved again. A checkpoint that fails its checks is reported and the next older one is used; if none is left, the run
@@ -9,15 +7,8 @@ stops instead of starting from scratch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-
-import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner
-from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from titan_growth.checkpoint.folder import (
     CommittedSteps,
@@ -29,13 +20,12 @@ from titan_growth.checkpoint.folder import (
     write_manifest,
 )
 from titan_growth.checkpoint.manifest import Manifest
-from titan_growth.checkpoint.reader import NamesOf, SafeReader
 from titan_growth.checkpoint.retention import Retention, set_aside_after
 from titan_growth.checkpoint.rewind import RollBackError
-from titan_growth.checkpoint.saving import Saver, Tensors, cause_of, root_cause
+from titan_growth.checkpoint.saving import Saver
 from titan_growth.checkpoint.search import damage_of
 from titan_growth.config.schema.recipe import CheckpointConfig
-from titan_growth.tools.collectives import fail_together, on_rank0
+from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.logs import logger
@@ -68,11 +58,6 @@ class CheckpointManager:
 
     # ---- saving --------------------------------------------------------------------------------------------------
 
-    @property
-    def last_saved(self) -> StepFolder | None:
-        """The newest checkpoint this process committed or resumed from."""
-        return self.saver.last_saved
-
     def is_due(self, step: int, *, last: bool, wanted: bool) -> bool:
         """Whether to save this step.
 
@@ -91,34 +76,14 @@ class CheckpointManager:
         interval = self.section.permanent_interval
         return interval > 0 and step % interval == 0
 
-    def save(self, manifest: Manifest, tensors: Tensors, *, recipe_toml: str, lineage_json: str) -> None:
-        """Writes and commits a checkpoint, or starts to (`Saver.save`)."""
-        self.saver.save(manifest, tensors, recipe_toml=recipe_toml, lineage_json=lineage_json)
-
-    @property
-    def save_failed(self) -> bool:
-        """Whether a background save failed on this rank after its last retry."""
-        return self.saver.failed
-
-    def wait(self) -> None:
-        """Waits for the save in progress. Raises CheckpointError on every rank if it failed."""
-        self.saver.wait()
-
-    def close(self, most_seconds: float | None = None) -> None:
-        """Waits for saves and removals to finish, or for the time limit (`Saver.close`)."""
-        self.saver.close(most_seconds)
-
     def make_permanent(self, held_out_loss: float) -> StepFolder:
         """Exempts the last saved checkpoint, which the model grows from, from retention."""
-        folder = self.last_saved
+        folder = self.saver.last_saved
         assert folder is not None, "a model grows from a checkpoint"
         if folder.manifest.permanent and folder.manifest.held_out_loss == held_out_loss:
             return folder
         manifest = replace(folder.manifest, permanent=True, held_out_loss=held_out_loss)
-        permanent = StepFolder(folder.path, manifest)
-        on_rank0(lambda: write_manifest(permanent.path, permanent.manifest))
-        self.saver.last_saved = permanent
-        return permanent
+        return self._rewrite(folder, manifest)
 
     def roll_back(self, back: RollBackError) -> StepFolder:
         """Rolls back to an earlier checkpoint and sets later ones aside.
@@ -126,14 +91,18 @@ class CheckpointManager:
         Raises:
             CheckpointError: if the checkpoint is missing or damaged.
         """
-        self.wait()
+        self.saver.wait()
         folder = self._roll_back_target(back)
         manifest = back.change(folder.manifest)
         # The order matters: a run killed between the two reaches the same point and rolls back again.
         moved = on_rank0(lambda: set_aside_after(self.root, folder.step, "rolled-back"), self.saver.group)
-        on_rank0(lambda: write_manifest(folder.path, manifest))
+        changed = self._rewrite(folder, manifest)
         kept = ", ".join(moved) or "none"
         logger.warning("rolled back to %s; later checkpoints are kept as %s", folder.path.name, kept)
+        return changed
+
+    def _rewrite(self, folder: StepFolder, manifest: Manifest) -> StepFolder:
+        on_rank0(lambda: write_manifest(folder.path, manifest))
         self.saver.last_saved = StepFolder(folder.path, manifest)
         return self.saver.last_saved
 
@@ -156,68 +125,3 @@ class CheckpointManager:
             refused.append(RefusedCheckpointError(source, "it does not exist"))
         why = "; ".join(map(str, refused)) or "there is no checkpoint to go back to"
         raise CheckpointError(f"{back.what} cannot be rolled back: {why}")
-
-    # ---- loading -------------------------------------------------------------------------------------------------
-
-    def load(
-        self,
-        path: Path,
-        tensors: Tensors,
-        names_of: NamesOf | None = None,
-        *,
-        reader: SafeReader | None = None,
-        casts: bool = False,
-    ) -> SafeReader:
-        """Reads the given tensors in place. Each rank reads only the stored chunks that its shards overlap.
-
-        Args:
-            path: a step folder, or any DCP folder.
-            tensors: what to fill, plain or sharded.
-            names_of: serves stored tensors under other names (a tied head).
-            reader: a reader of the folder, if the caller has one; `names_of` is then ignored.
-            casts: accept another floating-point dtype.
-
-        Raises:
-            CheckpointError: if a tensor is missing or does not fit, or a file cannot be read.
-        """
-        reader = reader or SafeReader(path, names_of)
-        fail_together(misfits(reader, tensors, casts=casts), CheckpointError)
-        errors: list[str] = []
-        try:
-            dcp.load(dict(tensors), storage_reader=reader, planner=DefaultLoadPlanner())
-        except (Exception, CheckpointException) as error:  # DCP wraps the errors of all ranks
-            cause = cause_of(error, OSError, CheckpointError)
-            known = isinstance(cause, RefusedCheckpointError)
-            errors = [str(cause if known else RefusedCheckpointError(path.name, root_cause(error)))]
-        fail_together(errors, CheckpointError)
-        return reader
-
-    def stored_names(self, path: Path) -> set[str]:
-        """The names of the tensors in a step folder."""
-        return set(SafeReader(path).tensor_entries())
-
-
-def misfits(reader: SafeReader, tensors: Mapping[str, Tensor], *, casts: bool = False) -> list[str]:
-    """A message naming the first stored tensors that do not match, or nothing."""
-    try:
-        stored = reader.tensor_entries()
-    except CheckpointError as error:
-        return [str(error)]
-    wrong = []
-    for name, tensor in tensors.items():
-        if name not in stored:
-            wrong.append(f"has no {name}")
-        elif stored[name].size != tensor.shape:
-            wrong.append(f"{name} is {_shape(stored[name].size)} there and {_shape(tensor.shape)} here")
-        elif (dtype := stored[name].properties.dtype) != tensor.dtype and not (
-            casts and dtype.is_floating_point and tensor.dtype.is_floating_point
-        ):
-            wrong.append(f"{name} is {dtype} there and {tensor.dtype} here")
-    if not wrong:
-        return []
-    more = f" (and {len(wrong) - 2} more)" if len(wrong) > 2 else ""
-    return [str(reader.refused(f"it is of another model: {'; '.join(wrong[:2])}{more}"))]
-
-
-def _shape(size: torch.Size) -> str:
-    return " x ".join(str(length) for length in size) or "a scalar"

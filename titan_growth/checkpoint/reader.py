@@ -10,6 +10,7 @@ plans its own reads (growth/read.py) from `chunks` and `read_chunk`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.futures import Future
 
 from titan_growth.checkpoint.untrusted.archive import StoredValues, find_values
-from titan_growth.checkpoint.untrusted.files import MAX_METADATA_BYTES, open_plain, read_plain, size_of_file
+from titan_growth.checkpoint.untrusted.files import MAX_METADATA_BYTES, open_plain, read_into, read_plain, size_of_file
 from titan_growth.checkpoint.untrusted.metadata import parse_metadata
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
 from titan_growth.liveness.waits import STORAGE, waiting_for
@@ -100,53 +101,62 @@ class SafeReader(StorageReader):
 
     def _read_stored(self) -> Metadata:
         if self._stored is None:
-            try:
+            with self._reading(".metadata", missing="it has no .metadata"):
                 data = read_plain(self.folder / ".metadata", MAX_METADATA_BYTES)
-            except FileNotFoundError:
-                raise self.refused("it has no .metadata") from None
-            except OSError as error:
-                raise self.refused(f".metadata cannot be read ({error.strerror or error})") from None
-            except RefusedError as error:
-                raise self.refused(str(error)) from None
-            try:
+            with self._reading(".metadata", refused="its metadata "):
                 self._stored = parse_metadata(data, lambda name: size_of_file(self.folder / name))
-            except RefusedError as error:
-                raise self.refused(f"its metadata {error}") from None
         return self._stored
 
     def refused(self, reason: str) -> RefusedCheckpointError:
         """The error that refuses this folder."""
         return RefusedCheckpointError(self.folder.name, reason)
 
+    @contextlib.contextmanager
+    def _reading(self, file: str, *, missing: str = "", refused: str = "") -> Iterator[None]:
+        """Makes an error of reading a file refuse the folder.
+
+        Args:
+            missing: the reason if there is no such file.
+            refused: what the reason begins with if its content is not what it should be.
+        """
+        try:
+            yield
+        except OSError as error:
+            reason = f"{file} cannot be read ({error.strerror or error})"
+            raise self.refused(missing if missing and isinstance(error, FileNotFoundError) else reason) from None
+        except RefusedError as error:
+            raise self.refused(f"{refused}{error}") from None
+
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Serves all requests of this rank, reading each stored chunk once."""
+        """Serves all requests of this rank. What several of them share (tied weights) is read once."""
         served = self.read_metadata()
-        per_chunk: dict[tuple[str, int, int], tuple[StoredChunk, list[ReadItem]]] = {}
         sizes = _sizes_of_pieces(served, {item.storage_index.fqn for item in plan.items})
+        per_chunk: dict[tuple[str, int, int], tuple[StoredChunk, list[ReadItem]]] = {}
         for item in plan.items:
             if item.type != LoadItemType.TENSOR:
                 raise CheckpointError(f"{item.storage_index.fqn} is not stored as a tensor")
             chunk = _stored_chunk(served, item.storage_index, sizes)
             per_chunk.setdefault((chunk.file, chunk.begin, chunk.length), (chunk, []))[1].append(item)
         for _, (chunk, items) in sorted(per_chunk.items(), key=lambda entry: entry[0]):
-            values = self.read_chunk(chunk)
-            for item in items:
-                part = values
-                for dim, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                    part = part.narrow(dim, start, size)
+            for item, values in self._parts_of(chunk, items):
                 target = planner.resolve_tensor(item).detach()
-                target.copy_(part)
+                target.copy_(values)
                 planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def chunks(self) -> dict[str, list[StoredChunk]]:
-        """Name -> the pieces that tile the tensor.
+    def _parts_of(self, chunk: StoredChunk, items: list[ReadItem]) -> Iterator[tuple[ReadItem, torch.Tensor]]:
+        """Each request of a stored chunk, with its values."""
+        values = self.read_chunk(chunk)
+        for item in items:
+            part = values
+            for dim, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                part = part.narrow(dim, start, size)
+            yield item, part
 
-        Raises:
-            CheckpointError: if the metadata cannot be used.
-        """
+    def chunks(self) -> dict[str, list[StoredChunk]]:
+        """Name -> the pieces that tile the tensor. Raises CheckpointError if the metadata cannot be used."""
         metadata = self._read_stored()
         sizes = _sizes_of_pieces(metadata, metadata.state_dict_metadata)
         found: dict[str, list[StoredChunk]] = {}
@@ -179,11 +189,7 @@ class SafeReader(StorageReader):
         return flat.as_strided(values.size, values.stride).clone(memory_format=torch.contiguous_format)
 
     def values_in_parts(self, chunk: StoredChunk, max_bytes: int = 1 << 26) -> Iterator[torch.Tensor]:
-        """All values of a stored piece, flat and in storage order, in parts of at most `max_bytes`.
-
-        Raises:
-            CheckpointError: as `read_chunk`.
-        """
+        """All values of a stored piece, flat and in storage order, in parts of at most `max_bytes`."""
         with self._open(chunk) as file:
             values = self._find(file, chunk)
             file.seek(chunk.begin + values.begin)
@@ -194,42 +200,26 @@ class SafeReader(StorageReader):
                 yield part.view(chunk.dtype)
 
     def _fill(self, buffer: torch.Tensor, file: IO[bytes], chunk: StoredChunk) -> None:
-        try:
-            complete = _read_into(file, buffer.numpy())
-        except OSError as error:
-            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
+        with self._reading(chunk.file):
+            complete = read_into(file, buffer.numpy())
         if not complete:
             raise self.refused(f"{chunk.file} ends too early")
 
     @waiting_for(STORAGE)
     def check_chunks(self, chunks: Iterable[StoredChunk]) -> None:
-        """Checks that the files hold the pieces as the metadata says, without reading their values.
-
-        Raises:
-            CheckpointError: if one does not.
-        """
+        """Raises CheckpointError unless the files hold the pieces as the metadata says; reads no values."""
         for chunk in chunks:
             with self._open(chunk) as file:
                 self._find(file, chunk)
 
     def _open(self, chunk: StoredChunk) -> IO[bytes]:
-        try:
+        with self._reading(chunk.file, missing=f"{chunk.file} is missing"):
             return open_plain(self.folder / chunk.file)
-        except FileNotFoundError:
-            raise self.refused(f"{chunk.file} is missing") from None
-        except OSError as error:
-            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
-        except RefusedError as error:
-            raise self.refused(str(error)) from None
 
     def _find(self, file: IO[bytes], chunk: StoredChunk) -> StoredValues:
         """Locates the values of a piece and checks them against the metadata."""
-        try:
+        with self._reading(chunk.file, refused=f"{chunk.file}, where {chunk.name} should be, "):
             found = find_values(file, chunk.begin, chunk.length)
-        except OSError as error:
-            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
-        except RefusedError as error:
-            raise self.refused(f"{chunk.file}, where {chunk.name} should be, {error}") from None
         if found.size != tuple(chunk.sizes) or found.dtype != chunk.dtype:
             raise self.refused(f"{chunk.file} does not hold {chunk.name} as the metadata says")
         return found
@@ -260,17 +250,6 @@ def _stored_chunk(metadata: Metadata, index: MetadataIndex, sizes: _Sizes) -> St
     offsets = tuple(index.offset)
     where = (info.relative_path, info.offset, info.length)
     return StoredChunk(index.fqn, offsets, sizes[index.fqn][offsets], entry.properties.dtype, *where)
-
-
-def _read_into(file: IO[bytes], target: Any) -> bool:
-    """Fills a byte array from a file; returns False if the file ends first."""
-    done, view = 0, memoryview(target)
-    while done < len(view):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not count:
-            return False
-        done += count
-    return True
 
 
 def misplaced(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -80,7 +80,8 @@ class Saver:
         self.last_saved = resumed
         """The newest checkpoint this process committed or resumed from."""
         self.group = saving_group() if section.enable else None
-        self._copies: HostCopies | None = None
+        pinned = section.async_mode == "async_with_pinned_mem"
+        self._copies = None if section.async_mode == "disabled" else HostCopies(pinned=pinned)
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
@@ -103,19 +104,12 @@ class Saver:
         waited = time.perf_counter() - began
         if previous is not None and waited >= MAX_QUIET_WAIT_SECONDS:
             logger.warning("waited %.1f s for the previous save: checkpoint.interval is too short for it", waited)
-        content = Content(manifest, tensors, recipe_toml, lineage_json)
-        if self.section.async_mode == "disabled":
+        content = Content(manifest, tensors, recipe_toml, lineage_json, self._copies)
+        if self._copies is None:
             self._save(content)
             return
-        if self._copies is None:
-            self._copies = HostCopies(pinned=self.section.async_mode == "async_with_pinned_mem")
         self._copies.fill(tensors)
-        self._thread = Thread(
-            target=self._save_in_background,
-            args=(replace(content, copies=self._copies),),
-            name="checkpoint-save",
-            daemon=True,
-        )
+        self._thread = Thread(target=self._save_in_background, args=(content,), name="checkpoint-save", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -168,30 +162,26 @@ class Saver:
         path = step_path(self.root, content.manifest.progress.step)
         num_bytes = self._stored_bytes(content.tensors)
         on_rank0(_as_save_error(path, lambda: self._clear(path, num_bytes)), self.group)
+        try:
+            entries = self._write_shards(path, content)
+            return on_rank0(_as_save_error(path, lambda: _commit(path, content, entries)), self.group)
+        except CheckpointError:
+            if dist.get_rank() == 0:
+                with contextlib.suppress(Exception):  # the remains are not a checkpoint, and the next save clears them
+                    remove_folder(path)
+            raise
+
+    def _write_shards(self, path: Path, content: Content) -> dict[str, Any]:
+        """Writes all but the texts. Returns the manifest's entries of the files of all ranks."""
         writer = ShardWriter(path, in_background=content.copies is not None)
         planner = DefaultSavePlanner() if content.copies is None else StagedPlanner(content.copies)
         errors: list[str] = []
         try:
             dcp.save(content.tensors, storage_writer=writer, planner=planner, process_group=self.group)
         except (Exception, CheckpointException) as error:  # DCP wraps the errors of all ranks
-            errors = [root_cause(error)]
-        self._fail(path, errors)
-        gathered = gather_objects(writer.entries, self.group)
-
-        def commit() -> StepFolder:
-            write_atomic(path / RECIPE, content.recipe_toml)
-            write_atomic(path / LINEAGE, content.lineage_json)
-            entries = {name: entry for part in gathered for name, entry in part.items()}
-            entries |= {name: file_entry(path / name) for name in (RECIPE, LINEAGE)}
-            complete = replace(content.manifest, files=entries)
-            write_manifest(path, complete)
-            return StepFolder(path, complete)
-
-        try:
-            return on_rank0(_as_save_error(path, commit), self.group)
-        except CheckpointError:
-            self._remove(path)
-            raise
+            errors = [_not_saved(path, root_cause(error))]
+        fail_together(errors, CheckpointError, self.group)
+        return {name: entry for part in gather_objects(writer.entries, self.group) for name, entry in part.items()}
 
     def _stored_bytes(self, tensors: Tensors) -> int:
         """Size of a checkpoint: each tensor counts once, however many ranks hold a shard or a replica of it.
@@ -218,18 +208,6 @@ class Saver:
                 "Make room and run the same command again; the run goes on from the last checkpoint"
             )
 
-    def _fail(self, path: Path, errors: list[str]) -> None:
-        try:
-            fail_together([_not_saved(path, error) for error in errors], CheckpointError, self.group)
-        except CheckpointError:
-            self._remove(path)
-            raise
-
-    def _remove(self, path: Path) -> None:
-        if dist.get_rank() == 0:
-            with contextlib.suppress(Exception):  # the remains are not a checkpoint, and the next save clears them
-                remove_folder(path)
-
     def close(self, most_seconds: float | None = None) -> None:
         """Waits for saves and removals to finish; a failed save is logged.
 
@@ -250,6 +228,15 @@ class Saver:
         except Exception:
             logger.warning("a checkpoint was not finished: another rank is gone")
         self.retention.wait()
+
+
+def _commit(path: Path, content: Content, entries: dict[str, Any]) -> StepFolder:
+    write_atomic(path / RECIPE, content.recipe_toml)
+    write_atomic(path / LINEAGE, content.lineage_json)
+    texts = {name: file_entry(path / name) for name in (RECIPE, LINEAGE)}
+    complete = replace(content.manifest, files={**entries, **texts})
+    write_manifest(path, complete)
+    return StepFolder(path, complete)
 
 
 def _as_save_error(path: Path, work: Callable[[], Result]) -> Callable[[], Result]:

@@ -20,7 +20,7 @@ from titan_growth.commands.target import FileEntries, commit, new_folder, requir
 from titan_growth.config.loader import with_values
 from titan_growth.interchange.folder import CONFIG, is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
-from titan_growth.interchange.tokenizer_files import assets_in, checked_assets, copy_assets
+from titan_growth.interchange.tokenizer_files import ASSETS, checked_assets, copy_assets
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, RefusedCheckpointError
 from titan_growth.tools.text import gib
 
@@ -56,7 +56,7 @@ def import_folder(source: Path, target: Path) -> str:
         raise RefusedCheckpointError(source.name, f"it has no {CONFIG}")
     model = open_hugging_face(source)
     require_new(target, source)
-    assets = checked_assets(source, [CONFIG, *assets_in(source)])
+    assets = checked_assets(source, [CONFIG, *ASSETS])
     folder, recipe, config = model.stored.opened, model.recipe, model.config
     tokenizer = "it has no tokenizer"
     if recipe.model.hf_assets_path is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import ValidationError
@@ -80,10 +81,7 @@ def described_model(table: Mapping[str, Any], folder: str) -> DescribedModel:
     Raises:
         CheckpointError: if its family is unknown, the family does not support a setting, or it is invalid.
     """
-
-    def refused(reason: str) -> RefusedCheckpointError:
-        return RefusedCheckpointError(folder, reason)
-
+    refused = partial(RefusedCheckpointError, folder)
     model_type = table.get("model_type")
     families = _families()
     if not isinstance(model_type, str) or model_type not in families:
@@ -117,7 +115,8 @@ def described_model(table: Mapping[str, Any], folder: str) -> DescribedModel:
     config = model_config_of(section, found := Findings())
     if config is None:
         raise refused(f"its config.json does not describe a valid model ({found.problems[0]})")
-    return DescribedModel(section.model_copy(update=_explicit_sizes(config)), config)
+    explicit = {key: getattr(config, key) for key in ("head_dim", "norm_eps", "tie_word_embeddings", "max_seq_len")}
+    return DescribedModel(section.model_copy(update={"n_kv_heads": config.num_kv_heads, **explicit}), config)
 
 
 def _rope(table: Mapping[str, Any], layout: HuggingFaceLayout, refused: Any) -> dict[str, Any]:
@@ -146,17 +145,6 @@ def _rope(table: Mapping[str, Any], layout: HuggingFaceLayout, refused: Any) -> 
     return values
 
 
-def _explicit_sizes(config: DecoderConfig) -> dict[str, Any]:
-    """The keys that a `[model]` table may leave out."""
-    return {
-        "n_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "max_seq_len": config.max_seq_len,
-    }
-
-
 def config_json(config: DecoderConfig, family: str, dtype: str) -> dict[str, Any]:
     """The config.json of a model.
 
@@ -176,13 +164,7 @@ def config_json(config: DecoderConfig, family: str, dtype: str) -> dict[str, Any
         raise CheckpointError(f"{what} refuses {message}. It cannot be exported")
     scaling: dict[str, Any] | None = None
     if config.rope_scaling_factor != 1:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": config.rope_scaling_factor,
-            "low_freq_factor": config.rope_low_freq_factor,
-            "high_freq_factor": config.rope_high_freq_factor,
-            "original_max_position_embeddings": config.rope_original_max_seq_len,
-        }
+        scaling = {"rope_type": "llama3", **{key: getattr(config, field) for key, field in _LLAMA3.items()}}
     return {
         "architectures": [layout.architecture],
         "model_type": layout.model_type,

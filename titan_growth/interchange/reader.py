@@ -8,7 +8,6 @@ straight into place; nothing is gathered.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,60 +20,23 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
-from torch.futures import Future
+from torch.distributed.checkpoint.planner import ReadItem
 
 from titan_growth.checkpoint.reader import NamesOf, SafeReader, StoredChunk
 from titan_growth.checkpoint.untrusted.archive import StoredValues
 from titan_growth.interchange.folder import HuggingFaceFolder, open_folder
-from titan_growth.interchange.safetensors_file import StoredTensor, fill, memory_of
+from titan_growth.interchange.safetensors_file import fill, memory_of
 from titan_growth.models.config import DecoderConfig
-from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.torch_private import StorageInfo
 
 PIECE_BYTES = 64 * 2**20
 """Size of a piece, unless one head is larger."""
 
-_MUST_AGREE = {
-    "num_heads": "n_heads",
-    "num_kv_heads": "n_kv_heads",
-    "head_dim": "head_dim",
-}
+_MUST_AGREE = {"num_heads": "n_heads", "num_kv_heads": "n_kv_heads", "head_dim": "head_dim"}
 """What the shapes of the weights do not determine but their meaning depends on: field -> recipe key."""
 
-_MAY_DIFFER = {
-    "norm_eps": "norm_eps",
-    "rope_theta": "rope_theta",
-    "rope_scaling_factor": "rope_scaling_factor",
-    "rope_low_freq_factor": "rope_low_freq_factor",
-    "rope_high_freq_factor": "rope_high_freq_factor",
-    "rope_original_max_seq_len": "rope_original_max_seq_len",
-}
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Where a piece is stored; the first three fields are named as in DCP's own class."""
-
-    relative_path: str
-    offset: int
-    length: int
-    tensor: StoredTensor
-    group: int | None
-    """Rows per head, if they have to be reordered."""
-    first_row: int
-
-    @property
-    def row_bytes(self) -> int:
-        return self.tensor.num_bytes // self.tensor.shape[0]
-
-    @property
-    def offsets(self) -> torch.Size:
-        """Where the piece begins in its tensor."""
-        return torch.Size((self.first_row, *(0 for _ in self.tensor.shape[1:])))
-
-    @property
-    def sizes(self) -> torch.Size:
-        return torch.Size((self.length // self.row_bytes, *self.tensor.shape[1:]))
+_ONLY_SCALED = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
+_MAY_DIFFER = ("norm_eps", "rope_theta", "rope_scaling_factor", *_ONLY_SCALED)
 
 
 class HuggingFaceReader(SafeReader):
@@ -102,17 +64,14 @@ class HuggingFaceReader(SafeReader):
         """The folder, checked."""
         if self._opened is None:
             opened = open_folder(self.folder)
-            self._require_same(opened)
+            if self.family is not None and opened.section.name != self.family:
+                raise self.refused(f"its family is {opened.section.name}, the recipe's is {self.family}")
+            for field, key in _MUST_AGREE.items() if self.config is not None else ():
+                stored, wanted = getattr(opened.config, field), getattr(self.config, field)
+                if stored != wanted:
+                    raise self.refused(f"it is of another model: {key} is {stored} there and {wanted} here")
             self._opened = opened
         return self._opened
-
-    def _require_same(self, opened: HuggingFaceFolder) -> None:
-        if self.family is not None and opened.section.name != self.family:
-            raise self.refused(f"its family is {opened.section.name}, the recipe's is {self.family}")
-        for field, key in _MUST_AGREE.items() if self.config is not None else ():
-            stored, wanted = getattr(opened.config, field), getattr(self.config, field)
-            if stored != wanted:
-                raise self.refused(f"it is of another model: {key} is {stored} there and {wanted} here")
 
     def differences(self) -> list[str]:
         """A line for each setting of the recipe that computes something else from the same weights."""
@@ -120,9 +79,9 @@ class HuggingFaceReader(SafeReader):
             return []
         stored = self.opened.config
         return [
-            f"model.{key} is {getattr(self.config, field)}, but {self.folder.name} was trained with "
+            f"model.{field} is {getattr(self.config, field)}, but {self.folder.name} was trained with "
             f"{getattr(stored, field)}"
-            for field, key in _MAY_DIFFER.items()
+            for field in _MAY_DIFFER
             if getattr(stored, field) != getattr(self.config, field)
             and not (self.config.rope_scaling_factor == stored.rope_scaling_factor == 1 and field in _ONLY_SCALED)
         ]
@@ -135,73 +94,59 @@ class HuggingFaceReader(SafeReader):
             entries: dict[str, Any] = {}
             storage: dict[MetadataIndex, Any] = {}
             for name, tensor in self.opened.tensors.items():
+                row_bytes, group = tensor.num_bytes // tensor.shape[0], self._group_of(name) or 1
+                step = max(1, PIECE_BYTES // (row_bytes * group)) * group
                 chunks = []
-                for piece in self._pieces_of(name, tensor):
-                    chunks.append(ChunkStorageMetadata(piece.offsets, piece.sizes))
-                    storage[MetadataIndex(name, piece.offsets)] = piece
+                for first in range(0, tensor.shape[0], step):
+                    num_rows = min(step, tensor.shape[0] - first)
+                    offsets = torch.Size((first, *(0 for _ in tensor.shape[1:])))
+                    chunks.append(ChunkStorageMetadata(offsets, torch.Size((num_rows, *tensor.shape[1:]))))
+                    where = (tensor.begin + first * row_bytes, num_rows * row_bytes)
+                    storage[MetadataIndex(name, offsets)] = StorageInfo(tensor.file, *where)
                 properties = TensorProperties(dtype=tensor.dtype)
                 entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
             self._stored = Metadata(entries, storage_data=storage)
         return self._stored
 
-    def _pieces_of(self, name: str, tensor: StoredTensor) -> Iterator[_Piece]:
-        group = self.opened.layout.group_of(name, self.opened.config)
-        num_rows = tensor.shape[0]
-        row_bytes = tensor.num_bytes // num_rows
-        step = max(1, PIECE_BYTES // (row_bytes * (group or 1))) * (group or 1)
-        for start in range(0, num_rows, step):
-            stop = min(start + step, num_rows)
-            begin, length = tensor.begin + start * row_bytes, (stop - start) * row_bytes
-            yield _Piece(tensor.file, begin, length, tensor, group, start)
+    def _group_of(self, name: str) -> int | None:
+        """Rows per head, if they have to be reordered."""
+        return self.opened.layout.group_of(name, self.opened.config)
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Serves all requests of this rank. What several of them share (tied weights) is read once."""
-        pieces: Any = self.read_metadata().storage_data
-        grouped: dict[Any, list[ReadItem]] = {}
-        for item in plan.items:
-            if item.type != LoadItemType.TENSOR:
-                raise CheckpointError(f"{item.storage_index.fqn} is not stored as a tensor")
-            piece = pieces[item.storage_index]
-            key = (piece.relative_path, piece.offset, tuple(item.storage_offsets), tuple(item.lengths))
-            grouped.setdefault(key, []).append(item)
-        for (_, _, starts, lengths), items in sorted(grouped.items(), key=lambda entry: entry[0]):
-            values = self._part(pieces[items[0].storage_index], starts, lengths)
-            for item in items:
-                target = planner.resolve_tensor(item).detach()
-                target.copy_(values)
-                planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+    def _parts_of(self, chunk: StoredChunk, items: list[ReadItem]) -> Iterator[tuple[ReadItem, Tensor]]:
+        """As in `SafeReader`, but reads only what is requested of the chunk."""
+        boxes: dict[Any, list[ReadItem]] = {}
+        for item in items:
+            boxes.setdefault((tuple(item.storage_offsets), tuple(item.lengths)), []).append(item)
+        for (starts, lengths), same in sorted(boxes.items(), key=lambda entry: entry[0]):
+            values = self._part(chunk, starts, lengths)
+            yield from ((item, values) for item in same)
 
-    def _part(self, piece: _Piece, starts: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
-        """A box of a piece. Reads whole heads if rows are reordered, and only the columns of the box."""
-        dtype, group = piece.tensor.dtype, piece.group or 1
-        first, stop = starts[0] // group * group, -(-(starts[0] + lengths[0]) // group) * group
-        row_bytes = piece.row_bytes
+    def _part(self, chunk: StoredChunk, starts: tuple[int, ...], lengths: tuple[int, ...]) -> Tensor:
+        """A box of a chunk. Reads whole heads if rows are reordered, and only the columns of the box."""
+        group = self._group_of(chunk.name)
+        heads = group or 1
+        first, stop = starts[0] // heads * heads, -(-(starts[0] + lengths[0]) // heads) * heads
+        row_bytes = chunk.length // chunk.sizes[0]
         column, num_columns = (starts[1], lengths[1]) if len(starts) > 1 else (0, 1)
         # From a disk, read only these columns. From a store, one request per row would take forever.
         whole_rows = not isinstance(self.folder, Path)
-        begin = 0 if whole_rows else column * dtype.itemsize
-        part_bytes = row_bytes if whole_rows else num_columns * dtype.itemsize
+        begin = 0 if whole_rows else column * chunk.dtype.itemsize
+        part_bytes = row_bytes if whole_rows else num_columns * chunk.dtype.itemsize
         buffer = torch.empty((stop - first) * part_bytes, dtype=torch.uint8)
-        self._read_rows(piece, first * row_bytes + begin, row_bytes, part_bytes, memory_of(buffer))
-        values = in_pairs(buffer.view(dtype).view(stop - first, -1), piece.group)
+        self._read_rows(chunk, first * row_bytes + begin, row_bytes, part_bytes, memory_of(buffer))
+        values = in_pairs(buffer.view(chunk.dtype).view(stop - first, -1), group)
         values = values[starts[0] - first :][: lengths[0]]
         values = values[:, column : column + num_columns] if whole_rows else values
         return values if len(lengths) > 1 else values.flatten()
 
-    def _read_rows(self, piece: _Piece, begin: int, row_bytes: int, part_bytes: int, target: memoryview) -> None:
+    def _read_rows(self, chunk: StoredChunk, begin: int, row_bytes: int, part_bytes: int, target: memoryview) -> None:
         """Reads the same byte range of consecutive rows into memory."""
-        try:
-            with self._file(piece.relative_path) as file:
-                if part_bytes == row_bytes:
-                    fill(file, piece.offset + begin, target)
-                else:
-                    for row, at in enumerate(range(0, len(target), part_bytes)):
-                        fill(file, piece.offset + begin + row * row_bytes, target[at : at + part_bytes])
-        except OSError as error:
-            raise self.refused(f"{piece.relative_path} cannot be read ({error.strerror or error})") from None
+        with self._reading(chunk.file), self._file(chunk.file) as file:
+            if part_bytes == row_bytes:
+                fill(file, chunk.begin + begin, target)
+            else:
+                for row, at in enumerate(range(0, len(target), part_bytes)):
+                    fill(file, chunk.begin + begin + row * row_bytes, target[at : at + part_bytes])
         self.num_bytes_read += len(target)
         self.num_chunks_read += 1
 
@@ -215,24 +160,17 @@ class HuggingFaceReader(SafeReader):
     def read_chunk(self, chunk: StoredChunk, buffer: Tensor | None = None) -> Tensor:
         """As in `SafeReader`, with the rows reordered."""
         values = super().read_chunk(chunk, buffer)
-        piece: Any = self._read_stored().storage_data[MetadataIndex(chunk.name, torch.Size(chunk.offsets))]
-        if piece.group is not None:
-            values.copy_(in_pairs(values, piece.group))
-        return values
+        group = self._group_of(chunk.name)
+        return values if group is None else values.copy_(in_pairs(values, group))
 
     def _open(self, chunk: StoredChunk) -> IO[bytes]:
-        try:
+        with self._reading(chunk.file):
             return self._file(chunk.file)
-        except OSError as error:
-            raise self.refused(f"{chunk.file} cannot be read ({error.strerror or error})") from None
 
     def _find(self, file: IO[bytes], chunk: StoredChunk) -> StoredValues:
         """The values are the whole chunk: safetensors has no archive around them."""
         stride = torch.empty(chunk.sizes, device="meta").stride()
         return StoredValues(chunk.dtype, chunk.sizes, stride, 0)
-
-
-_ONLY_SCALED = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
 
 
 def in_pairs(values: Tensor, group: int | None) -> Tensor:

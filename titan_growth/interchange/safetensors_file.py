@@ -23,6 +23,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from titan_growth.checkpoint.untrusted.files import read_into
 from titan_growth.tools.errors import RefusedCheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -134,12 +135,8 @@ def parse_json(data: bytes, folder: str, what: str) -> dict[str, Any]:
 def fill(file: IO[bytes], offset: int, target: memoryview) -> None:
     """Reads bytes at an offset of a file into memory. Raises OSError if the file ends first."""
     file.seek(offset)
-    done = 0
-    while done < len(target):
-        count = file.readinto(target[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise OSError(5, "the file ends too early", getattr(file, "name", None))
-        done += count
+    if not read_into(file, target):
+        raise OSError(5, "the file ends too early", getattr(file, "name", None))
 
 
 def memory_of(tensor: Tensor) -> memoryview:

@@ -29,7 +29,6 @@ from titan_growth.interchange.tokenizer_json import of_bytes, of_sentencepiece
 from titan_growth.tools.errors import CheckpointError, DataError, RefusedCheckpointError
 
 TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
-GENERATION = "generation_config.json"
 ASSETS = (
     TOKENIZER_JSON,
     TOKENIZER_MODEL,
@@ -40,7 +39,7 @@ ASSETS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    GENERATION,
+    "generation_config.json",
 )
 """Copied if present."""
 
@@ -48,13 +47,8 @@ _MAX_BYTES = 512 * 2**20
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def assets_in(folder: Path) -> list[str]:
-    """The names in ASSETS that a folder has."""
-    return [name for name in ASSETS if (folder / name).is_file()]
-
-
-def checked_assets(source: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Name -> the file to copy.
+def checked_assets(source: Path, names: Sequence[str] = ASSETS) -> dict[str, Path]:
+    """Name -> the file to copy, for those of the names that the folder has.
 
     Raises:
         CheckpointError: if one links out of the folder (except into the blobs of a Hugging Face cache), is too large,
@@ -64,6 +58,8 @@ def checked_assets(source: Path, names: Sequence[str]) -> dict[str, Path]:
     found = {}
     for name in names:
         path = (source / name).resolve()
+        if not path.is_file():
+            continue
         if path.parent != root and path.parent != root.parent.parent / "blobs":
             raise RefusedCheckpointError(source.name, f"its {name} is a link that leads out of it")
         if path.stat().st_size > _MAX_BYTES:
@@ -155,7 +151,7 @@ def _find(recipe: Recipe, wanted: str | None) -> _Found | None:
 
 def _copied(folder: Path, summary: str) -> ExportedTokenizer:
     """The tokenizer files of a Hugging Face folder, and the special tokens of its config.json."""
-    found = ExportedTokenizer(summary, checked_assets(folder, assets_in(folder)))
+    found = ExportedTokenizer(summary, checked_assets(folder))
     if (folder / CONFIG).is_file():
         table = parse_json((folder / CONFIG).read_bytes(), folder.name, f"its {CONFIG}")
         found.tokens = {key: table[key] for key in _TOKENS if key in table}

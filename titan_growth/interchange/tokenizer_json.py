@@ -69,25 +69,16 @@ def of_sentencepiece(tokenizer: SentencePieceTokenizer, *, adds_bos: bool) -> To
     made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
     made.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    made.add_special_tokens(
-        [
-            AddedToken(piece.piece, normalized=False, special=True)
-            for piece in model.pieces
-            if piece.type in (_UNKNOWN, _CONTROL)
-        ]
-    )
-    made.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=False, special=False)
-            for piece in model.pieces
-            if piece.type == _USER_DEFINED
-        ]
-    )
-    special = {"unk_token": unknown} if unknown is not None else {}
+    for types, add, special in (
+        ((_UNKNOWN, _CONTROL), made.add_special_tokens, True),
+        ((_USER_DEFINED,), made.add_tokens, False),
+    ):
+        add([AddedToken(one.piece, normalized=False, special=special) for one in model.pieces if one.type in types])
+    symbols = {"unk_token": unknown} if unknown is not None else {}
     for key, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
         if token is not None:
-            special[key] = names[token]
-    return _finished(made, tokenizer, special, adds_bos)
+            symbols[key] = names[token]
+    return _finished(made, tokenizer, symbols, adds_bos)
 
 
 def _merges(pieces: Any) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from titan_growth.checkpoint.folder import open_step
 from titan_growth.checkpoint.history import Lineage, Progress
-from titan_growth.checkpoint.manager import CheckpointManager, misfits
+from titan_growth.checkpoint.loading import load, misfits
 from titan_growth.checkpoint.reader import NamesOf, SafeReader
 from titan_growth.checkpoint.search import damage_of
 from titan_growth.config.schema.recipe import CheckpointConfig, Recipe
@@ -70,9 +70,7 @@ class Initial:
     seconds: float = 0.0
     """Wall-clock seconds of the run that is continued."""
 
-    def load(
-        self, tensors: Mapping[str, Tensor], config: DecoderConfig, recipe: Recipe, checkpointer: CheckpointManager
-    ) -> None:
+    def load(self, tensors: Mapping[str, Tensor], config: DecoderConfig, recipe: Recipe) -> None:
         """Fills this rank's tensors of the model, with its warnings.
 
         Raises:
@@ -80,7 +78,7 @@ class Initial:
         """
         model_only = recipe.checkpoint.initial_load_model_only
         reader = initial_reader(self.path, recipe.model.name, config)
-        checkpointer.load(self.path, dict(tensors), reader=reader, casts=model_only)
+        load(reader, tensors, casts=model_only)
         for line in initial_notes(reader, tensors):
             logger.warning("%s", line)
         logger.info("started from %s of %s", "the weights" if model_only else "all state", self.path)

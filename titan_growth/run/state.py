@@ -13,8 +13,10 @@ from torch import Tensor
 
 from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
+from titan_growth.checkpoint.loading import load
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.manifest import Manifest
+from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.config.loader import to_toml
 from titan_growth.engine.state import rng_tensors, set_rng, stored_rng
 from titan_growth.run.data import RunData
@@ -103,7 +105,7 @@ class RunState:
 
     # ---- loading and saving --------------------------------------------------------------------------------------
 
-    def load(self, checkpoint: StepFolder | None, checkpointer: CheckpointManager) -> None:
+    def load(self, checkpoint: StepFolder | None) -> None:
         """Loads a checkpoint, or `checkpoint.initial_load_path`, or makes fresh weights.
 
         Raises:
@@ -112,29 +114,30 @@ class RunState:
         torch.manual_seed(self.plan.seed + dist.get_rank())
         section = self.plan.recipe.checkpoint
         if checkpoint is not None:
-            self._resume(checkpoint, checkpointer)
+            self._resume(checkpoint)
             if section.initial_load_path is not None:
                 logger.warning("checkpoint.initial_load_path is ignored: the run has checkpoints of its own")
         elif section.initial_load_path is not None and section.enable:
             initial = open_initial(section, self.plan.growth_plan)
             self.progress, self.lineage, self.seconds = initial.progress, initial.lineage, initial.seconds
             tensors = self.build().tensors(optimizer=not section.initial_load_model_only)
-            initial.load(tensors, self.runtime.model_config, self.plan.recipe, checkpointer)
+            initial.load(tensors, self.runtime.model_config, self.plan.recipe)
         else:
             self.build(seed=self.plan.seed)
 
-    def _resume(self, checkpoint: StepFolder, checkpointer: CheckpointManager) -> None:
+    def _resume(self, checkpoint: StepFolder) -> None:
         manifest = checkpoint.manifest
         self.progress, self.lineage = manifest.progress, checkpoint.lineage()
         self.losses, self.seconds = manifest.recent_losses, manifest.seconds
         self.stability.restore(manifest.stability)
-        rng = stored_rng(dist.get_rank(), checkpointer.stored_names(checkpoint.path))
+        reader = SafeReader(checkpoint.path)
+        rng = stored_rng(dist.get_rank(), set(reader.tensor_entries()))
         tensors = dict(rng)
         if self.plan.first_phase == len(self.lineage.events):
             tensors |= self.build().tensors(optimizer=True)
         else:
             logger.info("the model grows at once, so the small one is not built again")
-        checkpointer.load(checkpoint.path, tensors)
+        load(reader, tensors)
         set_rng(dist.get_rank(), rng)
         logger.info("resumed from %s", checkpoint.path)
 
@@ -166,4 +169,4 @@ class RunState:
         if not model_only:
             tensors |= rng_tensors(dist.get_rank())
         recipe_toml = to_toml(self.plan.recipe)
-        checkpointer.save(manifest, tensors, recipe_toml=recipe_toml, lineage_json=self.lineage.to_json())
+        checkpointer.saver.save(manifest, tensors, recipe_toml=recipe_toml, lineage_json=self.lineage.to_json())

@@ -62,7 +62,7 @@ def test_manifest_round_trip() -> None:
 
 def test_lineage_round_trip() -> None:
     lineage = Lineage((EVENT, replace(EVENT, step=20)))
-    assert Lineage.from_dict(json.loads(json.dumps(lineage.to_dict()))) == lineage
+    assert Lineage.from_dict(json.loads(lineage.to_json())) == lineage
     assert lineage.grown_at == [10, 20]
     assert Lineage.from_dict({"events": []}) == Lineage()
 

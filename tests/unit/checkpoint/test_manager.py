@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,15 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tests.harness import run_ranks
 from titan_growth.checkpoint.folder import StepFolder, committed_steps, open_step, step_numbers
 from titan_growth.checkpoint.history import Lineage, Progress
+from titan_growth.checkpoint.loading import load
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.manifest import Manifest
+from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.errors import CheckpointError
 
-LINEAGE = json.dumps(Lineage().to_dict())
+LINEAGE = Lineage().to_json()
 
 
 def manager(folder: Path, **section: Any) -> CheckpointManager:
@@ -38,10 +39,10 @@ def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
 def save(checkpoints: CheckpointManager, step: int, value: float | None = None, *, permanent: bool = False) -> Any:
     manifest = Manifest(Progress(step=step), 1, 1, "1 rank", model_only=False, permanent=permanent, metrics_offset=0)
     state = tensors(float(step) if value is None else value)
-    checkpoints.save(manifest, state, recipe_toml="[training]\n", lineage_json=LINEAGE)
-    checkpoints.wait()
-    assert checkpoints.last_saved is not None
-    return checkpoints.last_saved
+    checkpoints.saver.save(manifest, state, recipe_toml="[training]\n", lineage_json=LINEAGE)
+    checkpoints.saver.wait()
+    assert checkpoints.saver.last_saved is not None
+    return checkpoints.saver.last_saved
 
 
 def found_in(checkpoints: CheckpointManager) -> StepFolder | None:
@@ -52,9 +53,9 @@ def found_in(checkpoints: CheckpointManager) -> StepFolder | None:
     return found
 
 
-def restored(checkpoints: CheckpointManager, folder: Any) -> float:
+def restored(folder: Any) -> float:
     state = tensors(0.0)
-    checkpoints.load(folder.path, state)
+    load(SafeReader(folder.path), state)
     value = state["layers.0.w"][0, 0].item()
     expected = tensors(value)
     assert all(torch.equal(state[name], expected[name]) for name in state)
@@ -80,8 +81,8 @@ def _round_trip(rank: int, folder: Path) -> None:
     assert written.damage(checksums=True) is None
     found = found_in(checkpoints)
     assert found == written
-    assert restored(checkpoints, found) == 5.0
-    assert checkpoints.stored_names(found.path) == set(tensors())
+    assert restored(found) == 5.0
+    assert set(SafeReader(found.path).tensor_entries()) == set(tensors())
 
 
 def test_round_trip(on_one_rank: Any) -> None:
@@ -104,7 +105,8 @@ def test_a_step_folder_is_a_dcp_folder(on_one_rank: Any) -> None:
 def _grown(rank: int, folder: Path) -> None:
     written = save(manager(folder), 5)
     wanted = {f"copies.{number}.w": torch.zeros(4, 3) for number in range(4)}
-    reader = manager(folder).load(written.path, wanted, lambda name: list(wanted) if name == "layers.0.w" else [])
+    reader = SafeReader(written.path, lambda name: list(wanted) if name == "layers.0.w" else [])
+    load(reader, wanted)
     assert reader.num_chunks_read == 1
     assert all(torch.equal(tensor, torch.full((4, 3), 5.0)) for tensor in wanted.values())
 
@@ -126,7 +128,7 @@ def _misfits(rank: int, folder: Path) -> None:
     ):
         before = {name: tensor.clone() for name, tensor in wanted.items()}
         with pytest.raises(CheckpointError) as caught:
-            checkpoints.load(path, wanted)
+            load(SafeReader(path), wanted)
         assert str(caught.value) == f"step-5 refused: it is of another model: {message}"
         assert all(torch.equal(before[name], wanted[name]) for name in wanted)
 
@@ -141,10 +143,10 @@ def _damaged_load(rank: int, folder: Path) -> None:
     shard = path / "__0_0.distcp"
     shard.write_bytes(b"\0" * shard.stat().st_size)
     with pytest.raises(CheckpointError, match=r"^step-5 refused: __0_0\.distcp, where \S+ should be, is no archive"):
-        checkpoints.load(path, tensors(0.0))
+        load(SafeReader(path), tensors(0.0))
     shard.unlink()
     with pytest.raises(CheckpointError, match=r"^step-5 refused: __0_0\.distcp is missing$"):
-        checkpoints.load(path, tensors(0.0))
+        load(SafeReader(path), tensors(0.0))
 
 
 def test_a_read_that_fails_is_one_line(on_one_rank: Any) -> None:
@@ -166,7 +168,7 @@ def _uncommitted(rank: int, folder: Path) -> None:
     again = save(checkpoints, 9, 90.0)
     assert not (dead / "__7_0.distcp").exists(), "old shards lie beside the new ones"
     assert found_in(checkpoints) == again
-    assert restored(checkpoints, again) == 90.0
+    assert restored(again) == 90.0
 
 
 def test_remains_of_a_dead_save_are_ignored_and_replaced(on_one_rank: Any) -> None:
@@ -229,11 +231,11 @@ def _retention(rank: int, folder: Path) -> None:
         (checkpoints.root / f"step-{step}").mkdir()
     assert [found.step for found in committed_steps(checkpoints.root).usable] == [10, 9, 2, 1]
     save(checkpoints, 13)
-    checkpoints.close()
+    checkpoints.saver.close()
     assert [found.step for found in committed_steps(checkpoints.root).usable] == [13, 10, 9, 1]
     for step in (14, 15):
         save(checkpoints, step)
-        checkpoints.close()
+        checkpoints.saver.close()
     assert [found.step for found in committed_steps(checkpoints.root).usable] == [15, 14, 9, 1]
     assert not (checkpoints.root / "step-2").exists()
     everything = manager(folder, keep_latest_k=0)
@@ -259,10 +261,10 @@ def _damaged_ones_do_not_count(rank: int, folder: Path) -> None:
     assert found.step == 2
     checkpoints.set_aside_after(found.step)
     save(checkpoints, 3)
-    checkpoints.close()
+    checkpoints.saver.close()
     assert {path.name for path in checkpoints.root.iterdir()} == {"step-2", "step-3", "damaged-4", "damaged-6"}
     save(checkpoints, 5)
-    checkpoints.close()
+    checkpoints.saver.close()
     newest = found_in(checkpoints)
     assert newest is not None
     assert newest.step == 5
@@ -280,7 +282,7 @@ def _remains(rank: int, folder: Path) -> None:
         (checkpoints.root / f"step-{step}").mkdir(parents=True)
         (checkpoints.root / f"step-{step}" / "__0_0.distcp").write_bytes(b"half")
     save(checkpoints, 4)
-    checkpoints.close()
+    checkpoints.saver.close()
     assert step_numbers(checkpoints.root) == [9, 4], "older remains are cleared; a later one may still be being written"
 
 
@@ -296,7 +298,7 @@ def _permanent(rank: int, folder: Path) -> None:
     assert kept.manifest.held_out_loss == 2.5
     for step in (2, 3, 4):
         save(checkpoints, step)
-    checkpoints.close()
+    checkpoints.saver.close()
     assert [found.step for found in committed_steps(checkpoints.root).usable] == [4, 3, 1]
     assert open_step(kept.path) == kept
     assert kept.damage(checksums=True) is None

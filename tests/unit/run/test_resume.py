@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +50,7 @@ def saved(root: Path, before: Recipe, *, growths: int = 0, step: int = 30, **man
     path.mkdir(parents=True)
     (path / "recipe.toml").write_text(to_toml(before))
     lineage = Lineage(tuple(replace(EVENT, step=10 * (number + 1)) for number in range(growths)))
-    (path / "lineage.json").write_text(json.dumps(lineage.to_dict()))
+    (path / "lineage.json").write_text(lineage.to_json())
     files = {name: file_entry(path / name) for name in ("recipe.toml", "lineage.json")}
     values = {"progress": Progress(step=step), "num_layers": 2 * 2**growths, "files": files, **manifest}
     write_manifest(path, replace(MANIFEST, **values))

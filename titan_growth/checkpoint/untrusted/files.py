@@ -70,6 +70,17 @@ def read_plain(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
         return file.read(size or 0)  # no more: read() allocates all that is asked for
 
 
+def read_into(file: IO[bytes], target: Any) -> bool:
+    """Fills a byte array from a file; returns False if the file ends first."""
+    left = memoryview(target)
+    while left:
+        count = file.readinto(left)  # type: ignore[attr-defined]
+        if not count:
+            return False
+        left = left[count:]
+    return True
+
+
 def is_count(value: Any) -> TypeGuard[int]:
     """Whether a parsed value is a number of bytes or elements."""
     return type(value) is int and 0 <= value < 1 << 63
