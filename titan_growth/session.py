@@ -116,7 +116,7 @@ class Session:
             return Outcome(RESIZE, f"saved at step {step}; the growth wants {wanted} ranks", wanted)
         if saved is not None and saved.step == step:
             return Outcome(
-                REQUEUE, f"stopped at step {step} and saved{self.stop.reason}; run the same command again to go on"
+                REQUEUE, f"stopped at step {step} and saved{self.stop.reason}; run the same command again to continue"
             )
         load_only = trainer.plan.recipe.checkpoint.load_only
         key = "checkpoint.load_only is true" if load_only else "checkpoint.enable is false"

@@ -167,4 +167,4 @@ def test_a_time_limit_ends_the_script_with_75(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", num_ranks=2, **{"job.time_limit_seconds": 10})
     status, output = run.finish()
     assert status == 75, output
-    assert "and saved (job.time_limit_seconds = 10 is over); run the same command again to go on" in output
+    assert "and saved (job.time_limit_seconds = 10 is over); run the same command again to continue" in output
