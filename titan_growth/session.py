@@ -86,7 +86,8 @@ class Session:
                 logger.info("%s", line)
             state.load(start.checkpoint)
             observers.recorder.seconds_before = state.seconds
-            yield Trainer(state, checkpointer=self.checkpointer, observers=observers, stop=self.stop)
+            with observers.profiler:  # which writes a last snapshot when CUDA memory runs out
+                yield Trainer(state, checkpointer=self.checkpointer, observers=observers, stop=self.stop)
             self.checkpointer.saver.close()
         except TitanGrowthError:
             self.checkpointer.saver.close()  # all ranks are alive, so a background save can finish
