@@ -17,7 +17,7 @@ SAVING = {"checkpoint__enable": True, "checkpoint__interval": 2, "lr_scheduler__
 
 
 def folders(run: Path) -> set[str]:
-    return {path.name for path in (run / "checkpoint").iterdir()}
+    return {path.name for path in (run / "checkpoint").iterdir() if path.is_dir()}
 
 
 def test_loader_workers_change_nothing(tmp_path: Path) -> None:
