@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from titan_growth.checkpoint.folder import root_of
+from titan_growth.checkpoint.folder import StepFolder, root_of
 from titan_growth.commands.args import CommandLine
 from titan_growth.config.loader import dry_run_of, inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
@@ -22,8 +22,8 @@ from titan_growth.tools.logs import logger, say, setup_logging
 from titan_growth.tools.run_folder import RunFolder
 
 READ_BYTES = 2 << 30
-"""The shards of a checkpoint up to this size are read here, before anything has started; those of a larger one are left
-to the ranks, which divide the reading."""
+"""A checkpoint on a disk is read in full here up to this size, before anything has started. A larger one, or one in a
+store, is left to the ranks, which divide the reading."""
 
 
 def command_line() -> CommandLine:
@@ -78,10 +78,12 @@ def _check(argv: list[str]) -> int:
     if not dry_run:
         _check_folder(folder, recipe)
     site = Site(folder, _num_ranks(), _device_type())
-    # Once a run is said to be finished, nobody looks at its checkpoint again.
-    start = resolve(
-        recipe, site, lambda checkpoint, now: checkpoint.num_bytes <= READ_BYTES or is_finished(now, checkpoint)
-    )
+
+    def reads_shards(checkpoint: StepFolder, now: Recipe) -> bool:
+        is_small = checkpoint.num_bytes <= READ_BYTES and not is_remote(checkpoint.path)
+        return is_small or is_finished(now, checkpoint)  # when a run is finished, nobody looks at it again
+
+    start = resolve(recipe, site, reads_shards)
     if isinstance(start, Finished):
         logger.info("%s", start.message)
         return NOTHING_TO_DO
