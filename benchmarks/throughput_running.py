@@ -20,8 +20,8 @@ import torch
 from titan_growth.data.prepared import TokenSplit
 from titan_growth.engine.build import build
 from titan_growth.engine.engine import num_valid_tokens, sum_over_ranks
-from titan_growth.engine.make_engine import make_engine
 from titan_growth.engine.optimizer import Optimizer
+from titan_growth.engine.pipeline_engine import make_engine
 from titan_growth.layout.mesh import Mesh
 from titan_growth.metrics.hardware import memory_gib, peak_flops_per_second
 from titan_growth.run.data import RunData
@@ -119,7 +119,8 @@ class RunningCase:
             self.loss = self.engine.forward_backward(batch, num_tokens)
             lap("forward_backward")
             self.num_steps += 1
-            self.optimizer.clip_and_step(self.plan.schedule(self.num_steps))
+            self.optimizer.clip()
+            self.optimizer.step(self.plan.schedule(self.num_steps))
             self.engine.model.after_optimizer_step()
             lap("optimizer")
         self.synchronize()

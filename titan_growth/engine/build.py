@@ -24,7 +24,6 @@ from titan_growth.stages.base import BuildContext, Microbatch, ModelParts, Stage
 class BuiltModel:
     """This rank's model parts and the stages applied to them."""
 
-    config: DecoderConfig
     parts: ModelParts
     stages: list[Stage]
     context: BuildContext
@@ -57,11 +56,6 @@ class BuiltModel:
         """All stages' hooks, after each optimizer step."""
         for stage in self.stages:
             stage.after_optimizer_step(self.parts)
-
-    @property
-    def tied(self) -> dict[str, str]:
-        """Copies of parameters -> the name of the original."""
-        return self.config.tied
 
 
 def build(
@@ -96,7 +90,6 @@ def build(
         part.to_empty(device=home or device)
         part.materialized(device)
         part.train()
-    model = BuiltModel(model_config, parts, active, context)
     if seed is not None:
-        init_weights(parts, lambda name: module.init_rule(model_config, name), seed, model.tied)
-    return model
+        init_weights(parts, lambda name: module.init_rule(model_config, name), seed, model_config.tied)
+    return BuiltModel(parts, active, context)

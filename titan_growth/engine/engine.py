@@ -17,8 +17,6 @@ from titan_growth.engine.build import BuiltModel
 from titan_growth.stages.base import Microbatch
 from titan_growth.tools.labels import IGNORE_INDEX
 
-__all__ = ["Engine", "Microbatch", "num_valid_tokens", "sum_over_ranks"]
-
 
 def num_valid_tokens(microbatches: Iterable[Microbatch]) -> int:
     """Valid positions in this rank's share of a batch. Counted on the host, so no device synchronisation."""

@@ -50,6 +50,7 @@ class Optimizer:
             for name, parameter in part.named_parameters():
                 assert name not in self.parameters, f"two parts hold {name}"
                 self.parameters[name] = parameter
+        fused = section.implementation == "fused"
         kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[section.name]
         self.inner = kind(
             list(self.parameters.values()),
@@ -57,10 +58,9 @@ class Optimizer:
             betas=(section.beta1, section.beta2),
             eps=section.eps,
             weight_decay=section.weight_decay,
-            fused=section.implementation == "fused",
+            fused=fused,
             foreach=section.implementation == "foreach",
         )
-        fused = section.implementation == "fused"
         for parameter in self.parameters.values():
             self.inner.state[parameter] = {
                 # PyTorch keeps one step counter per tensor; the fused kernels want it on the parameter's device.
@@ -72,9 +72,9 @@ class Optimizer:
     @classmethod
     def of(cls, model: BuiltModel, section: OptimizerConfig, *, max_norm: float) -> Optimizer:
         """The optimizer for a built model."""
-        mesh = model.context.mesh
+        mesh, tied = model.context.mesh, model.context.model_config.tied
         group = mesh.group_of("pp") if mesh.shape.pp > 1 else None
-        return cls(model.parts, section, max_norm=max_norm, tied=model.tied, pipeline_group=group)
+        return cls(model.parts, section, max_norm=max_norm, tied=tied, pipeline_group=group)
 
     def named_state(self) -> Iterator[tuple[str, str, Tensor]]:
         """(parameter name, state key, tensor) of all state; the live tensors, to save from or load into."""
@@ -85,12 +85,6 @@ class Optimizer:
             if copy not in self.parameters and name in self.parameters and self.pipeline_group is None:
                 for key in STATE_KEYS:
                     yield copy, key, self.inner.state[self.parameters[name]][key]
-
-    def clip_and_step(self, lr: float, fresh_share: float = 1.0) -> Tensor:
-        """`clip`, then `step`; returns the norm."""
-        norm = self.clip()
-        self.step(lr, fresh_share)
-        return norm
 
     def clip(self) -> Tensor:
         """Clips the gradients to `max_norm`; returns their global norm before clipping, a float32 scalar."""
@@ -114,7 +108,8 @@ class Optimizer:
         """
         for group in self.inner.param_groups:
             group["lr"] = lr
-        before = self._fresh_values() if fresh_share != 1.0 else {}
+        names = self.fresh if fresh_share != 1.0 else ()
+        before = {name: _local(self.parameters[name]).clone() for name in names}
         self.inner.step()
         for name, old in before.items():
             # An Adam step, weight decay included, is linear in the learning rate, so a fraction of the rate is a
@@ -126,10 +121,6 @@ class Optimizer:
     def drop(self) -> None:
         """Drops the gradients. Parameters, moments and step counters are unchanged."""
         self.inner.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def _fresh_values(self) -> dict[str, Tensor]:
-        return {name: _local(self.parameters[name]).clone() for name in self.fresh}
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -143,8 +134,7 @@ def global_norm(gradients: Sequence[Tensor], pipeline_group: dist.ProcessGroup |
     Squares are summed in float64. In float32 the rounding of a large sum depends on the sharding: on the CPU, one rank
     and two differ by 4e-5 (docs/log.md).
     """
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    squares = torch.stack(foreach_norm(local, dtype=torch.float64)).square()
+    squares = torch.stack(foreach_norm([_local(gradient) for gradient in gradients], dtype=torch.float64)).square()
     total = torch.zeros((), dtype=torch.float64, device=squares.device)
     # Tensors sharded over the same axes are summed locally first, then once over those axes.
     by_axes: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}

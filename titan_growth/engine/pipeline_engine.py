@@ -122,7 +122,7 @@ class PipelineEngine(Engine):
         num_hidden = num_tokens // self.model.context.mesh_shape.tp  # sequence parallel: one shard per rank
         with torch.device("meta"):
             tokens = torch.empty(num_sequences, num_tokens, dtype=torch.int64)
-            size = (num_sequences, num_hidden, self.model.config.dim)
+            size = (num_sequences, num_hidden, self.model.context.model_config.dim)
             hidden = torch.empty(size, dtype=self.compute_dtype, requires_grad=True)
             loss = torch.empty(1, dtype=torch.float32, requires_grad=True)
         pipeline_stages = [
@@ -141,3 +141,11 @@ class PipelineEngine(Engine):
             for pipeline_stage in pipeline_stages:
                 answer_votes(pipeline_stage)
         return pipeline_stages
+
+
+def make_engine(model: BuiltModel, device: torch.device) -> Engine:
+    """The pipeline engine for a pipelined model, the plain one otherwise."""
+    for stage in model.stages:
+        if isinstance(stage, Pipeline):
+            return PipelineEngine(model, stage, device)
+    return Engine(model, device)

@@ -16,6 +16,7 @@ V vocabulary, N query heads, K key/value heads, H head width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -75,6 +76,30 @@ class SequenceContext:
         return out_BNSH.transpose(1, 2).flatten(-2)
 
 
+def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
+    """Angular frequencies of the channel pairs, shape (H/2,), float32, with Llama 3.1 scaling.
+
+    Wavelengths shorter than original / high_freq_factor are kept, those longer than original / low_freq_factor are
+    stretched by the scaling factor, and those in between are blended linearly (Llama 3.1 release).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling_factor == 1.0:
+        return frequencies
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    periods_in_context = config.rope_original_max_seq_len * frequencies / (2 * math.pi)
+    keep = ((periods_in_context - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (keep + (1.0 - keep) / config.rope_scaling_factor)
+
+
+def rope_cache(config: DecoderConfig, seq_len: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions 0..seq_len-1, each (S, H/2), float32."""
+    angles = torch.outer(
+        torch.arange(seq_len, dtype=torch.float32, device=device), rope_frequencies(config, device=device)
+    )
+    return angles.cos(), angles.sin()
+
+
 class SequenceLayout:
     """Which positions a rank holds: here, all of them.
 
@@ -125,29 +150,19 @@ class LossHead(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The whole model. A pipeline part lacks some layers, or has `tok_embeddings`, `norm` or `output` set to None.
+    """The whole model. A pipeline part lacks some layers, or has `tok_embeddings`, `norm` or `output` set to None."""
 
-    Args:
-        make_block: the family's transformer block, called as `block(x_BSD, context)`.
-        rope_tables: cosines and sines of positions 0..seq_len-1, each (S, H/2), on a device.
-    """
+    block: Callable[[DecoderConfig], nn.Module]
+    """The family's transformer block, called as `block(x_BSD, context)`."""
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        seq_len: int,
-        *,
-        make_block: Callable[[DecoderConfig], nn.Module],
-        rope_tables: Callable[[DecoderConfig, int, torch.device], tuple[Tensor, Tensor]],
-    ) -> None:
+    def __init__(self, config: DecoderConfig, seq_len: int) -> None:
         super().__init__()
         self.config = config
         self.seq_len = seq_len
-        self.rope_tables = rope_tables
         self.sequence = SequenceLayout()
         self.loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
         self.tok_embeddings: nn.Embedding | None = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleDict({str(layer): make_block(config) for layer in range(config.num_layers)})
+        self.layers = nn.ModuleDict({str(layer): self.block(config) for layer in range(config.num_layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output: nn.Linear | LossHead | None = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tie_weights()
@@ -165,7 +180,7 @@ class Decoder(nn.Module):
         """Call when the model has left the meta device, which unties weights and leaves buffers empty."""
         self.tie_weights()
         # New tensors, not copies into the old ones: those were cast to the parameters' dtype, and angles need float32.
-        self.rope_cos, self.rope_sin = self.rope_tables(self.config, self.seq_len, device)
+        self.rope_cos, self.rope_sin = rope_cache(self.config, self.seq_len, device)
 
     def forward(self, tokens: Tensor, positions_BT: Tensor | None = None, labels_BS: Tensor | None = None) -> Tensor:
         """From token ids (B, S) to logits (B, S, V) or, with labels, to the sum of losses, shape (1,).

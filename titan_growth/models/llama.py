@@ -66,43 +66,8 @@ FLAVORS: dict[str, dict[str, Any]] = {
 the G_stack paper (Du et al., NeurIPS 2024), as in its released configurations and checkpoints. The paper's names are
 nominal: "7B" has 5.93B parameters."""
 
-DEFAULTS: dict[str, Any] = {
-    "norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling_factor": 8.0,
-    "rope_low_freq_factor": 1.0,
-    "rope_high_freq_factor": 4.0,
-    "rope_original_max_seq_len": 8192,
-    "max_seq_len": 131072,
-    "depth_init": True,
-    "tie_word_embeddings": False,
-    "qk_norm": False,
-}
-"""For what a flavor leaves open."""
-
-
-def rope_frequencies(config: DecoderConfig, device: torch.device | None = None) -> Tensor:
-    """Angular frequencies of the channel pairs, shape (H/2,), float32, with Llama 3.1 scaling.
-
-    Wavelengths shorter than original / high_freq_factor are kept, those longer than original / low_freq_factor are
-    stretched by the scaling factor, and those in between are blended linearly (Llama 3.1 release).
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling_factor == 1.0:
-        return frequencies
-    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    periods_in_context = config.rope_original_max_seq_len * frequencies / (2 * math.pi)
-    keep = ((periods_in_context - low) / (high - low)).clamp(0.0, 1.0)
-    return frequencies * (keep + (1.0 - keep) / config.rope_scaling_factor)
-
-
-def rope_cache(config: DecoderConfig, seq_len: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0..seq_len-1, each (S, H/2), float32."""
-    angles = torch.outer(
-        torch.arange(seq_len, dtype=torch.float32, device=device), rope_frequencies(config, device=device)
-    )
-    return angles.cos(), angles.sin()
+DEFAULTS: dict[str, Any] = {}
+"""A flavor leaves nothing open for which the defaults of `DecoderConfig` are not Llama 3's."""
 
 
 def apply_rope(x_BSNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -168,8 +133,7 @@ class TransformerBlock(nn.Module):
 class Decoder(decoder.Decoder):
     """A Llama model, or a pipeline part of one."""
 
-    def __init__(self, config: DecoderConfig, seq_len: int) -> None:
-        super().__init__(config, seq_len, make_block=TransformerBlock, rope_tables=rope_cache)
+    block = TransformerBlock
 
 
 def tensor_parallel_plan(part: decoder.Decoder) -> dict[str, Split]:

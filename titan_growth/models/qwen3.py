@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from titan_growth.models import decoder, llama
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.decoder import SequenceContext, Split, fsdp_units
-from titan_growth.models.llama import init_rule, rope_cache
+from titan_growth.models.llama import init_rule
 from titan_growth.models.roles import Role
 
 __all__ = ["DEFAULTS", "FLAVORS", "HUGGING_FACE", "ROLES", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
@@ -55,14 +55,13 @@ FLAVORS: dict[str, dict[str, Any]] = {
 """The dense models of the Qwen3 release (April 2025)."""
 
 DEFAULTS: dict[str, Any] = {
-    **llama.DEFAULTS,
     "norm_eps": 1e-6,
     "rope_theta": 1e6,
     "rope_scaling_factor": 1.0,
     "max_seq_len": 40960,
     "qk_norm": True,
 }
-"""For what a flavor leaves open."""
+"""What a flavor leaves open, where it is not Llama 3's."""
 
 
 def apply_rope(x_BSNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -107,8 +106,7 @@ class TransformerBlock(llama.TransformerBlock):
 class Decoder(decoder.Decoder):
     """A Qwen3 model, or a pipeline part of one."""
 
-    def __init__(self, config: DecoderConfig, seq_len: int) -> None:
-        super().__init__(config, seq_len, make_block=TransformerBlock, rope_tables=rope_cache)
+    block = TransformerBlock
 
 
 def tensor_parallel_plan(part: decoder.Decoder) -> dict[str, Split]:

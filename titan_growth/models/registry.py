@@ -1,12 +1,13 @@
 """Families and flavors by name, and the `DecoderConfig` of a `[model]` table.
 
 A family is a module with `Decoder`, `fsdp_units`, `tensor_parallel_plan`, `init_rule`, the `ROLES` of its parameters'
-dimensions, and its named sizes: `FLAVORS` with the `DEFAULTS` of what they leave open.
+dimensions, and its named sizes: `FLAVORS`, with `DEFAULTS` where what they leave open is not `DecoderConfig`'s.
 """
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import MISSING, fields
 from types import ModuleType
 from typing import Any
 
@@ -19,19 +20,8 @@ from titan_growth.tools.findings import Findings
 FAMILIES: dict[str, str] = {"llama3": "titan_growth.models.llama", "qwen3": "titan_growth.models.qwen3"}
 """Family -> its module."""
 
-_CONFIG_KEYS = (
-    "norm_eps",
-    "rope_theta",
-    "rope_scaling_factor",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
-    "rope_original_max_seq_len",
-    "max_seq_len",
-    "depth_init",
-    "tie_word_embeddings",
-    "qk_norm",
-)
-"""Keys passed unchanged from the table, the flavor or the family's defaults to the `DecoderConfig`."""
+_DEFAULTS = {entry.name: entry.default for entry in fields(DecoderConfig) if entry.default is not MISSING}
+"""Defaults of the sizes that have one; their keys in table, flavor and family are the names in `DecoderConfig`."""
 
 _NOT_SIZES = {"name", "flavor", "hf_assets_path", "converters", "print_after_conversion"}
 
@@ -59,7 +49,7 @@ def model_config_of(section: ModelConfig, found: Findings) -> DecoderConfig | No
         found.problem("model.flavor", f"unknown flavor '{section.flavor}'; known: {known}", hint)
         return None
     given = section.model_dump(exclude_none=True, exclude=_NOT_SIZES)
-    values = {**family.DEFAULTS, **flavors[section.flavor], **given}
+    values = {**_DEFAULTS, **family.DEFAULTS, **flavors[section.flavor], **given}
     if missing := [key for key in SIZE_KEYS if key not in values]:
         for key in missing:
             found.problem(f"model.{key}", 'is missing; flavor = "custom" needs every size')
@@ -122,6 +112,5 @@ def _config(values: dict[str, Any], *, explicit: dict[str, Any]) -> DecoderConfi
         hidden_dim=hidden_dim
         or swiglu_hidden_dim(dim, values.get("ffn_dim_multiplier"), values.get("multiple_of") or 256),
         vocab_size=values["vocab_size"],
-        qk_norm_eps=values.get("qk_norm_eps"),
-        **{key: values[key] for key in _CONFIG_KEYS},
+        **{key: values[key] for key in _DEFAULTS},
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.data.loader import BatchLoader
 from titan_growth.engine.build import build
-from titan_growth.engine.make_engine import make_engine
 from titan_growth.engine.optimizer import Optimizer
+from titan_growth.engine.pipeline_engine import make_engine
 from titan_growth.engine.state import model_tensors, optimizer_tensors
 from titan_growth.growth.apply import fresh_elements
 from titan_growth.layout.mesh import Mesh

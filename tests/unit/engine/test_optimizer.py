@@ -30,6 +30,12 @@ def set_gradients(model: nn.Module, scale: float, seed: int) -> None:
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
 
 
+def clip_and_step(optimizer: Optimizer, lr: float) -> torch.Tensor:
+    norm = optimizer.clip()
+    optimizer.step(lr)
+    return norm
+
+
 def weights(model: nn.Module) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in model.parameters()]
 
@@ -48,7 +54,7 @@ def test_steps_equal_pytorchs(name: str, implementation: str) -> None:
     for step, lr in enumerate((1e-2, 3e-2, 1e-3)):
         set_gradients(model, 1.0, seed=step)
         set_gradients(twin, 1.0, seed=step)
-        optimizer.clip_and_step(lr)
+        clip_and_step(optimizer, lr)
         reference.param_groups[0]["lr"] = lr
         reference.step()
         for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
@@ -64,7 +70,7 @@ def test_adamw_by_hand() -> None:
     nn.init.constant_(layer.weight, 2.0)
     layer.weight.grad = torch.full((1, 1), 0.25)
     optimizer = Optimizer([layer], OptimizerConfig(weight_decay=0.1, beta1=0.9, beta2=0.95), max_norm=1e9)
-    norm = optimizer.clip_and_step(0.01)
+    norm = clip_and_step(optimizer, 0.01)
     assert norm.item() == 0.25
     assert layer.weight.item() == pytest.approx(2.0 * (1 - 0.01 * 0.1) - 0.01, rel=1e-6)
     state = {key: value.item() for _, key, value in optimizer.named_state()}
@@ -75,7 +81,7 @@ def test_adam_is_not_adamw() -> None:
     results = []
     for name in ("Adam", "AdamW"):
         model = model_with_gradients()
-        Optimizer([model], OptimizerConfig(name=name, weight_decay=0.5), max_norm=1e9).clip_and_step(0.1)  # type: ignore[arg-type]
+        clip_and_step(Optimizer([model], OptimizerConfig(name=name, weight_decay=0.5), max_norm=1e9), 0.1)  # type: ignore[arg-type]
         results.append(weights(model))
     assert not any(torch.allclose(a, b) for a, b in zip(*results, strict=True))
 
@@ -86,7 +92,7 @@ def test_gradients_are_clipped_to_the_global_norm(max_norm: float) -> None:
     expected_norm = torch.cat([p.grad.flatten() for p in twin.parameters()]).norm()  # type: ignore[union-attr]
     # eps = 1 makes the step proportional to the gradient, so clipping shows in the weights
     section = OptimizerConfig(eps=1.0, weight_decay=0.0)
-    norm = Optimizer([model], section, max_norm=max_norm).clip_and_step(0.1)
+    norm = clip_and_step(Optimizer([model], section, max_norm=max_norm), 0.1)
     assert norm.dtype == torch.float32
     assert norm.shape == ()
     torch.testing.assert_close(norm, expected_norm)
@@ -100,7 +106,7 @@ def test_gradients_are_dropped_and_missing_ones_left_alone() -> None:
     model = model_with_gradients()
     model[1].weight.grad = None
     before = weights(model)
-    Optimizer([model], OptimizerConfig(), max_norm=1.0).clip_and_step(0.1)
+    clip_and_step(Optimizer([model], OptimizerConfig(), max_norm=1.0), 0.1)
     assert all(parameter.grad is None for parameter in model.parameters())
     after = weights(model)
     assert torch.equal(before[2], after[2])
@@ -129,7 +135,7 @@ def test_state_exists_at_once_and_is_live(implementation: str) -> None:
             state[name, key].copy_(reference.state[trained][key])
     set_gradients(model, 1.0, seed=9)
     set_gradients(twin, 1.0, seed=9)
-    optimizer.clip_and_step(1e-2)
+    clip_and_step(optimizer, 1e-2)
     reference.step()
     for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-7)
@@ -155,14 +161,14 @@ def _sharded(rank: int) -> tuple[float, list[torch.Tensor]]:
             sharded = nn.Parameter(distribute_tensor(parameter.detach(), mesh, (Shard(0),)))
             sharded.grad = distribute_tensor(gradient, mesh, (Shard(0),))
             setattr(module, name, sharded)
-    norm = Optimizer([model], OptimizerConfig(), max_norm=0.5).clip_and_step(0.1)
+    norm = clip_and_step(Optimizer([model], OptimizerConfig(), max_norm=0.5), 0.1)
     return norm.item(), [parameter.full_tensor().detach() for parameter in model.parameters()]  # type: ignore[attr-defined]
 
 
 def test_the_norm_of_shards_is_that_of_the_whole() -> None:
     """7 and 3 rows over 2 ranks; the same norm and the same weights on both."""
     model = model_with_gradients(scale=4.0)
-    norm = Optimizer([model], OptimizerConfig(), max_norm=0.5).clip_and_step(0.1).item()
+    norm = clip_and_step(Optimizer([model], OptimizerConfig(), max_norm=0.5), 0.1).item()
     for found, tensors in run_ranks(_sharded, 2):
         assert found == pytest.approx(norm, rel=1e-6)
         for parameter, expected in zip(tensors, model.parameters(), strict=True):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from titan_growth.models.config import DecoderConfig
-from titan_growth.models.decoder import cross_entropy_sum
+from titan_growth.models.decoder import cross_entropy_sum, rope_cache, rope_frequencies
 from titan_growth.models.initialize import init_weights
-from titan_growth.models.llama import Decoder, apply_rope, init_rule, rope_cache, rope_frequencies
+from titan_growth.models.llama import Decoder, apply_rope, init_rule
 from titan_growth.tools.labels import IGNORE_INDEX
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from titan_growth.config.loader import load_recipe
 from titan_growth.config.schema.recipe import ModelConfig
 from titan_growth.models import llama
 from titan_growth.models.config import DecoderConfig
-from titan_growth.models.decoder import Split
+from titan_growth.models.decoder import Split, rope_cache
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.qwen3 import (
     FLAVORS,
@@ -21,7 +21,6 @@ from titan_growth.models.qwen3 import (
     apply_rope,
     fsdp_units,
     init_rule,
-    rope_cache,
     tensor_parallel_plan,
 )
 from titan_growth.models.registry import model_config_of
