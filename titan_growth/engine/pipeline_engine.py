@@ -101,7 +101,9 @@ class PipelineEngine(Engine):
         if self.layout.order:  # read from a file
             return schedule_of(pipeline_stages, num_microbatches, self.layout.order, **options)
         kind = get_schedule_class(self.layout.schedule)
-        return kind(pipeline_stages[0] if self.layout.is_single else pipeline_stages, num_microbatches, **options)
+        return kind(
+            pipeline_stages[0] if self.layout.conditions.single else pipeline_stages, num_microbatches, **options
+        )
 
     def _evaluation_schedule(self, shape: tuple[int, ...]) -> Any:
         """Forward passes only: all microbatches through one part, then through the rank's next."""

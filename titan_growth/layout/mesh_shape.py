@@ -6,7 +6,7 @@ stay within a node. Process groups are in `mesh.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class MeshShape:
     @property
     def degrees(self) -> tuple[int, ...]:
         """The degrees in the order of `AXES`."""
-        return (self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp)
+        return astuple(self)
 
     @property
     def dp_degree(self) -> int:
@@ -44,7 +44,7 @@ class MeshShape:
     @property
     def num_ranks(self) -> int:
         """Ranks of the whole mesh."""
-        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
+        return prod(self.degrees)
 
     def __str__(self) -> str:
         named = [f"{axis} {degree}" for axis, degree in zip(AXES, self.degrees, strict=True) if degree > 1]
@@ -53,31 +53,27 @@ class MeshShape:
 
 _SHARD_DEGREE = "parallelism.data_parallel_shard_degree"
 
-_AXIS_OF = {
-    "pipeline_parallel_degree": "pp",
-    "data_parallel_replicate_degree": "dp_replicate",
-    "context_parallel_degree": "cp",
-    "tensor_parallel_degree": "tp",
+_KEY_OF = {
+    "pp": "pipeline_parallel_degree",
+    "dp_replicate": "data_parallel_replicate_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
 }
 
 
 def resolve_mesh(section: ParallelismConfig, num_ranks: int, found: Findings) -> MeshShape | None:
     """The mesh shape of a `[parallelism]` table on `num_ranks`; None if it does not fit."""
-    shard: int | None = section.data_parallel_shard_degree
+    shard = section.data_parallel_shard_degree
     if shard == 0:
         found.problem(_SHARD_DEGREE, "must be -1 (all ranks that are left) or at least 1, got 0", "Leave it at -1")
         return None
+    others = MeshShape(**{axis: getattr(section, key) for axis, key in _KEY_OF.items()})
     if shard == -1:
-        shard = _ranks_left(section, num_ranks, found)
-    if shard is None:
-        return None
-    shape = MeshShape(
-        pp=section.pipeline_parallel_degree,
-        dp_replicate=section.data_parallel_replicate_degree,
-        dp_shard=shard,
-        cp=section.context_parallel_degree,
-        tp=section.tensor_parallel_degree,
-    )
+        if num_ranks % others.num_ranks:
+            _report_no_divisor(others, num_ranks, found)
+            return None
+        shard = num_ranks // others.num_ranks
+    shape = replace(others, dp_shard=shard)
     if shape.num_ranks != num_ranks:
         there_are = "there is 1 rank" if num_ranks == 1 else f"there are {num_ranks} ranks"
         named_axes = zip(AXES, shape.degrees, strict=True)
@@ -88,20 +84,13 @@ def resolve_mesh(section: ParallelismConfig, num_ranks: int, found: Findings) ->
     return shape
 
 
-def _ranks_left(section: ParallelismConfig, num_ranks: int, found: Findings) -> int | None:
-    """The ranks that the other axes leave for `dp_shard`."""
-    fixed = {name: getattr(section, name) for name in _AXIS_OF}
-    taken = prod(fixed.values())
-    if num_ranks % taken == 0:
-        return num_ranks // taken
-    named = {name: degree for name, degree in fixed.items() if degree > 1}
-    largest = max(named, key=lambda name: named[name])
-    product = " x ".join(f"{_AXIS_OF[name]} {degree}" for name, degree in named.items())
-    message = f"{taken} does not divide the {'1 rank' if num_ranks == 1 else f'{num_ranks} ranks'}"
-    if len(named) > 1:
-        message = f"{product} = {message}"
-    found.problem(f"parallelism.{largest}", message, "Set it to a divisor, or NGPU to a multiple")
-    return None
+def _report_no_divisor(others: MeshShape, num_ranks: int, found: Findings) -> None:
+    """Reports that the other axes leave no whole number of ranks for `dp_shard`."""
+    largest = max(_KEY_OF, key=lambda axis: getattr(others, axis))
+    message = f"{others.num_ranks} does not divide the {'1 rank' if num_ranks == 1 else f'{num_ranks} ranks'}"
+    if getattr(others, largest) < others.num_ranks:
+        message = f"{others} = {message}"
+    found.problem(f"parallelism.{_KEY_OF[largest]}", message, "Set it to a divisor, or NGPU to a multiple")
 
 
 class BatchShape(NamedTuple):

@@ -47,7 +47,7 @@ class ScheduleConditions:
     v_shaped: bool = False
     """Adjacent parts share a rank and pass activations without communication; PyTorch's `eval` then fails."""
     single: bool = False
-    """Takes exactly one part per rank."""
+    """Takes exactly one part per rank; its class then takes no list."""
 
 
 SCHEDULES = {
@@ -90,11 +90,6 @@ class PipelineLayout:
     def last_rank(self) -> int:
         """The pp rank that holds the head and has the loss."""
         return self.rank_of_part[-1]
-
-    @property
-    def is_single(self) -> bool:
-        """Whether the schedule takes exactly one part per rank (GPipe, 1F1B); its class then takes no list."""
-        return self.conditions.single
 
     @property
     def conditions(self) -> ScheduleConditions:
@@ -159,17 +154,16 @@ def _by_name(
     if schedule is None or parts is None or num_microbatches is None:
         return None
     _check_microbatches(schedule, pp, len(parts), num_microbatches * size, size, found)
-    placement = tuple(_rank_of(part.index, pp, SCHEDULES[schedule].v_shaped) for part in parts)
+    turns_at = pp if SCHEDULES[schedule].v_shaped else len(parts)
+    placement = tuple(part % pp if part < turns_at else 2 * pp - 1 - part for part in range(len(parts)))
     return PipelineLayout(schedule, parts, placement, num_microbatches)
 
 
 def part_table(layout: PipelineLayout) -> list[str]:
     """A plan's line per pp rank, such as `pp 0: part 0 (tok_embeddings, layers 0-3), part 4 (layers 15-17)`."""
-    lines = []
-    for rank in range(1 + max(layout.rank_of_part)):
-        held = ", ".join(f"part {part.index} ({part.describe()})" for part in layout.parts_of(rank))
-        lines.append(f"pp {rank}: {held}")
-    return lines
+    held = [layout.parts_of(rank) for rank in range(1 + max(layout.rank_of_part))]
+    described = [", ".join(f"part {part.index} ({part.describe()})" for part in parts) for parts in held]
+    return [f"pp {rank}: {parts}" for rank, parts in enumerate(described)]
 
 
 def _resolve_schedule(name: str, found: Findings) -> str | None:
@@ -241,10 +235,6 @@ def _check_microbatches(schedule: str, pp: int, num_parts: int, batch: int, size
 
 
 # Parts.
-
-
-def _rank_of(part: int, pp: int, v_shaped: bool) -> int:
-    return 2 * pp - 1 - part if v_shaped and part >= pp else part % pp
 
 
 class _Wanted(NamedTuple):

@@ -58,17 +58,12 @@ def chunk_size(size: int, num_chunks: int, index: int) -> int:
 class Held:
     """Elements that the ranks of one `pp` coordinate hold; with uneven shards some hold less than others."""
 
-    parts: tuple[Part, ...]
     least: int
     most: int
 
 
 class ModelShards:
-    """The parameters of a model at one depth, and each rank's shards of them on a mesh.
-
-    Args:
-        family: the model family's module.
-    """
+    """The parameters of a model at one depth, and each rank's shards of them on a mesh."""
 
     def __init__(self, config: DecoderConfig, family: ModuleType, mesh: MeshShape) -> None:
         self.config = config
@@ -82,13 +77,12 @@ class ModelShards:
     @property
     def num_params(self) -> int:
         """All parameters; a tied head counts once."""
-        head = 0 if self.config.tie_word_embeddings else self.numel(HEAD)
-        return self.numel(EMBEDDING) + self.config.num_layers * self.numel(LAYER) + self.numel(NORM) + head
+        return self.num_stored - (self.numel(HEAD) if self.config.tie_word_embeddings else 0)
 
     @property
     def num_stored(self) -> int:
         """Elements of the weights in a checkpoint, which also stores a tied head under its own name."""
-        return self.num_params + (self.numel(HEAD) if self.config.tie_word_embeddings else 0)
+        return self.config.num_layers * self.numel(LAYER) + sum(map(self.numel, (EMBEDDING, NORM, HEAD)))
 
     def pieces_of(self, part: Part) -> Iterator[tuple[str, int]]:
         """(piece, count) of a part. A tied head is a copy unless its embedding is in the same part."""
@@ -108,7 +102,7 @@ class ModelShards:
     def held(self, parts: tuple[Part, ...]) -> Held:
         """The least and most elements that the ranks holding these parts have of them."""
         shares = [self.local_numel(parts, *coordinates) for coordinates in self._local]
-        return Held(parts, min(shares), max(shares))
+        return Held(min(shares), max(shares))
 
     @cached_property
     def _local(self) -> dict[tuple[int, int], dict[str, int]]:

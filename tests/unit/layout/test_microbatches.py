@@ -16,7 +16,7 @@ from titan_growth.tools.errors import Problem
 def torch_schedule(layout: PipelineLayout, pp: int, num_microbatches: int) -> Any:
     kind = torch_schedules.get_schedule_class(layout.schedule)
     stages = fake_stages(len(layout.parts), pp, layout.rank_of_part)
-    return kind(stages[0] if layout.is_single else stages, num_microbatches)
+    return kind(stages[0] if layout.conditions.single else stages, num_microbatches)
 
 
 @pytest.mark.parametrize("per_rank", [1, 2, 3])

@@ -232,7 +232,7 @@ def test_names_in_any_case_become_canonical(name: str) -> None:
     assert layout.schedule in SCHEDULES
     assert layout.schedule.lower() == name.lower()
     assert layout.conditions == SCHEDULES[layout.schedule]
-    assert layout.is_single == (layout.schedule in ("1F1B", "GPipe"))
+    assert layout.conditions.single == (layout.schedule in ("1F1B", "GPipe"))
 
 
 KNOWN = "GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, ZBVZeroBubble, DualPipeV"

@@ -68,7 +68,7 @@ def test_files_of_torchs_own_schedules(tmp_path: Path, schedule: str, pp: int, n
     layout = laid_out(pp, 32, num_microbatches, csv=path)
     built_in = laid_out(pp, 32, num_microbatches, schedule=schedule)
     assert layout.schedule == "csv"
-    assert not layout.is_single
+    assert not layout.conditions.single
     assert (layout.parts, layout.rank_of_part) == (built_in.parts, built_in.rank_of_part)
     assert layout.num_microbatches == num_microbatches
     assert layout.conditions == ScheduleConditions(conditions.splits_backward, conditions.v_shaped, single=False)
