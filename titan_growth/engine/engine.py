@@ -7,7 +7,7 @@ gradient accumulation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -50,7 +50,9 @@ class Engine:
         Returns:
             The mean loss over the whole global batch, a float32 scalar, the same on every rank.
         """
-        total = self._accumulate(microbatches, num_tokens)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for microbatch in microbatches:
+            total += self._train(self.on_device(microbatch), num_tokens)
         self.model.after_backward()
         return sum_over_ranks(total if self._counts else torch.zeros_like(total))
 
@@ -60,16 +62,10 @@ class Engine:
         for part in self.model.parts:
             part.eval()
         num_tokens = 0
-
-        def counted() -> Iterator[Microbatch]:
-            nonlocal num_tokens
-            for microbatch in microbatches:
-                num_tokens += num_valid_tokens([microbatch])
-                yield microbatch
-
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for loss_sum in self._loss_sums(counted()):
-            totals[0] += loss_sum.double().sum()
+        for microbatch in microbatches:
+            num_tokens += num_valid_tokens([microbatch])
+            totals[0] += self._evaluate(self.on_device(microbatch)).double()
         totals[0] *= float(self._counts)
         totals[1] = float(num_tokens) if self.model.context.mesh.speaks_for_its_data else 0.0
         for part in self.model.parts:
@@ -83,23 +79,17 @@ class Engine:
         """Whether this rank's losses go into the sum over ranks: tensor-parallel ranks compute the same ones."""
         return self.holds_last and self.model.context.mesh.rank_of("tp") == 0
 
-    def _accumulate(self, microbatches: Sequence[Microbatch], num_tokens: int) -> Tensor:
+    def _train(self, batch: Microbatch, num_tokens: int) -> Tensor:
         """Forward and backward; the sum of this rank's losses, each divided by num_tokens."""
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
-        for microbatch in microbatches:
-            batch = self.on_device(microbatch)
-            with self.model.train_context():
-                loss = self._loss_sum(batch) / num_tokens
-                loss.backward()
-            total += loss.detach()
-        return total
+        with self.model.train_context():
+            loss = self._loss_sum(batch) / num_tokens
+            loss.backward()
+        return loss.detach()
 
-    def _loss_sums(self, microbatches: Iterable[Microbatch]) -> Iterable[Tensor]:
-        """The sum of this rank's losses for each microbatch."""
-        for microbatch in microbatches:
-            batch = self.on_device(microbatch)
-            with self.model.train_context():
-                yield self._loss_sum(batch)
+    def _evaluate(self, batch: Microbatch) -> Tensor:
+        """Forward only; the sum of this rank's losses."""
+        with self.model.train_context():
+            return self._loss_sum(batch)
 
     def _loss_sum(self, batch: Microbatch) -> Tensor:
         (part,) = self.model.parts

@@ -78,13 +78,13 @@ class Optimizer:
 
     def named_state(self) -> Iterator[tuple[str, str, Tensor]]:
         """(parameter name, state key, tensor) of all state; the live tensors, to save from or load into."""
-        for name, parameter in self.parameters.items():
+        named = dict(self.parameters)
+        for copy, name in self.tied.items():
+            if name in self.parameters and self.pipeline_group is None:
+                named.setdefault(copy, self.parameters[name])
+        for name, parameter in named.items():
             for key in STATE_KEYS:
                 yield name, key, self.inner.state[parameter][key]
-        for copy, name in self.tied.items():
-            if copy not in self.parameters and name in self.parameters and self.pipeline_group is None:
-                for key in STATE_KEYS:
-                    yield copy, key, self.inner.state[self.parameters[name]][key]
 
     def clip(self) -> Tensor:
         """Clips the gradients to `max_norm`; returns their global norm before clipping, a float32 scalar."""

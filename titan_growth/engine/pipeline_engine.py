@@ -11,7 +11,7 @@ validation may have other shapes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -50,31 +50,29 @@ class PipelineEngine(Engine):
 
     # ---- passes --------------------------------------------------------------------------------------------------
 
-    def _accumulate(self, microbatches: Sequence[Microbatch], num_tokens: int) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
-        self.divisor = float(num_tokens)
-        for microbatch in microbatches:
-            batch = self.on_device(microbatch)
-            shape = tuple(batch["input"].shape)
-            if self._training is None or self._training[0] != shape:
-                self._training = shape, self._training_schedule(shape)
-            with self.model.train_context():
-                total += self._run(self._training[1].step, batch)
-        return total
-
-    def _loss_sums(self, microbatches: Iterable[Microbatch]) -> Iterable[Tensor]:
-        self.divisor = 1.0
-        for microbatch in microbatches:
-            batch = self.on_device(microbatch)
-            shape = tuple(batch["input"].shape)
-            if shape not in self._evaluations:
-                self._evaluations[shape] = self._evaluation_schedule(shape)
-            schedule = self._evaluations[shape]
-            with self.model.train_context():
-                loss_sum = self._run(schedule.eval, batch)
-            drop_activations(schedule)
-            yield loss_sum
+    def evaluate(self, microbatches: Iterable[Microbatch]) -> float:
+        loss = super().evaluate(microbatches)
         self._evaluations.clear()  # with their receive buffers
+        return loss
+
+    def _train(self, batch: Microbatch, num_tokens: int) -> Tensor:
+        self.divisor = float(num_tokens)
+        shape = tuple(batch["input"].shape)
+        if self._training is None or self._training[0] != shape:
+            self._training = shape, self._training_schedule(shape)
+        with self.model.train_context():
+            return self._run(self._training[1].step, batch)
+
+    def _evaluate(self, batch: Microbatch) -> Tensor:
+        self.divisor = 1.0
+        shape = tuple(batch["input"].shape)
+        if shape not in self._evaluations:
+            self._evaluations[shape] = self._evaluation_schedule(shape)
+        schedule = self._evaluations[shape]
+        with self.model.train_context():
+            loss_sum = self._run(schedule.eval, batch)
+        drop_activations(schedule)
+        return loss_sum
 
     def _run(self, step: Callable[..., Any], batch: Microbatch) -> Tensor:
         """One pass over a batch; the sum of its losses on the rank with the last part, 0 elsewhere."""
@@ -101,9 +99,8 @@ class PipelineEngine(Engine):
         if self.layout.order:  # read from a file
             return schedule_of(pipeline_stages, num_microbatches, self.layout.order, **options)
         kind = get_schedule_class(self.layout.schedule)
-        return kind(
-            pipeline_stages[0] if self.layout.conditions.single else pipeline_stages, num_microbatches, **options
-        )
+        single = self.layout.conditions.single
+        return kind(pipeline_stages[0] if single else pipeline_stages, num_microbatches, **options)
 
     def _evaluation_schedule(self, shape: tuple[int, ...]) -> Any:
         """Forward passes only: all microbatches through one part, then through the rank's next."""

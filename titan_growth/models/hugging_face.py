@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from titan_growth.models.config import DecoderConfig
-from titan_growth.models.roles import Role, axis_lengths, layer_of, role_of
+from titan_growth.models.roles import Role, axis_lengths, bare_name, layer_of, role_of
 
 _FRAME = ("tok_embeddings.weight", "norm.weight", "output.weight")
 """Parameters outside the blocks: the first comes before them, the others after."""
@@ -44,16 +44,12 @@ class HuggingFaceLayout:
 
     def name_of(self, parameter: str) -> str:
         """The name in `transformers` of one of our parameters, with its layer."""
-        layer = layer_of(parameter)
-        if layer is None:
-            return self.names[parameter]
-        return f"{self.layer_prefix}{layer}.{self.names[parameter.removeprefix(f'layers.{layer}.')]}"
+        layer, name = layer_of(parameter), self.names[bare_name(parameter)]
+        return name if layer is None else f"{self.layer_prefix}{layer}.{name}"
 
     def group_of(self, parameter: str, config: DecoderConfig) -> int | None:
         """The number of rows within which a parameter's rows are permuted, or None if they are not."""
-        layer = layer_of(parameter)
-        bare = parameter if layer is None else parameter.removeprefix(f"layers.{layer}.")
-        return config.head_dim if bare in self.neighbours else None
+        return config.head_dim if bare_name(parameter) in self.neighbours else None
 
 
 def parameter_shapes(config: DecoderConfig, roles: Mapping[str, Role]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -62,8 +58,7 @@ def parameter_shapes(config: DecoderConfig, roles: Mapping[str, Role]) -> Iterat
     Copies of tied parameters are listed too, as in our checkpoints.
     """
     lengths = {**axis_lengths(config), "head_dim": config.head_dim, "vocab": config.vocab_size}
-    bare = list(roles)
-    of_blocks = [name for name in bare if name not in _FRAME]
+    of_blocks = [name for name in roles if name not in _FRAME]
     names = [_FRAME[0], *(f"layers.{n}.{name}" for n in range(config.num_layers) for name in of_blocks), *_FRAME[1:]]
     for name in names:
         yield name, tuple(lengths[axis] for axis in role_of(roles, name).dims)

@@ -24,39 +24,16 @@ from titan_growth.models.roles import Role
 
 __all__ = ["DEFAULTS", "FLAVORS", "HUGGING_FACE", "ROLES", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
 
+_RELEASE = {"n_kv_heads": 8, "vocab_size": 128256}
 _GSTACK = {"rope_theta": 10000.0, "rope_scaling_factor": 1.0, "vocab_size": 32000, "max_seq_len": 2048}
 
 FLAVORS: dict[str, dict[str, Any]] = {
     "custom": {},
     "debugmodel": {"dim": 256, "n_layers": 6, "n_heads": 16, "vocab_size": 2048},
     "debugmodel_wide": {"dim": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 4, "vocab_size": 8192},
-    "8B": {
-        "dim": 4096,
-        "n_layers": 32,
-        "n_heads": 32,
-        "n_kv_heads": 8,
-        "vocab_size": 128256,
-        "ffn_dim_multiplier": 1.3,
-        "multiple_of": 1024,
-    },
-    "70B": {
-        "dim": 8192,
-        "n_layers": 80,
-        "n_heads": 64,
-        "n_kv_heads": 8,
-        "vocab_size": 128256,
-        "ffn_dim_multiplier": 1.3,
-        "multiple_of": 4096,
-    },
-    "405B": {
-        "dim": 16384,
-        "n_layers": 126,
-        "n_heads": 128,
-        "n_kv_heads": 8,
-        "vocab_size": 128256,
-        "ffn_dim_multiplier": 1.2,
-        "multiple_of": 4096,
-    },
+    "8B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3, "multiple_of": 1024, **_RELEASE},
+    "70B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096, **_RELEASE},
+    "405B": {"dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2, "multiple_of": 4096, **_RELEASE},
     "gstack_410M": {"dim": 1024, "n_layers": 24, "n_heads": 16, "hidden_dim": 2816, **_GSTACK},
     "gstack_1.1B": {"dim": 2048, "n_layers": 24, "n_heads": 32, "hidden_dim": 5632, **_GSTACK},
     "gstack_3B": {"dim": 2560, "n_layers": 32, "n_heads": 20, "n_kv_heads": 4, "hidden_dim": 7040, **_GSTACK},

@@ -63,8 +63,13 @@ def with_layer(name: str, layer: int) -> str:
     return _LAYER.sub(f"layers.{layer}.", name, count=1)
 
 
+def bare_name(name: str) -> str:
+    """The name without its layer, as in `ROLES`."""
+    return _LAYER.sub("", name, count=1)
+
+
 def role_of(roles: Mapping[str, Role], name: str) -> Role:
     """The role of a parameter. Every parameter must have one: a missing entry is a bug in the family."""
-    bare = _LAYER.sub("", name, count=1)
+    bare = bare_name(name)
     assert bare in roles, f"the family's ROLES do not list {bare}"
     return roles[bare]

@@ -63,19 +63,16 @@ class Float8(Stage):
             message = '"auto_filter_small_kn" is not supported in this version'
             yield Problem("quantize.linear.float8.filter_fqns", message, "Name the layers that stay as they are")
         yield from self._token_problems(context)
-        wrong: list[tuple[str, int, int]] = []
+        wrong: dict[str, str] = {}
         for name, num_out, num_in in linear_sizes(context):
             everywhere = all(self._keeps(other, context) for other in _in_all_layers(name, context))
-            if everywhere or not (num_out % MULTIPLE or num_in % MULTIPLE):
-                continue
-            leaf = name.split(".")[-1]
-            if all(leaf != other for other, *_ in wrong):
-                wrong.append((leaf, num_out, num_in))
+            if (num_out % MULTIPLE or num_in % MULTIPLE) and not everywhere:
+                wrong.setdefault(name.split(".")[-1], f"{num_in} -> {num_out}")
         if wrong:
-            listed = ", ".join(f"{leaf} ({num_in} -> {num_out})" for leaf, num_out, num_in in wrong)
+            listed = ", ".join(f"{leaf} ({sizes})" for leaf, sizes in wrong.items())
             ranks = " on each tensor-parallel rank" if context.mesh_shape.tp > 1 else ""
             message = f"Float8 needs sizes that are multiples of {MULTIPLE}{ranks}, but the model has {listed}"
-            names = ", ".join(f'"{leaf}"' for leaf, *_ in wrong)
+            names = ", ".join(f'"{leaf}"' for leaf in wrong)
             yield Problem("model.converters", message, f"Name them in quantize.linear.float8.filter_fqns: [{names}]")
         if self.training.loss_chunk_tokens and not self._keeps("output", context):
             message = "with training.loss_chunk_tokens the head computes the loss itself and cannot be a Float8 layer"
@@ -103,13 +100,10 @@ class Float8(Stage):
                 message = f'"{pattern}" matches no linear layer'
                 yield Problem("quantize.linear.float8.filter_fqns", message, suggestion(pattern, leaves))
 
-    def _filtered(self, name: str) -> bool:
-        return any(pattern in name for pattern in self.section.filter_fqns)
-
     def _keeps(self, name: str, context: PlanContext) -> bool:
         """Whether a layer is not converted. A tied head is not: its weight is also the embedding's lookup table."""
         tied = context.model_config.tie_word_embeddings and name == "output"
-        return self._filtered(name) or tied
+        return tied or any(pattern in name for pattern in self.section.filter_fqns)
 
     def emulates(self, context: PlanContext) -> bool:
         """Whether Float8 products are emulated. A plan made without GPUs assumes that they have them."""
