@@ -7,9 +7,10 @@ reported, and the next older one is used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,29 +57,24 @@ class StepFolder:
         return RefusedCheckpointError(self.path.name, reason)
 
     def recipe_table(self) -> dict[str, Any]:
-        """The recipe the checkpoint was written with.
-
-        Raises:
-            RefusedCheckpointError: if it cannot be read.
-        """
-        try:
+        """The recipe the checkpoint was written with. Raises RefusedCheckpointError if it cannot be read."""
+        with self._reading("recipe"):
             return table_of_toml(read_plain(self.path / RECIPE, _MAX_BYTES[RECIPE]))
-        except (OSError, RefusedError) as error:
-            raise self.refused(f"its recipe cannot be read ({error})") from None
 
     def lineage(self) -> Lineage:
-        """The growths that led to the checkpoint.
-
-        Raises:
-            RefusedCheckpointError: if it cannot be read.
-        """
-        try:
+        """The growths that led to the checkpoint. Raises RefusedCheckpointError if it cannot be read."""
+        with self._reading("lineage"):
             lineage = Lineage.from_dict(table_of_json(read_plain(self.path / LINEAGE)))
-        except (OSError, RefusedError) as error:
-            raise self.refused(f"its lineage cannot be read ({error})") from None
         if self.manifest.roll_back is None:
             return lineage
         return replace(lineage, roll_backs=(*lineage.roll_backs, RollBack(**self.manifest.roll_back)))
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RefusedError) as error:
+            raise self.refused(f"its {what} cannot be read ({error})") from None
 
     @waiting_for(STORAGE)
     def damage(

@@ -78,10 +78,8 @@ def _has_no_manifest(folder: Path) -> bool:
     """Whether nothing was committed, for certain. `exists` is also False when a store does not answer."""
     try:
         (folder / MANIFEST).open("rb").close()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except Exception:
-        return False
+    except Exception as error:
+        return isinstance(error, (FileNotFoundError, NotADirectoryError))
     return False
 
 

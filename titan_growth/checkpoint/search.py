@@ -17,14 +17,6 @@ from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.collectives import gather_objects, on_rank0, place
 from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
 
-Vet = Callable[[StepFolder], str | None]
-"""What is wrong with a checkpoint, or None."""
-
-
-def passes(folder: StepFolder) -> str | None:
-    """The `Vet` that finds nothing wrong."""
-    return None
-
 
 @dataclass(frozen=True)
 class Found:
@@ -39,13 +31,13 @@ class Found:
 def find_checkpoint(
     section: CheckpointConfig,
     root: Path,
-    vet: Vet = passes,
+    vet: Callable[[StepFolder], str | None] = lambda folder: None,
     reads_shards: Callable[[StepFolder], bool] = lambda folder: True,
 ) -> Found:
     """The newest valid checkpoint, or that of `checkpoint.load_step`.
 
     Args:
-        vet: called on rank 0, before any shard is read.
+        vet: says what is wrong with a checkpoint, if anything; called on rank 0, before any shard is read.
         reads_shards: whether to read a checkpoint's shards in full. The ranks always do.
 
     Raises:
@@ -68,7 +60,10 @@ def find_checkpoint(
     if wanted != -1:
         raise CheckpointError(f"checkpoint.load_step: {_no_such_step(root, wanted, refused)}")
     if refused:
-        raise CheckpointError(_none_usable(root, refused))
+        raise CheckpointError(
+            f"{root} holds checkpoints, but none can be used: {'; '.join(map(str, refused))}. "
+            "Restore one, or name another job.dump_folder to start from scratch"
+        )
     return Found()
 
 
@@ -87,11 +82,3 @@ def _no_such_step(root: Path, step: int, refused: Sequence[RefusedCheckpointErro
     why = next((str(error) for error in refused if error.folder == f"step-{step}"), "")
     there = ", ".join(f"step-{found}" for found in step_numbers(root)) or "no checkpoint"
     return f"there is no usable step-{step} in {root}{f' ({why})' if why else ''}; it holds {there}"
-
-
-def _none_usable(root: Path, refused: Sequence[RefusedCheckpointError]) -> str:
-    """The message for a run whose checkpoints are all damaged."""
-    return (
-        f"{root} holds checkpoints, but none can be used: {'; '.join(map(str, refused))}. "
-        "Restore one, or name another job.dump_folder to start from scratch"
-    )

@@ -151,14 +151,6 @@ class HashedFile(io.RawIOBase):
         self.position = 0
         """Bytes written so far."""
 
-    def writable(self) -> bool:
-        """True."""
-        return True
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self.position
-
     def write(self, data: Any) -> int:
         """Writes all of the bytes."""
         view = memoryview(data).cast("B")
@@ -197,9 +189,6 @@ class HashedFile(io.RawIOBase):
     def entry(self) -> dict[str, Any]:
         """The file's entry in the manifest."""
         return {"bytes": self.position, "sha256": self._digest.hexdigest()}
-
-    def __enter__(self) -> HashedFile:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from titan_growth.liveness.waits import LAST_SAVE
 from titan_growth.tools.errors import TitanGrowthError
@@ -108,8 +108,10 @@ def diagnose(
     missing = [rank for rank in range(num_ranks) if rank not in second]
     if frozen:
         has = "have" if len(frozen) > 1 else "has"
-        where = _stopped(frozen)
-        message = f"{_names(frozen)} {has} not answered {duration}, {where}; the other ranks waited in a collective"
+        where = replace(min(frozen, key=lambda beat: beat.position), place="").at
+        message = (
+            f"{_names(frozen)} {has} not answered {duration}, stopped {where}; the other ranks waited in a collective"
+        )
         return Diagnosis("frozen", tuple(frozen), message)
     if missing:
         ranks = ", ".join(map(str, missing[:NAMED]))
@@ -149,11 +151,6 @@ def _names(beats: Sequence[Beat]) -> str:
     if len(beats) > NAMED:
         return f"{', '.join(names)} and {len(beats) - NAMED} more"
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _stopped(beats: Sequence[Beat]) -> str:
-    beat = min(beats, key=lambda one: one.position)
-    return f"stopped at step {beat.step} ({beat.phase})" if beat.step else "stopped before the first step"
 
 
 def end_processes(pids: Sequence[int]) -> None:
