@@ -41,6 +41,7 @@ class SignalRelay:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[SignalRelay]:
+        """Handles signals inside the block."""
         # Signals ignored on purpose (nohup, a shell's background job) stay ignored.
         numbers = [number for number in HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
         previous = {number: signal.signal(number, self._handle) for number in numbers}

@@ -41,6 +41,7 @@ class LaunchSettings:
 
     @property
     def world_size(self) -> int:
+        """Ranks on all nodes."""
         return self.ranks * self.nodes
 
     @property
