@@ -79,14 +79,14 @@ class Session:
         """A trainer ready to fit. What it holds is closed on exit, whatever happens."""
         self._prepare(start)
         plan = start.plan
-        observers = Observers(plan.recipe, self.folder, self.device, start.checkpoint, self.heartbeat)
         state = RunState(plan, self.run_data, self.device)
+        observers = Observers(plan.recipe, self.folder, self.device, start.checkpoint, self.heartbeat)
         try:
             for line in (plan.recipe.job.description, *plan.describe(self.device.type), observers.peak_source):
                 logger.info("%s", line)
-            state.load(start.checkpoint)
-            observers.recorder.seconds_before = state.seconds
             with observers.profiler:  # which writes a last snapshot when CUDA memory runs out
+                state.load(start.checkpoint)
+                observers.recorder.seconds_before = state.seconds
                 yield Trainer(state, checkpointer=self.checkpointer, observers=observers, stop=self.stop)
             self.checkpointer.saver.close()
         except TitanGrowthError:

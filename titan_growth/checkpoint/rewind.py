@@ -44,7 +44,7 @@ def pending_load_step(section: CheckpointConfig, root: Path) -> int:
     """
     try:
         done = int((root / _DONE_FILE).read_text())
-    except (OSError, ValueError):
+    except Exception:  # nothing there, or a store that does not answer, as the search will say
         done = -1
     return -1 if done == section.load_step else section.load_step
 

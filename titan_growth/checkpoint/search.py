@@ -1,7 +1,7 @@
 """The search for the checkpoint a run resumes from, with one standard for preflight and ranks.
 
 Preflight searches alone, before anything has started; the ranks search together and divide the reading. Both take the
-newest checkpoint that passes, so preflight names the one the ranks will load.
+newest checkpoint that passes. Only the bytes of large checkpoints, and of those in stores, are left to the ranks.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from titan_growth.checkpoint.folder import StepFolder, committed_steps, step_numbers
+from titan_growth.checkpoint.folder import CommittedSteps, StepFolder, committed_steps, step_numbers
 from titan_growth.checkpoint.reader import misplaced
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.collectives import gather_objects, on_rank0, place
-from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
+from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError, TitanGrowthError
+from titan_growth.tools.text import one_line
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def find_checkpoint(
     """
     if not section.enable:
         return Found()
-    found = on_rank0(lambda: committed_steps(root))
+    found = on_rank0(lambda: _committed(root))
     refused = list(found.refused)
     wanted = section.load_step
     for folder in found.usable:
@@ -65,6 +66,16 @@ def find_checkpoint(
             "Restore one, or name another job.dump_folder to start from scratch"
         )
     return Found()
+
+
+def _committed(root: Path) -> CommittedSteps:
+    try:
+        return committed_steps(root)
+    except (TitanGrowthError, OSError):
+        raise
+    except Exception as error:  # packages of stores have errors of their own
+        reason = one_line(str(error), 200) or type(error).__name__
+        raise CheckpointError(f"checkpoint.folder {root}: cannot be read ({reason})") from error
 
 
 def damage_of(folder: StepFolder) -> str | None:

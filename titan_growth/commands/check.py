@@ -15,7 +15,7 @@ from titan_growth.config.loader import dry_run_of, inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.exit_report import NOTHING_TO_DO
 from titan_growth.run.plan import RunPlan, plan_run
-from titan_growth.tools.errors import ConfigError, RunFolderError, TitanGrowthError
+from titan_growth.tools.errors import ConfigError, Problem, RunFolderError, TitanGrowthError
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import is_remote
 from titan_growth.tools.logs import logger, say, setup_logging
@@ -88,7 +88,7 @@ def _check(argv: list[str]) -> int:
         logger.info("%s", start.message)
         return NOTHING_TO_DO
     start.log()
-    if slow := slow_precision(start.plan.recipe.training, start.site.device_type):
+    if slow := slow_precision(start.plan.recipe.training, start.site.device_type, start.precision):
         logger.warning("%s", slow)
     if not dry_run:
         _check_space(folder, start.plan)
@@ -120,7 +120,10 @@ def _recipe(argv: list[str]) -> Recipe:
 
 
 def _num_ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError([Problem("WORLD_SIZE", f"expected a number of ranks, at least 1, got '{text}'")])
+    return int(text)
 
 
 def _check_folder(folder: RunFolder, recipe: Recipe) -> None:

@@ -30,6 +30,7 @@ from titan_growth.run.phases import Phase, phases_of
 from titan_growth.tools.errors import Problem
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.packages import missing_package
+from titan_growth.tools.text import many
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _layout(planned: PlannedGrowth, phase: Phase) -> str:
     if planned.parallelism is not None or planned.num_ranks is not None:
         changes.append(f"mesh {phase.mesh_shape}")
     if planned.num_ranks is not None:
-        changes.append(f"{planned.num_ranks} ranks")
+        changes.append(many(planned.num_ranks, "rank"))
     if planned.global_batch_size is not None or planned.seq_len is not None:
         changes.append(f"batch {training.global_batch_size} x {training.seq_len} tokens")
     return "".join(f", {change}" for change in changes)

@@ -41,10 +41,10 @@ def decide_precision(training: TrainingConfig, device_type: str, before: Trainin
     """
     if training.mixed_precision_param != "auto":
         return Precision(training.mixed_precision_param)
-    if before is not None and before.mixed_precision_param != "auto":
-        return Precision(before.mixed_precision_param, "the run began with it")
     if training.dtype == "bfloat16":
         return Precision("bfloat16", "the parameters are bfloat16 (training.dtype)")
+    if before is not None and before.mixed_precision_param != "auto":
+        return Precision(before.mixed_precision_param, "decided at an earlier start")
     if device_type != "cpu":
         return Precision("bfloat16", "CUDA devices have matrix units for it")
     if has_amx():
@@ -52,9 +52,9 @@ def decide_precision(training: TrainingConfig, device_type: str, before: Trainin
     return Precision("float32", "this CPU has no matrix units for bfloat16 (AMX)")
 
 
-def slow_precision(training: TrainingConfig, device_type: str) -> Problem | None:
+def slow_precision(training: TrainingConfig, device_type: str, decided: Precision) -> Problem | None:
     """A warning when bfloat16 is slower here than float32, with both rates; takes a second on a CPU without AMX."""
-    if device_type != "cpu" or training.mixed_precision_param != "bfloat16" or has_amx():
+    if decided.reason or device_type != "cpu" or training.mixed_precision_param != "bfloat16" or has_amx():
         return None
     bfloat16, float32 = (peak_flops_per_second("cpu", "", dtype)[0] for dtype in (torch.bfloat16, torch.float32))
     if bfloat16 >= float32:

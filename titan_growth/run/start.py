@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from titan_growth.checkpoint.folder import StepFolder, committed_steps, root_of
 from titan_growth.checkpoint.history import Progress
@@ -25,8 +25,9 @@ from titan_growth.run.precision import Precision, decide_precision
 from titan_growth.run.resume import compare, decided_before, num_growths_of
 from titan_growth.run.vet import problem_of
 from titan_growth.tools.collectives import on_rank0
-from titan_growth.tools.errors import ConfigError, Problem
+from titan_growth.tools.errors import CheckpointError, ConfigError, Problem
 from titan_growth.tools.findings import Findings
+from titan_growth.tools.location import is_remote
 from titan_growth.tools.logs import logger
 from titan_growth.tools.run_folder import RunFolder
 
@@ -112,14 +113,26 @@ def always(checkpoint: StepFolder, recipe: Recipe) -> bool:
 def resolve(recipe: Recipe, site: Site, reads_shards: ReadsShards = always) -> RunStart | Finished:
     """What a recipe comes to in its run folder. Every rank calls it, or a process without a process group.
 
+    A run that is to happen elsewhere may have its checkpoints in a store that is closed to this machine: not asked.
+
     Raises:
         ConfigError: with every problem of the recipe, or every change that the checkpoint does not allow.
         CheckpointError: when the run has checkpoints, and none, or not the one asked for, can be used.
     """
     section = recipe.checkpoint
+    if site.elsewhere and is_remote(section.folder):
+        start = start_from(None, recipe, site)
+        warning = Problem("checkpoint.folder", f"{section.folder} is not looked into: this is the plan of a new run")
+        return replace(start, warnings=(*start.warnings, warning))
     root = root_of(section.folder, site.folder.path)
     recipe = with_values(recipe, {"checkpoint.load_step": on_rank0(lambda: pending_load_step(section, root))})
-    found = find_checkpoint(recipe.checkpoint, root, problem_of, lambda folder: reads_shards(folder, recipe))
+    try:
+        found = find_checkpoint(recipe.checkpoint, root, problem_of, lambda folder: reads_shards(folder, recipe))
+    except CheckpointError as error:
+        plan_run(recipe, planning := Findings(), num_ranks=site.num_ranks, device_type=site.device_type)
+        if planning.problems:
+            raise ConfigError([Problem("", str(error)), *planning.problems]) from None
+        raise
     checkpoint = found.checkpoint
     if checkpoint is not None and on_rank0(lambda: is_finished(recipe, checkpoint)):
         return Finished(checkpoint)

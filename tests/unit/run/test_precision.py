@@ -11,7 +11,7 @@ import torch
 from tests.unit.run.test_resume import recipe, saved
 from titan_growth.config.loader import to_toml
 from titan_growth.run import precision
-from titan_growth.run.precision import decide_precision, slow_precision
+from titan_growth.run.precision import Precision, decide_precision, slow_precision
 from titan_growth.run.start import RunStart, Site, resolve, start_from
 from titan_growth.tools.run_folder import RunFolder
 
@@ -62,7 +62,10 @@ def test_auto_is_decided_once_and_kept(
     again = resolve(asked, Site(folder, 1, "cuda"))
     assert isinstance(again, RunStart)
     assert again.plan.recipe.training.mixed_precision_param == "float32"
-    assert again.precision.reason == "the run began with it"
+    assert again.precision.reason == "decided at an earlier start"
+    other = resolve(recipe(**AUTO, training__dtype="bfloat16"), Site(folder, 1, "cpu"))
+    assert isinstance(other, RunStart), "nothing is saved yet, so the type of the parameters may still change"
+    assert other.plan.recipe.training.mixed_precision_param == "bfloat16", "float32 over bfloat16 is refused"
     checkpoint = saved(tmp_path, recipe(training__mixed_precision_param="bfloat16"))
     resumed = start_from(checkpoint, asked, Site(folder, 2, "cpu"))
     assert resumed.plan.recipe.training.mixed_precision_param == "bfloat16"
@@ -74,15 +77,19 @@ def test_bfloat16_where_it_is_slow_gets_one_warning_with_both_rates(monkeypatch:
     rates = {torch.bfloat16: 155e9, torch.float32: 285e9}
     monkeypatch.setattr(precision, "peak_flops_per_second", lambda kind, name, dtype: (rates[dtype], ""))
     slow = recipe(training__mixed_precision_param="bfloat16").training
-    warning = str(slow_precision(slow, "cpu"))
+    warning = str(slow_precision(slow, "cpu", Precision("bfloat16")))
     assert warning == (
         "training.mixed_precision_param: bfloat16 products are slower on this CPU (155 GFLOP/s against 285 GFLOP/s in "
         'float32). Set it to "auto" for new runs'
     )
-    assert slow_precision(recipe(training__mixed_precision_param="float32").training, "cpu") is None
-    assert slow_precision(slow, "cuda") is None
+    assert (
+        slow_precision(recipe(training__mixed_precision_param="float32").training, "cpu", Precision("bfloat16")) is None
+    )
+    assert slow_precision(slow, "cuda", Precision("bfloat16")) is None
     rates[torch.bfloat16] = 300e9
-    assert slow_precision(slow, "cpu") is None
+    assert slow_precision(slow, "cpu", Precision("bfloat16")) is None
     amx(monkeypatch, True)
     rates[torch.bfloat16] = 1e9
-    assert slow_precision(slow, "cpu") is None, "with matrix units nothing is measured"
+    assert slow_precision(slow, "cpu", Precision("bfloat16")) is None, "with matrix units nothing is measured"
+    amx(monkeypatch, False)
+    assert slow_precision(slow, "cpu", Precision("bfloat16", "decided at an earlier start")) is None, "it is auto"

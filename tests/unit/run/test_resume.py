@@ -242,3 +242,29 @@ def test_a_dry_run_leaves_nothing_behind() -> None:
     assert (dry.training.steps, dry.checkpoint.enable, dry.growth.active_stages) == (1, False, [])
     assert not dry.validation.enable
     assert not dry.metrics.enable_tensorboard
+
+
+def test_problems_are_reported_beside_a_search_that_fails(tmp_path: Path) -> None:
+    saved(tmp_path, recipe())
+    wrong = recipe(checkpoint__load_step=3, parallelism__tensor_parallel_degree=3)
+    with pytest.raises(ConfigError, match="there is no usable step-3") as caught:
+        resolve(wrong, Site(RunFolder(tmp_path), 1, "cpu"))
+    assert [problem.key for problem in caught.value.problems] == ["", "parallelism.tensor_parallel_degree"]
+
+
+def test_a_plan_for_elsewhere_opens_no_store(tmp_path: Path) -> None:
+    stored = recipe(checkpoint__folder="s3://a-bucket/run")
+    start = resolve(stored, Site(RunFolder(tmp_path), 1, "cuda", elsewhere=True))
+    assert isinstance(start, RunStart)
+    assert "s3://a-bucket/run is not looked into" in str(start.warnings[-1])
+
+
+def test_a_store_with_errors_of_its_own_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_credentials(root: Path) -> None:
+        raise LookupError("Unable to locate\ncredentials")
+
+    monkeypatch.setattr("titan_growth.checkpoint.search.committed_steps", no_credentials)
+    with pytest.raises(
+        CheckpointError, match=r"^checkpoint\.folder \S+: cannot be read \(Unable to locate credentials\)$"
+    ):
+        resolve(recipe(), Site(RunFolder(tmp_path), 1, "cpu"))
