@@ -70,6 +70,7 @@ def _check(argv: list[str]) -> int:
     from titan_growth.run.initial import check_initial
     from titan_growth.run.precision import slow_precision
     from titan_growth.run.start import Finished, Site, is_finished, resolve
+    from titan_growth.tools.device import present_device_type
 
     recipe = _recipe(argv)
     folder = RunFolder(recipe.job.dump_folder)
@@ -77,7 +78,7 @@ def _check(argv: list[str]) -> int:
     dry_run = recipe.comm.mode != "default"
     if not dry_run:
         _check_folder(folder, recipe)
-    site = Site(folder, _num_ranks(), _device_type())
+    site = Site(folder, _num_ranks(), present_device_type())
 
     def reads_shards(checkpoint: StepFolder, now: Recipe) -> bool:
         is_small = checkpoint.num_bytes <= READ_BYTES and not is_remote(checkpoint.path)
@@ -105,15 +106,17 @@ def _recipe(argv: list[str]) -> Recipe:
     Raises:
         ConfigError: with the problems of the recipe itself, and those it has on this number of ranks besides.
     """
+    from titan_growth.tools.device import present_device_type
+
     found = Findings()
     recipe = inspect_recipe(argv, found)
     if recipe is None:
         raise ConfigError(found.problems)
     recipe = dry_run_of(recipe)
-    plan_run(recipe, planning := Findings(), num_ranks=_num_ranks(), device_type=_device_type())
+    plan_run(recipe, planning := Findings(), num_ranks=_num_ranks(), device_type=present_device_type())
     if found.problems:
-        known = {problem.key for problem in found.problems}
-        raise ConfigError(found.problems + [problem for problem in planning.problems if problem.key not in known])
+        found.add_problems_of_other_keys(planning)
+        raise ConfigError(found.problems)
     for warning in found.warnings:
         logger.warning("%s", warning)
     return recipe
@@ -166,9 +169,3 @@ def _check_space(folder: RunFolder, plan: RunPlan) -> None:
         folder.require_space(num_bytes, "a checkpoint (weights)")
     else:
         folder.require_space(3 * num_bytes, "a checkpoint (weights and moments)")
-
-
-def _device_type() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

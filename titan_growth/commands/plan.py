@@ -99,8 +99,7 @@ def _report(line: CommandLine, argv: list[str]) -> list[str]:
         # With defaults for wrong arguments, the plan's problems would be about the defaults.
         if not line.problems:
             plan_run(recipe, more := Findings(), num_ranks=args.world_size, device_type=args.device, elsewhere=True)
-            known = {problem.key for problem in found.problems}
-            found.problems += [problem for problem in more.problems if problem.key not in known]
+            found.add_problems_of_other_keys(more)
         raise ConfigError(found.problems)
     site = Site(RunFolder(recipe.job.dump_folder), args.world_size, args.device, elsewhere=True)
     start = resolve(recipe, site, reads_shards=lambda checkpoint, now: False)

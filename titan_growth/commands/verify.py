@@ -61,10 +61,9 @@ def verified(path: Path) -> Iterator[str]:
     if damage := folder.damage(checksums=False) or problem_of(folder) or whole_problem(folder):
         raise folder.refused(damage)
     manifest = folder.manifest
-    num_bytes = sum(entry["bytes"] for entry in manifest.files.values())
     ranks = many(manifest.num_ranks, "rank")
     yield f"{path}: step {folder.step:,}, {manifest.num_layers} layers, written by {ranks} ({manifest.mesh})"
-    yield f"    {len(manifest.files)} files, {gib(num_bytes)}: sizes and checksums are right"
+    yield f"    {len(manifest.files)} files, {gib(folder.num_bytes)}: sizes and checksums are right"
     yield f"    {_tensors(folder)}"
     yield f"    {manifest.progress.tokens:,} tokens, {many(len(folder.lineage().events), 'growth')} behind it"
 

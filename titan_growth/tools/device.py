@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import torch
 
 
+def present_device_type() -> str:
+    """ "cuda" or "cpu", without a context on a device that the ranks will want."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @dataclass(frozen=True)
 class Device:
     """A device, chosen once at start-up."""

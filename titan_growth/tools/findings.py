@@ -31,6 +31,11 @@ class Findings:
         self.problems += other.problems
         self.warnings += other.warnings
 
+    def add_problems_of_other_keys(self, other: Findings) -> None:
+        """Adds the problems of another check, but for keys that have one already: theirs would follow from it."""
+        known = {problem.key for problem in self.problems}
+        self.problems += [problem for problem in other.problems if problem.key not in known]
+
     def raise_if_any(self) -> None:
         """Raises ConfigError with all problems, if there are any."""
         if self.problems:

@@ -26,6 +26,7 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.plan import ResumePoint, plan_run
+from titan_growth.tools.device import present_device_type
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.run_folder import METRICS_FILE
@@ -81,17 +82,11 @@ def prepared(
     if candidate.planned is None:
         manifest = replace(manifest, held_out_loss=None)
     point = ResumePoint(manifest.progress, len(source.lineage.events), grows_at_once=manifest.held_out_loss is not None)
-    plan_run(recipe, found := Findings(), num_ranks=num_ranks, device_type=_device_type(), resume=point)
+    plan_run(recipe, found := Findings(), num_ranks=num_ranks, device_type=present_device_type(), resume=point)
     if found.problems:
         raise ConfigError([Problem(f"'{candidate.name}' {one.key}", one.message, one.hint) for one in found.problems])
     linked(source, manifest, step_path(run.checkpoints, manifest.progress.step), recipe)
     return run
-
-
-def _device_type() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"  # and no context on the device that the ranks will want
 
 
 def linked(source: Source, manifest: Manifest, target: Path, recipe: Recipe) -> None:
