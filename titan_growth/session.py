@@ -101,12 +101,14 @@ class Session:
             state.close()
 
     def _prepare(self, start: RunStart) -> None:
-        """Prepares the run folder: sets later checkpoints aside and writes the recipe."""
+        """Prepares the run folder: sets later checkpoints aside and writes ledger and recipe."""
         start.log()
         start.require_same_data(self.run_data)
-        if start.checkpoint is not None and not start.recipe.checkpoint.load_only:
-            self.checkpointer.set_aside_after(start.checkpoint.step)
-            on_rank0(lambda: remember_load_step(start.load_step, self.checkpointer.root))
+        section, step = start.recipe.checkpoint, start.checkpoint.step if start.checkpoint is not None else None
+        if start.recipe.comm.mode == "default" and (start.fresh or (section.enable and not section.load_only)):
+            self.checkpointer.begin(step)
+            if step is not None:
+                on_rank0(lambda: remember_load_step(start.load_step, self.checkpointer.root))
         if start.recipe.comm.mode == "default":
             on_rank0(lambda: _save_recipe(start.plan.recipe, self.folder))
 

@@ -14,7 +14,8 @@ import pytest
 from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, train, trainer_of, without_timings
 from titan_growth.checkpoint import saving
-from titan_growth.checkpoint.folder import committed_steps, open_step
+from titan_growth.checkpoint.folder import open_step
+from titan_growth.checkpoint.steps import committed_steps
 from titan_growth.checkpoint.writer import ShardWriter
 from titan_growth.tools.errors import CheckpointError
 

@@ -14,8 +14,9 @@ from tests import storage
 from tests.harness import run_ranks
 from tests.runs import make_recipe, read_metrics, train, trainer_of, without_timings
 from tests.unit.checkpoint.test_manager import save
-from titan_growth.checkpoint.folder import committed_steps, file_entry, open_step, root_of
+from titan_growth.checkpoint.folder import file_entry, open_step, root_of
 from titan_growth.checkpoint.manager import CheckpointManager
+from titan_growth.checkpoint.steps import committed_steps
 from titan_growth.checkpoint.writer import HashedFile
 from titan_growth.commands.verify import main as verify
 from titan_growth.config.schema.recipe import CheckpointConfig

@@ -1,15 +1,14 @@
 """Step folders, without torch.
 
 A checkpoint is committed once `manifest.json`, written last, exists and matches the files: sizes always, SHA-256 before
-a load. Nothing depends on atomic renames. A resume ignores uncommitted folders; a committed but damaged checkpoint is
-reported, and the next older one is used.
+a load. Nothing depends on atomic renames. Whether a folder without a manifest was ever committed, the ledger tells
+(`ledger.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,6 @@ from titan_growth.tools.location import folder_at, is_remote
 
 MANIFEST, METADATA, RECIPE, LINEAGE = "manifest.json", ".metadata", "recipe.toml", "lineage.json"
 _MAX_BYTES = {RECIPE: 1 << 20, LINEAGE: MAX_TEXT_BYTES, METADATA: MAX_METADATA_BYTES}
-_STEP_FOLDER = re.compile("step-(0|[1-9][0-9]{0,15})")
 
 
 @dataclass(frozen=True)
@@ -108,10 +106,15 @@ class StepFolder:
         return None
 
 
+class CutOffError(RefusedCheckpointError):
+    """The manifest is empty or ends in the middle, as a process leaves it that died while writing it."""
+
+
 def open_step(path: Path) -> StepFolder | None:
-    """The committed checkpoint in a folder, or None.
+    """The committed checkpoint in a folder, or None if it has no manifest.
 
     Raises:
+        CutOffError: if the manifest is not whole.
         RefusedCheckpointError: if there is a manifest that cannot be used.
     """
     try:
@@ -120,8 +123,8 @@ def open_step(path: Path) -> StepFolder | None:
         return None
     except (OSError, UnicodeDecodeError, RefusedError) as error:
         raise RefusedCheckpointError(path.name, f"{MANIFEST} cannot be read ({error})") from None
-    if not text.endswith("}\n"):
-        return None  # the process died while writing it: not committed
+    if not text.rstrip().endswith("}"):
+        raise CutOffError(path.name, f"{MANIFEST} {'ends in the middle' if text.strip() else 'is empty'}")
     try:
         return StepFolder(path, Manifest.from_json(text))
     except RefusedError as error:
@@ -135,59 +138,6 @@ def root_of(folder: str, dump_folder: Path) -> Path:
         LocationError: if the URL cannot be used.
     """
     return folder_at(folder) if is_remote(folder) else dump_folder / folder
-
-
-def step_path(root: Path, step: int) -> Path:
-    """The folder of a step."""
-    return root / f"step-{step}"
-
-
-def is_step_name(name: str) -> bool:
-    """Whether a name is a step folder's, so not a path to somewhere else."""
-    return _STEP_FOLDER.fullmatch(name) is not None
-
-
-def step_numbers(root: Path) -> list[int]:
-    """The steps that have a folder, committed or not, newest first."""
-    if is_remote(root):
-        root.fs.invalidate_cache()  # type: ignore[attr-defined]
-    if not root.is_dir():
-        return []
-    matches = (_STEP_FOLDER.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
-    return sorted((int(match[1]) for match in matches if match), reverse=True)
-
-
-@dataclass(frozen=True)
-class CommittedSteps:
-    """The committed checkpoints of a run, newest first."""
-
-    usable: list[StepFolder]
-    refused: list[RefusedCheckpointError]
-
-
-@waiting_for(STORAGE)
-def committed_steps(root: Path) -> CommittedSteps:
-    """The committed checkpoints in a folder.
-
-    Usable means that file sizes match, and checksums too for what is read before a run starts: recipe and lineage.
-    """
-    usable: list[StepFolder] = []
-    refused: list[RefusedCheckpointError] = []
-    for step in step_numbers(root):
-        try:
-            folder = open_step(step_path(root, step))
-        except RefusedCheckpointError as error:
-            refused.append(error)
-            continue
-        if folder is None:
-            continue
-        damage = f"its manifest is for step {folder.step}" if folder.step != step else None
-        damage = damage or folder.damage(checksums=False) or folder.damage(checksums=True, names=(RECIPE, LINEAGE))
-        if damage:
-            refused.append(folder.refused(damage))
-        else:
-            usable.append(folder)
-    return CommittedSteps(usable, refused)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -1,8 +1,8 @@
 """The step folders of a run: when to save (`saving.py`), and rolling back.
 
-A folder without a manifest is left over from a save that died. It is never loaded, and is cleared when its step is
-saved again. A checkpoint that fails its checks is reported and the next older one is used; if none is left, the run
-stops instead of starting from scratch.
+The remains of a save that died are never loaded, and are cleared when their step is saved again. A checkpoint that
+fails its checks is reported and the next older one is used; if none is left, the run stops instead of starting from
+scratch.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from titan_growth.checkpoint.folder import (
-    CommittedSteps,
-    StepFolder,
-    committed_steps,
-    is_step_name,
-    open_step,
-    root_of,
-    write_manifest,
-)
+from titan_growth.checkpoint.folder import StepFolder, open_step, root_of, write_manifest
+from titan_growth.checkpoint.ledger import LedgerFile
 from titan_growth.checkpoint.manifest import Manifest
-from titan_growth.checkpoint.retention import Retention, set_aside_after
+from titan_growth.checkpoint.retention import Retention, set_aside
 from titan_growth.checkpoint.rewind import RollBackError
 from titan_growth.checkpoint.saving import Saver
-from titan_growth.checkpoint.search import damage_of
+from titan_growth.checkpoint.search import damage_of, spare_of
+from titan_growth.checkpoint.steps import (
+    CommittedSteps,
+    committed_steps,
+    is_step_name,
+    step_numbers,
+    step_of,
+    step_path,
+)
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError
-from titan_growth.tools.location import folder_at
+from titan_growth.tools.location import same_place
 from titan_growth.tools.logs import logger
 
 
@@ -41,20 +42,43 @@ class CheckpointManager:
     def __init__(self, section: CheckpointConfig, dump_folder: Path, resumed: StepFolder | None = None) -> None:
         self.section = section
         self.root = root_of(section.folder, dump_folder)
-        spare = folder_at(section.initial_load_path) if section.initial_load_path is not None else None
-        self.saver = Saver(section, self.root, Retention(self.root, section.keep_latest_k, spare), resumed)
+        self.ledger = LedgerFile(self.root)
+        self.spare = spare_of(section)
+        self.saver = Saver(section, self.ledger, Retention(self.ledger, section.keep_latest_k, self.spare), resumed)
 
     # ---- going back ------------------------------------------------------------------------------------------------
 
-    def set_aside_after(self, step: int) -> None:
-        """Renames the checkpoints of later steps when a run resumes from an earlier one.
+    def begin(self, step: int | None) -> None:
+        """Takes the folder for a run that goes on from a step, or starts from scratch (None), and writes its ledger.
 
-        Either the user asked for it (`load_step`), or the later ones were refused as damaged.
+        Later checkpoints are set aside: the user asked for it (`load_step`, `start_fresh`), or they were refused.
         """
-        label = "superseded" if self.section.load_step != -1 else "damaged"
-        moved = on_rank0(lambda: set_aside_after(self.root, step, label), self.saver.group)
-        if moved:
-            logger.warning("resuming from step %d: later checkpoints are kept as %s", step, ", ".join(moved))
+        if moved := on_rank0(lambda: self._begin(step), self.saver.group):
+            start = "starting from scratch" if step is None else f"resuming from step {step}"
+            logger.warning("%s: later checkpoints are kept as %s", start, ", ".join(moved))
+
+    def _begin(self, step: int | None) -> list[str]:
+        found = committed_steps(self.root, self.spare)
+        unfinished = {step_of(error.folder) for error in found.unfinished}
+        there = [one for one in step_numbers(self.root) if one not in unfinished and not self._is_spare(one)]
+        first = -1 if step is None else step
+        asked = step is None or self.section.load_step != -1
+        # The order matters: a run killed in between finds the old ledger, and does the rest at its next start.
+        later = [one for one in there if one > first]
+        moved = set_aside(self.root, later, "superseded" if asked else "damaged")
+        if self.section.enable:
+            kept = {folder.step for folder in found.usable} | {step_of(error.folder) for error in found.refused}
+            started_fresh = self.section.start_fresh
+            self.ledger.begin(kept.intersection(there).difference(later), started_fresh=started_fresh)
+        return moved
+
+    def _is_spare(self, step: int) -> bool:
+        return self.spare is not None and same_place(step_path(self.root, step), self.spare)
+
+    def _set_aside_rolled_back(self, step: int) -> list[str]:
+        later = [one for one in sorted(self.ledger.steps, reverse=True) if one > step]
+        self.ledger.strike(later)
+        return set_aside(self.root, later, "rolled-back")
 
     # ---- saving --------------------------------------------------------------------------------------------------
 
@@ -95,7 +119,7 @@ class CheckpointManager:
         folder = self._roll_back_target(back)
         manifest = back.change(folder.manifest)
         # The order matters: a run killed between the two reaches the same point and rolls back again.
-        moved = on_rank0(lambda: set_aside_after(self.root, folder.step, "rolled-back"), self.saver.group)
+        moved = on_rank0(lambda: self._set_aside_rolled_back(folder.step), self.saver.group)
         changed = self._rewrite(folder, manifest)
         kept = ", ".join(moved) or "none"
         logger.warning("rolled back to %s; later checkpoints are kept as %s", folder.path.name, kept)

@@ -56,14 +56,9 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Raises RefusedError if it is not a manifest."""
-        table = table_of_json(text)
-        if not isinstance(table, dict) or "format" not in table:
-            raise RefusedError("it has no 'format'")
+        table = unsealed(table_of_json(text))
         if table.pop("format") != FORMAT:
             raise RefusedError("written by another version")
-        seal = table.pop(_SEAL, None)  # the first manifests had none
-        if seal is not None and seal != _digest({"format": FORMAT, **table}):
-            raise RefusedError("it does not match its own checksum")
         counters = ("step", "tokens", "flops", "samples")
         if missing := [key for key in (*counters, "files") if key not in table]:
             raise RefusedError(f"it has no '{missing[0]}'")
@@ -87,6 +82,16 @@ def sealed(table: dict[str, Any]) -> str:
     """
     table = {key: value for key, value in table.items() if key != _SEAL}
     return json.dumps({**table, _SEAL: _digest(table)}, indent=1) + "\n"
+
+
+def unsealed(table: Any) -> dict[str, Any]:
+    """A parsed table without its checksum. Raises RefusedError if it was changed, or is no such table."""
+    if not isinstance(table, dict) or "format" not in table:
+        raise RefusedError("it has no 'format'")
+    seal = table.pop(_SEAL, None)  # the first manifests had none
+    if seal is not None and seal != _digest(table):
+        raise RefusedError("it does not match its own checksum")
+    return table
 
 
 def _digest(table: dict[str, Any]) -> str:

@@ -104,8 +104,12 @@ class SafeReader(StorageReader):
             with self._reading(".metadata", missing="it has no .metadata"):
                 data = read_plain(self.folder / ".metadata", MAX_METADATA_BYTES)
             with self._reading(".metadata", refused="its metadata "):
-                self._stored = parse_metadata(data, lambda name: size_of_file(self.folder / name))
+                self._stored = parse_metadata(data, self._size_of)
         return self._stored
+
+    def _size_of(self, name: str) -> int | None:
+        with self._reading(name):
+            return size_of_file(self.folder / name)
 
     def refused(self, reason: str) -> RefusedCheckpointError:
         """The error that refuses this folder."""

@@ -9,27 +9,32 @@ longer than a collective's timeout.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Thread
 
-from titan_growth.checkpoint.folder import MANIFEST, committed_steps, step_numbers, step_path
+from titan_growth.checkpoint.folder import MANIFEST, StepFolder
+from titan_growth.checkpoint.ledger import LedgerFile
+from titan_growth.checkpoint.steps import committed_steps, step_numbers, step_path
 from titan_growth.liveness.waits import STORAGE, waiting_for
 from titan_growth.tools.files import move_folder, remove_folder
+from titan_growth.tools.location import same_place
 
 
 @waiting_for(STORAGE)
-def set_aside_after(root: Path, step: int, label: str) -> list[str]:
-    """Renames every committed checkpoint after `step` to `label-N`; returns the new names."""
+def set_aside(root: Path, steps: Iterable[int], label: str) -> list[str]:
+    """Renames step folders to `label-N`, in this order; returns the new names. Steps without a folder are left out."""
     moved = []
-    for later in step_numbers(root):
-        path = step_path(root, later)
-        if later > step and (path / MANIFEST).exists():
-            target, number = root / f"{label}-{later}", 1
-            while target.exists():
-                number += 1
-                target = root / f"{label}-{later}-{number}"
-            move_folder(path, target)
-            moved.append(target.name)
+    for step in steps:
+        path = step_path(root, step)
+        if not path.exists():
+            continue
+        target, number = root / f"{label}-{step}", 1
+        while target.exists():
+            number += 1
+            target = root / f"{label}-{step}-{number}"
+        move_folder(path, target)
+        moved.append(target.name)
     return moved
 
 
@@ -40,8 +45,9 @@ class Retention:
         spare: never removed: the checkpoint the run started from.
     """
 
-    def __init__(self, root: Path, keep_latest_k: int, spare: Path | None = None) -> None:
-        self.root = root
+    def __init__(self, ledger: LedgerFile, keep_latest_k: int, spare: Path | None = None) -> None:
+        self.root = ledger.root
+        self.ledger = ledger
         self.spare = spare
         self.keep_latest_k = keep_latest_k
         self._remover: Thread | None = None
@@ -49,22 +55,27 @@ class Retention:
     def prune(self, saved_step: int) -> None:
         """Call after committing a checkpoint of `saved_step`.
 
-        Also clears the remains of dead saves and interrupted removals of earlier steps.
+        Also clears the remains of dead saves and interrupted removals of earlier steps. A step that the ledger has and
+        whose manifest is lost is damage, and stays.
         """
         self.wait()
-        expired = []
+        expired: list[StepFolder] = []
         if self.keep_latest_k:
             usable = [folder for folder in committed_steps(self.root).usable if folder.step <= saved_step]
             temporary = [folder for folder in usable if not folder.manifest.permanent]
-            expired = [folder.path for folder in temporary[self.keep_latest_k :]]
-        for path in expired:
+            expired = temporary[self.keep_latest_k :]
+        self.ledger.strike(folder.step for folder in expired)
+        for folder in expired:
             # The manifest goes first, so that a half-removed checkpoint is not a committed one.
-            (path / MANIFEST).unlink(missing_ok=True)
-        earlier = [step_path(self.root, step) for step in step_numbers(self.root) if step < saved_step]
-        remains = [path for path in earlier if path != self.spare and _has_no_manifest(path)]
+            (folder.path / MANIFEST).unlink(missing_ok=True)
+        steps = [step for step in step_numbers(self.root) if step < saved_step and step not in self.ledger.steps]
+        remains = [path for path in (step_path(self.root, step) for step in steps) if self._may_go(path)]
         if remains:
             self._remover = Thread(target=_remove, args=(remains,), name="checkpoint-retention")
             self._remover.start()
+
+    def _may_go(self, path: Path) -> bool:
+        return _has_no_manifest(path) and not (self.spare is not None and same_place(path, self.spare))
 
     def wait(self) -> None:
         """Waits for removals in progress."""

@@ -4,7 +4,7 @@ Mid-run, code that has to go back raises `RollBackError` and the session does it
 second time is written into the manifest of the checkpoint it goes back to, so a run killed right afterwards, or resumed
 on another mesh, does the same.
 
-A `load_step` is obeyed once: the same command after a stop must continue, not go back again.
+A `load_step` is obeyed once, and so is `start_fresh`: the same command after a stop must continue, not go back again.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from titan_growth.checkpoint.ledger import read_ledger
 from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.config.schema.recipe import CheckpointConfig
-from titan_growth.tools.errors import TitanGrowthError
+from titan_growth.tools.errors import CheckpointError, TitanGrowthError
 from titan_growth.tools.files import write_atomic
 
 _DONE_FILE = "gone-back-to"
@@ -41,17 +42,49 @@ def pending_load_step(section: CheckpointConfig, root: Path) -> int:
     """`checkpoint.load_step`, or -1 if the run has already obeyed it.
 
     Another step, or a launch without one in between, makes it go back again.
+
+    Raises:
+        CheckpointError: when that cannot be told.
     """
+    if section.load_step == -1:
+        return -1
+    path = root / _DONE_FILE
     try:
-        done = int((root / _DONE_FILE).read_text())
-    except Exception:  # nothing there, or a store that does not answer, as the search will say
-        done = -1
+        done = int(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return section.load_step
+    except Exception as error:  # stores have errors of their own
+        raise CheckpointError(
+            f"checkpoint.load_step: whether the run has gone back to step {section.load_step} before cannot be told, "
+            f"because {path} cannot be read ({error}). Remove it to go back, or leave load_step out to go on"
+        ) from None
     return -1 if done == section.load_step else section.load_step
+
+
+def pending_fresh_start(section: CheckpointConfig, root: Path) -> bool:
+    """Whether to obey `checkpoint.start_fresh`, as `pending_load_step`: once.
+
+    Raises:
+        CheckpointError: when that cannot be told.
+    """
+    if not section.start_fresh:
+        return False
+    try:
+        ledger = read_ledger(root)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"checkpoint.start_fresh: whether the run in {root} has started afresh before cannot be told: {error}. "
+            "Remove that file to start from scratch, or leave start_fresh out to go on"
+        ) from None
+    return ledger is None or not ledger.started_fresh
 
 
 def remember_load_step(load_step: int, root: Path) -> None:
     """Records the `load_step` obeyed, or clears the record when there is none (-1)."""
+    path = root / _DONE_FILE
     if load_step != -1:
-        write_atomic(root / _DONE_FILE, f"{load_step}\n")
+        write_atomic(path, f"{load_step}\n")
+    elif path.is_dir():
+        path.rename(root / f"damaged-{_DONE_FILE}")
     else:
-        (root / _DONE_FILE).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)

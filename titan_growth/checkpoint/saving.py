@@ -1,11 +1,12 @@
 """Saving a step folder from all ranks, synchronously or in the background.
 
     fresh folder -> DCP shards of all ranks, hashed as they are written -> .metadata -> recipe, lineage -> manifest
+    -> ledger
 
-The manifest, written last, commits the checkpoint; a resume ignores anything short of that. A failed save is cleared
-and retried on all ranks or none: they agree after each part, in a process group of their own. A background save does
-the same in a thread, from copies of the tensors in host memory. Only one save runs at a time; the next one waits for
-it, and says so.
+The manifest commits the checkpoint, and the ledger remembers that it did. A resume ignores anything short of that. A
+failed save is cleared and retried on all ranks or none: they agree after each part, in a process group of their own. A
+background save does the same in a thread, from copies of the tensors in host memory. Only one save runs at a time; the
+next one waits for it, and says so.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from titan_growth.checkpoint.folder import LINEAGE, RECIPE, StepFolder, file_entry, step_path, write_manifest
+from titan_growth.checkpoint.folder import LINEAGE, RECIPE, StepFolder, file_entry, write_manifest
+from titan_growth.checkpoint.ledger import LedgerFile
 from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.retention import Retention
 from titan_growth.checkpoint.staging import HostCopies, StagedPlanner
+from titan_growth.checkpoint.steps import step_of, step_path
 from titan_growth.checkpoint.writer import ShardWriter
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.liveness.waits import LAST_SAVE, STORAGE, waiting_for
@@ -67,15 +70,16 @@ class Saver:
 
     Args:
         section: `[checkpoint]`.
-        root: the folder of the step folders.
+        ledger: of the folder of the step folders.
         resumed: the checkpoint the run resumes from.
     """
 
     def __init__(
-        self, section: CheckpointConfig, root: Path, retention: Retention, resumed: StepFolder | None = None
+        self, section: CheckpointConfig, ledger: LedgerFile, retention: Retention, resumed: StepFolder | None = None
     ) -> None:
         self.section = section
-        self.root = root
+        self.root = ledger.root
+        self.ledger = ledger
         self.retention = retention
         self.last_saved = resumed
         """The newest checkpoint this process committed or resumed from."""
@@ -164,7 +168,7 @@ class Saver:
         on_rank0(_as_save_error(path, lambda: self._clear(path, num_bytes)), self.group)
         try:
             entries = self._write_shards(path, content)
-            return on_rank0(_as_save_error(path, lambda: _commit(path, content, entries)), self.group)
+            return on_rank0(_as_save_error(path, lambda: self._commit(path, content, entries)), self.group)
         except CheckpointError:
             if dist.get_rank() == 0:
                 with contextlib.suppress(Exception):  # the remains are not a checkpoint, and the next save clears them
@@ -196,6 +200,7 @@ class Saver:
     def _clear(self, path: Path, num_bytes: int) -> None:
         """Removes what a dead save left, and checks that the new one fits on the disk."""
         self.retention.wait()  # removals free space
+        self.ledger.strike([step_of(path.name)])
         if path.exists():
             remove_folder(path)
         path.mkdir(parents=True)
@@ -207,6 +212,15 @@ class Saver:
                 f"{path.name} was not saved: it needs {gib(num_bytes)}, but only {gib(free)} are free in {self.root}. "
                 "Make room and run the same command again; the run goes on from the last checkpoint"
             )
+
+    def _commit(self, path: Path, content: Content, entries: dict[str, Any]) -> StepFolder:
+        write_atomic(path / RECIPE, content.recipe_toml)
+        write_atomic(path / LINEAGE, content.lineage_json)
+        texts = {name: file_entry(path / name) for name in (RECIPE, LINEAGE)}
+        complete = replace(content.manifest, files={**entries, **texts})
+        write_manifest(path, complete)
+        self.ledger.enter(complete.progress.step)
+        return StepFolder(path, complete)
 
     def close(self, most_seconds: float | None = None) -> None:
         """Waits for saves and removals to finish; a failed save is logged.
@@ -228,15 +242,6 @@ class Saver:
         except Exception:
             logger.warning("a checkpoint was not finished: another rank is gone")
         self.retention.wait()
-
-
-def _commit(path: Path, content: Content, entries: dict[str, Any]) -> StepFolder:
-    write_atomic(path / RECIPE, content.recipe_toml)
-    write_atomic(path / LINEAGE, content.lineage_json)
-    texts = {name: file_entry(path / name) for name in (RECIPE, LINEAGE)}
-    complete = replace(content.manifest, files={**entries, **texts})
-    write_manifest(path, complete)
-    return StepFolder(path, complete)
 
 
 def _as_save_error(path: Path, work: Callable[[], Result]) -> Callable[[], Result]:

@@ -11,12 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from titan_growth.checkpoint.folder import CommittedSteps, StepFolder, committed_steps, step_numbers
+from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.reader import misplaced
+from titan_growth.checkpoint.steps import CommittedSteps, committed_steps, step_numbers
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.collectives import gather_objects, on_rank0, place
 from titan_growth.tools.errors import CheckpointError, RefusedCheckpointError, TitanGrowthError
+from titan_growth.tools.location import folder_at
 from titan_growth.tools.text import one_line
+
+FROM_SCRATCH = (
+    "To start from scratch, name another job.dump_folder, or give --checkpoint.start_fresh true, which keeps what is "
+    "there under other names"
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,12 @@ class Found:
     """None when the run has no checkpoint."""
     refused: list[str] = field(default_factory=list)
     """One line per newer checkpoint passed over."""
+    unfinished: list[str] = field(default_factory=list)
+    """One line per step whose save or removal was interrupted, by the ledger."""
+    nothing_was_committed: bool = False
+    """The run has been here, and its ledger says that it never committed anything."""
+    ledger_problem: str = ""
+    """Why the ledger cannot be read."""
 
 
 def find_checkpoint(
@@ -46,8 +59,8 @@ def find_checkpoint(
     """
     if not section.enable:
         return Found()
-    found = on_rank0(lambda: _committed(root))
-    refused = list(found.refused)
+    found = on_rank0(lambda: _committed(root, spare_of(section)))
+    refused, unfinished = list(found.refused), [str(error) for error in found.unfinished]
     wanted = section.load_step
     for folder in found.usable:
         if wanted not in (-1, folder.step):
@@ -56,21 +69,26 @@ def find_checkpoint(
         if damage is None and reads_shards(folder):
             damage = damage_of(folder)
         if damage is None:
-            return Found(folder, [str(error) for error in refused] if wanted == -1 else [])
+            return Found(folder, [str(error) for error in refused] if wanted == -1 else [], unfinished)
         refused.append(folder.refused(damage))
     if wanted != -1:
-        raise CheckpointError(f"checkpoint.load_step: {_no_such_step(root, wanted, refused)}")
+        raise CheckpointError(f"checkpoint.load_step: {_no_such_step(root, wanted, [*refused, *found.unfinished])}")
     if refused:
         raise CheckpointError(
             f"{root} holds checkpoints, but none can be used: {'; '.join(map(str, refused))}. "
-            "Restore one, or name another job.dump_folder to start from scratch"
+            f"Restore one. {FROM_SCRATCH}"
         )
-    return Found()
+    return Found(None, [], unfinished, found.nothing_was_committed, found.ledger_problem)
 
 
-def _committed(root: Path) -> CommittedSteps:
+def spare_of(section: CheckpointConfig) -> Path | None:
+    """What the run starts from: it may lie among its own step folders, and be another program's."""
+    return folder_at(section.initial_load_path) if section.initial_load_path is not None else None
+
+
+def _committed(root: Path, spare: Path | None) -> CommittedSteps:
     try:
-        return committed_steps(root)
+        return committed_steps(root, spare)
     except (TitanGrowthError, OSError):
         raise
     except Exception as error:  # packages of stores have errors of their own

@@ -105,7 +105,7 @@ def _report(line: CommandLine, argv: list[str]) -> list[str]:
     start = resolve(recipe, site, reads_shards=lambda checkpoint, now: False)
     if isinstance(start, Finished):
         return [f"{start.message} (a plan does not read its shards)"]
-    for text in (*start.refused, *map(str, start.warnings)):
+    for text in (*start.passed_over, *map(str, start.warnings)):
         say(f"warning: {text}")
     return report_lines(start.plan, args.device, start_lines(start))
 

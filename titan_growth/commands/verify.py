@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from titan_growth.checkpoint.folder import StepFolder, step_numbers, step_path
+from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.reader import SafeReader
+from titan_growth.checkpoint.steps import step_numbers, step_path
 from titan_growth.commands.args import CommandLine
 from titan_growth.commands.source import committed
 from titan_growth.models.roles import OPTIMIZER_PREFIX

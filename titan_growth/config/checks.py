@@ -103,6 +103,10 @@ def _checkpoint(recipe: Recipe, found: Findings) -> None:
     if checkpoint.enable and checkpoint.initial_load_in_hf and checkpoint.initial_load_path is None:
         message = "true needs checkpoint.initial_load_path; torchtitan would take model.hf_assets_path"
         found.problem("checkpoint.initial_load_in_hf", message, "Name the Hugging Face folder there")
+    if checkpoint.start_fresh and (checkpoint.load_step != -1 or checkpoint.load_only):
+        other = "load_only is true" if checkpoint.load_only else f"load_step is {checkpoint.load_step}"
+        message = f"true starts from scratch, but checkpoint.{other}"
+        found.problem("checkpoint.start_fresh", message, "Leave one of the two out")
     leaves = checkpoint.folder.startswith("/") or ".." in checkpoint.folder.split("/")
     if not is_remote(checkpoint.folder) and (leaves or not checkpoint.folder):
         message = f"must name a folder inside job.dump_folder, or be a URL, got '{checkpoint.folder}'"

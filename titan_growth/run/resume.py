@@ -11,20 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tomli
-
 from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import Lineage
-from titan_growth.config.loader import recipe_from_toml
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
+from titan_growth.run.fresh import earlier_recipe
 from titan_growth.run.vet import recipe_of
 from titan_growth.tools.errors import CheckpointError, Problem
 from titan_growth.tools.findings import Findings
-from titan_growth.tools.run_folder import RECIPE_FILE
+from titan_growth.tools.logs import logger
 from titan_growth.tools.text import many
 
 _FIXED = (
@@ -61,8 +59,9 @@ def decided_before(folder: Path, checkpoint: StepFolder | None) -> Recipe | None
     if checkpoint is not None:
         return recipe_of(checkpoint)
     try:
-        return recipe_from_toml(tomli.loads((folder / RECIPE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return earlier_recipe(folder)
+    except ValueError as error:
+        logger.warning("%s: what it left open, such as the seed, is decided anew", error)
         return None
 
 

@@ -1,6 +1,6 @@
 """How a run starts: one sequence, from (recipe, run folder, number of ranks, device) to what starts.
 
-    load_step -> search -> finished? -> what was open is decided -> plan -> changes since the checkpoint
+    load_step, start_fresh -> search -> finished? new? -> what was open is decided -> plan -> changes since then
 
 The preflight resolves a start before anything has started, `titan_growth plan` resolves it to show what would happen,
 and the ranks resolve it together: rank 0 looks at files, and its findings are broadcast. Planning is pure, so every
@@ -13,13 +13,14 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from titan_growth.checkpoint.folder import StepFolder, committed_steps, root_of
+from titan_growth.checkpoint.folder import StepFolder, root_of
 from titan_growth.checkpoint.history import Progress
-from titan_growth.checkpoint.rewind import pending_load_step
+from titan_growth.checkpoint.rewind import pending_fresh_start, pending_load_step
 from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.run.data import RunData
+from titan_growth.run.fresh import require_fresh
 from titan_growth.run.plan import ResumePoint, RunPlan, plan_run
 from titan_growth.run.precision import Precision, decide_precision
 from titan_growth.run.resume import compare, decided_before, num_growths_of
@@ -70,8 +71,10 @@ class RunStart:
     site: Site
     load_step: int
     """`checkpoint.load_step` as given, also when the run has gone back to it before."""
-    refused: tuple[str, ...]
-    """A line for each newer checkpoint that was passed over."""
+    fresh: bool
+    """From scratch because `checkpoint.start_fresh` says so: an earlier run is set aside."""
+    passed_over: tuple[str, ...]
+    """A line for each step folder that was passed over."""
     warnings: tuple[Problem, ...]
     changes: tuple[str, ...]
     """A line for each setting that takes effect and that the checkpoint was not written with."""
@@ -80,7 +83,7 @@ class RunStart:
 
     def log(self) -> None:
         """Says what is worth a line about this start."""
-        for line in self.refused:
+        for line in self.passed_over:
             logger.error("%s", line)
         for warning in self.warnings:
             logger.warning("%s", warning)
@@ -125,9 +128,12 @@ def resolve(recipe: Recipe, site: Site, reads_shards: ReadsShards = always) -> R
         warning = Problem("checkpoint.folder", f"{section.folder} is not looked into: this is the plan of a new run")
         return replace(start, warnings=(*start.warnings, warning))
     root = root_of(section.folder, site.folder.path)
+    if on_rank0(lambda: pending_fresh_start(section, root)):
+        return start_from(None, recipe, site, fresh=True)
     recipe = with_values(recipe, {"checkpoint.load_step": on_rank0(lambda: pending_load_step(section, root))})
     try:
         found = find_checkpoint(recipe.checkpoint, root, problem_of, lambda folder: reads_shards(folder, recipe))
+        notes = [] if found.checkpoint else on_rank0(lambda: require_fresh(section, site.folder.path, found))
     except CheckpointError as error:
         plan_run(recipe, planning := Findings(), num_ranks=site.num_ranks, device_type=site.device_type)
         if planning.problems:
@@ -136,18 +142,24 @@ def resolve(recipe: Recipe, site: Site, reads_shards: ReadsShards = always) -> R
     checkpoint = found.checkpoint
     if checkpoint is not None and on_rank0(lambda: is_finished(recipe, checkpoint)):
         return Finished(checkpoint)
-    return start_from(checkpoint, recipe, site, section.load_step, tuple(found.refused))
+    return start_from(checkpoint, recipe, site, section.load_step, (*found.refused, *found.unfinished, *notes))
 
 
 def start_from(
-    checkpoint: StepFolder | None, recipe: Recipe, site: Site, load_step: int = -1, refused: tuple[str, ...] = ()
+    checkpoint: StepFolder | None,
+    recipe: Recipe,
+    site: Site,
+    load_step: int = -1,
+    passed_over: tuple[str, ...] = (),
+    *,
+    fresh: bool = False,
 ) -> RunStart:
     """The start from a checkpoint that has been chosen, or from scratch.
 
     Raises:
         ConfigError: as `resolve`.
     """
-    decisions = on_rank0(lambda: decide(recipe, site, checkpoint))
+    decisions = on_rank0(lambda: decide(recipe, site, checkpoint, fresh=fresh))
     decided = {"debug.seed": decisions.seed, "training.mixed_precision_param": decisions.precision.param}
     plan = plan_run(
         with_values(recipe, decided),
@@ -170,7 +182,16 @@ def start_from(
         if refused_changes:
             raise ConfigError(refused_changes)
     return RunStart(
-        plan, checkpoint, recipe, site, load_step, refused, tuple(found.warnings), tuple(changes), decisions.precision
+        plan=plan,
+        checkpoint=checkpoint,
+        recipe=recipe,
+        site=site,
+        load_step=load_step,
+        fresh=fresh,
+        passed_over=passed_over,
+        warnings=tuple(found.warnings),
+        changes=tuple(changes),
+        precision=decisions.precision,
     )
 
 
@@ -186,15 +207,13 @@ class Decisions:
     """Growths behind the checkpoint."""
 
 
-def decide(recipe: Recipe, site: Site, checkpoint: StepFolder | None) -> Decisions:
+def decide(recipe: Recipe, site: Site, checkpoint: StepFolder | None, *, fresh: bool = False) -> Decisions:
     """Seed, batch size and precision of the run: the recipe's, else those of its earlier start, else new ones.
 
-    Raises:
-        ConfigError: when the run has checkpoints, but not where the recipe now says: it would start from scratch.
+    Args:
+        fresh: an earlier start in the folder was of another run.
     """
-    before = decided_before(site.folder.path, checkpoint)
-    if checkpoint is None and before is not None and recipe.checkpoint.enable:
-        _require_not_left(before, recipe, site.folder)
+    before = None if fresh else decided_before(site.folder.path, checkpoint)
     seed = recipe.debug.seed
     if seed is None and before is not None:
         seed = before.debug.seed
@@ -205,19 +224,6 @@ def decide(recipe: Recipe, site: Site, checkpoint: StepFolder | None) -> Decisio
         global_batch_size=None if batch == -1 else batch,
         num_growths=num_growths_of(checkpoint) if checkpoint is not None else 0,
     )
-
-
-def _require_not_left(before: Recipe, recipe: Recipe, folder: RunFolder) -> None:
-    if not before.checkpoint.enable or before.checkpoint.folder == recipe.checkpoint.folder:
-        return
-    left = committed_steps(root_of(before.checkpoint.folder, folder.path)).usable
-    if left:
-        message = (
-            f"there is no checkpoint in {root_of(recipe.checkpoint.folder, folder.path)}, but this run has some in "
-            f"{left[0].path.parent}, up to {left[0].path.name}"
-        )
-        hint = "Name that folder, or copy the newest here; another job.dump_folder starts a new run"
-        raise ConfigError([Problem("checkpoint.folder", message, hint)])
 
 
 def is_finished(recipe: Recipe, checkpoint: StepFolder) -> bool:

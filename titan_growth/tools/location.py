@@ -72,6 +72,13 @@ def folder_at(text: str) -> Path:
     return Path(place.path) if place.protocol in ("file", "local") else cast(Path, place)
 
 
+def same_place(one: Path, other: Path) -> bool:
+    """Whether two places are the same, links and relative paths resolved."""
+    if is_remote(one) or is_remote(other):
+        return str(one) == str(other)
+    return one.resolve() == other.resolve()
+
+
 def _how_to_install(scheme: str) -> str:
     from fsspec.registry import known_implementations
 

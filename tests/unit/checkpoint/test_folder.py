@@ -9,18 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from titan_growth.checkpoint.folder import (
-    CommittedSteps,
-    committed_steps,
-    file_entry,
-    open_step,
-    sha256_of,
-    step_numbers,
-    step_path,
-    write_manifest,
-)
+from titan_growth.checkpoint.folder import file_entry, open_step, sha256_of, write_manifest
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
 from titan_growth.checkpoint.manifest import Manifest, sealed
+from titan_growth.checkpoint.steps import CommittedSteps, committed_steps, step_numbers, step_path
 from titan_growth.tools.errors import CheckpointError
 
 MANIFEST = Manifest(
@@ -84,16 +76,16 @@ def test_a_manifest_cut_anywhere_is_not_committed_or_refused(tmp_path: Path) -> 
     """A process killed while writing leaves a prefix; no prefix may pass for a manifest."""
     path = commit(tmp_path, 1)
     text = (path / "manifest.json").read_text()
-    for length in range(len(text)):
+    for length in range(len(text) - 1):
         (path / "manifest.json").write_text(text[:length])
-        try:
-            assert open_step(path) is None, f"the first {length} bytes pass for a manifest"
-        except CheckpointError as error:
-            assert "step-1 refused: manifest.json is not valid" in str(error)  # noqa: PT017
+        with pytest.raises(CheckpointError, match=r"step-1 refused: manifest\.json (is not valid|ends in|is empty)"):
+            open_step(path)
+    (path / "manifest.json").write_text(text[:-1])
+    assert open_step(path) is not None, "a tool has written it again, without the last newline"
     (path / "manifest.json").unlink()
     assert open_step(path) is None
     assert open_step(tmp_path / "nowhere") is None
-    assert committed_steps(tmp_path) == CommittedSteps([], [])
+    assert committed_steps(tmp_path / "nowhere") == CommittedSteps([], [])
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ".", "", "a\\b"])
@@ -182,7 +174,10 @@ def test_damage_is_named(tmp_path: Path) -> None:
     shard.unlink()
     assert folder.damage(checksums=False) == "__0_0.distcp is missing"
     shard.mkdir()
-    assert folder.damage(checksums=False) == "__0_0.distcp is missing"
+    assert folder.damage(checksums=False) == "__0_0.distcp is no file"
+    shard.rmdir()
+    shard.symlink_to(shard)
+    assert folder.damage(checksums=False) == "__0_0.distcp cannot be read (Too many levels of symbolic links)"
 
 
 def test_ranks_divide_the_files(tmp_path: Path) -> None:
@@ -205,7 +200,11 @@ def test_steps_are_numbers(tmp_path: Path) -> None:
     assert step_numbers(tmp_path) == [400, 100, 99, 10, 9, 1]
     found = committed_steps(tmp_path)
     assert [folder.step for folder in found.usable] == [100, 99, 10, 9, 1]
-    assert found.refused == []
+    untold = "and whether it was ever committed cannot be told: there is no ledger.json"
+    assert [str(error) for error in found.refused] == [
+        f"step-400 refused: it has no manifest.json, {untold}",
+        f"step-300 refused: it is no folder, {untold}",
+    ]
     assert step_numbers(tmp_path / "nowhere") == []
 
 

@@ -11,13 +11,14 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.harness import run_ranks
-from titan_growth.checkpoint.folder import StepFolder, committed_steps, open_step, step_numbers
+from titan_growth.checkpoint.folder import StepFolder, open_step
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.loading import load
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.checkpoint.search import find_checkpoint
+from titan_growth.checkpoint.steps import committed_steps, step_numbers
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.errors import CheckpointError
 
@@ -210,7 +211,7 @@ def _aside(rank: int, folder: Path) -> None:
     for _ in range(2):
         for step in (5, 10):
             save(checkpoints, step)
-        checkpoints.set_aside_after(5)
+        checkpoints.begin(5)
     assert step_numbers(checkpoints.root) == [5]
     assert (checkpoints.root / "superseded-10").is_dir()
     assert (checkpoints.root / "superseded-10-2").is_dir()
@@ -259,10 +260,11 @@ def _damaged_ones_do_not_count(rank: int, folder: Path) -> None:
     found = found_in(checkpoints)
     assert found is not None
     assert found.step == 2
-    checkpoints.set_aside_after(found.step)
+    checkpoints.begin(found.step)
     save(checkpoints, 3)
     checkpoints.saver.close()
-    assert {path.name for path in checkpoints.root.iterdir()} == {"step-2", "step-3", "damaged-4", "damaged-6"}
+    kept = {"step-2", "step-3", "damaged-4", "damaged-6"}
+    assert {path.name for path in checkpoints.root.iterdir()} == {*kept, "ledger.json"}
     save(checkpoints, 5)
     checkpoints.saver.close()
     newest = found_in(checkpoints)

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from titan_growth.checkpoint import folder, reader, retention
+from titan_growth.checkpoint import reader, retention, steps
+from titan_growth.checkpoint.ledger import LedgerFile
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.checkpoint.retention import Retention
 from titan_growth.checkpoint.saving import Saver
@@ -40,7 +41,7 @@ class Watch:
 
 @pytest.mark.parametrize(("call", "expected"), [(Saver.wait, STORAGE), (Saver.close, LAST_SAVE)])
 def test_waiting_for_a_save_in_the_background_is_marked(tmp_path: Path, call: Any, expected: str) -> None:
-    saver = Saver(CheckpointConfig(enable=False), tmp_path, Retention(tmp_path, 0))
+    saver = Saver(CheckpointConfig(enable=False), ledger := LedgerFile(tmp_path), Retention(ledger, 0))
     watch = Watch()
     saver._thread = watch.beside()
     call(saver)
@@ -50,7 +51,7 @@ def test_waiting_for_a_save_in_the_background_is_marked(tmp_path: Path, call: An
 
 def test_waiting_for_removals_is_marked(tmp_path: Path) -> None:
     watch = Watch()
-    remover = Retention(tmp_path, 1)
+    remover = Retention(LedgerFile(tmp_path), 1)
     remover._remover = watch.beside()
     remover.wait()
     assert watch.seen == STORAGE
@@ -65,8 +66,8 @@ def test_reading_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for module, name, call in (
         (reader, "find_values", lambda: opened.read_chunk(chunk)),
         (reader, "find_values", lambda: opened.check_chunks([chunk])),
-        (folder, "step_numbers", lambda: folder.committed_steps(tmp_path)),
-        (retention, "step_numbers", lambda: retention.set_aside_after(tmp_path, 1, "damaged")),
+        (steps, "read_ledger", lambda: steps.committed_steps(tmp_path)),
+        (retention, "move_folder", lambda: retention.set_aside(tmp_path, [5], "damaged")),
     ):
         watch = Watch()
         original = getattr(module, name)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tests.unit.checkpoint.test_folder import EVENT, MANIFEST
-from titan_growth.checkpoint.folder import StepFolder, file_entry, open_step, step_path, write_manifest
+from titan_growth.checkpoint.folder import StepFolder, file_entry, open_step, write_manifest
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.search import find_checkpoint
+from titan_growth.checkpoint.steps import step_path
 from titan_growth.config.loader import dry_run_of, recipe_from_toml, to_toml, with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.run.precision import Precision
@@ -260,7 +261,7 @@ def test_a_plan_for_elsewhere_opens_no_store(tmp_path: Path) -> None:
 
 
 def test_a_store_with_errors_of_its_own_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_credentials(root: Path) -> None:
+    def no_credentials(root: Path, spare: Path | None) -> None:
         raise LookupError("Unable to locate\ncredentials")
 
     monkeypatch.setattr("titan_growth.checkpoint.search.committed_steps", no_credentials)

@@ -27,17 +27,18 @@ def is_plain_name(name: str) -> bool:
 
 
 def size_of_file(path: Path) -> int | None:
-    """Size of a regular file; None if it is missing or not a regular file.
+    """Size of a regular file; None if there is nothing.
 
     Raises:
-        RefusedError: if it is a link to another folder.
+        OSError: if that cannot be told.
+        RefusedError: if it is not a regular file, or a link to another folder.
     """
     try:
         found = path.stat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if not stat.S_ISREG(found.st_mode):
-        return None
+        raise RefusedError(f"{path.name} is no file")
     if path.is_symlink() and path.resolve().parent != path.parent.resolve():
         raise RefusedError(f"{path.name} is a link to another folder")
     return found.st_size
@@ -50,9 +51,7 @@ def open_plain(path: Path) -> IO[bytes]:
         FileNotFoundError: if it is missing.
         RefusedError: if it is not a regular file (a pipe would never end), or a link to another folder.
     """
-    if size_of_file(path) is None:
-        path.stat()
-        raise RefusedError(f"{path.name} is no file")
+    size_of_file(path)
     return path.open("rb")
 
 

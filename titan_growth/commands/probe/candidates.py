@@ -146,6 +146,7 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: 
         "checkpoint.enable": True,
         "checkpoint.load_only": False,
         "checkpoint.load_step": -1,
+        "checkpoint.start_fresh": False,
         "checkpoint.initial_load_path": None,
         "checkpoint.last_save_model_only": True,
         "checkpoint.interval": step + steps,

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from titan_growth.checkpoint.folder import LINEAGE, MANIFEST, RECIPE, step_path
+from titan_growth.checkpoint.folder import LINEAGE, MANIFEST, RECIPE
 from titan_growth.checkpoint.history import Lineage
 from titan_growth.checkpoint.manifest import Manifest
+from titan_growth.checkpoint.steps import step_path
 from titan_growth.commands.probe.candidates import Candidate, candidate_recipe
 from titan_growth.commands.probe.report import Outcome, outcome_of
 from titan_growth.commands.source import Source

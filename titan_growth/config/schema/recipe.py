@@ -183,6 +183,8 @@ class CheckpointConfig(Section):
     """Keep the checkpoints of every this many steps for good, 0 = none. Not a key of torchtitan."""
     load_step: int = Field(-1, ge=-1)
     """Go back to this step once, instead of resuming from the newest; later checkpoints are kept as superseded-N."""
+    start_fresh: bool = False
+    """Start from scratch once, though there is an earlier run, which is kept aside. Not a key of torchtitan."""
     enable_first_step_checkpoint: bool = False
     """Save after the first step too, to find out early whether saving works."""
     load_only: bool = False
