@@ -202,7 +202,7 @@ def stopped_at_step_11(shop: Workshop, ranks: int) -> Path:
         ended = shop.launch(folder, ranks, PLUGIN, **environ).wait()
         assert ended.status == 1, ended.screen
     assert last_step(folder) == 11
-    assert {path.name for path in (folder / "checkpoint").iterdir()} == {"step-5", "step-6", "step-9"}
+    assert {path.name for path in (folder / "checkpoint").glob("*-*")} == {"step-5", "step-6", "step-9"}
     return folder
 
 

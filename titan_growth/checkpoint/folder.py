@@ -122,7 +122,8 @@ def open_step(path: Path) -> StepFolder | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError, RefusedError) as error:
-        raise RefusedCheckpointError(path.name, f"{MANIFEST} cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise RefusedCheckpointError(path.name, f"{MANIFEST} cannot be read ({reason})") from None
     if not text.rstrip().endswith("}"):
         raise CutOffError(path.name, f"{MANIFEST} {'ends in the middle' if text.strip() else 'is empty'}")
     try:

@@ -19,7 +19,7 @@ from titan_growth.checkpoint.untrusted.files import read_plain
 from titan_growth.checkpoint.untrusted.json_types import STRICT, Count, from_json, table_of_json
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
 from titan_growth.tools.errors import CheckpointError
-from titan_growth.tools.files import write_atomic
+from titan_growth.tools.files import move_folder, write_atomic
 
 LEDGER = "ledger.json"
 
@@ -58,7 +58,9 @@ def read_ledger(root: Path) -> Ledger | None:
         return Ledger.from_json(read_plain(root / LEDGER).decode())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, UnicodeDecodeError, RefusedError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{LEDGER} cannot be read ({error.strerror or error})") from None
+    except (UnicodeDecodeError, RefusedError) as error:
         raise CheckpointError(f"{LEDGER} cannot be read ({error})") from None
 
 
@@ -86,7 +88,7 @@ class LedgerFile:
         """Writes the ledger of a run that starts with these steps. What stands in its place is replaced."""
         path = self.root / LEDGER
         if path.is_dir():
-            path.rename(self.root / f"damaged-{LEDGER}")
+            move_folder(path, self.root / f"damaged-{LEDGER}")
         self._write(Ledger(tuple(sorted(steps)), started_fresh))
 
     def enter(self, step: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from titan_growth.checkpoint.folder import StepFolder
+from titan_growth.checkpoint.ledger import LEDGER
 from titan_growth.checkpoint.reader import misplaced
 from titan_growth.checkpoint.steps import CommittedSteps, committed_steps, step_numbers
 from titan_growth.config.schema.recipe import CheckpointConfig
@@ -34,8 +35,8 @@ class Found:
     """None when the run has no checkpoint."""
     refused: list[str] = field(default_factory=list)
     """One line per newer checkpoint passed over."""
-    unfinished: list[str] = field(default_factory=list)
-    """One line per step whose save or removal was interrupted, by the ledger."""
+    notes: list[str] = field(default_factory=list)
+    """One line per step whose save or removal was interrupted, by the ledger, and one if that was lost."""
     nothing_was_committed: bool = False
     """The run has been here, and its ledger says that it never committed anything."""
     ledger_problem: str = ""
@@ -60,7 +61,7 @@ def find_checkpoint(
     if not section.enable:
         return Found()
     found = on_rank0(lambda: _committed(root, spare_of(section)))
-    refused, unfinished = list(found.refused), [str(error) for error in found.unfinished]
+    refused, notes = list(found.refused), [str(error) for error in found.unfinished]
     wanted = section.load_step
     for folder in found.usable:
         if wanted not in (-1, folder.step):
@@ -69,7 +70,10 @@ def find_checkpoint(
         if damage is None and reads_shards(folder):
             damage = damage_of(folder)
         if damage is None:
-            return Found(folder, [str(error) for error in refused] if wanted == -1 else [], unfinished)
+            if found.ledger is None:
+                why = found.ledger_problem or f"there is no {LEDGER}"
+                notes.append(f"{why}: it is written anew from the checkpoints that have a manifest")
+            return Found(folder, [str(error) for error in refused] if wanted == -1 else [], notes)
         refused.append(folder.refused(damage))
     if wanted != -1:
         raise CheckpointError(f"checkpoint.load_step: {_no_such_step(root, wanted, [*refused, *found.unfinished])}")
@@ -78,7 +82,7 @@ def find_checkpoint(
             f"{root} holds checkpoints, but none can be used: {'; '.join(map(str, refused))}. "
             f"Restore one. {FROM_SCRATCH}"
         )
-    return Found(None, [], unfinished, found.nothing_was_committed, found.ledger_problem)
+    return Found(None, [], notes, found.nothing_was_committed, found.ledger_problem)
 
 
 def spare_of(section: CheckpointConfig) -> Path | None:

@@ -122,4 +122,4 @@ def _judge_uncommitted(path: Path, why: str, found: CommittedSteps) -> None:
 def _what_is_missing(path: Path) -> str:
     if path.is_dir():
         return f"it has no {MANIFEST}"
-    return "it is no folder" if path.exists() else "its folder is gone"
+    return "it is not a folder" if path.exists() else "its folder is gone"

@@ -52,7 +52,7 @@ def require_fresh(section: CheckpointConfig, folder: Path, found: Found) -> list
     """
     root = root_of(section.folder, folder)
     if found.nothing_was_committed:
-        lines = [f"{line}: passed over" for line in found.unfinished]
+        lines = []
         if next(_traces(folder), None):
             lines.append("the earlier run ended before its first checkpoint was committed: it starts over")
         return lines

@@ -84,7 +84,7 @@ class RunStart:
     def log(self) -> None:
         """Says what is worth a line about this start."""
         for line in self.passed_over:
-            logger.error("%s", line)
+            logger.warning("%s", line)
         for warning in self.warnings:
             logger.warning("%s", warning)
         for line in self.changes:
@@ -142,7 +142,7 @@ def resolve(recipe: Recipe, site: Site, reads_shards: ReadsShards = always) -> R
     checkpoint = found.checkpoint
     if checkpoint is not None and on_rank0(lambda: is_finished(recipe, checkpoint)):
         return Finished(checkpoint)
-    return start_from(checkpoint, recipe, site, section.load_step, (*found.refused, *found.unfinished, *notes))
+    return start_from(checkpoint, recipe, site, section.load_step, (*found.refused, *found.notes, *notes))
 
 
 def start_from(

@@ -174,7 +174,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     shard.unlink()
     assert folder.damage(checksums=False) == "__0_0.distcp is missing"
     shard.mkdir()
-    assert folder.damage(checksums=False) == "__0_0.distcp is no file"
+    assert folder.damage(checksums=False) == "__0_0.distcp is not a file"
     shard.rmdir()
     shard.symlink_to(shard)
     assert folder.damage(checksums=False) == "__0_0.distcp cannot be read (Too many levels of symbolic links)"
@@ -203,7 +203,7 @@ def test_steps_are_numbers(tmp_path: Path) -> None:
     untold = "and whether it was ever committed cannot be told: there is no ledger.json"
     assert [str(error) for error in found.refused] == [
         f"step-400 refused: it has no manifest.json, {untold}",
-        f"step-300 refused: it is no folder, {untold}",
+        f"step-300 refused: it is not a folder, {untold}",
     ]
     assert step_numbers(tmp_path / "nowhere") == []
 

@@ -129,7 +129,7 @@ def test_a_fresh_start_is_obeyed_once(tmp_path: Path) -> None:
     ledger.begin([2], started_fresh=False)
     assert pending_fresh_start(fresh, tmp_path), "a launch without it came in between"
     (tmp_path / "ledger.json").write_text("x")
-    with pytest.raises(CheckpointError, match="whether the run in .* has started afresh before cannot be told"):
+    with pytest.raises(CheckpointError, match=r"whether the run in .* has started afresh before cannot be told"):
         pending_fresh_start(fresh, tmp_path)
 
 

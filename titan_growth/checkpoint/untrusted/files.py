@@ -38,7 +38,7 @@ def size_of_file(path: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     if not stat.S_ISREG(found.st_mode):
-        raise RefusedError(f"{path.name} is no file")
+        raise RefusedError(f"{path.name} is not a file")
     if path.is_symlink() and path.resolve().parent != path.parent.resolve():
         raise RefusedError(f"{path.name} is a link to another folder")
     return found.st_size
