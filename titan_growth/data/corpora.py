@@ -119,7 +119,7 @@ def _usable(path: Path | Remote, files: list[SourceFile], num_skipped: int) -> l
     if not files:
         raise DataError(
             f"{path}: no file of a known kind ({num_skipped} others). Known are .txt .text .md .py .json .jsonl "
-            '(also with .gz or .zst) and .parquet; dataset = "text", "json" or "parquet" reads a file or a glob as such'
+            '(also with .gz, .bz2, .xz or .zst) and .parquet; dataset = "text", "json" or "parquet" reads a file or a glob as such'
         )
     if num_skipped:
         logger.warning("%s: skipped %d files of other kinds", path, num_skipped)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -50,17 +52,20 @@ def mixed(tmp_path: Path) -> Path:
     pq.write_table(pa.table({"text": ["e0", "e1", "e2"], "n": [1, 2, 3]}), folder / "e.parquet", row_group_size=2)
     (folder / "f.txt.gz").write_bytes(gzip.compress(b"f"))
     (folder / "g.txt.zst").write_bytes(compressor.compress(b"g"))
+    (folder / "g.txt.zz.bz2").write_bytes(b"no kind")
+    (folder / "g1.jsonl.bz2").write_bytes(bz2.compress(lines({"text": "g1"}).encode()))
+    (folder / "g2.txt.XZ").write_bytes(lzma.compress(b"g2"))
     (folder / "picture.png").write_bytes(b"\x89PNG")
     (folder / "sub" / "h.md").write_text("h")
     return folder
 
 
-EXPECTED = ["one\r\ntwo", "b0", "b1 é", "c0", "c1", "d0", "d1", "e0", "e1", "e2", "f", "g", "h"]
+EXPECTED = ["one\r\ntwo", "b0", "b1 é", "c0", "c1", "d0", "d1", "e0", "e1", "e2", "f", "g", "g1", "g2", "h"]
 
 
 def test_folder_of_all_kinds_is_read_in_order(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read(mixed) == EXPECTED
-    assert [record.message for record in caplog.records] == [f"{mixed}: skipped 1 files of other kinds"]
+    assert [record.message for record in caplog.records] == [f"{mixed}: skipped 2 files of other kinds"]
 
 
 @pytest.mark.parametrize("start", range(len(EXPECTED) + 1))
@@ -70,7 +75,7 @@ def test_reading_resumes_at_any_document(mixed: Path, start: int) -> None:
 
 def test_file_and_glob_and_forced_kind(mixed: Path, tmp_path: Path) -> None:
     assert read(mixed / "b.jsonl", "c4") == ["b0", "b1 é"]
-    assert read(f"{mixed}/**/*.[tm][xd]*", "c4") == ["one\r\ntwo", "f", "g", "h"]
+    assert read(f"{mixed}/**/*.[tm][xd]*", "c4") == ["one\r\ntwo", "f", "g", "g2", "h"]
     assert read(mixed, "parquet") == ["e0", "e1", "e2"]
     (tmp_path / "records.log").write_text(lines({"body": "x"}))
     assert read(tmp_path / "records.log", "json", "body") == ["x"]
@@ -138,6 +143,16 @@ BROKEN = {
         gzip.compress(os.urandom(5000))[:-900],
         r"truncated\.txt\.gz: the compressed data is truncated",
     ),
+    "truncated.txt.bz2": (
+        bz2.compress(os.urandom(5000))[:-900],
+        r"truncated\.txt\.bz2: the compressed data is truncated",
+    ),
+    "truncated.txt.xz": (
+        lzma.compress(os.urandom(5000))[:-900],
+        r"truncated\.txt\.xz: the compressed data is truncated",
+    ),
+    "not.txt.bz2": (b"plain", r"not\.txt\.bz2: cannot be read \(Invalid data stream"),
+    "not.txt.xz": (b"plain", r"not\.txt\.xz: the compressed data is truncated or damaged \(Input format"),
     "not.txt.gz": (b"plain", r"not\.txt\.gz: cannot be read \(Not a gzipped file"),
     "cut.txt.zst": (zstandard.compress(os.urandom(5000))[:-900], r"cut\.txt\.zst: the compressed data is truncated"),
     "not.txt.zst": (b"plain text", r"not\.txt\.zst: the compressed data is truncated or damaged"),
