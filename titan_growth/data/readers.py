@@ -48,8 +48,10 @@ class SourceFile:
     name: str
     kind: str
     size_bytes: int
-    mark: int | str
-    """Changes when the file does: its mtime in ns, or the storage's ETag or the like (`remote`)."""
+    mark: str
+    """Changes when the file does: inode and times, or the storage's ETag or the like (`remote`)."""
+    is_versioned: bool = False
+    """Whether the mark is a version that the storage gives, and no mere time."""
 
     @property
     def approximate_text_bytes(self) -> int:

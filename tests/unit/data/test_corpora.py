@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 import zstandard
 
 import titan_growth
+from titan_growth.data.content import ContentHashes
 from titan_growth.data.corpora import find_files, open_corpus
 from titan_growth.data.corpus import CorpusSpec
 from titan_growth.tools.errors import DataError
@@ -82,19 +84,25 @@ def test_file_and_glob_and_forced_kind(mixed: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "records.log", "text") == ['{"body": "x"}\n']
 
 
-def test_fingerprint_follows_the_inputs_but_not_their_place(mixed: Path, tmp_path: Path) -> None:
-    def fingerprint(path: Path, key: str = "text") -> str:
-        return open_corpus(CorpusSpec("c4", str(path), text_key=key)).fingerprint()
+def fingerprint(cache: Path, path: Path | None, key: str = "text", split: str = "train") -> str:
+    spec = CorpusSpec("c4", str(path), text_key=key, split=split) if path else CorpusSpec()
+    return open_corpus(spec).fingerprint(ContentHashes(cache))
 
-    before = fingerprint(mixed)
+
+def test_fingerprint_follows_the_content_and_neither_place_nor_time(mixed: Path, tmp_path: Path) -> None:
+    before = fingerprint(tmp_path, mixed)
     moved = mixed.rename(tmp_path / "moved")
-    assert fingerprint(moved) == before
-    assert fingerprint(moved, "body") != before
     os.utime(moved / "a.txt", ns=(1, 1))
-    touched = fingerprint(moved)
-    assert touched != before
+    assert fingerprint(tmp_path, moved) == before
+    assert fingerprint(tmp_path, moved, "body") != before
+    status = (moved / "a.txt").stat()
+    (moved / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwx")
+    os.utime(moved / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (moved / "a.txt").stat().st_size == status.st_size
+    changed = fingerprint(tmp_path, moved)
+    assert changed != before
     (moved / "a.txt").rename(moved / "aa.txt")
-    assert fingerprint(moved) != touched
+    assert fingerprint(tmp_path, moved) not in (before, changed)
 
 
 def test_stdlib_is_real_text_without_tests() -> None:
@@ -104,13 +112,6 @@ def test_stdlib_is_real_text_without_tests() -> None:
     assert any("class OrderedDict(dict)" in text for text in documents)
     assert not any("class TestBaseException" in text for text in documents)
     assert list(corpus.documents(start=700)) == documents[700:]
-    assert open_corpus(CorpusSpec()).fingerprint() == corpus.fingerprint()
-
-
-def test_stdlib_fingerprint_includes_the_python_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = open_corpus(CorpusSpec()).fingerprint()
-    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
-    assert open_corpus(CorpusSpec()).fingerprint() != before
 
 
 def test_stdlib_skips_unreadable_files_with_one_log_line(
@@ -122,6 +123,10 @@ def test_stdlib_skips_unreadable_files_with_one_log_line(
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     assert list(open_corpus(CorpusSpec()).documents()) == ["a", "c"]
     assert "skipped 1 files" in caplog.text
+    before = fingerprint(tmp_path, None)
+    assert fingerprint(tmp_path, None) == before
+    (tmp_path / "c.py").write_bytes(b"d")
+    assert fingerprint(tmp_path, None) != before
 
 
 def test_utf8_across_chunk_borders(tmp_path: Path) -> None:
@@ -212,7 +217,6 @@ def test_missing_and_unusable_paths(tmp_path: Path) -> None:
 @pytest.fixture
 def locked_file() -> Iterator[Path]:
     """A file that this process may not read, also where the tests run as root."""
-    import shutil
     import tempfile
 
     folder = Path(tempfile.mkdtemp(prefix="titan_growth_test_"))
@@ -244,6 +248,13 @@ def test_saved_dataset_folder(tmp_path: Path) -> None:
     assert read(tmp_path / "one") == rows
     assert read(tmp_path / "one", start=300) == rows[300:]
     assert read(tmp_path / "dict", split="tail") == ["row 1"]
+    before = fingerprint(tmp_path, tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    assert fingerprint(tmp_path, tmp_path / "other") == before
+    datasets.Dataset.from_dict({"text": rows[::-1], "n": list(range(600))}).save_to_disk(tmp_path / "reversed")
+    # The library's own fingerprint is in state.json, which stays.
+    shutil.copy(tmp_path / "reversed" / "data-00000-of-00001.arrow", tmp_path / "other")
+    assert fingerprint(tmp_path, tmp_path / "other") != before
     with pytest.raises(DataError, match=r"no split 'test'; it has: train, tail"):
         read(tmp_path / "dict", split="test")
     with pytest.raises(DataError, match=r"no field 'body'; it has: text, n"):
