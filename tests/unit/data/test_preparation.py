@@ -194,6 +194,23 @@ def test_a_moved_corpus_and_one_with_other_times_is_found_prepared(tmp_path: Pat
     assert prepared(CorpusSpec("json", str(tmp_path / "moved"))).folder == folder
 
 
+def test_what_an_earlier_version_prepared_is_made_again_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its name holds no content, so it may be of a twin. Its tokens are the same, so a run goes on."""
+    caplog.set_level(logging.INFO, "titan_growth")
+    spec = write_corpus(tmp_path / "c", ["some text"])
+    before = prepared(spec)
+    meta = json.loads((before.folder / "meta.json").read_bytes())
+    meta["corpus"]["fingerprint"] = "files-" + "0" * 64
+    (before.folder / "meta.json").write_text(json.dumps(meta))
+    before.folder.rename(before.folder.with_name("0" * 32))
+    caplog.clear()
+    after = prepared(spec)
+    assert after.meta["splits"] == before.meta["splits"]
+    assert "was prepared before from other content, or an earlier version" in caplog.text
+
+
 def pretend_remembered(cache: Path, corpus: Path) -> None:
     """Puts the present mark of every file of a folder beside the hash that it had."""
     for table in cache.glob("hashes/*.json"):
