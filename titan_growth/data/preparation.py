@@ -26,7 +26,14 @@ from typing import Any
 from titan_growth.data.content import ContentHashes, Trust
 from titan_growth.data.corpora import open_corpus
 from titan_growth.data.corpus import Corpus, CorpusSpec
-from titan_growth.data.prepared import FORMAT_VERSION, META_NAME, DamagedError, PreparedCorpus, open_prepared
+from titan_growth.data.prepared import (
+    FORMAT_VERSION,
+    META_NAME,
+    DamagedError,
+    PreparedCorpus,
+    open_prepared,
+    say_if_prepared_before,
+)
 from titan_growth.data.shard_writer import SplitWriter
 from titan_growth.data.splitting import TRAIN, VALIDATION, Piece, SplitRule, cut, split_rule
 from titan_growth.data.storage import cache_root, exclusive, writing
@@ -87,28 +94,12 @@ def prepare(
             trusted, hashes = hashes.took_on_trust, hashes.renewed()
             if trusted and corpus.fingerprint(hashes) != content:
                 continue  # known by what its files hold now
-            _say_if_prepared_before(folder, facts, corpus.describe())
+            say_if_prepared_before(folder, facts, corpus.describe())
             with writing(folder):
                 _Job(corpus_spec, corpus, made_of, folder, facts, rule, hashes, shard_tokens, progress).run()
             if found := _open_or_none(folder, report_damage=True):
                 return found
     raise DataError(f"prepared data {folder}: changed while it was being made. See that nothing cleans the cache")
-
-
-def _say_if_prepared_before(folder: Path, facts: dict[str, Any], description: str) -> None:
-    """Work that is done once more is not done in silence: the content is another, or was not known by then."""
-    same = {key: value for key, value in facts.items() if key not in ("corpus", "format_version")}
-    for path in sorted(folder.parent.glob(f"*/{META_NAME}")):
-        try:
-            meta = json.loads(path.read_bytes())
-            meta["tokenizer"] = meta["tokenizer"]["fingerprint"]
-            is_same = meta["corpus"]["description"] == description and same.items() <= meta.items()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-        if is_same:
-            reason = "other content, or an earlier version that went by names, sizes and times"
-            logger.info("%s was prepared before from %s (%s)", description, reason, path.parent)
-            return
 
 
 def _tokenizer(wanted: TokenizerSpec | Tokenizer, corpus: Corpus, root: Path, *, bos: bool, eos: bool) -> Tokenizer:

@@ -17,6 +17,7 @@ import numpy as np
 from titan_growth.data.splitting import TRAIN, VALIDATION
 from titan_growth.data.tokenizers import Tokenizer, load_tokenizer
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.logs import logger
 
 FORMAT_VERSION = 1
 META_NAME = "meta.json"
@@ -118,6 +119,22 @@ def open_prepared(folder: Path, *, checksums: bool = False) -> PreparedCorpus | 
         raise DamagedError(f"meta.json or the tokenizer is unreadable ({error})") from error
     except OSError as error:
         raise DataError(f"prepared data {folder}: cannot be read ({error.strerror}). Check its permissions") from error
+
+
+def say_if_prepared_before(folder: Path, facts: dict[str, Any], description: str) -> None:
+    """Work that is done once more is not done in silence: the content is another, or was not known by then."""
+    same = {key: value for key, value in facts.items() if key not in ("corpus", "format_version")}
+    for path in sorted(folder.parent.glob(f"*/{META_NAME}")):
+        try:
+            meta = json.loads(path.read_bytes())
+            meta["tokenizer"] = meta["tokenizer"]["fingerprint"]
+            is_same = meta["corpus"]["description"] == description and same.items() <= meta.items()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if is_same:
+            reason = "other content, or an earlier version that went by names, sizes and times"
+            logger.info("%s was prepared before from %s (%s)", description, reason, path.parent)
+            return
 
 
 def _crc32(path: Path) -> int:
