@@ -21,7 +21,7 @@ from titan_growth.liveness.heartbeat import Heartbeat
 from titan_growth.liveness.stop_signal import StopSignal
 from titan_growth.metrics.observers import Observers
 from titan_growth.run.data import RunData
-from titan_growth.run.start import RunStart
+from titan_growth.run.start import RunStart, require_same_data
 from titan_growth.run.state import RunState
 from titan_growth.tools.collectives import on_rank0, set_timeout, timeout_in_force
 from titan_growth.tools.device import Device
@@ -103,7 +103,7 @@ class Session:
     def _prepare(self, start: RunStart) -> None:
         """Prepares the run folder: sets later checkpoints aside and writes ledger and recipe."""
         start.log()
-        start.require_same_data(self.run_data)
+        require_same_data(start.checkpoint, self.run_data)
         section, step = start.recipe.checkpoint, start.checkpoint.step if start.checkpoint is not None else None
         if start.recipe.comm.mode == "default" and (start.fresh or (section.enable and not section.load_only)):
             self.checkpointer.begin(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 import shutil
@@ -61,6 +62,14 @@ def _other_corpus(folder: Path, _: ExitStack) -> None:
     (folder / "corpus.txt").write_text(" ".join(generator.choice(WORDS) for _ in range(4000)))
 
 
+def _twin_corpus(folder: Path, _: ExitStack) -> None:
+    """Another text of the same size under the same time."""
+    path = folder / "corpus.txt"
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 def _plain(folder: Path, _: ExitStack) -> None:
     (folder / "plain").mkdir()
 
@@ -110,6 +119,12 @@ RESUME = [
         "resume: other data",
         r"training\.dataset: step-4 was trained with another corpus .*Use that again",
         setup=_other_corpus,
+        resumes=True,
+    ),
+    Case(
+        "resume: other data of equal size and time",
+        r"training\.dataset: step-4 was trained with another corpus .*Use that again",
+        setup=_twin_corpus,
         resumes=True,
     ),
     Case(

@@ -18,12 +18,12 @@ def package() -> Structure:
 
 def test_the_package_keeps_its_shape(package: Structure) -> None:
     assert len(package.top_modules) <= 8
-    assert sum(package.lines.values()) <= 24_450
+    assert sum(package.lines.values()) <= 25_000
     assert package.long_files == []
     assert package.mean_length <= 9.7
     assert package.longest.length <= 57, package.longest
     assert package.documented >= 65
-    assert len(package.imports_in_functions) <= 72
+    assert len(package.imports_in_functions) <= 73
     assert len(package.tuple_functions) <= 17
     assert len(package.parsers) <= 2, package.parsers
     assert len(package.private_torch) <= 32

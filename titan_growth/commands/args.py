@@ -112,6 +112,11 @@ class CommandLine:
             action="append" if repeated else "store",
         )
 
+    def switch(self, flag: str, text: str) -> None:
+        """Adds `--flag`, which takes no value."""
+        self._flags.append(flag)
+        self._group.add_argument(flag, help=text, action="store_true")
+
     def words(self, metavar: str, text: str, *, dest: str, many: bool, missing: Problem | None = None) -> None:
         """Adds positional words: exactly one, or at least one."""
         self._words.append(dest)

@@ -28,7 +28,7 @@ store, is left to the ranks, which divide the reading."""
 
 def command_line() -> CommandLine:
     """The arguments of `check`."""
-    return CommandLine(
+    line = CommandLine(
         "check",
         """Checks a recipe as the ranks will see it, and prepares its data, without training: recipe, sizes, run folder,
         checkpoint, corpus. The environment variable WORLD_SIZE is the number of ranks (default: 1).""",
@@ -36,15 +36,19 @@ def command_line() -> CommandLine:
         statuses=f"0 a run can start, 2 problems, {NOTHING_TO_DO} the run is finished already",
         recipe=True,
     )
+    line.switch("--rehash", "Read corpora, prepared data and initial weights in full, to see whether any has changed.")
+    return line
 
 
 def main(argv: list[str]) -> int:
     """Checks a recipe as the ranks will see it; returns 0, 2 or `NOTHING_TO_DO`."""
-    if command_line().prints_help(argv):
+    line = command_line()
+    if line.prints_help(argv):
         return 0
     setup_logging(0)
     try:
-        return _check(argv)
+        args = line.read(argv)
+        return _check(args.recipe, args.rehash)
     except ConfigError as error:
         report_problems(error)
         return error.exit_status
@@ -64,12 +68,13 @@ def report_problems(error: ConfigError) -> None:
     )
 
 
-def _check(argv: list[str]) -> int:
+def _check(argv: list[str], rehash: bool) -> int:
     # Not at the top: a typo in a recipe need not wait for torch.
-    from titan_growth.run.data import prepare_run_data
+    from titan_growth.models.registry import vocab_size_of
+    from titan_growth.run.data import RunData, prepare_run_data
     from titan_growth.run.initial import check_initial
     from titan_growth.run.precision import slow_precision
-    from titan_growth.run.start import Finished, Site, is_finished, resolve
+    from titan_growth.run.start import Finished, Site, is_finished, require_same_data, resolve
     from titan_growth.tools.device import present_device_type
 
     recipe = _recipe(argv)
@@ -84,8 +89,13 @@ def _check(argv: list[str]) -> int:
         is_small = checkpoint.num_bytes <= READ_BYTES and not is_remote(checkpoint.path)
         return is_small or is_finished(now, checkpoint)  # when a run is finished, nobody looks at it again
 
+    def prepared() -> RunData:
+        return prepare_run_data(recipe, vocab_size_of(recipe.model), progress=True, rehash=rehash)
+
     start = resolve(recipe, site, reads_shards)
     if isinstance(start, Finished):
+        if rehash:
+            require_same_data(start.checkpoint, prepared())
         logger.info("%s", start.message)
         return NOTHING_TO_DO
     start.log()
@@ -95,8 +105,7 @@ def _check(argv: list[str]) -> int:
         _check_space(folder, start.plan)
         if start.checkpoint is None and recipe.checkpoint.enable and recipe.checkpoint.initial_load_path is not None:
             check_initial(start.plan)
-    run_data = prepare_run_data(recipe, start.plan.target.vocab_size, progress=True)
-    start.require_same_data(run_data)
+    require_same_data(start.checkpoint, prepared())
     return 0
 
 

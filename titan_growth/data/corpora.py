@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titan_growth.data import hub
+from titan_growth.data.content import ContentHashes, mark_of, marked
 from titan_growth.data.corpus import STDLIB, Corpus, CorpusSpec
 from titan_growth.data.readers import (
     KINDS,
@@ -84,7 +85,7 @@ def find_files(path: Path, forced_kind: str | None) -> list[SourceFile]:
             with reading(candidate):
                 status = candidate.stat()
             name = candidate.relative_to(base).as_posix()
-            files.append(SourceFile(candidate, name, kind, status.st_size, status.st_mtime_ns))
+            files.append(SourceFile(candidate, name, kind, status.st_size, mark_of(status)))
     return _usable(path, files, len(candidates) - len(files))
 
 
@@ -100,9 +101,9 @@ def find_remote_files(place: Remote, forced_kind: str | None) -> list[SourceFile
         raise DataError(f"{place}: {what}. Name a file, a folder or a glob that exists")
     files = []
     for entry in entries:
-        kind = _kind(entry.place, forced_kind, is_folder)
+        kind = _kind(entry.path, forced_kind, is_folder)
         if kind is not None:
-            files.append(SourceFile(entry.place, entry.name, kind, entry.size_bytes, entry.mark))
+            files.append(SourceFile(entry.path, entry.name, kind, entry.size_bytes, entry.mark, entry.is_versioned))
     return _usable(place, files, len(entries) - len(files))
 
 
@@ -118,8 +119,9 @@ def _usable(path: Path | Remote, files: list[SourceFile], num_skipped: int) -> l
     """The files in order. Raises DataError when there is nothing to read."""
     if not files:
         raise DataError(
-            f"{path}: no file of a known kind ({num_skipped} others). Known are .txt .text .md .py .json .jsonl "
-            '(also with .gz or .zst) and .parquet; dataset = "text", "json" or "parquet" reads a file or a glob as such'
+            f"{path}: no file of a known kind ({num_skipped} others). Known are .txt .text .md .py .json .jsonl (also "
+            "with .gz, .bz2, .xz or .zst) and .parquet. "
+            'With dataset = "text", "json" or "parquet" a file or a glob is read as such'
         )
     if num_skipped:
         logger.warning("%s: skipped %d files of other kinds", path, num_skipped)
@@ -163,11 +165,19 @@ class FileCorpus(Corpus):
         megabytes = sum(file.size_bytes for file in self.files) / 1e6
         return f"{self.origin} ({len(self.files)} files, {megabytes:.1f} MB)"
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, hashes: ContentHashes) -> str:
         # Plain text has no keys: another text_key must not cost a second preparation.
         key = None if all(file.kind == TEXT for file in self.files) else self.text_key
-        facts = [(file.name, file.kind, file.size_bytes, file.mark) for file in self.files]
+        contents = hashes.of(self._base, self.files)
+        facts = [(file.name, file.kind, content) for file, content in zip(self.files, contents, strict=True)]
         return _digest("files", [key, *facts])
+
+    @property
+    def _base(self) -> str:
+        """What the names of the files are relative to."""
+        first = self.files[0]
+        where = str(first.path.url) if isinstance(first.path, Remote) else str(first.path.absolute())
+        return where.removesuffix(first.name)
 
     def document_parts(self, start: int = 0) -> Iterator[Document]:
         skip = Skip(start)
@@ -200,9 +210,10 @@ class StdlibCorpus(Corpus):
         version = platform.python_version()
         return f"standard library of Python {version} ({len(self._sizes)} files, {self.num_bytes / 1e6:.1f} MB)"
 
-    def fingerprint(self) -> str:
-        # No mtimes: they record when Python was installed, and differ between equal nodes.
-        return _digest(STDLIB, [platform.python_version(), *self._sizes.items()])
+    def fingerprint(self, hashes: ContentHashes) -> str:
+        files = [marked(self._root / name, name) for name in self._sizes]
+        contents = hashes.of(str(self._root), files, skip_unreadable=True)
+        return _digest(STDLIB, zip(self._sizes, contents, strict=True))
 
     def document_parts(self, start: int = 0) -> Iterator[Document]:
         return itertools.islice(self._texts(), start, None)

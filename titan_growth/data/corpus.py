@@ -10,6 +10,7 @@ import abc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from titan_growth.data.content import ContentHashes
 from titan_growth.data.readers import Document
 
 STDLIB = "stdlib"
@@ -43,8 +44,8 @@ class Corpus(abc.ABC):
         """What it is and how large, in one line for logs."""
 
     @abc.abstractmethod
-    def fingerprint(self) -> str:
-        """A string that changes exactly when the inputs do."""
+    def fingerprint(self, hashes: ContentHashes) -> str:
+        """A string that changes exactly when the content of the inputs does, wherever they lie. Raises DataError."""
 
     @property
     @abc.abstractmethod

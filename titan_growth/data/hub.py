@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from titan_growth.data.content import ContentHashes, marked
 from titan_growth.data.corpus import Corpus, CorpusSpec
-from titan_growth.data.readers import Document, missing_key
+from titan_growth.data.readers import Document, missing_key, reading
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.packages import missing_package
 
@@ -30,7 +33,8 @@ class HubCorpus(Corpus):
     def __init__(self, origin: str, dataset: Any, text_key: str, identity: str) -> None:
         self._origin = origin
         self._text_key = text_key
-        self._identity = f"{identity}-{text_key}-{dataset._fingerprint}"
+        self._identity = f"{identity}-{text_key}-{len(dataset)}"
+        self._arrow_files = [Path(entry["filename"]) for entry in dataset.cache_files]
         if text_key not in dataset.column_names:
             raise DataError(missing_key(origin, text_key, list(dataset.column_names)))
         column_type = getattr(dataset.features[text_key], "dtype", "not a plain column")
@@ -49,8 +53,16 @@ class HubCorpus(Corpus):
     def describe(self) -> str:
         return f"{self._origin} ({len(self._dataset)} rows)"
 
-    def fingerprint(self) -> str:
-        return self._identity
+    def fingerprint(self, hashes: ContentHashes) -> str:
+        # Not the library's own fingerprint: a saved folder repeats the one it was saved with, whatever was put there.
+        if self._arrow_files:
+            base = self._arrow_files[0].parent
+            with reading(base):
+                files = [marked(path, os.path.relpath(path, base)) for path in self._arrow_files]
+            contents = hashes.of(str(base), files)
+        else:  # in memory, and so not large
+            contents = [hashlib.sha256(text.encode()).hexdigest() for text in self.documents()]
+        return f"{self._identity}-{hashlib.sha256(' '.join(contents).encode()).hexdigest()}"
 
     def document_parts(self, start: int = 0) -> Iterator[Document]:
         for first_row in range(start, len(self._dataset), _BATCH_ROWS):
@@ -78,7 +90,7 @@ def load_from_hub(spec: CorpusSpec) -> Corpus:
     name, usual_subset, own_split = _SHORT_NAMES.get(spec.dataset, (spec.dataset, None, None))
     subset, split = spec.subset or usual_subset, own_split or spec.split
     try:
-        # Not streamed: preparation resumes from any row, and needs the dataset's fingerprint.
+        # Not streamed: preparation resumes from any row, and the files are hashed.
         dataset = datasets.load_dataset(name, subset, split=split, streaming=False)
     except Exception as error:  # library, hub and network each raise their own
         raise DataError(

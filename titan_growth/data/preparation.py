@@ -23,9 +23,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from titan_growth.data.content import ContentHashes, Trust
 from titan_growth.data.corpora import open_corpus
 from titan_growth.data.corpus import Corpus, CorpusSpec
-from titan_growth.data.prepared import FORMAT_VERSION, META_NAME, DamagedError, PreparedCorpus, open_prepared
+from titan_growth.data.prepared import (
+    FORMAT_VERSION,
+    META_NAME,
+    DamagedError,
+    PreparedCorpus,
+    open_prepared,
+    say_if_prepared_before,
+)
 from titan_growth.data.shard_writer import SplitWriter
 from titan_growth.data.splitting import TRAIN, VALIDATION, Piece, SplitRule, cut, split_rule
 from titan_growth.data.storage import cache_root, exclusive, writing
@@ -37,6 +45,8 @@ from titan_growth.tools.logs import logger
 _JOURNAL_NAME = "journal.json"
 _BATCH_CHARS = 1 << 20
 _BATCH_PIECES = 1024
+_TRIES = 3
+"""How often a corpus may turn out to be another one than remembered before its preparation begins."""
 
 
 def prepare(
@@ -49,6 +59,7 @@ def prepare(
     cache_dir: Path | None = None,
     progress: bool = False,
     shard_tokens: int = 2**26,
+    rehash: bool = False,
 ) -> PreparedCorpus:
     """The prepared corpus, from the cache or made now.
 
@@ -58,6 +69,7 @@ def prepare(
     cache_dir: None for the default; see `storage.cache_root`.
     progress: show a bar on stderr if that is a terminal.
     shard_tokens: tokens per shard file if made now; does not change the stream.
+    rehash: read the corpus and what is prepared of it in full, trusting nothing that is remembered (`content`).
 
     One process does the work while others that want the same wait. Raises DataError for whatever is wrong with the
     corpus, the tokenizer or the cache.
@@ -65,37 +77,43 @@ def prepare(
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens must be positive, not {shard_tokens}")
     root = cache_root(cache_dir)
-    corpus = open_corpus(corpus_spec)
-    rule = split_rule(validation_fraction, corpus.num_bytes)
-    if isinstance(tokenizer, TokenizerSpec):
-        tokenizer = load_or_train(tokenizer, corpus, root)
-    for wanted, token, what in ((bos, tokenizer.bos_id, "BOS"), (eos, tokenizer.eos_id, "EOS")):
-        if wanted and token is None:
-            raise DataError(f"tokenizer {tokenizer.name}: it has no {what} token. Set data.{what.lower()} = false")
-    facts = {
-        "format_version": FORMAT_VERSION,
-        "corpus": corpus.fingerprint(),
-        "tokenizer": tokenizer.fingerprint(),
-        "bos": bos,
-        "eos": eos,
-        "validation_fraction": validation_fraction,
-    }
-    folder = root / "prepared" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    if found := _open_or_none(folder, report_damage=False):
-        return found
-    with exclusive(folder.with_suffix(".lock"), "preparing the corpus"):
-        if found := _open_or_none(folder, report_damage=True):
+    hashes = ContentHashes(root, Trust.NOTHING if rehash else Trust.REMEMBERED)
+    settings = {"bos": bos, "eos": eos, "validation_fraction": validation_fraction}
+    for _ in range(_TRIES):
+        corpus = open_corpus(corpus_spec)
+        rule = split_rule(validation_fraction, corpus.num_bytes)
+        content = corpus.fingerprint(hashes)
+        made_of = _tokenizer(tokenizer, corpus, root, bos=bos, eos=eos)
+        facts = {"format_version": FORMAT_VERSION, "corpus": content, "tokenizer": made_of.fingerprint(), **settings}
+        folder = root / "prepared" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        if not rehash and (found := _open_or_none(folder, report_damage=False)):
             return found
-        with writing(folder):
-            _Job(corpus_spec, corpus, tokenizer, folder, facts, rule, shard_tokens, progress).run()
-        if found := _open_or_none(folder, report_damage=True):
-            return found
+        with exclusive(folder.with_suffix(".lock"), "preparing the corpus"):
+            if found := _open_or_none(folder, report_damage=True, checksums=rehash):
+                return found
+            trusted, hashes = hashes.took_on_trust, hashes.renewed()
+            if trusted and corpus.fingerprint(hashes) != content:
+                continue  # known by what its files hold now
+            say_if_prepared_before(folder, facts, corpus.describe())
+            with writing(folder):
+                _Job(corpus_spec, corpus, made_of, folder, facts, rule, hashes, shard_tokens, progress).run()
+            if found := _open_or_none(folder, report_damage=True):
+                return found
     raise DataError(f"prepared data {folder}: changed while it was being made. See that nothing cleans the cache")
 
 
-def _open_or_none(folder: Path, report_damage: bool) -> PreparedCorpus | None:
+def _tokenizer(wanted: TokenizerSpec | Tokenizer, corpus: Corpus, root: Path, *, bos: bool, eos: bool) -> Tokenizer:
+    """The tokenizer, which has the special tokens that are asked for. Raises DataError."""
+    tokenizer = load_or_train(wanted, corpus, root) if isinstance(wanted, TokenizerSpec) else wanted
+    for is_wanted, token, what in ((bos, tokenizer.bos_id, "BOS"), (eos, tokenizer.eos_id, "EOS")):
+        if is_wanted and token is None:
+            raise DataError(f"tokenizer {tokenizer.name}: it has no {what} token. Set data.{what.lower()} = false")
+    return tokenizer
+
+
+def _open_or_none(folder: Path, report_damage: bool, checksums: bool = False) -> PreparedCorpus | None:
     try:
-        return open_prepared(folder)
+        return open_prepared(folder, checksums=checksums)
     except DamagedError as damage:
         if report_damage:
             logger.warning("prepared data %s is damaged (%s) and is made again", folder, damage)
@@ -125,6 +143,7 @@ class _Job:
     folder: Path
     facts: dict[str, Any]
     rule: SplitRule
+    hashes: ContentHashes
     shard_tokens: int
     progress: bool
     at: _Position = field(default_factory=_Position)
@@ -148,7 +167,7 @@ class _Job:
             num_tokens = sum(writer.num_tokens for writer in writers.values())
             if num_tokens == 0:
                 raise DataError(f"{self.corpus.describe()}: holds no text to train on. Use another corpus")
-            if open_corpus(self.corpus_spec).fingerprint() != self.facts["corpus"]:
+            if open_corpus(self.corpus_spec).fingerprint(self.hashes.renewed()) != self.facts["corpus"]:
                 raise DataError(f"{self.corpus.describe()}: the corpus changed while it was prepared. Start again")
             self._commit({name: writer.finish() for name, writer in writers.items()})
         finally:

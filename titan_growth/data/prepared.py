@@ -7,6 +7,7 @@ the token offsets of document starts (`train.idx`, uint64); the tokenizer's file
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from titan_growth.data.splitting import TRAIN, VALIDATION
 from titan_growth.data.tokenizers import Tokenizer, load_tokenizer
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.logs import logger
 
 FORMAT_VERSION = 1
 META_NAME = "meta.json"
@@ -90,14 +92,19 @@ class PreparedCorpus:
     meta: dict[str, Any]
 
 
-def open_prepared(folder: Path) -> PreparedCorpus | None:
-    """Open a prepared folder; None if it is not finished. Raises DamagedError if files do not match meta.json."""
+def open_prepared(folder: Path, *, checksums: bool = False) -> PreparedCorpus | None:
+    """Open a prepared folder; None if it is not finished. Raises DamagedError if files do not match meta.json.
+
+    checksums: compare them too, which reads every file.
+    """
     try:
         meta = json.loads((folder / META_NAME).read_bytes())
         for facts in _file_facts(meta):
             size = (folder / facts["file"]).stat().st_size
             if size != facts["size_bytes"]:
                 raise DamagedError(f"{facts['file']} has {size:,} bytes instead of {facts['size_bytes']:,}")
+            if checksums and _crc32(folder / facts["file"]) != facts["crc32"]:
+                raise DamagedError(f"{facts['file']} does not match its checksum")
         splits = {name: TokenSplit(name, folder, facts, meta["dtype"]) for name, facts in meta["splits"].items()}
         tokenizer = load_tokenizer(folder)
         if tokenizer.fingerprint() != meta["tokenizer"]["fingerprint"]:
@@ -112,6 +119,30 @@ def open_prepared(folder: Path) -> PreparedCorpus | None:
         raise DamagedError(f"meta.json or the tokenizer is unreadable ({error})") from error
     except OSError as error:
         raise DataError(f"prepared data {folder}: cannot be read ({error.strerror}). Check its permissions") from error
+
+
+def say_if_prepared_before(folder: Path, facts: dict[str, Any], description: str) -> None:
+    """Work that is done once more is not done in silence: the content is another, or was not known by then."""
+    same = {key: value for key, value in facts.items() if key not in ("corpus", "format_version")}
+    for path in sorted(folder.parent.glob(f"*/{META_NAME}")):
+        try:
+            meta = json.loads(path.read_bytes())
+            meta["tokenizer"] = meta["tokenizer"]["fingerprint"]
+            is_same = meta["corpus"]["description"] == description and same.items() <= meta.items()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if is_same:
+            reason = "other content, or an earlier version that went by names, sizes and times"
+            logger.info("%s was prepared before from %s (%s)", description, reason, path.parent)
+            return
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 def _file_facts(meta: dict[str, Any]) -> list[dict[str, Any]]:

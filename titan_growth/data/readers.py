@@ -6,12 +6,14 @@ Every error names the file and the position in it.
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import contextlib
 import gzip
 import json
+import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -29,7 +31,8 @@ _KIND_OF_SUFFIX = {
     **dict.fromkeys((".json", ".jsonl", ".jsonlines", ".ndjson"), JSON),
     ".parquet": PARQUET,
 }
-_COMPRESSIONS = (".gz", ".zst")
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+_LIBRARY_READERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _PARQUET_BATCH_ROWS = 256
 _TYPICAL_COMPRESSION = 3  # of text; only progress bars and the size of validation pieces depend on it
 
@@ -45,8 +48,10 @@ class SourceFile:
     name: str
     kind: str
     size_bytes: int
-    mark: int | str
-    """Changes when the file does: its mtime in ns, or the storage's ETag or the like (`remote`)."""
+    mark: str
+    """Changes when the file does: inode and times, or the storage's ETag or the like (`remote`)."""
+    is_versioned: bool = False
+    """Whether the mark is a version that the storage gives, and no mere time."""
 
     @property
     def approximate_text_bytes(self) -> int:
@@ -92,7 +97,7 @@ def reading(path: Path | Remote) -> Iterator[None]:
     except FileNotFoundError as error:
         fix = "Check the URL" if remote else "Check the path (dataset_path, tokenizer path)"
         raise DataError(f"{path}: does not exist. {fix}") from error
-    except (EOFError, zlib.error) as error:
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(
             f"{path}: the compressed data is truncated or damaged ({error}). Copy or download it again"
         ) from error
@@ -117,7 +122,7 @@ def read_documents(file: SourceFile, text_key: str, skip: Skip) -> Iterator[Docu
 
 
 def read_text(path: Path | Remote) -> Iterator[str]:
-    """A plain (or .gz, .zst) text file as parts of about 1 MiB; a byte order mark is dropped. Raises DataError."""
+    """A plain (or compressed) text file as parts of about 1 MiB; a byte order mark is dropped. Raises DataError."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     num_bytes = 0
     with reading(path), _open(path) as stream:
@@ -240,8 +245,8 @@ def _open(path: Path | Remote) -> Iterator[Any]:
     """The file's bytes, decompressed, as a binary stream."""
     with path.open() if isinstance(path, Remote) else open(path, "rb") as stored:
         suffix = path.suffix.lower()
-        if suffix == ".gz":
-            with gzip.open(stored, "rb") as stream:
+        if suffix in _LIBRARY_READERS:
+            with _LIBRARY_READERS[suffix](stored) as stream:
                 yield stream
         else:
             yield buffered(unzstd(stored)) if suffix == ".zst" else stored

@@ -1,7 +1,8 @@
 """Corpora and tokenizers by URL, in any storage that fsspec knows.
 
-Text is streamed from storage, and its tokens go into the local cache: training never touches storage. A file is
-identified by the storage's ETag or the like, else by its mtime. fsspec caches listings, so caches are dropped first.
+Text is streamed from storage, and its tokens go into the local cache: training never touches storage. An ETag or the
+like tells versions of one object apart, and times do so less surely; neither is compared between objects (`content`).
+fsspec caches listings, so caches are dropped first.
 
 Every message about a place in storage begins with the recipe's key and the URL, which is how a `Remote` prints.
 """
@@ -28,11 +29,10 @@ from titan_growth.tools.logs import logger
 if TYPE_CHECKING:
     from upath import UPath
 
-_MARKS = (
-    *("ETag", "etag", "e_tag", "md5Hash", "content_md5", "Content-MD5", "Digest", "blob_id", "generation"),
-    *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modified", "created"),
-)
-"""Names that storages give a hash of the content, then to the mtime; the first one present counts."""
+_VERSIONS = ("ETag", "etag", "e_tag", "md5Hash", "content_md5", "Content-MD5", "Digest", "blob_id", "generation")
+"""Names that storages give to a version or a hash of the content; the first one present counts."""
+_TIMES = ("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modified", "created", "ino")
+"""Where there is no version: all that are present count."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,16 @@ class Remote:
 
 @dataclass(frozen=True)
 class RemoteEntry:
-    """A file of a listing: its name relative to what was listed, its size, and a mark that changes when it does."""
+    """A file of a listing."""
 
-    place: Remote
+    path: Remote
     name: str
+    """Relative to what was listed."""
     size_bytes: int
     mark: str
+    """Changes when the file does, as far as the storage can tell; empty if it cannot."""
+    is_versioned: bool
+    """Whether the mark is a version, and no mere time."""
 
 
 class Listing(NamedTuple):
@@ -122,15 +126,21 @@ def _marked(entries: list[RemoteEntry]) -> list[RemoteEntry]:
     """The entries, with a warning where one has no mark."""
     unmarked = [entry for entry in entries if not entry.mark]
     if unmarked:
-        logger.warning("%s: the storage gives no ETag or time, so only a change of size is noticed", unmarked[0].place)
+        logger.warning(
+            "%s: the storage gives no ETag or time, so only a change of size is noticed at once; any other at the next "
+            "preparation, or by check --rehash",
+            unmarked[0].path,
+        )
     return entries
 
 
 def _entry(place: Remote, name: str, info: dict[str, Any]) -> RemoteEntry:
     if info.get("size") is None:
         raise DataError(f"{place}: the storage does not say how large it is. Copy it to a disk or another storage")
-    mark = next((str(info[key]).strip('"') for key in _MARKS if info.get(key)), "")
-    return RemoteEntry(place, name, info["size"], mark)
+    version = next((str(info[key]).strip('"') for key in _VERSIONS if info.get(key)), "")
+    is_versioned = bool(version) and not version.startswith("W/")  # which HTTP calls a weak one
+    times = " ".join(f"{key} {info[key]}" for key in _TIMES if info.get(key))
+    return RemoteEntry(place, name, info["size"], version or times, is_versioned)
 
 
 def fetch(place: Remote, names: Sequence[str], companions: Sequence[str], cache: Path) -> Path:
@@ -150,17 +160,22 @@ def fetch(place: Remote, names: Sequence[str], companions: Sequence[str], cache:
     if main is None:
         raise DataError(f"{place}: the folder holds no {' or '.join(names[:2])}. Name a folder or a file that has one")
     entries = [entry for name in companions if (entry := _look(place, folder, name))] + [main]
-    facts = [str(folder), *((entry.name, entry.size_bytes, entry.mark) for entry in entries)]
+    # A file without a version is fetched to see whether it has changed: tokenizers are small.
+    fetched = {entry.name: _content(entry) for entry in entries if not entry.is_versioned}
+    marks = {name: hashlib.sha256(content).hexdigest() for name, content in fetched.items()}
+    facts = [str(folder), *((entry.name, entry.size_bytes, marks.get(entry.name, entry.mark)) for entry in entries)]
     copies = cache / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     if not (copies / main.name).is_file():
         with exclusive(copies.with_suffix(".lock"), f"fetching {place.url}"):
             if not (copies / main.name).is_file():
-                contents = {entry.name: _content(entry) for entry in entries}
+                contents = {
+                    entry.name: fetched[entry.name] if entry.name in fetched else _content(entry) for entry in entries
+                }
                 with writing(copies):
                     copies.mkdir(exist_ok=True)
                     for name, content in contents.items():  # the main one, last, marks the copy complete
                         write_atomic(copies / name, content)
-                logger.info("fetched %s", main.place.url)
+                logger.info("fetched %s", main.path.url)
     return copies / main.name
 
 
@@ -171,7 +186,7 @@ def _look(place: Remote, folder: UPath, name: str) -> RemoteEntry | None:
 
 
 def _content(entry: RemoteEntry) -> bytes:
-    with entry.place.open() as stream:
+    with entry.path.open() as stream:
         return stream.read()
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titan_growth.data.content import ContentHashes
 from titan_growth.data.corpus import Corpus
 from titan_growth.data.readers import reading
 from titan_growth.data.remote import Remote, fetch, place_of
@@ -275,8 +276,9 @@ def _load(key: str, source: str, kind: str, cache_dir: Path | None) -> Tokenizer
 
 
 def _trained(vocab_size: int, corpus: Corpus, cache_dir: Path | None) -> Tokenizer:
-    folder = cache_root(cache_dir) / "tokenizers"
-    facts = f"{TRAINER_VERSION} {vocab_size} {corpus.fingerprint()}"
+    root = cache_root(cache_dir)
+    folder = root / "tokenizers"
+    facts = f"{TRAINER_VERSION} {vocab_size} {corpus.fingerprint(ContentHashes(root))}"
     path = folder / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.model"
     if not path.is_file():
         with exclusive(path.with_suffix(".lock"), "training the tokenizer"):

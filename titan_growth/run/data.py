@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.data.blocks import BlockDataset
+from titan_growth.data.content import ContentHashes, Trust
 from titan_growth.data.corpus import CorpusSpec
 from titan_growth.data.loader import BatchLoader
 from titan_growth.data.preparation import prepare
 from titan_growth.data.prepared import PreparedCorpus, TokenSplit
+from titan_growth.data.storage import cache_root
 from titan_growth.data.tokenizers import TokenizerSpec
 from titan_growth.layout.mesh import Mesh
-from titan_growth.tools.errors import DataError, Problem
+from titan_growth.run.inputs import input_hashes
+from titan_growth.tools.errors import DataError
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import is_remote
 from titan_growth.tools.logs import logger
@@ -39,32 +42,17 @@ class RunData:
     corpus: PreparedCorpus
     validation: TokenSplit | None
     """What is validated on: another corpus, or the held-out part of the training corpus."""
+    others: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of a validation corpus of its own, and of what else the run reads (`inputs`)."""
 
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint remembers, by content: moving or copying the files changes nothing."""
-        splits = json.dumps(self.corpus.meta["splits"], sort_keys=True).encode()
         return {
-            "corpus": hashlib.sha256(splits).hexdigest()[:16],
+            "corpus": _tokens(self.corpus),
             "tokenizer": self.corpus.meta["tokenizer"]["fingerprint"][:16],
             "description": self.corpus.description,
+            **self.others,
         }
-
-    def changes_since(self, before: dict[str, Any], step_name: str) -> list[Problem]:
-        """What a checkpoint's fingerprints say against going on with this data: at most one problem.
-
-        The cursor and the random states of a run mean nothing on other tokens. Another tokenizer makes other tokens of
-        the same corpus, so with it the corpus is not a second problem.
-        """
-        now = self.fingerprints()
-        for part, key in (("tokenizer", "data.tokenizer"), ("corpus", "training.dataset")):
-            if part in before and before[part] != now[part]:
-                message = (
-                    f"{step_name} was trained with another {part} ({before[part]}; the recipe's is {now[part]}). "
-                    f"Its data was: {before.get('description', 'not known')}"
-                )
-                hint = "Use that again, or name another job.dump_folder to start a new run"
-                return [Problem(key, message, hint)]
-        return []
 
     def loader(self, recipe: Recipe, mesh: Mesh, cursor: int, base_seq_len: int) -> BatchLoader:
         """This rank's global batches from a cursor on, which counts blocks of `base_seq_len`, in the seed's order."""
@@ -88,11 +76,17 @@ class RunData:
         return BlockDataset(self.validation, seq_len, recipe.data.document_mask, seed=0, shuffle=False)
 
 
-def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool) -> RunData:
+def _tokens(corpus: PreparedCorpus) -> str:
+    """Fingerprint of the tokens of a prepared corpus, whatever files they came from."""
+    return hashlib.sha256(json.dumps(corpus.meta["splits"], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool, rehash: bool = False) -> RunData:
     """Prepares (or finds prepared) what the recipe trains and validates on.
 
     Args:
         progress: this process speaks for all: it shows a bar on a terminal, and warns of what stands in for what.
+        rehash: read every file that identifies the data, whatever the cache remembers of it.
 
     Raises:
         DataError: for anything wrong with corpus, tokenizer or cache, or a split too small for one sequence.
@@ -103,14 +97,20 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool) -> RunD
         logger.warning("%s", warning)
     data, training, validation = recipe.data, recipe.training, recipe.validation
     cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else None
-    settings: dict[str, Any] = {"bos": data.bos, "eos": data.eos, "cache_dir": cache_dir, "progress": progress}
+    settings: dict[str, Any] = {
+        "bos": data.bos,
+        "eos": data.eos,
+        "cache_dir": cache_dir,
+        "progress": progress,
+        "rehash": rehash,
+    }
     corpus = prepare(
         CorpusSpec(training.dataset, training.dataset_path, data.text_key, data.split, data.subset),
         TokenizerSpec(data.tokenizer, data.tokenizer_path, recipe.model.hf_assets_path, vocab_size),
         validation_fraction=data.validation_fraction,
         **settings,
     )
-    held_out = corpus.validation
+    held_out, others = corpus.validation, {}
     if validation.enable and (validation.dataset is not None or validation.dataset_path is not None):
         other = CorpusSpec(
             validation.dataset or training.dataset,
@@ -120,7 +120,9 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool) -> RunD
             data.subset,
             key="validation.dataset_path",
         )
-        held_out = prepare(other, corpus.tokenizer, validation_fraction=0.0, **settings).train
+        separate = prepare(other, corpus.tokenizer, validation_fraction=0.0, **settings)
+        held_out = separate.train
+        others = {"validation": _tokens(separate), "validation_description": separate.description}
     longest = max([training.seq_len, *(planned.seq_len or 0 for planned in recipe.growth.active_stages)])
     _require_sequence(corpus.train, longest)
     if validation.enable and held_out is not None:
@@ -130,7 +132,8 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool) -> RunD
             raise DataError(
                 f"validation: {error}; or raise data.validation_fraction, or set validation.dataset_path"
             ) from None
-    return RunData(corpus, held_out)
+    hashes = ContentHashes(cache_root(cache_dir), Trust.NOTHING if rehash else Trust.REMEMBERED)
+    return RunData(corpus, held_out, {**others, **input_hashes(recipe, hashes)})
 
 
 def _require_sequence(split: TokenSplit, seq_len: int) -> None:

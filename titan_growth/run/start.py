@@ -21,6 +21,7 @@ from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.run.data import RunData
 from titan_growth.run.fresh import require_fresh
+from titan_growth.run.inputs import changes_since
 from titan_growth.run.plan import ResumePoint, RunPlan, plan_run
 from titan_growth.run.precision import Precision, decide_precision
 from titan_growth.run.resume import compare, decided_before, num_growths_of
@@ -92,16 +93,19 @@ class RunStart:
         if self.precision.reason:
             logger.info("%s", self.precision)
 
-    def require_same_data(self, data: RunData) -> None:
-        """Raises ConfigError when the checkpoint was trained on other data."""
-        if self.checkpoint is None:
-            return
-        if problems := data.changes_since(self.checkpoint.manifest.data, self.checkpoint.path.name):
-            raise ConfigError(problems)
-
     def back_to(self, checkpoint: StepFolder) -> RunStart:
         """The start of the same run from an earlier checkpoint."""
         return start_from(checkpoint, self.recipe, self.site, self.load_step)
+
+
+def require_same_data(checkpoint: StepFolder | None, data: RunData) -> None:
+    """Warns of what has changed without harm. Raises ConfigError when a checkpoint was trained on other data."""
+    if checkpoint is None:
+        return
+    found = changes_since(checkpoint.manifest.data, data.fingerprints(), checkpoint.path.name)
+    for warning in found.warnings:
+        logger.warning("%s", warning)
+    found.raise_if_any()
 
 
 ReadsShards = Callable[[StepFolder, Recipe], bool]

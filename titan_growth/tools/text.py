@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def many(number: int, word: str) -> str:
     """`1 layer`, `2 layers`, `1,000 batches`."""
@@ -22,3 +24,9 @@ def one_line(text: str, max_length: int = 2000) -> str:
     )
     shown = " ".join(shown.split())
     return shown if len(text) <= max_length else shown + "..."
+
+
+def some(names: Sequence[str], num_shown: int = 5) -> str:
+    """`a, b and 3 more`: the first names, on one line."""
+    shown = ", ".join(one_line(name, 200) for name in names[:num_shown])
+    return shown if len(names) <= num_shown else f"{shown} and {len(names) - num_shown:,} more"

@@ -24,7 +24,7 @@ OWN = {
     "--lr --warmup-steps --global-batch-size --local-batch-size --seq-len",
     "plot": "NAME=RUN --to --title",
     "plan": "--world-size --device --job.config_file --section.key",
-    "check": "--job.config_file --section.key",
+    "check": "--rehash --job.config_file --section.key",
 }
 """Command -> all its arguments."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ import pytest
 import zstandard
 
 import titan_growth
+from titan_growth.data.content import ContentHashes
 from titan_growth.data.corpora import find_files, open_corpus
 from titan_growth.data.corpus import CorpusSpec
 from titan_growth.tools.errors import DataError
@@ -50,17 +54,20 @@ def mixed(tmp_path: Path) -> Path:
     pq.write_table(pa.table({"text": ["e0", "e1", "e2"], "n": [1, 2, 3]}), folder / "e.parquet", row_group_size=2)
     (folder / "f.txt.gz").write_bytes(gzip.compress(b"f"))
     (folder / "g.txt.zst").write_bytes(compressor.compress(b"g"))
+    (folder / "g.txt.zz.bz2").write_bytes(b"no kind")
+    (folder / "g1.jsonl.bz2").write_bytes(bz2.compress(lines({"text": "g1"}).encode()))
+    (folder / "g2.txt.XZ").write_bytes(lzma.compress(b"g2"))
     (folder / "picture.png").write_bytes(b"\x89PNG")
     (folder / "sub" / "h.md").write_text("h")
     return folder
 
 
-EXPECTED = ["one\r\ntwo", "b0", "b1 é", "c0", "c1", "d0", "d1", "e0", "e1", "e2", "f", "g", "h"]
+EXPECTED = ["one\r\ntwo", "b0", "b1 é", "c0", "c1", "d0", "d1", "e0", "e1", "e2", "f", "g", "g1", "g2", "h"]
 
 
 def test_folder_of_all_kinds_is_read_in_order(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read(mixed) == EXPECTED
-    assert [record.message for record in caplog.records] == [f"{mixed}: skipped 1 files of other kinds"]
+    assert [record.message for record in caplog.records] == [f"{mixed}: skipped 2 files of other kinds"]
 
 
 @pytest.mark.parametrize("start", range(len(EXPECTED) + 1))
@@ -70,26 +77,32 @@ def test_reading_resumes_at_any_document(mixed: Path, start: int) -> None:
 
 def test_file_and_glob_and_forced_kind(mixed: Path, tmp_path: Path) -> None:
     assert read(mixed / "b.jsonl", "c4") == ["b0", "b1 é"]
-    assert read(f"{mixed}/**/*.[tm][xd]*", "c4") == ["one\r\ntwo", "f", "g", "h"]
+    assert read(f"{mixed}/**/*.[tm][xd]*", "c4") == ["one\r\ntwo", "f", "g", "g2", "h"]
     assert read(mixed, "parquet") == ["e0", "e1", "e2"]
     (tmp_path / "records.log").write_text(lines({"body": "x"}))
     assert read(tmp_path / "records.log", "json", "body") == ["x"]
     assert read(tmp_path / "records.log", "text") == ['{"body": "x"}\n']
 
 
-def test_fingerprint_follows_the_inputs_but_not_their_place(mixed: Path, tmp_path: Path) -> None:
-    def fingerprint(path: Path, key: str = "text") -> str:
-        return open_corpus(CorpusSpec("c4", str(path), text_key=key)).fingerprint()
+def fingerprint(cache: Path, path: Path | None, key: str = "text", split: str = "train") -> str:
+    spec = CorpusSpec("c4", str(path), text_key=key, split=split) if path else CorpusSpec()
+    return open_corpus(spec).fingerprint(ContentHashes(cache))
 
-    before = fingerprint(mixed)
+
+def test_fingerprint_follows_the_content_and_neither_place_nor_time(mixed: Path, tmp_path: Path) -> None:
+    before = fingerprint(tmp_path, mixed)
     moved = mixed.rename(tmp_path / "moved")
-    assert fingerprint(moved) == before
-    assert fingerprint(moved, "body") != before
     os.utime(moved / "a.txt", ns=(1, 1))
-    touched = fingerprint(moved)
-    assert touched != before
+    assert fingerprint(tmp_path, moved) == before
+    assert fingerprint(tmp_path, moved, "body") != before
+    status = (moved / "a.txt").stat()
+    (moved / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwx")
+    os.utime(moved / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (moved / "a.txt").stat().st_size == status.st_size
+    changed = fingerprint(tmp_path, moved)
+    assert changed != before
     (moved / "a.txt").rename(moved / "aa.txt")
-    assert fingerprint(moved) != touched
+    assert fingerprint(tmp_path, moved) not in (before, changed)
 
 
 def test_stdlib_is_real_text_without_tests() -> None:
@@ -99,13 +112,6 @@ def test_stdlib_is_real_text_without_tests() -> None:
     assert any("class OrderedDict(dict)" in text for text in documents)
     assert not any("class TestBaseException" in text for text in documents)
     assert list(corpus.documents(start=700)) == documents[700:]
-    assert open_corpus(CorpusSpec()).fingerprint() == corpus.fingerprint()
-
-
-def test_stdlib_fingerprint_includes_the_python_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = open_corpus(CorpusSpec()).fingerprint()
-    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
-    assert open_corpus(CorpusSpec()).fingerprint() != before
 
 
 def test_stdlib_skips_unreadable_files_with_one_log_line(
@@ -117,6 +123,10 @@ def test_stdlib_skips_unreadable_files_with_one_log_line(
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     assert list(open_corpus(CorpusSpec()).documents()) == ["a", "c"]
     assert "skipped 1 files" in caplog.text
+    before = fingerprint(tmp_path, None)
+    assert fingerprint(tmp_path, None) == before
+    (tmp_path / "c.py").write_bytes(b"d")
+    assert fingerprint(tmp_path, None) != before
 
 
 def test_utf8_across_chunk_borders(tmp_path: Path) -> None:
@@ -138,6 +148,16 @@ BROKEN = {
         gzip.compress(os.urandom(5000))[:-900],
         r"truncated\.txt\.gz: the compressed data is truncated",
     ),
+    "truncated.txt.bz2": (
+        bz2.compress(os.urandom(5000))[:-900],
+        r"truncated\.txt\.bz2: the compressed data is truncated",
+    ),
+    "truncated.txt.xz": (
+        lzma.compress(os.urandom(5000))[:-900],
+        r"truncated\.txt\.xz: the compressed data is truncated",
+    ),
+    "not.txt.bz2": (b"plain", r"not\.txt\.bz2: cannot be read \(Invalid data stream"),
+    "not.txt.xz": (b"plain", r"not\.txt\.xz: the compressed data is truncated or damaged \(Input format"),
     "not.txt.gz": (b"plain", r"not\.txt\.gz: cannot be read \(Not a gzipped file"),
     "cut.txt.zst": (zstandard.compress(os.urandom(5000))[:-900], r"cut\.txt\.zst: the compressed data is truncated"),
     "not.txt.zst": (b"plain text", r"not\.txt\.zst: the compressed data is truncated or damaged"),
@@ -197,7 +217,6 @@ def test_missing_and_unusable_paths(tmp_path: Path) -> None:
 @pytest.fixture
 def locked_file() -> Iterator[Path]:
     """A file that this process may not read, also where the tests run as root."""
-    import shutil
     import tempfile
 
     folder = Path(tempfile.mkdtemp(prefix="titan_growth_test_"))
@@ -229,6 +248,13 @@ def test_saved_dataset_folder(tmp_path: Path) -> None:
     assert read(tmp_path / "one") == rows
     assert read(tmp_path / "one", start=300) == rows[300:]
     assert read(tmp_path / "dict", split="tail") == ["row 1"]
+    before = fingerprint(tmp_path, tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+    assert fingerprint(tmp_path, tmp_path / "other") == before
+    datasets.Dataset.from_dict({"text": rows[::-1], "n": list(range(600))}).save_to_disk(tmp_path / "reversed")
+    # The library's own fingerprint is in state.json, which stays.
+    shutil.copy(tmp_path / "reversed" / "data-00000-of-00001.arrow", tmp_path / "other")
+    assert fingerprint(tmp_path, tmp_path / "other") != before
     with pytest.raises(DataError, match=r"no split 'test'; it has: train, tail"):
         read(tmp_path / "dict", split="test")
     with pytest.raises(DataError, match=r"no field 'body'; it has: text, n"):

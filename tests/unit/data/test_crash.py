@@ -41,7 +41,7 @@ if event:
 if event == "append":
     shard_writer.SplitWriter.append = dying(shard_writer.SplitWriter.append)
 if event == "replace":
-    os.replace = dying(os.replace)
+    os.replace = dying(os.replace, "journal.json")
 if event == "commit":
     os.replace = dying(os.replace, "meta.json")
 ready, go = Path(corpus + ".ready"), Path(corpus + ".go")

@@ -15,6 +15,8 @@ import pytest
 
 import titan_growth
 from tests.unit.data.checksums import assert_checksums
+from titan_growth.data import content
+from titan_growth.data.content import mark_of
 from titan_growth.data.corpus import CorpusSpec
 from titan_growth.data.preparation import prepare
 from titan_growth.data.prepared import PreparedCorpus, TokenSplit
@@ -160,6 +162,94 @@ def test_whatever_matters_changes_the_folder(tmp_path: Path) -> None:
     write_corpus(tmp_path / "c", ["some text here", "less of it."])
     folders.append(prepared(spec).folder)
     assert len(set(folders)) == len(folders)
+
+
+def twins(tmp_path: Path) -> tuple[CorpusSpec, CorpusSpec]:
+    """Two corpora of equal names, sizes and times, as archives and images unpack them."""
+    specs = []
+    for name, text in (("one", "some text"), ("other", "else text")):
+        specs.append(write_corpus(tmp_path / name, [text]))
+        os.utime(tmp_path / name / "corpus.jsonl", ns=(0, 0))
+    sizes = {(Path(spec.dataset_path or "") / "corpus.jsonl").stat().st_size for spec in specs}
+    assert len(sizes) == 1
+    return specs[0], specs[1]
+
+
+def test_equal_names_sizes_and_times_are_two_preparations(tmp_path: Path) -> None:
+    one, other = twins(tmp_path)
+    texts = [bytes(documents_of(prepared(spec).train)[0][1:-1]) for spec in (one, other)]
+    assert texts == [b"some text", b"else text"]
+    tokenizers = [
+        prepare(spec, TokenizerSpec(vocab_size=270), bos=True, eos=True, validation_fraction=0.0).tokenizer
+        for spec in (one, other)
+    ]
+    assert tokenizers[0].fingerprint() != tokenizers[1].fingerprint()
+
+
+def test_a_moved_corpus_and_one_with_other_times_is_found_prepared(tmp_path: Path) -> None:
+    spec = write_corpus(tmp_path / "c", ["text"])
+    folder = prepared(spec).folder
+    (tmp_path / "c").rename(tmp_path / "moved")
+    os.utime(tmp_path / "moved" / "corpus.jsonl", ns=(1, 1))
+    assert prepared(CorpusSpec("json", str(tmp_path / "moved"))).folder == folder
+
+
+def test_what_an_earlier_version_prepared_is_made_again_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its name holds no content, so it may be of a twin. Its tokens are the same, so a run goes on."""
+    caplog.set_level(logging.INFO, "titan_growth")
+    spec = write_corpus(tmp_path / "c", ["some text"])
+    before = prepared(spec)
+    meta = json.loads((before.folder / "meta.json").read_bytes())
+    meta["corpus"]["fingerprint"] = "files-" + "0" * 64
+    (before.folder / "meta.json").write_text(json.dumps(meta))
+    before.folder.rename(before.folder.with_name("0" * 32))
+    caplog.clear()
+    after = prepared(spec)
+    assert after.meta["splits"] == before.meta["splits"]
+    assert "was prepared before from other content, or an earlier version" in caplog.text
+
+
+def pretend_remembered(cache: Path, corpus: Path) -> None:
+    """Puts the present mark of every file of a folder beside the hash that it had."""
+    for table in cache.glob("hashes/*.json"):
+        kept = json.loads(table.read_bytes())
+        for name, entry in kept["files"].items():
+            entry[1] = mark_of((corpus / name).stat())
+        kept.pop("sha256")
+        table.write_text(json.dumps({**kept, "sha256": content._seal(kept)}))
+
+
+@pytest.mark.parametrize("how", ["preparation", "rehash"])
+def test_a_change_that_no_time_shows_is_found_at_the_next_preparation(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    monkeypatch.setattr(content, "_FRESH_NS", 0)
+    spec = write_corpus(tmp_path / "c", ["some text"])
+    before = prepared(spec)
+    write_corpus(tmp_path / "c", ["else text"])
+    pretend_remembered(cache, tmp_path / "c")
+    assert prepared(spec).folder == before.folder  # so it must be looked for
+    if how == "rehash":
+        after = prepare(spec, BytesTokenizer(), bos=True, eos=True, validation_fraction=0.0, rehash=True)
+    else:
+        after = prepared(spec, bos=False)
+    assert b"else text" in bytes(token for token in documents_of(after.train)[0] if token < 256)
+    assert "other content than before under the same size and times: corpus.jsonl" in caplog.text
+    assert prepared(spec).folder != before.folder
+
+
+def test_rehash_compares_the_checksums_of_what_is_prepared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spec = write_corpus(tmp_path / "c", ["some text"])
+    shard = prepared(spec).folder / "train-00000.bin"
+    before = shard.read_bytes()
+    shard.write_bytes(bytes([before[0] ^ 1]) + before[1:])
+    assert prepared(spec).train.read(0, 1).tolist() == [BOS + 1]
+    caplog.clear()
+    again = prepare(spec, BytesTokenizer(), bos=True, eos=True, validation_fraction=0.0, rehash=True)
+    assert again.train.read(0, 1).tolist() == [BOS]
+    assert "train-00000.bin does not match its checksum" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "index", "tokenizer", "meta"])
