@@ -17,6 +17,8 @@ import torch.distributed.pipelining
 import torch.distributed.tensor
 import torch.distributed.tensor.parallel
 
+from tests.harness import WarmRanks
+
 torch.set_num_threads(1)
 
 
@@ -24,6 +26,14 @@ torch.set_num_threads(1)
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One prepared-data cache for all tests that train."""
     return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def warm_ranks() -> Iterator[WarmRanks]:
+    """Called like `run_ranks`; shared by the tests of one file."""
+    ranks = WarmRanks()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(autouse=True)

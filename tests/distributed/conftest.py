@@ -1,9 +1,9 @@
-"""Warm ranks and cached runs, shared by the tests of one file."""
+"""Cached runs and imports, shared by the tests of one file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,14 +13,6 @@ from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, train
 
 Lines = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def warm_ranks() -> Iterator[WarmRanks]:
-    """Called like `run_ranks`."""
-    ranks = WarmRanks()
-    yield ranks
-    ranks.close()
 
 
 @pytest.fixture(scope="module")

@@ -184,13 +184,10 @@ QUICK = (
     "cp2",
     "cp4",
     "hsdp 2x2",
-    "fsdp2 x tp2",
     "pp2 x fsdp2",
     "pp2 x tp2",
     "pp2 x cp2",
     "cp2 x fsdp2",
-    "cp2 x tp2",
-    "pp2 x fsdp2 x tp2, ZBVZeroBubble",
     "hsdp 2x2 x cp2",
     "pp2, Interleaved1F1B",
     "pp2, schedule from a file",
@@ -208,9 +205,11 @@ QUICK = (
     "tp2, tied head",
     "pp2, tied head",
     "pp2, tied head, ZBVZeroBubble",
-    "pp2 x tp2, tied head",
     "fsdp2, chunked loss",
     "tp2, chunked loss",
     "pp2, chunked loss",
 )
-"""One of each kind, for the default suite: few steps on few ranks. The whole table runs with `-m slow`."""
+"""One of each kind, for the default suite: few steps on few ranks. The whole table runs with `-m slow`.
+
+`test_gradients.py` has fsdp2 x tp2 and cp2 x tp2.
+"""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import run_ranks
+from tests.harness import WarmRanks, run_ranks
 from tests.runs import make_recipe, read_metrics, train, trainer_of, without_timings
 from titan_growth.checkpoint import saving
 from titan_growth.checkpoint.folder import open_step
@@ -176,9 +176,9 @@ def killed_while_writing(rank: int, num_ranks: int, recipe: Any, step: int) -> N
         trainer.fit()
 
 
-def test_killed_beside_a_background_save_it_resumes_bitwise(tmp_path: Path) -> None:
+def test_killed_beside_a_background_save_it_resumes_bitwise(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     settings = {**GROWING, "checkpoint__async_mode": "async"}
-    run_ranks(train, 1, 1, make_recipe(tmp_path / "whole", **settings))
+    warm_ranks(train, 1, 1, make_recipe(tmp_path / "whole", **settings))
     broken = make_recipe(tmp_path / "broken", **settings)
     for step in (2, 6):
         with pytest.raises(AssertionError):
@@ -189,9 +189,9 @@ def test_killed_beside_a_background_save_it_resumes_bitwise(tmp_path: Path) -> N
     assert shards_of(tmp_path / "broken") == shards_of(tmp_path / "whole")
 
 
-def test_permanent_checkpoints_stay(tmp_path: Path) -> None:
+def test_permanent_checkpoints_stay(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """One every `permanent_interval` steps is kept, besides the latest k."""
     settings = {**RUN, "training__steps": 11, "checkpoint__keep_latest_k": 2, "checkpoint__permanent_interval": 3}
-    run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
+    warm_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
     kept = [step.step for step in committed_steps(tmp_path / "run" / "checkpoint").usable]
     assert kept == [11, 10, 9, 6, 3]

@@ -1,4 +1,4 @@
-"""The real entry point in its own process: output, files and status."""
+"""The real entry point in its own process, new or forked: output, files and status."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import ended
 from tests.runs import BASE, argv_of, read_metrics, without_timings, write_corpus
+from titan_growth.train import main
 
 
-def command(folder: Path, **overrides: object) -> list[str]:
+def words_of(folder: Path, **overrides: object) -> list[str]:
     corpus = folder.parent / "corpus.txt"
     if not corpus.exists():
         write_corpus(corpus)
     values = {**BASE, "job.dump_folder": str(folder), "training.dataset_path": str(corpus)}
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
-    return [sys.executable, "-m", "titan_growth.train", *argv_of(values)]
+    return argv_of(values)
 
 
 def run(folder: Path, **overrides: object) -> str:
     """Runs to the end; what it printed."""
-    result = subprocess.run(command(folder, **overrides), capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "Traceback" not in result.stdout + result.stderr
-    return result.stdout + result.stderr
+    words = words_of(folder, **overrides)
+    status, output = ended(lambda: main(words), folder=folder.parent, environ=dict(os.environ))
+    assert status == 0, output
+    assert "Traceback" not in output
+    return output
 
 
 SAVING = {"checkpoint__enable": True, "checkpoint__interval": 2, "lr_scheduler__decay_ratio": 0.0}
@@ -38,9 +41,8 @@ SAVING = {"checkpoint__enable": True, "checkpoint__interval": 2, "lr_scheduler__
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     """Status 75, a checkpoint of the step it stopped at, and after the resume the lines of an unbroken run."""
     settings = {**SAVING, "checkpoint__interval": 1000, "training__steps": 1500}
-    process = subprocess.Popen(
-        command(tmp_path / "run", **settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [sys.executable, "-m", "titan_growth.train", *words_of(tmp_path / "run", **settings)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text().count("\n") >= 5) and time.monotonic() < deadline:
@@ -72,19 +74,23 @@ def test_going_back_happens_once(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, 9))
 
 
-def test_help_of_one_section() -> None:
+def test_help_of_one_section(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Wherever --help stands; an unknown section is an error."""
-    base = [sys.executable, "-m", "titan_growth.train"]
-    environment = {**os.environ, "COLUMNS": "120"}
+    monkeypatch.setenv("COLUMNS", "120")
     for words in (["--help", "growth"], ["--training.steps", "3", "--help", "growth"]):
-        result = subprocess.run([*base, *words], capture_output=True, text=True, env=environment)
-        assert result.returncode == 0
-        assert "--growth.stages.N.at" in result.stdout
-        assert "--training.steps" not in result.stdout
-    assert (
-        "--training.steps"
-        in subprocess.run([*base, "--training.steps", "3", "--help"], capture_output=True, text=True).stdout
-    )
-    wrong = subprocess.run([*base, "--help", "grwth"], capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert "there is no section 'grwth'" in wrong.stdout
+        assert main(words) == 0
+        output = capsys.readouterr().out
+        assert "--growth.stages.N.at" in output
+        assert "--training.steps" not in output
+    assert main(["--training.steps", "3", "--help"]) == 0
+    assert "--training.steps" in capsys.readouterr().out
+    assert main(["--help", "grwth"]) == 2
+    assert "there is no section 'grwth'" in capsys.readouterr().out
+
+
+def test_help_of_the_module() -> None:
+    """As it is typed, in a process of its own."""
+    command = [sys.executable, "-m", "titan_growth.train", "--help", "growth"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "--growth.stages.N.at" in result.stdout

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.harness import run_ranks
+from tests.harness import WarmRanks, run_ranks
 from tests.runs import make_recipe, read_metrics, train, trainer_of
 from titan_growth.growth.rules import Rule, Rules
 from titan_growth.models.roles import layer_of, with_layer
@@ -54,7 +54,7 @@ def just_grown(rank: int, num_ranks: int, recipe: Any) -> dict[str, torch.Tensor
         return found
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("moments", [pytest.param("reset", marks=pytest.mark.slow), "copy"])
 def test_every_layer_is_bitwise_its_source(num_ranks: int, moments: str, tmp_path: Path) -> None:
     """12 layers from 3; the moments too with `copy`, zero with `reset`."""
@@ -73,9 +73,9 @@ def test_every_layer_is_bitwise_its_source(num_ranks: int, moments: str, tmp_pat
     assert source["optimizer.state.layers.2.attention.wo.weight.exp_avg"].any(), "the source has no moments to copy"
 
 
-def test_growth_is_reported_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_growth_is_reported_and_the_run_goes_on(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """The growth line, each step's depth, and FLOPs counted at the current depth."""
-    run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **growing(), validation__enable=True, validation__freq=100))
+    warm_ranks(train, 2, 2, make_recipe(tmp_path / "run", **growing(), validation__enable=True, validation__freq=100))
     lines = read_metrics(tmp_path / "run")
     (growth,) = [line for line in lines if "event" in line]
     assert (growth["event"], growth["step"], growth["from_layers"], growth["to_layers"]) == ("growth", 3, 3, 12)
@@ -91,14 +91,14 @@ def test_growth_is_reported_and_the_run_goes_on(tmp_path: Path) -> None:
     assert per_token[1] - per_token[0] == pytest.approx(9 * layer_flops)
 
 
-def test_continue_keeps_the_ungrown_runs_learning_rate(tmp_path: Path) -> None:
+def test_continue_keeps_the_ungrown_runs_learning_rate(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """`continue` follows the curve of the same run without growth; `restart` warms up again."""
     curves = {}
     for policy in ("continue", "restart"):
-        run_ranks(train, 1, 1, make_recipe(tmp_path / policy, **growing(lr=policy)))
+        warm_ranks(train, 1, 1, make_recipe(tmp_path / policy, **growing(lr=policy)))
         curves[policy] = [line["lr"] for line in read_metrics(tmp_path / policy) if "lr" in line]
     scratch = growing() | {"growth__enable": False}
-    run_ranks(train, 1, 1, make_recipe(tmp_path / "scratch", **scratch))
+    warm_ranks(train, 1, 1, make_recipe(tmp_path / "scratch", **scratch))
     lines = read_metrics(tmp_path / "scratch")
     assert all(line["num_layers"] == 12 for line in lines), "growth.enable = false trains the target from scratch"
     assert curves["continue"] == [line["lr"] for line in lines]
@@ -106,11 +106,11 @@ def test_continue_keeps_the_ungrown_runs_learning_rate(tmp_path: Path) -> None:
     assert curves["restart"][3] == pytest.approx(0.5e-2)
 
 
-def test_two_growths_by_tokens_chain_to_the_target(tmp_path: Path) -> None:
+def test_two_growths_by_tokens_chain_to_the_target(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """1 -> 2 -> 4 layers, each after the first step that reaches the token count."""
     stages = '[{at = "300 tokens", factor = 2, lr_policy = "continue"}, {at = "1K tokens", factor = 2}]'
     settings = {"checkpoint__enable": True, "checkpoint__interval": 100, "growth__stages": stages}
-    run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **settings))
+    warm_ranks(train, 2, 2, make_recipe(tmp_path / "run", **settings))
     lines = read_metrics(tmp_path / "run")
     assert [(line["step"], line["to_layers"]) for line in lines if "event" in line] == [(2, 2), (4, 4)]
     assert [line["num_layers"] for line in lines if "num_layers" in line] == [1, 1, 2, 2, 4, 4]
@@ -159,9 +159,9 @@ def test_a_growth_that_never_came_is_a_failure(tmp_path: Path) -> None:
         run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
 
 
-def test_checkpoints_at_a_growth_are_kept(tmp_path: Path) -> None:
+def test_checkpoints_at_a_growth_are_kept(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """keep_latest_k counts only the others."""
     settings = growing(training__steps=12, checkpoint__interval=2, checkpoint__keep_latest_k=2)
-    run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
+    warm_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
     folders = {path.name for path in (tmp_path / "run" / "checkpoint").glob("*-*")}
     assert folders == {"step-3", "step-10", "step-12"}

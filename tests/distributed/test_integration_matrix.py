@@ -168,8 +168,6 @@ MATRIX: dict[str, Combination] = {
 
 QUICK = (
     "default",
-    "1d_compile_sac_op",
-    "full_checkpoint",
     "last_save_model_only_fp32",
     "pp_looped_zero_bubble",
     "pp_custom_csv",

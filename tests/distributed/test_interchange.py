@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.harness import run_ranks
+from tests.harness import WarmRanks, run_ranks
 from tests.hugging_face import (
     SCALED,
     SIZES,
@@ -58,10 +58,10 @@ def _first_batch(_rank: int, recipe: Recipe) -> list[dict[str, torch.Tensor]]:
         return trainer.runtime.data.next_batch()
 
 
-def _transformers_loss(hf_folder: Path, recipe: Recipe) -> float:
+def _transformers_loss(hf_folder: Path, recipe: Recipe, ranks: WarmRanks) -> float:
     """The mean over the run's first global batch."""
     model = their_model(hf_folder)
-    (batch,) = run_ranks(_first_batch, 1, recipe)
+    (batch,) = ranks(_first_batch, 1, recipe)
     losses = []
     for microbatch in batch:
         with torch.no_grad():
@@ -70,7 +70,7 @@ def _transformers_loss(hf_folder: Path, recipe: Recipe) -> float:
     return float(torch.cat(losses).mean())
 
 
-def test_the_first_loss_is_that_of_transformers(hf_folder: Path, tmp_path: Path) -> None:
+def test_the_first_loss_is_that_of_transformers(hf_folder: Path, tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """From the folder on one rank and on a mesh of four, from the imported checkpoint, and in transformers."""
     step = tmp_path / "imported" / "step-0"
     import_folder(hf_folder, step)
@@ -81,11 +81,11 @@ def test_the_first_loss_is_that_of_transformers(hf_folder: Path, tmp_path: Path)
         ("folder on four ranks", 4, {"checkpoint__initial_load_path": str(hf_folder), **MESH_4}),
     ):
         recipe = make_recipe(tmp_path / name, **SAVING, **MODEL, **settings)
-        run_ranks(train, num_ranks, num_ranks, recipe)
+        warm_ranks(train, num_ranks, num_ranks, recipe)
         losses[name] = read_metrics(tmp_path / name)[0]["loss"]
     assert losses["folder"] == losses["imported"]
     assert losses["folder on four ranks"] == pytest.approx(losses["folder"], rel=1e-6)
-    reference = _transformers_loss(hf_folder, make_recipe(tmp_path / "x", **MODEL))
+    reference = _transformers_loss(hf_folder, make_recipe(tmp_path / "x", **MODEL), warm_ranks)
     assert losses["folder"] == pytest.approx(reference, rel=1e-6)
 
 
@@ -99,10 +99,10 @@ def _read_by_a_rank(rank: int, num_ranks: int, recipe: Recipe, path: str) -> tup
         return reader.num_bytes_read, sum(tensor.numel() * 4 for tensor in local)
 
 
-def test_a_rank_reads_its_shards_and_nothing_else(hf_folder: Path, tmp_path: Path) -> None:
+def test_a_rank_reads_its_shards_and_nothing_else(hf_folder: Path, tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """Rows and columns: on pp 2 x tp 2 the ranks read the folder once, except for replicated tensors."""
     recipe = make_recipe(tmp_path / "run", **SAVING, **MODEL, **MESH_4)
-    for read, held in run_ranks(_read_by_a_rank, 4, 4, recipe, str(hf_folder)):
+    for read, held in warm_ranks(_read_by_a_rank, 4, 4, recipe, str(hf_folder)):
         assert read == held
         assert held < HuggingFaceReader(hf_folder).opened.num_bytes / 3
 
@@ -115,7 +115,7 @@ def _weights_on_one_rank(_rank: int, recipe: Recipe) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("there", "here", "imported"), [(torch.bfloat16, "float32", False), (torch.float16, "bfloat16", True)]
 )
-def test_weights_are_cast(there: torch.dtype, here: str, imported: bool, tmp_path: Path) -> None:
+def test_weights_are_cast(there: torch.dtype, here: str, imported: bool, tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """From a folder and from a step folder; and a tied head takes the embedding."""
     folder = make_folder(tmp_path / "tied", rope_scaling=SCALED, tie_word_embeddings=True, dtype=there)
     settings = {
@@ -126,7 +126,7 @@ def test_weights_are_cast(there: torch.dtype, here: str, imported: bool, tmp_pat
     }
     if imported:
         import_folder(folder, tmp_path / "step-0")
-    (found,) = run_ranks(_weights_on_one_rank, 1, make_recipe(tmp_path / "run", **SAVING, **MODEL, **settings))
+    (found,) = warm_ranks(_weights_on_one_rank, 1, make_recipe(tmp_path / "run", **SAVING, **MODEL, **settings))
     expected = weights_of(folder)
     dtype = getattr(torch, here)
     assert torch.equal(found["output.weight"], expected["model.embed_tokens.weight"].to(dtype))
@@ -195,7 +195,7 @@ def test_out_of_a_3d_mesh(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_from_a_folder_grows(hf_folder: Path, tmp_path: Path) -> None:
+def test_a_run_from_a_folder_grows(hf_folder: Path, tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """The folder is the small model of a recipe with growth; a resume no longer needs it."""
     stage = {"growth__stages__0__at": "2 steps", "growth__stages__0__factor": 2}
     settings = {**MODEL, **SAVING, **stage, "model__n_layers": 8, "checkpoint__initial_load_path": str(hf_folder)}
@@ -203,7 +203,7 @@ def test_a_run_from_a_folder_grows(hf_folder: Path, tmp_path: Path) -> None:
     run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **{**settings, "training__steps": 4}))
     lines = [line for line in read_metrics(tmp_path / "run") if "grad_norm" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    reference = _transformers_loss(hf_folder, make_recipe(tmp_path / "x", **MODEL))
+    reference = _transformers_loss(hf_folder, make_recipe(tmp_path / "x", **MODEL), warm_ranks)
     assert lines[0]["loss"] == pytest.approx(reference, rel=1e-6)
     assert (tmp_path / "run" / "checkpoint" / "step-4").is_dir()
 

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.func import functional_call
 
 from tests.distributed.meshes import Case, mesh
-from tests.harness import run_ranks
+from tests.harness import WarmRanks, run_ranks
 from tests.runs import make_recipe, read_metrics, relative_difference, train, trainer_of, without_timings
 from tests.unit.growth.test_function import CONFIGS, logits_of, model_of, state_of
 from titan_growth.config.schema.growth import PlannedGrowth
@@ -62,8 +62,8 @@ def _gradients(rank: int, folder: Path, case: str, settings: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("case", CONFIGS)
 @pytest.mark.parametrize("settings", [{"factor": 2}, WIDER, {**WIDER, "n_layers": 5}])
-def test_gradients_are_autograds(case: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    run_ranks(_gradients, 1, tmp_path, case, settings)
+def test_gradients_are_autograds(case: str, settings: dict[str, Any], tmp_path: Path, warm_ranks: WarmRanks) -> None:
+    warm_ranks(_gradients, 1, tmp_path, case, settings)
 
 
 def _start(rank: int, folder: Path) -> None:
@@ -76,8 +76,8 @@ def _start(rank: int, folder: Path) -> None:
     assert logits_of(large).isfinite().all()
 
 
-def test_over_depth_it_starts_as_a_stack(tmp_path: Path) -> None:
-    run_ranks(_start, 1, tmp_path)
+def test_over_depth_it_starts_as_a_stack(tmp_path: Path, warm_ranks: WarmRanks) -> None:
+    warm_ranks(_start, 1, tmp_path)
 
 
 def recipe_of(folder: Path, case: Case, **more: Any) -> Any:

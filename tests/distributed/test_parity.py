@@ -43,7 +43,7 @@ def test_ten_steps_agree_with_one_rank(name: str, trained: Trained) -> None:
     assert lines[-2]["loss"] < lines[0]["loss"] - 0.4, "the run does not learn"
 
 
-@pytest.mark.parametrize("name", ["1 rank", "fsdp2", "pp2", "tp2"])
+@pytest.mark.parametrize("name", ["1 rank", "fsdp2", "pp2", pytest.param("tp2", marks=pytest.mark.slow)])
 def test_gradient_accumulation_changes_nothing(name: str, trained: Trained) -> None:
     """Four accumulation steps against one on the same mesh: 1e-5 relative at all steps."""
     case = {"1 rank": ONE_RANK, **MESHES}[name]

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.forked import ended
 from tests.runs import BASE, argv_of, read_metrics, write_corpus
+from titan_growth.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extending" / "adding_an_operator.md"
@@ -36,12 +38,14 @@ def run(folder: Path, script: str, text: str | None = None, **values: Any) -> tu
         "--job.dump_folder",
         str(folder / "run"),
     ]
-    command = [str(ROOT / "run_train.sh")] if script == "train" else ["python", "-m", "titan_growth", script]
+    if script != "train":
+        environment = {**os.environ, "WORLD_SIZE": "2"}
+        return ended(lambda: main([script, *words]), folder=folder, environ=environment, paths=(folder,))
     path = os.pathsep.join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH", ""))))
-    environment = {**os.environ, "PYTHONPATH": path, "NGPU": "2", "WORLD_SIZE": "2"}
-    if script == "train":
-        del environment["WORLD_SIZE"]
-    done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=200)
+    environment = {**os.environ, "PYTHONPATH": path, "NGPU": "2"}
+    done = subprocess.run(
+        [str(ROOT / "run_train.sh"), *words], env=environment, capture_output=True, text=True, timeout=200
+    )
     return done.returncode, done.stdout + done.stderr
 
 

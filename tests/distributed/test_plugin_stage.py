@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests import harness
+from tests.forked import ended
 from tests.runs import (
     BASE,
     argv_of,
@@ -32,6 +33,7 @@ from tests.runs import (
     without_timings,
     write_corpus,
 )
+from titan_growth.__main__ import main
 from titan_growth.commands import plan as plan_report
 from titan_growth.config import plugins
 from titan_growth.config.loader import inspect_recipe
@@ -331,12 +333,11 @@ def test_hooks_are_called_when_the_page_says(settings: dict[str, Any], write: Wr
 # ---- the real entry --------------------------------------------------------------------------------------------------
 
 
-def ended(*words: str) -> tuple[int, str]:
-    """(status, output) of a command of the package, in a process that finds the plugin by PYTHONPATH."""
-    result = subprocess.run([sys.executable, "-m", "titan_growth", *words], capture_output=True, text=True, timeout=250)
-    output = result.stdout + result.stderr
+def command_ended(*words: str) -> tuple[int, str]:
+    """(status, output) of a command of the package, in a process that finds the plugin on Python's path."""
+    status, output = ended(lambda: main([*words]), folder=Path.cwd(), environ=dict(os.environ))
     assert "Traceback" not in output, output
-    return result.returncode, output
+    return status, output
 
 
 def test_check_and_train_find_it(example: str, tmp_path: Path) -> None:
@@ -346,10 +347,10 @@ def test_check_and_train_find_it(example: str, tmp_path: Path) -> None:
     values = {**BASE, "training.steps": 2, "training.dataset_path": str(tmp_path / "corpus.txt")}
     words = ["--job.config_file", str(tmp_path / "recipe.toml"), *argv_of(values)]
     words += ["--job.dump_folder", str(tmp_path / "run")]
-    status, output = ended("check", *words)
+    status, output = command_ended("check", *words)
     assert status == 0, output
     assert f"logit_cap.cap: 0.1 keeps the loss above {LOWEST:.2f}" in output
-    status, output = ended("train", *words)
+    status, output = command_ended("train", *words)
     assert status == 0, output
     assert "stages: logit_cap\n" in output
     assert "logit_cap: logits between -0.1 and 0.1" in output

@@ -6,6 +6,7 @@ equal, stay equal, and be one again when another mesh reads the checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.harness import run_ranks
+from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, train
 
 MODEL: dict[str, Any] = {"model__name": "qwen3", "model__head_dim": 16}  # wider together than the model's 32
@@ -27,13 +28,22 @@ SAVING = {"checkpoint__enable": True, "checkpoint__interval": 100}
 GROWING = {**SAVING, "training__steps": 5, "growth__stages": '[{at = "3 steps", factor = 2, optimizer_state = "copy"}]'}
 
 
-def run(folder: Path, num_ranks: int, **settings: Any) -> list[dict[str, Any]]:
-    """Trains to the end and returns the lines of the steps."""
-    run_ranks(train, num_ranks, num_ranks, make_recipe(folder, **MODEL, **settings))
-    return [line for line in read_metrics(folder) if "loss" in line]
+Lines = list[dict[str, Any]]
+Run = Callable[..., Lines]
 
 
-def assert_agree(found: list[dict[str, Any]], expected: list[dict[str, Any]], steps: list[int]) -> None:
+@pytest.fixture(scope="module")
+def run(warm_ranks: WarmRanks) -> Run:
+    """`run(folder, num_ranks, **settings)` trains to the end and returns the lines of the steps."""
+
+    def lines_of(folder: Path, num_ranks: int, **settings: Any) -> Lines:
+        warm_ranks(train, num_ranks, num_ranks, make_recipe(folder, **MODEL, **settings))
+        return [line for line in read_metrics(folder) if "loss" in line]
+
+    return lines_of
+
+
+def assert_agree(found: Lines, expected: Lines, steps: list[int]) -> None:
     """Loss and gradient norm to 1e-5 at the first step, then to 1e-4."""
     assert [line["step"] for line in found] == [line["step"] for line in expected] == steps
     for line, reference in zip(found, expected, strict=True):
@@ -60,7 +70,7 @@ def assert_copies_are_equal(step_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_meshes_agree_with_one_rank(tied: bool, tmp_path: Path) -> None:
+def test_meshes_agree_with_one_rank(tied: bool, run: Run, tmp_path: Path) -> None:
     settings = {"training__steps": 3, "model__tie_word_embeddings": tied}
     expected = run(tmp_path / "one", 1, **settings)
     for name, mesh in MESHES.items():
@@ -68,7 +78,7 @@ def test_meshes_agree_with_one_rank(tied: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_growth_on_every_mesh(tied: bool, tmp_path: Path) -> None:
+def test_growth_on_every_mesh(tied: bool, run: Run, tmp_path: Path) -> None:
     """2 layers grown to 4 with their moments; the grown model is verified by the run itself."""
     settings = {**GROWING, "model__tie_word_embeddings": tied}
     expected = run(tmp_path / "one", 1, **settings)
@@ -80,13 +90,28 @@ def test_growth_on_every_mesh(tied: bool, tmp_path: Path) -> None:
         assert {f"layers.3.attention.{norm}.weight" for norm in ("q_norm", "k_norm")} <= names
 
 
-@pytest.mark.parametrize(("first", "then"), [("pp2", "fsdp2"), ("fsdp2", "pp2"), ("pp2", "tp2"), ("tp2", "pp2")])
-def test_tied_weights_move_between_meshes(first: str, then: str, tmp_path: Path) -> None:
+MOVED = {**SAVING, "model__tie_word_embeddings": True, "lr_scheduler__decay_ratio": 0.0}
+
+
+@pytest.fixture(scope="module")
+def unmoved(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Lines:
+    """The lines of one rank that was never stopped."""
+    return run(tmp_path_factory.mktemp("unmoved") / "one", 1, **MOVED, training__steps=6)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("pp2", "fsdp2"),
+        ("tp2", "pp2"),
+        pytest.param("fsdp2", "pp2", marks=pytest.mark.slow),
+        pytest.param("pp2", "tp2", marks=pytest.mark.slow),
+    ],
+)
+def test_tied_weights_move_between_meshes(first: str, then: str, run: Run, unmoved: Lines, tmp_path: Path) -> None:
     """A checkpoint names both copies and their moments, whether they were two parameters or one."""
-    settings = {**SAVING, "model__tie_word_embeddings": True, "lr_scheduler__decay_ratio": 0.0}
-    expected = run(tmp_path / "one", 1, **settings, training__steps=6)
-    run(tmp_path / "moved", 2, **settings, **MESHES[first], training__steps=3)
-    found = run(tmp_path / "moved", 2, **settings, **MESHES[then], training__steps=6)
-    assert_agree(found, expected, [1, 2, 3, 4, 5, 6])
+    run(tmp_path / "moved", 2, **MOVED, **MESHES[first], training__steps=3)
+    found = run(tmp_path / "moved", 2, **MOVED, **MESHES[then], training__steps=6)
+    assert_agree(found, unmoved, [1, 2, 3, 4, 5, 6])
     for step in (3, 6):
         assert_copies_are_equal(tmp_path / "moved" / "checkpoint" / f"step-{step}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import run_ranks
+from tests.harness import WarmRanks, run_ranks
 from tests.runs import make_recipe, read_metrics, train, without_timings
 from titan_growth.checkpoint.folder import open_step
 from titan_growth.checkpoint.reader import SafeReader
@@ -63,7 +63,7 @@ def crash_after(rank: int, num_ranks: int, recipe: Any, step: int, where: str) -
     train(rank, num_ranks, recipe)
 
 
-CRASHES = [
+ALL_CRASHES = [
     (1, "after the step"),  # before any checkpoint
     (2, "before the commit"),  # a save that never became a checkpoint
     (3, "after the step"),
@@ -73,17 +73,30 @@ CRASHES = [
     (5, "after the step"),  # the first step of the grown model
     (7, "after the step"),  # after the grown model's first checkpoint
 ]
+SOME_CRASHES = [(2, "before the commit"), (4, "while growing"), (7, "after the step")]
+"""Of the default suite: one in a save, one in a growth, one in a step of the grown model."""
 
 
-@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_an_interrupted_run_is_bitwise_an_unbroken_one(num_ranks: int, precision: str, tmp_path: Path) -> None:
-    """Killed at eight points in turn, in the same folder."""
+@pytest.mark.parametrize(
+    ("num_ranks", "precision", "crashes"),
+    [
+        (2, "float32", SOME_CRASHES),
+        *(
+            pytest.param(num_ranks, precision, ALL_CRASHES, marks=pytest.mark.slow)
+            for num_ranks in (1, 2)
+            for precision in ("float32", "bfloat16")
+        ),
+    ],
+)
+def test_an_interrupted_run_is_bitwise_an_unbroken_one(
+    num_ranks: int, precision: str, crashes: list[tuple[int, str]], tmp_path: Path, warm_ranks: WarmRanks
+) -> None:
+    """Killed at several points in turn, in the same folder."""
     settings = {**GROWING, "training__mixed_precision_param": precision}
-    run_ranks(train, num_ranks, num_ranks, make_recipe(tmp_path / "whole", **settings))
+    warm_ranks(train, num_ranks, num_ranks, make_recipe(tmp_path / "whole", **settings))
     expected = without_timings(read_metrics(tmp_path / "whole"))
     broken = make_recipe(tmp_path / "broken", **settings)
-    for step, where in CRASHES:
+    for step, where in crashes:
         with pytest.raises((AssertionError, FileNotFoundError)):
             run_ranks(crash_after, num_ranks, num_ranks, broken, step, where)
     run_ranks(train, num_ranks, num_ranks, broken)
@@ -95,40 +108,41 @@ def test_an_interrupted_run_is_bitwise_an_unbroken_one(num_ranks: int, precision
     assert kinds.index("growth") == 6, "steps 1-4, validations at 3 and 4, then the growth"
 
 
-def test_resume_on_another_number_of_ranks_sees_the_same_batches(tmp_path: Path) -> None:
+@pytest.mark.slow  # test_elastic.py and test_growth_across_meshes.py have one change of ranks each
+def test_resume_on_another_number_of_ranks_sees_the_same_batches(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """4 ranks past the growth, then 2, then 1: the global batches' hashes are those of an unbroken run."""
-    run_ranks(train, 1, 1, make_recipe(tmp_path / "whole", **GROWING))
+    warm_ranks(train, 1, 1, make_recipe(tmp_path / "whole", **GROWING))
     for num_ranks, steps in ((4, 5), (2, 6), (1, 8)):
         settings = {**GROWING, "training__steps": steps}
-        run_ranks(train, num_ranks, num_ranks, make_recipe(tmp_path / "moved", **settings))
+        warm_ranks(train, num_ranks, num_ranks, make_recipe(tmp_path / "moved", **settings))
     expected = [line["batch_hash"] for line in read_metrics(tmp_path / "whole") if "batch_hash" in line]
     found = [line["batch_hash"] for line in read_metrics(tmp_path / "moved") if "batch_hash" in line]
     assert len(set(expected)) == 8
     assert found == expected
 
 
-def test_a_longer_run_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_longer_run_goes_on_from_the_last_checkpoint(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """Raising training.steps on a finished run continues it; a constant learning rate makes the two comparable."""
     settings = {"checkpoint__enable": True, "lr_scheduler__decay_ratio": 0.0, "checkpoint__interval": 100}
-    run_ranks(train, 1, 1, make_recipe(tmp_path / "whole", training__steps=6, **settings))
-    run_ranks(train, 1, 1, make_recipe(tmp_path / "parts", training__steps=3, **settings))
+    warm_ranks(train, 1, 1, make_recipe(tmp_path / "whole", training__steps=6, **settings))
+    warm_ranks(train, 1, 1, make_recipe(tmp_path / "parts", training__steps=3, **settings))
     run_ranks(train, 1, 1, make_recipe(tmp_path / "parts", training__steps=6, **settings))
     assert without_timings(read_metrics(tmp_path / "parts")) == without_timings(read_metrics(tmp_path / "whole"))
 
 
-def test_a_changed_learning_rate_takes_effect(tmp_path: Path) -> None:
+def test_a_changed_learning_rate_takes_effect(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """Hyper-parameters come from the recipe, never from the checkpoint."""
     settings = {"checkpoint__enable": True, "lr_scheduler__warmup_steps": 0, "lr_scheduler__decay_ratio": 0.0}
-    run_ranks(train, 1, 1, make_recipe(tmp_path / "run", training__steps=3, **settings))
+    warm_ranks(train, 1, 1, make_recipe(tmp_path / "run", training__steps=3, **settings))
     run_ranks(train, 1, 1, make_recipe(tmp_path / "run", training__steps=6, optimizer__lr=1e-9, **settings))
     lines = read_metrics(tmp_path / "run")
     assert [line["lr"] for line in lines] == [1e-2] * 3 + [1e-9] * 3
 
 
-def test_a_checkpoint_is_a_standard_dcp_folder_with_torchtitans_names(tmp_path: Path) -> None:
+def test_a_checkpoint_is_a_standard_dcp_folder_with_torchtitans_names(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """Weights at the top level, moments under optimizer.state, and no byte entries."""
     recipe = make_recipe(tmp_path / "run", training__steps=2, checkpoint__enable=True)
-    run_ranks(train, 2, 2, recipe)
+    warm_ranks(train, 2, 2, recipe)
     folder = open_step(tmp_path / "run" / "checkpoint" / "step-2")
     assert folder is not None
     names = set(SafeReader(folder.path).tensor_entries())
@@ -138,14 +152,14 @@ def test_a_checkpoint_is_a_standard_dcp_folder_with_torchtitans_names(tmp_path: 
     assert len(names) == (4 * 9 + 3) * 4 + 2, "a weight, two moments and a step counter each, and two random states"
 
 
-def test_checkpoints_in_another_folder_are_not_ignored(tmp_path: Path) -> None:
+def test_checkpoints_in_another_folder_are_not_ignored(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """A changed `checkpoint.folder` would silently start the run from scratch."""
     from titan_growth.run.start import Site, decide
     from titan_growth.tools.errors import ConfigError
     from titan_growth.tools.run_folder import RunFolder
 
     recipe = make_recipe(tmp_path / "run", training__steps=2, checkpoint__enable=True)
-    run_ranks(train, 1, 1, recipe)
+    warm_ranks(train, 1, 1, recipe)
     (tmp_path / "run" / "recipe.toml").write_text(to_toml(recipe))
     moved = make_recipe(tmp_path / "run", training__steps=2, checkpoint__enable=True, checkpoint__folder="other")
     with pytest.raises(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed
 
-from tests.harness import run_ranks
+from tests.harness import WarmRanks, run_ranks
 from tests.runs import make_recipe, read_metrics, run_of, train, without_timings
 from titan_growth.tools.errors import TitanGrowthError
 
@@ -101,7 +101,7 @@ SLOW = pytest.mark.slow
         for fault, name in zip(FAULTS, NAMES, strict=True)
     ],
 )
-def test_a_skipped_step_leaves_only_its_line(fault: dict[str, Any], tmp_path: Path) -> None:
+def test_a_skipped_step_leaves_only_its_line(fault: dict[str, Any], tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """Weights, moments and counters are unchanged after the bad step; the run continues with the next batch."""
     import torch
 
@@ -112,7 +112,7 @@ def test_a_skipped_step_leaves_only_its_line(fault: dict[str, Any], tmp_path: Pa
     assert list(lines) == list(range(1, 9))
     assert [step for step, line in lines.items() if "skipped" in line] == [5]
     assert ("standard deviations" if fault == FAULTS[2] else "nan") in lines[5]["skipped"]
-    run_ranks(train, 2, 2, make_recipe(tmp_path / "whole", **SAVING))
+    warm_ranks(train, 2, 2, make_recipe(tmp_path / "whole", **SAVING))
     whole = steps_of(tmp_path / "whole")
     assert [line["batch_hash"] for line in lines.values()] == [line["batch_hash"] for line in whole.values()]
     assert [line["tokens"] for line in lines.values()] == [line["tokens"] for line in whole.values()]
@@ -139,13 +139,15 @@ def test_a_skipped_step_leaves_only_its_line(fault: dict[str, Any], tmp_path: Pa
         )
     ],
 )
-def test_a_roll_back_continues_past_the_data(fault: dict[str, Any], more: dict[str, Any], tmp_path: Path) -> None:
+def test_a_roll_back_continues_past_the_data(
+    fault: dict[str, Any], more: dict[str, Any], tmp_path: Path, warm_ranks: WarmRanks
+) -> None:
     """From the checkpoint of step 4, before the growth if there is one, with the batch after the bad one of step 7."""
     settings = {**SAVING, **more, "checkpoint__interval": 4, "stability__nonfinite": "roll_back"}
     settings |= {**WATCHING, "stability__spike": "roll_back"}
     recipe = make_recipe(tmp_path / "run", **settings)
     assert run_ranks(session, 2, recipe, [{"cursor": 7 * 8, **fault}]) == ["", ""]
-    run_ranks(train, 2, 2, make_recipe(tmp_path / "whole", **{**SAVING, **more, "training__steps": 11}))
+    warm_ranks(train, 2, 2, make_recipe(tmp_path / "whole", **{**SAVING, **more, "training__steps": 11}))
     lines, whole = steps_of(tmp_path / "run"), steps_of(tmp_path / "whole")
     assert list(lines) == list(range(1, 9))
     seen = [line["batch_hash"] for line in lines.values()]
@@ -239,11 +241,13 @@ def test_the_window_survives_a_resume(tmp_path: Path) -> None:
     ],
     ids=["growing", "pipeline"],
 )
-def test_policies_change_nothing_in_a_run_without_faults(more: dict[str, Any], tmp_path: Path) -> None:
+def test_policies_change_nothing_in_a_run_without_faults(
+    more: dict[str, Any], tmp_path: Path, warm_ranks: WarmRanks
+) -> None:
     """Bitwise."""
     policies = {**WATCHING, "stability__nonfinite": "roll_back", "stability__spike": "roll_back"}
-    run_ranks(train, 2, 2, make_recipe(tmp_path / "plain", **SAVING, **more))
-    run_ranks(train, 2, 2, make_recipe(tmp_path / "careful", **SAVING, **more, **policies))
+    warm_ranks(train, 2, 2, make_recipe(tmp_path / "plain", **SAVING, **more))
+    warm_ranks(train, 2, 2, make_recipe(tmp_path / "careful", **SAVING, **more, **policies))
     ends = [without_timings(read_metrics(tmp_path / name)) for name in ("plain", "careful")]
     assert ends[0] == ends[1]
     assert len(state_of(tmp_path / "careful", 8)["window"]) == (4 if more is GROWING else 8)

@@ -166,7 +166,14 @@ def test_a_stage_alone(name: str, warm_ranks: WarmRanks, plain: dict[bool, Lines
     assert_trains((name,), tmp_path / "run", warm_ranks, plain)
 
 
-QUICK = pairs_of(name for name in STAGES if name != "growth_mask")  # each of whose runs grows, which takes its time
+ELSEWHERE = [
+    *pairs_of(("pipeline", "tensor_parallel", "context_parallel", "fsdp")),
+    ("compile", "pipeline"),
+    ("compile", "tensor_parallel"),
+]
+"""Pairs that `test_parity.py`, `test_gradients.py` and `test_compile.py` train by default."""
+# The runs of growth_mask grow, which takes its time.
+QUICK = [pair for pair in pairs_of(name for name in STAGES if name != "growth_mask") if pair not in ELSEWHERE]
 SLOW = [pair for pair in pairs_of(ALL) if pair not in QUICK]
 
 

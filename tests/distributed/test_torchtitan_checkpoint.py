@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.harness import run_ranks
+from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, train, trainer_of
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.models.registry import family_module, model_config_of
@@ -53,27 +53,29 @@ def weights(tmp_path: Path) -> dict[str, torch.Tensor]:
     ids=["1 rank", "pp2 x tp2"],
 )
 def test_torchtitans_weights_start_a_run(
-    num_ranks: int, mesh: dict[str, int], weights: dict[str, torch.Tensor], tmp_path: Path
+    num_ranks: int, mesh: dict[str, int], weights: dict[str, torch.Tensor], tmp_path: Path, warm_ranks: WarmRanks
 ) -> None:
     """The first loss is that of its weights, on one rank and on a different mesh."""
     source = tmp_path / "torchtitan" / "step-3"
-    run_ranks(_torchtitan_checkpoint, 1, str(source), weights)
+    warm_ranks(_torchtitan_checkpoint, 1, str(source), weights)
     recipe = make_recipe(tmp_path / "run", **SAVING, **mesh, checkpoint__initial_load_path=str(source))
-    run_ranks(train, num_ranks, num_ranks, recipe)
+    warm_ranks(train, num_ranks, num_ranks, recipe)
     first = read_metrics(tmp_path / "run")[0]
     assert first["step"] == 1
     one = make_recipe(tmp_path / "one", **SAVING, checkpoint__initial_load_path=str(source))
-    run_ranks(train, 1, 1, one)
+    warm_ranks(train, 1, 1, one)
     assert first["loss"] == pytest.approx(read_metrics(tmp_path / "one")[0]["loss"], rel=1e-5)
     scratch = make_recipe(tmp_path / "scratch", training__steps=2)
-    run_ranks(train, 1, 1, scratch)
+    warm_ranks(train, 1, 1, scratch)
     assert first["loss"] != pytest.approx(read_metrics(tmp_path / "scratch")[0]["loss"], rel=1e-3)
 
 
-def test_our_checkpoint_has_torchtitans_names(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_our_checkpoint_has_torchtitans_names(
+    weights: dict[str, torch.Tensor], tmp_path: Path, warm_ranks: WarmRanks
+) -> None:
     """Every tensor that torchtitan would look for, from two pipeline ranks."""
     recipe = make_recipe(tmp_path / "run", **SAVING, parallelism__pipeline_parallel_degree=2)
-    run_ranks(train, 2, 2, recipe)
+    warm_ranks(train, 2, 2, recipe)
     metadata = dcp.FileSystemReader(tmp_path / "run" / "checkpoint" / "step-2").read_metadata()
     for name, weight in weights.items():
         assert metadata.state_dict_metadata[name].size == weight.shape
@@ -90,11 +92,11 @@ def _tied_copies(rank: int, num_ranks: int, recipe: Recipe) -> list[torch.Tensor
 
 @pytest.mark.parametrize(("num_ranks", "mesh"), [(1, {}), (2, {"parallelism__pipeline_parallel_degree": 2})])
 def test_a_tied_model_takes_the_embedding_of_one_that_was_not_tied(
-    num_ranks: int, mesh: dict[str, int], weights: dict[str, torch.Tensor], tmp_path: Path
+    num_ranks: int, mesh: dict[str, int], weights: dict[str, torch.Tensor], tmp_path: Path, warm_ranks: WarmRanks
 ) -> None:
     """Head and embedding are one parameter, so both must start from one tensor, on every mesh."""
     source = tmp_path / "torchtitan" / "step-3"
-    run_ranks(_torchtitan_checkpoint, 1, str(source), weights)
+    warm_ranks(_torchtitan_checkpoint, 1, str(source), weights)
     recipe = make_recipe(
         tmp_path / "run",
         **SAVING,
@@ -102,7 +104,7 @@ def test_a_tied_model_takes_the_embedding_of_one_that_was_not_tied(
         model__tie_word_embeddings=True,
         checkpoint__initial_load_path=str(source),
     )
-    copies = [copy for found in run_ranks(_tied_copies, num_ranks, num_ranks, recipe) for copy in found]
+    copies = [copy for found in warm_ranks(_tied_copies, num_ranks, num_ranks, recipe) for copy in found]
     assert len(copies) == 2
     for copy in copies:
         assert torch.equal(copy, weights["tok_embeddings.weight"])

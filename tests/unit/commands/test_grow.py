@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import run_ranks
+from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, train
 from titan_growth.checkpoint.folder import open_step
 from titan_growth.checkpoint.reader import SafeReader
@@ -20,11 +20,11 @@ from titan_growth.models.roles import layer_of, with_layer
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 3 layers, trained for 4 steps on two ranks."""
     folder = tmp_path_factory.mktemp("offline")
     recipe = make_recipe(folder / "run", model__n_layers=3, training__steps=4, checkpoint__enable=True)
-    run_ranks(train, 2, 2, recipe)
+    warm_ranks(train, 2, 2, recipe)
     return folder / "run" / "checkpoint" / "step-4"
 
 
@@ -72,7 +72,7 @@ def test_a_stacked_checkpoint_with_its_moments(
         ["--operator", "map", "--layer-map", "0,1,1,2"],
     ],
 )
-def test_a_run_goes_on_from_it(words: list[str], source: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_it(words: list[str], source: Path, tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """With all of its state: counters, moments, cursor; on another mesh."""
     assert grow(source, tmp_path / "grown", *words) == 0
     table = open_step(tmp_path / "grown").recipe_table()["model"]  # type: ignore[union-attr]
@@ -88,7 +88,7 @@ def test_a_run_goes_on_from_it(words: list[str], source: Path, tmp_path: Path) -
         checkpoint__initial_load_model_only=False,
         parallelism__tensor_parallel_degree=1 if table["n_kv_heads"] % 2 else 2,
     )
-    run_ranks(train, 2, 2, recipe)
+    warm_ranks(train, 2, 2, recipe)
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [5, 6]
     lineage = json.loads((tmp_path / "run" / "checkpoint" / "step-6" / "lineage.json").read_text())
@@ -167,9 +167,9 @@ def test_the_source_and_the_target_are_looked_at(
         {"model__name": "qwen3", "model__hidden_dim": 64},
     ],
 )
-def test_what_was_grown_can_be_grown_again(settings: dict[str, object], tmp_path: Path) -> None:
+def test_what_was_grown_can_be_grown_again(settings: dict[str, object], tmp_path: Path, warm_ranks: WarmRanks) -> None:
     recipe = make_recipe(tmp_path / "run", training__steps=2, checkpoint__enable=True, **settings)
-    run_ranks(train, 1, 1, recipe)
+    warm_ranks(train, 1, 1, recipe)
     source = tmp_path / "run" / "checkpoint" / "step-2"
     before = open_source(source)
     wider = ["--operator", "zero_width", "--dim", str(before.config.dim + 16)]
