@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from titan_growth.checkpoint.steps import CommittedSteps, committed_steps, step_
 from titan_growth.config.loader import recipe_from_toml
 from titan_growth.config.schema.recipe import CheckpointConfig, Recipe
 from titan_growth.liveness.exit_report import NOT_FAILURES
-from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.errors import CheckpointError, ConfigError, Problem
 from titan_growth.tools.files import is_folder
 from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE
 from titan_growth.tools.text import one_line
@@ -48,6 +49,7 @@ def require_fresh(section: CheckpointConfig, folder: Path, found: Found) -> list
     """Lines to say about a start from scratch, after a search that found no checkpoint.
 
     Raises:
+        ConfigError: when the run has checkpoints, but not where the recipe now says.
         CheckpointError: when an earlier run may have lost its checkpoints.
     """
     root = root_of(section.folder, folder)
@@ -62,7 +64,9 @@ def require_fresh(section: CheckpointConfig, folder: Path, found: Found) -> list
     except ValueError:
         saved_before, elsewhere = True, ""
     if elsewhere:
-        raise CheckpointError(f"checkpoint.folder: there is no checkpoint in {root}, but this run has {elsewhere}")
+        message = f"there is no checkpoint in {root}, but this run has some in {elsewhere}"
+        hint = "Name that folder, or copy the newest here; another job.dump_folder starts a new run"
+        raise ConfigError([Problem("checkpoint.folder", message, hint)])
     traces = [found.ledger_problem] if found.ledger_problem else []
     if not section.enable and (steps := step_numbers(root)):
         traces.append(f"{root} holds step-{steps[0]}, which is not loaded because checkpoint.enable is false")
@@ -90,17 +94,15 @@ def _left_elsewhere(before: Recipe | None, section: CheckpointConfig, folder: Pa
     newest = [one.path.name for one in found.usable] or [one.folder for one in found.refused]
     if not newest:
         return ""
-    return (
-        f"some in {root}, up to {newest[0]}. Name that folder, or copy the newest here; another job.dump_folder starts "
-        "a new run"
-    )
+    return f"{root}, up to {newest[0]}"
 
 
 def _traces(folder: Path) -> Iterator[str]:
     """What an earlier run has left that trained, or that saved."""
     metrics = folder / METRICS_FILE
     try:
-        if metrics.stat().st_size > 0:
+        # What stands there and is no file was never a run's; the sink that opens it says so.
+        if (found := metrics.stat()).st_size > 0 and stat.S_ISREG(found.st_mode):
             yield f"{METRICS_FILE} has its steps"
     except FileNotFoundError:
         pass

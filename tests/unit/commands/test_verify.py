@@ -77,7 +77,7 @@ def test_every_checkpoint_of_a_run_is_whole(root: Path, capsys: pytest.CaptureFi
         (lambda folder: (folder / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
         (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest, so it was never committed"),
         (lambda folder: (folder / "__0_0.distcp").write_bytes(b"x"), "__0_0.distcp has 1 bytes instead of"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "it has no manifest, so it was never committed"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json ends in the middle"),
         (lambda folder: ((folder / "recipe.toml").write_text("[model"), signed(folder)), "its recipe cannot be read"),
         (lambda folder: ((folder / "lineage.json").write_text("[]"), signed(folder)), "its lineage cannot be read"),
         (lambda folder: ((folder / ".metadata").write_bytes(b"cos\nsystem\n(S'x'\ntR."), signed(folder)), "os.system"),
