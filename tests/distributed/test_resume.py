@@ -154,7 +154,7 @@ def test_a_checkpoint_is_a_standard_dcp_folder_with_torchtitans_names(tmp_path: 
 
 def test_checkpoints_in_another_folder_are_not_ignored(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """A changed `checkpoint.folder` would silently start the run from scratch."""
-    from titan_growth.run.start import Site, decide
+    from titan_growth.run.start import Site, resolve
     from titan_growth.tools.errors import ConfigError
     from titan_growth.tools.run_folder import RunFolder
 
@@ -165,4 +165,4 @@ def test_checkpoints_in_another_folder_are_not_ignored(tmp_path: Path, warm_rank
     with pytest.raises(
         ConfigError, match=r"^checkpoint\.folder: there is no checkpoint in \S+/other, but .* step-2\. "
     ):
-        decide(moved, Site(RunFolder(tmp_path / "run"), 2, "cpu"), None)
+        resolve(moved, Site(RunFolder(tmp_path / "run"), 2, "cpu"))
