@@ -104,13 +104,14 @@ class Session:
         """Prepares the run folder: sets later checkpoints aside and writes ledger and recipe."""
         start.log()
         require_same_data(start.checkpoint, self.run_data)
-        section, step = start.recipe.checkpoint, start.checkpoint.step if start.checkpoint is not None else None
-        if start.recipe.comm.mode == "default" and (start.fresh or (section.enable and not section.load_only)):
-            self.checkpointer.begin(step)
-            if step is not None:
+        if start.recipe.comm.mode != "default":
+            return  # a dry run leaves the folder as it is
+        section = start.recipe.checkpoint
+        if start.fresh or (section.enable and not section.load_only):
+            self.checkpointer.begin(start.checkpoint.step if start.checkpoint is not None else None)
+            if start.checkpoint is not None:
                 on_rank0(lambda: remember_load_step(start.load_step, self.checkpointer.root))
-        if start.recipe.comm.mode == "default":
-            on_rank0(lambda: _save_recipe(start.plan.recipe, self.folder))
+        on_rank0(lambda: _save_recipe(start.plan.recipe, self.folder))
 
     def _stopped(self, trainer: Trainer) -> Outcome:
         """The outcome of a run that ended before its last step."""

@@ -60,7 +60,7 @@ def session(rank: int, recipe: Any, faults: list[dict[str, Any]], die_at: str = 
         return original(self)
 
     Trainer.agree, Engine._loss_sum, Optimizer.clip = watched, loss_sum, clip  # type: ignore[method-assign]
-    if die_at == "rolled back":
+    if die_at == "rolled back":  # the first start is from scratch (None)
         CheckpointManager.begin = lambda _, step: step and os._exit(0)  # type: ignore[method-assign,assignment]
     observers.peak_flops_per_second = lambda *_: (1e12, "not measured, to save time")
     run = run_of(recipe, torch.distributed.get_world_size())

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import storage
+from tests.faults.bad_inputs import cell
 from tests.harness import run_ranks
 from tests.recipes.judge import CHECKOUT
 from tests.runs import make_recipe, train
@@ -273,7 +274,7 @@ def page(rows: list[Row]) -> str:
     ]
     for row in rows:
         flaw = f" **{'; '.join(row.wrong)}**" if row.wrong else ""
-        case, text = row.case, row.message.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")[:400]
+        case, text = row.case, cell(row.message)
         where = "store" if case.remote else "disk"
         file = case.file.split("/", 1)[1]
         lines.append(f"| `{file}` | {case.damage} | {case.num_checkpoints} | {where} | {row.status} | {text}{flaw} |")

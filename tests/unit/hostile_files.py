@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.unit.hostile import CASES, NOT_FOR_A_START, Bomb, case
-from titan_growth.checkpoint.manifest import sealed
+from titan_growth.tools.sealed import sealed
 
 __all__ = ["CASES", "NOT_FOR_A_START"]
 

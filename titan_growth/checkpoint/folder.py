@@ -22,6 +22,7 @@ from titan_growth.checkpoint.untrusted.files import (
     open_plain,
     read_plain,
     size_of_file,
+    text_of,
 )
 from titan_growth.checkpoint.untrusted.json_types import table_of_json, table_of_toml
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
@@ -118,12 +119,11 @@ def open_step(path: Path) -> StepFolder | None:
         RefusedCheckpointError: if there is a manifest that cannot be used.
     """
     try:
-        text = read_plain(path / MANIFEST).decode()
-    except (FileNotFoundError, NotADirectoryError):
+        text = text_of(path / MANIFEST)
+    except RefusedError as error:
+        raise RefusedCheckpointError(path.name, f"{MANIFEST} cannot be read ({error})") from None
+    if text is None:
         return None
-    except (OSError, UnicodeDecodeError, RefusedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RefusedCheckpointError(path.name, f"{MANIFEST} cannot be read ({reason})") from None
     if not text.rstrip().endswith("}"):
         raise CutOffError(path.name, f"{MANIFEST} {'ends in the middle' if text.strip() else 'is empty'}")
     try:

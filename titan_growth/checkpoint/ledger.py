@@ -14,12 +14,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from titan_growth.checkpoint.manifest import sealed, unsealed
-from titan_growth.checkpoint.untrusted.files import read_plain
+from titan_growth.checkpoint.manifest import unsealed
+from titan_growth.checkpoint.untrusted.files import text_of
 from titan_growth.checkpoint.untrusted.json_types import STRICT, Count, from_json, table_of_json
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.files import move_folder, write_atomic
+from titan_growth.tools.sealed import sealed
 
 LEDGER = "ledger.json"
 
@@ -55,12 +56,9 @@ def read_ledger(root: Path) -> Ledger | None:
         CheckpointError: when there is one that cannot be read.
     """
     try:
-        return Ledger.from_json(read_plain(root / LEDGER).decode())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise CheckpointError(f"{LEDGER} cannot be read ({error.strerror or error})") from None
-    except (UnicodeDecodeError, RefusedError) as error:
+        text = text_of(root / LEDGER)
+        return None if text is None else Ledger.from_json(text)
+    except RefusedError as error:
         raise CheckpointError(f"{LEDGER} cannot be read ({error})") from None
 
 

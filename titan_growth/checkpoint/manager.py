@@ -21,7 +21,6 @@ from titan_growth.checkpoint.steps import (
     CommittedSteps,
     committed_steps,
     is_step_name,
-    step_numbers,
     step_of,
     step_path,
 )
@@ -60,7 +59,8 @@ class CheckpointManager:
     def _begin(self, step: int | None) -> list[str]:
         found = committed_steps(self.root, self.spare)
         unfinished = {step_of(error.folder) for error in found.unfinished}
-        there = [one for one in step_numbers(self.root) if one not in unfinished and not self._is_spare(one)]
+        there = [one for one in found.folders if one not in unfinished]
+        there = [one for one in there if not same_place(step_path(self.root, one), self.spare)]
         first = -1 if step is None else step
         asked = step is None or self.section.load_step != -1
         # The order matters: a run killed in between finds the old ledger, and does the rest at its next start.
@@ -68,12 +68,8 @@ class CheckpointManager:
         moved = set_aside(self.root, later, "superseded" if asked else "damaged")
         if self.section.enable:
             kept = {folder.step for folder in found.usable} | {step_of(error.folder) for error in found.refused}
-            started_fresh = self.section.start_fresh
-            self.ledger.begin(kept.intersection(there).difference(later), started_fresh=started_fresh)
+            self.ledger.begin(kept.intersection(there).difference(later), started_fresh=self.section.start_fresh)
         return moved
-
-    def _is_spare(self, step: int) -> bool:
-        return self.spare is not None and same_place(step_path(self.root, step), self.spare)
 
     def _set_aside_rolled_back(self, step: int) -> list[str]:
         later = [one for one in sorted(self.ledger.steps, reverse=True) if one > step]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -13,10 +12,9 @@ from titan_growth.checkpoint.history import Progress, RollBack, StabilityState
 from titan_growth.checkpoint.untrusted.files import is_plain_name
 from titan_growth.checkpoint.untrusted.json_types import STRICT, Count, Number, Size, Text, from_json, table_of_json
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
+from titan_growth.tools.sealed import SEAL, seal_of, sealed
 
 FORMAT = 1
-_SEAL = "sha256"
-"""Key of the manifest's checksum of itself."""
 
 
 @dataclass(frozen=True)
@@ -75,28 +73,14 @@ class Manifest:
         return manifest
 
 
-def sealed(table: dict[str, Any]) -> str:
-    """The text of a manifest: the table and its checksum.
-
-    Without its own checksum, a flipped bit in the data cursor would silently train on other data.
-    """
-    table = {key: value for key, value in table.items() if key != _SEAL}
-    return json.dumps({**table, _SEAL: _digest(table)}, indent=1) + "\n"
-
-
 def unsealed(table: Any) -> dict[str, Any]:
     """A parsed table without its checksum. Raises RefusedError if it was changed, or is no such table."""
     if not isinstance(table, dict) or "format" not in table:
         raise RefusedError("it has no 'format'")
-    seal = table.pop(_SEAL, None)  # the first manifests had none
-    if seal is not None and seal != _digest(table):
+    seal = table.pop(SEAL, None)  # the first manifests had none
+    if seal is not None and seal != seal_of(table):
         raise RefusedError("it does not match its own checksum")
     return table
-
-
-def _digest(table: dict[str, Any]) -> str:
-    """SHA-256 of a table's content, independent of its formatting."""
-    return hashlib.sha256(json.dumps(table, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _is_entry(num_bytes: Any, sha256: Any) -> bool:

@@ -75,7 +75,7 @@ class Retention:
             self._remover.start()
 
     def _may_go(self, path: Path) -> bool:
-        return _has_no_manifest(path) and not (self.spare is not None and same_place(path, self.spare))
+        return _has_no_manifest(path) and not same_place(path, self.spare)
 
     def wait(self) -> None:
         """Waits for removals in progress."""

@@ -33,7 +33,7 @@ def step_of(name: str) -> int:
 
 def step_numbers(root: Path) -> list[int]:
     """The steps that have a folder, committed or not, newest first. Raises OSError when that cannot be told."""
-    return sorted((step for step, is_dir in _listed(root).items() if is_dir), reverse=True)
+    return _folders_in(_listed(root))
 
 
 def _listed(root: Path) -> dict[int, bool]:
@@ -43,6 +43,10 @@ def _listed(root: Path) -> dict[int, bool]:
     if not is_folder(root):
         return {}
     return {step_of(path.name): path.is_dir() for path in root.iterdir() if is_step_name(path.name)}
+
+
+def _folders_in(listed: dict[int, bool]) -> list[int]:
+    return sorted((step for step, is_dir in listed.items() if is_dir), reverse=True)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class CommittedSteps:
     """None when there is none, or when it cannot be read."""
     ledger_problem: str = ""
     """Why it cannot be read."""
+    folders: list[int] = field(default_factory=list)
+    """The steps that have a folder, whatever is in it."""
 
     @property
     def nothing_was_committed(self) -> bool:
@@ -80,9 +86,9 @@ def committed_steps(root: Path, spare: Path | None = None) -> CommittedSteps:
         ledger = read_ledger(root)
     except CheckpointError as error:
         ledger_problem = str(error)
-    found = CommittedSteps([], [], [], ledger, ledger_problem)
-    steps = _listed(root).keys() | set(ledger.steps if ledger is not None else ())
-    for step in sorted(steps, reverse=True):
+    listed = _listed(root)
+    found = CommittedSteps([], [], [], ledger, ledger_problem, _folders_in(listed))
+    for step in sorted(listed.keys() | set(ledger.steps if ledger is not None else ()), reverse=True):
         path = step_path(root, step)
         try:
             folder, why = open_step(path), ""
@@ -93,7 +99,7 @@ def committed_steps(root: Path, spare: Path | None = None) -> CommittedSteps:
             continue
         if folder is not None:
             _judge(folder, step, found)
-        elif spare is None or not same_place(path, spare):
+        elif not same_place(path, spare):
             _judge_uncommitted(path, why or _what_is_missing(path), found)
     return found
 

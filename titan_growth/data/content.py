@@ -29,6 +29,7 @@ from titan_growth.data.storage import exclusive
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
+from titan_growth.tools.sealed import SEAL, seal_of
 from titan_growth.tools.text import gib, many, some
 
 _FORMAT = 1
@@ -168,7 +169,7 @@ class _Table:
         """What is remembered. A table that is damaged counts for nothing, and is said to."""
         try:
             content = json.loads(self._path.read_bytes())
-            if content.pop("sha256") != _seal(content) or (content["format"], content["base"]) != (_FORMAT, self.base):
+            if content.pop(SEAL) != seal_of(content) or (content["format"], content["base"]) != (_FORMAT, self.base):
                 raise ValueError("it does not match its own checksum")
             self.entries = {name: _Entry(*entry) for name, entry in content["files"].items()}
         except FileNotFoundError:
@@ -204,15 +205,11 @@ class _Table:
         files = {name: [entry.size_bytes, entry.mark, entry.sha256] for name, entry in self.entries.items()}
         content = {"format": _FORMAT, "base": self.base, "files": files}
         try:
-            write_atomic(self._path, json.dumps({**content, "sha256": _seal(content)}))
+            write_atomic(self._path, json.dumps({**content, SEAL: seal_of(content)}))  # compact: it has a line per file
             self._is_changed = False
         except OSError as error:
             self._can_write = False
             logger.warning("%s: cannot be written (%s), so its files are hashed again", self._path, error.strerror)
-
-
-def _seal(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _compute(files: Sequence[Markable], table: _Table, skip_unreadable: bool) -> dict[str, str]:

@@ -17,7 +17,7 @@ import tomli
 
 from titan_growth.checkpoint.folder import root_of
 from titan_growth.checkpoint.search import FROM_SCRATCH, Found
-from titan_growth.checkpoint.steps import CommittedSteps, committed_steps, step_numbers
+from titan_growth.checkpoint.steps import committed_steps, step_numbers, step_of
 from titan_growth.config.loader import recipe_from_toml
 from titan_growth.config.schema.recipe import CheckpointConfig, Recipe
 from titan_growth.liveness.exit_report import NOT_FAILURES
@@ -54,10 +54,8 @@ def require_fresh(section: CheckpointConfig, folder: Path, found: Found) -> list
     """
     root = root_of(section.folder, folder)
     if found.nothing_was_committed:
-        lines = []
-        if next(_traces(folder), None):
-            lines.append("the earlier run ended before its first checkpoint was committed: it starts over")
-        return lines
+        over = "the earlier run ended before its first checkpoint was committed: it starts over"
+        return [over] if next(_traces(folder), None) else []
     try:
         before = earlier_recipe(folder)
         saved_before, elsewhere = before is None or _saves(before.checkpoint), _left_elsewhere(before, section, folder)
@@ -90,11 +88,9 @@ def _left_elsewhere(before: Recipe | None, section: CheckpointConfig, folder: Pa
     if before is None or not _saves(before.checkpoint) or before.checkpoint.folder == section.folder:
         return ""
     root = root_of(before.checkpoint.folder, folder)
-    found: CommittedSteps = committed_steps(root)
+    found = committed_steps(root)
     newest = [one.path.name for one in found.usable] or [one.folder for one in found.refused]
-    if not newest:
-        return ""
-    return f"{root}, up to {newest[0]}"
+    return f"{root}, up to {newest[0]}" if newest else ""
 
 
 def _traces(folder: Path) -> Iterator[str]:
@@ -115,7 +111,7 @@ def _traces(folder: Path) -> Iterator[str]:
                 yield f"{path.name} says that it ended well"
         except (OSError, ValueError):
             yield f"{path.name} cannot be read"
-    if saved := max((name for log in _logs(folder) for name in _saved_in(log)), key=len, default=""):
+    if saved := max((name for log in _logs(folder) for name in _saved_in(log)), key=step_of, default=""):
         yield f"its logs say that it saved {saved}"
 
 

@@ -72,8 +72,10 @@ def folder_at(text: str) -> Path:
     return Path(place.path) if place.protocol in ("file", "local") else cast(Path, place)
 
 
-def same_place(one: Path, other: Path) -> bool:
-    """Whether two places are the same, links and relative paths resolved."""
+def same_place(one: Path, other: Path | None) -> bool:
+    """Whether two places are the same, links and relative paths resolved. None is no place."""
+    if other is None:
+        return False
     if is_remote(one) or is_remote(other):
         return str(one) == str(other)
     return one.resolve() == other.resolve()

@@ -11,9 +11,10 @@ import pytest
 
 from titan_growth.checkpoint.folder import file_entry, open_step, sha256_of, write_manifest
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
-from titan_growth.checkpoint.manifest import Manifest, sealed
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.steps import CommittedSteps, committed_steps, step_numbers, step_path
 from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.sealed import sealed
 
 MANIFEST = Manifest(
     progress=Progress(step=7, tokens=70, flops=10**21, samples=14),

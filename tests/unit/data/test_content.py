@@ -16,6 +16,7 @@ import pytest
 from titan_growth.data import content
 from titan_growth.data.content import UNREADABLE, ContentHashes, MarkedFile, Trust, marked
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.sealed import sealed
 
 Digest = Callable[[object, object], str]
 
@@ -112,7 +113,7 @@ def test_a_change_under_the_same_mark_is_found_when_nothing_is_trusted(
     for file in files_of(corpus):
         kept["files"][file.name][1] = file.mark
     kept.pop("sha256")
-    table.write_text(json.dumps({**kept, "sha256": content._seal(kept)}))
+    table.write_text(sealed(kept))
     trusting = ContentHashes(tmp_path)
     assert trusting.of(str(corpus), files_of(corpus)) == before
     assert trusting.took_on_trust

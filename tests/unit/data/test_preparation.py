@@ -24,6 +24,7 @@ from titan_growth.data.splitting import cut, split_rule
 from titan_growth.data.storage import cache_root
 from titan_growth.data.tokenizers import BytesTokenizer, TokenizerSpec
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.sealed import sealed
 
 BOS, EOS = 256, 257
 
@@ -218,7 +219,7 @@ def pretend_remembered(cache: Path, corpus: Path) -> None:
         for name, entry in kept["files"].items():
             entry[1] = mark_of((corpus / name).stat())
         kept.pop("sha256")
-        table.write_text(json.dumps({**kept, "sha256": content._seal(kept)}))
+        table.write_text(sealed(kept))
 
 
 @pytest.mark.parametrize("how", ["preparation", "rehash"])

@@ -69,6 +69,16 @@ def read_plain(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
         return file.read(size or 0)  # no more: read() allocates all that is asked for
 
 
+def text_of(path: Path) -> str | None:
+    """The text of a regular file; None if there is nothing. Raises RefusedError if there is, and it cannot be read."""
+    try:
+        return read_plain(path).decode()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RefusedError(str(getattr(error, "strerror", None) or error)) from None
+
+
 def read_into(file: IO[bytes], target: Any) -> bool:
     """Fills a byte array from a file; returns False if the file ends first."""
     left = memoryview(target)
