@@ -43,6 +43,26 @@ def test_ten_steps_agree_with_one_rank(name: str, trained: Trained) -> None:
     assert lines[-2]["loss"] < lines[0]["loss"] - 0.4, "the run does not learn"
 
 
+GROUPED = {
+    "training__steps": 3,
+    "model__n_layers": 3,
+    "optimizer__weight_decay_on": "matrices",
+    "optimizer__groups": '[{pattern = "*wq.weight", lr_factor = 0.5}, {pattern = "layers.0.*", frozen = true}]',
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["tp2", "pp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2 x tp2", "pp2 x cp2"))]
+)
+def test_parameter_groups_agree_with_one_rank(name: str, trained: Trained) -> None:
+    """With a frozen layer, which is all that one rank of the pipeline has besides the embedding."""
+    lines = assert_agrees_with_one_rank(MESHES[name], trained, **GROUPED)
+    plain = trained(1, training__steps=3, model__n_layers=3, **ONE_RANK.layout)
+    assert lines[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+    assert lines[0]["grad_norm"] < plain[0]["grad_norm"] * 0.999, "the frozen layer counts"
+    assert lines[2]["loss"] != pytest.approx(plain[2]["loss"], rel=1e-4), "groups change nothing"
+
+
 @pytest.mark.parametrize("name", ["1 rank", "fsdp2", "pp2", pytest.param("tp2", marks=pytest.mark.slow)])
 def test_gradient_accumulation_changes_nothing(name: str, trained: Trained) -> None:
     """Four accumulation steps against one on the same mesh: 1e-5 relative at all steps."""

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from titan_growth.config.schema.recipe import Recipe
+from titan_growth.engine.parameter_groups import Named, treatments
 from titan_growth.layout.pipeline_layout import part_table, plan_pipeline
 from titan_growth.layout.pipeline_parts import Part
 from titan_growth.layout.shards import EMBEDDING, HEAD, LAYER, NORM, ModelShards
 from titan_growth.models.registry import family_module
+from titan_growth.models.roles import bare_name
 from titan_growth.run.phases import Phase
 from titan_growth.run.plan import RunPlan, stage_lines
 from titan_growth.tools.findings import Findings
@@ -29,6 +31,7 @@ def report_lines(plan: RunPlan, device_type: str, start: Sequence[str] = ()) -> 
         [plan.recipe.job.description, *start],
         _model(plan, depths[-1]),
         _batch(plan),
+        _parameter_groups(plan, depths[-1]),
         *_stages(plan, device_type),
         _growth(plan),
         *(_ranks(phase, shards) for phase, shards in zip(plan.phases, depths, strict=True)),
@@ -76,6 +79,19 @@ def _batch(plan: RunPlan) -> list[str]:
         f"{many(steps, 'accumulation step')}",
         f"run: {many(training.steps, 'step')}, {fewer}{last.tokens:,} tokens, {fewer}{last.flops:.4e} FLOPs",
     ]
+
+
+def _parameter_groups(plan: RunPlan, shards: ModelShards) -> list[str]:
+    """How many parameters the optimizer treats in which way; nothing when it treats all alike."""
+    section = plan.recipe.optimizer
+    if not section.groups and section.weight_decay_on == "all":
+        return []
+    named = (Named(one.name, len(one.shape), one.numel) for one in shards.parameters())
+    lines = [f"parameter groups (lr {section.lr:g}, weight decay {section.weight_decay:g}):"]
+    for how, ones in treatments(section, named).items():
+        names = ", ".join(dict.fromkeys(bare_name(one.name) for one in ones))
+        lines.append(f"  {how}: {sum(one.numel for one in ones):,} parameters in {many(len(ones), 'tensor')}: {names}")
+    return lines
 
 
 # ---- growth ----------------------------------------------------------------------------------------------------------

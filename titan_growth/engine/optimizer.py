@@ -7,6 +7,7 @@ state: they always come from the recipe.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from titan_growth.config.schema.recipe import OptimizerConfig
+from titan_growth.config.schema.optimizer import OptimizerConfig
 from titan_growth.engine.build import BuiltModel
+from titan_growth.engine.parameter_groups import Treatment, treatment_of
 from titan_growth.tools.gradients import reduced
 from titan_growth.tools.torch_private import foreach_norm
 
@@ -50,10 +52,14 @@ class Optimizer:
             for name, parameter in part.named_parameters():
                 assert name not in self.parameters, f"two parts hold {name}"
                 self.parameters[name] = parameter
+        self.treatments = {
+            name: treatment_of(section, self.tied.get(name, name), parameter.dim())
+            for name, parameter in self.parameters.items()
+        }
         fused = section.implementation == "fused"
         kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[section.name]
         self.inner = kind(
-            list(self.parameters.values()),
+            self._groups(section.weight_decay),
             lr=section.lr,
             betas=(section.beta1, section.beta2),
             eps=section.eps,
@@ -76,6 +82,16 @@ class Optimizer:
         group = mesh.group_of("pp") if mesh.shape.pp > 1 else None
         return cls(model.parts, section, max_norm=max_norm, tied=tied, pipeline_group=group)
 
+    def _groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """PyTorch's parameter groups; only one when the recipe treats all parameters alike."""
+        alike: dict[Treatment, list[nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            alike.setdefault(self.treatments[name], []).append(parameter)
+        return [
+            {"params": parameters, "weight_decay": weight_decay * how.weight_decay_factor, "lr_factor": how.lr_factor}
+            for how, parameters in alike.items()
+        ]
+
     def named_state(self) -> Iterator[tuple[str, str, Tensor]]:
         """(parameter name, state key, tensor) of all state; the live tensors, to save from or load into."""
         named = dict(self.parameters)
@@ -90,13 +106,16 @@ class Optimizer:
         """Clips the gradients to `max_norm`; returns their global norm before clipping, a float32 scalar."""
         counted = []
         for name, parameter in self.parameters.items():
+            if self.treatments[name].frozen:
+                parameter.grad = None
             if parameter.grad is None:
                 continue
             parameter.grad = reduced(parameter.grad, parameter)
             # A copy has the gradient of both; only the original counts.
             if name not in self.tied:
                 counted.append(parameter.grad)
-        norm = global_norm(counted, self.pipeline_group)
+        device = next(iter(self.parameters.values())).device
+        norm = global_norm(counted, device, self.pipeline_group)
         torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.max_norm, norm, foreach=True)
         return norm
 
@@ -107,7 +126,7 @@ class Optimizer:
             fresh_share: fraction of the learning rate for the elements in `fresh`.
         """
         for group in self.inner.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         names = self.fresh if fresh_share != 1.0 else ()
         before = {name: _local(self.parameters[name]).clone() for name in names}
         self.inner.step()
@@ -128,14 +147,17 @@ def _local(tensor: Tensor) -> Tensor:
     return local.detach()
 
 
-def global_norm(gradients: Sequence[Tensor], pipeline_group: dist.ProcessGroup | None = None) -> Tensor:
-    """Euclidean norm of all gradients, over every rank that holds a part of them; a float32 scalar.
+def global_norm(
+    gradients: Sequence[Tensor], device: torch.device, pipeline_group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Euclidean norm of all gradients, over every rank that holds a part of them; a float32 scalar on the device.
 
     Squares are summed in float64. In float32 the rounding of a large sum depends on the sharding: on the CPU, one rank
     and two differ by 4e-5 (docs/log.md).
     """
-    squares = torch.stack(foreach_norm([_local(gradient) for gradient in gradients], dtype=torch.float64)).square()
-    total = torch.zeros((), dtype=torch.float64, device=squares.device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    norms = foreach_norm([_local(gradient) for gradient in gradients], dtype=torch.float64) if gradients else []
+    squares = [norm.square() for norm in norms]
     # Tensors sharded over the same axes are summed locally first, then once over those axes.
     by_axes: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
     for position, gradient in enumerate(gradients):
@@ -146,7 +168,7 @@ def global_norm(gradients: Sequence[Tensor], pipeline_group: dist.ProcessGroup |
         assert not any(placement.is_partial() for placement in gradient.placements), "a gradient is not reduced yet"
         by_axes.setdefault((gradient.device_mesh, axes), []).append(position)
     for (mesh, axes), positions in by_axes.items():
-        part = squares[positions].sum()
+        part = torch.stack([squares[position] for position in positions]).sum()
         for axis in axes:
             dist.all_reduce(part, group=mesh.get_group(axis))
         total += part

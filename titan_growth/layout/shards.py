@@ -20,6 +20,7 @@ from types import ModuleType
 from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.layout.pipeline_parts import Part
 from titan_growth.models.config import DecoderConfig
+from titan_growth.models.roles import with_layer
 
 EMBEDDING, LAYER, NORM, HEAD = "tok_embeddings", "layers", "norm", "output"
 """The units that a pipeline assigns, by the first component of their parameters' names."""
@@ -73,6 +74,15 @@ class ModelShards:
     def numel(self, piece: str) -> int:
         """Elements of the embedding, one layer, the norm or the head."""
         return sum(parameter.numel for parameter in self.pieces[piece])
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Every parameter of the model; a tied head is none."""
+        for piece, ones in self.pieces.items():
+            if piece == LAYER:
+                for layer, one in product(range(self.config.num_layers), ones):
+                    yield replace(one, name=with_layer(one.name, layer))
+            elif piece != HEAD or not self.config.tie_word_embeddings:
+                yield from ones
 
     @property
     def num_params(self) -> int:

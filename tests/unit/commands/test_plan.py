@@ -256,6 +256,26 @@ def test_report_of_a_run_that_grows() -> None:
     assert {line.strip() for line in plan.describe("cpu")[2:]} <= lines, "the short plan says something else"
 
 
+def test_report_of_parameter_groups() -> None:
+    groups = '[{pattern = "layers.0.*", frozen = true}, {pattern = "*wq.weight", lr_factor = 0.5}]'
+    plan = plan_of({**BASE, "optimizer.weight_decay_on": "matrices", "optimizer.groups": groups}, 1)
+    lines = report_lines(plan, "cpu")
+    start = next(number for number, line in enumerate(lines) if line.startswith("parameter groups"))
+    block = lines[start : lines.index("", start)]
+    assert block[0] == "parameter groups (lr 0.01, weight decay 0.1):"
+    assert [line.split(":")[0].strip() for line in block[1:]] == [
+        "lr x 1, weight decay x 0",
+        "frozen",
+        "lr x 0.5, weight decay x 1",
+        "lr x 1, weight decay x 1",
+    ]
+    assert "3,072 parameters in 3 tensors: attention.wq.weight" in block[3]
+    assert "tok_embeddings.weight, attention_norm.weight, ffn_norm.weight, norm.weight" in block[1]
+    counts = [int(line.split(": ")[1].split(" ")[0].replace(",", "")) for line in block[1:]]
+    assert sum(counts) == plan.target.num_params
+    assert not [line for line in report_lines(plan_of(BASE, 1), "cpu") if "parameter groups" in line]
+
+
 def test_bytes_of_a_rank_follow_the_type() -> None:
     """16 bytes a parameter in float32, 8 in bfloat16: weight, gradient, two moments."""
     values = {**BASE, "model.dim": 512, "model.hidden_dim": 1024}
@@ -306,6 +326,16 @@ def test_all_problems_together(capsys: Any) -> None:
         (["--device", "tpu"], "error: --device: must be one of cuda, cpu, got 'tpu'"),
         (["--job.config_file", "nowhere.toml"], "error: job.config_file nowhere.toml: no such file"),
         (["--world-size", "6", "--parallelism.tensor_parallel_degree", "4"], "4 does not divide the 6 ranks"),
+        (
+            ["--optimizer.groups", '[{pattern = "*norm", lr_factor = 2.0}]'],
+            "optimizer.groups.0.pattern: no parameter of the model is called '*norm', or an earlier group has all that",
+        ),
+        (["--optimizer.groups", '[{pattern = "*", frozen = true}]'], "optimizer.groups: freezes every parameter"),
+        (["--optimizer.groups", '[{pattern = "*"}]'], "optimizer.groups.0: changes nothing"),
+        (
+            ["--optimizer.groups", '[{pattern = "*", frozen = true, lr_factor = 2.0}]'],
+            "optimizer.groups.0: is frozen, so lr_factor and weight_decay_factor have no meaning",
+        ),
         (["--device", "cpu", "--profiling.enable_memory_snapshot"], "memory snapshots exist on CUDA only"),
     ],
 )

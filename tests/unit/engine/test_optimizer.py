@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.harness import run_ranks
-from titan_growth.config.schema.recipe import OptimizerConfig
+from titan_growth.config.schema.optimizer import OptimizerConfig, ParameterGroupConfig
 from titan_growth.engine.optimizer import STATE_KEYS, Optimizer
+from titan_growth.engine.parameter_groups import treatment_of
 
 IMPLEMENTATIONS = ["for-loop", "foreach", "fused"]
 
@@ -62,6 +63,80 @@ def test_steps_equal_pytorchs(name: str, implementation: str) -> None:
     for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
         for key in STATE_KEYS:
             torch.testing.assert_close(optimizer.inner.state[parameter][key], reference.state[expected][key])
+
+
+GROUPS = [
+    ParameterGroupConfig(pattern="0.bias", lr_factor=0.5, weight_decay_factor=0.0),
+    ParameterGroupConfig(pattern="0.*", lr_factor=2.0),
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_groups_are_pytorchs_parameter_groups(implementation: str) -> None:
+    """The first pattern that matches counts; what none matches is as without groups."""
+    section = OptimizerConfig(implementation=implementation, weight_decay=0.3, groups=GROUPS)  # type: ignore[arg-type]
+    model = model_with_gradients()
+    twin = copy.deepcopy(model)
+    optimizer = Optimizer([model], section, max_norm=1e9)
+    groups = [
+        {"params": [twin[0].bias], "weight_decay": 0.0, "share": 0.5},
+        {"params": [twin[0].weight], "share": 2.0},
+        {"params": [twin[1].weight], "share": 1.0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), weight_decay=0.3)
+    for step, lr in enumerate((1e-2, 3e-2, 1e-3)):
+        set_gradients(model, 1.0, seed=step)
+        set_gradients(twin, 1.0, seed=step)
+        clip_and_step(optimizer, lr)
+        for group in reference.param_groups:
+            group["lr"] = lr * group["share"]
+        reference.step()
+        for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_decay_on_matrices_only() -> None:
+    """A group's own factor counts more."""
+    without = OptimizerConfig(weight_decay=0.5, weight_decay_on="matrices")
+    shrunk = {}
+    for section in (without, without.model_copy(update={"groups": [GROUPS[1]]}), OptimizerConfig(weight_decay=0.5)):
+        model = model_with_gradients()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        before = weights(model)
+        clip_and_step(Optimizer([model], section, max_norm=1e9), 0.1)
+        moved = [not torch.equal(old, new) for old, new in zip(before, weights(model), strict=True)]
+        shrunk[section.weight_decay_on, len(section.groups)] = moved
+    assert shrunk == {
+        ("matrices", 0): [True, False, True],
+        ("matrices", 1): [True, False, True],
+        ("all", 0): [True, True, True],
+    }
+    assert treatment_of(without, "tok_embeddings.weight", 2).weight_decay_factor == 0.0
+    assert treatment_of(without, "output.weight", 2).weight_decay_factor == 1.0
+
+
+def test_frozen_parameters_stay_and_do_not_count_in_the_norm() -> None:
+    section = OptimizerConfig(groups=[ParameterGroupConfig(pattern="0.*", frozen=True)])
+    model = model_with_gradients()
+    before, norm_of_the_rest = weights(model), model[1].weight.grad.norm().item()
+    optimizer = Optimizer([model], section, max_norm=1e9)
+    assert clip_and_step(optimizer, 0.1).item() == pytest.approx(norm_of_the_rest, rel=1e-6)
+    kept = [torch.equal(old, new) for old, new in zip(before, weights(model), strict=True)]
+    assert kept == [True, True, False]
+    assert all(not tensor.any() for name, _, tensor in optimizer.named_state() if name.startswith("0."))
+    everything = OptimizerConfig(groups=[ParameterGroupConfig(pattern="*", frozen=True)])
+    model = model_with_gradients()
+    assert clip_and_step(Optimizer([model], everything, max_norm=1.0), 0.1).item() == 0.0, (
+        "of a part with none to train"
+    )
+
+
+def test_a_tied_copy_is_treated_as_its_original() -> None:
+    section = OptimizerConfig(groups=[ParameterGroupConfig(pattern="tok_embeddings.weight", frozen=True)])
+    part = nn.ModuleDict({"output": nn.Linear(3, 2, bias=False)})
+    tied = {"output.weight": "tok_embeddings.weight"}
+    assert Optimizer([part], section, max_norm=1.0, tied=tied).treatments["output.weight"].frozen
 
 
 def test_adamw_by_hand() -> None:

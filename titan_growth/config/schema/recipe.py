@@ -12,6 +12,7 @@ from pydantic import Field
 
 from titan_growth.config.schema.growth import GrowthConfig
 from titan_growth.config.schema.model import ModelConfig
+from titan_growth.config.schema.optimizer import OptimizerConfig
 from titan_growth.config.schema.parallelism import ParallelismConfig
 from titan_growth.config.schema.stability import StabilityConfig
 from titan_growth.config.schema.techniques import ActivationCheckpointConfig, CompileConfig, QuantizeConfig
@@ -67,25 +68,6 @@ class MetricsConfig(Section):
     """Write TensorBoard events on every rank (in rank_N) instead of on rank 0 only."""
     enable_wandb: bool = False
     """Log to Weights & Biases too; needs the wandb extra."""
-
-
-class OptimizerConfig(Section):
-    """The optimizer; its hyper-parameters always come from the recipe, never from a checkpoint."""
-
-    name: Literal["Adam", "AdamW"] = "AdamW"
-    """Adam or AdamW."""
-    lr: float = Field(8e-4, gt=0)
-    """Peak learning rate."""
-    beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    beta2: float = Field(0.95, ge=0, lt=1)
-    """Decay of the second moment."""
-    eps: float = Field(1e-8, gt=0)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(0.1, ge=0)
-    """Weight decay, on all parameters."""
-    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """How PyTorch runs the update."""
 
 
 class LRSchedulerConfig(Section):
