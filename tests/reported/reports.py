@@ -35,6 +35,6 @@ def own(file: str, *functions: str) -> tuple[str, ...]:
 
 def areas() -> dict[str, list[Report]]:
     """All reports by area, in the order of the page."""
-    from tests.reported import rows_data
+    from tests.reported import rows_data, rows_settings
 
-    return {"Data": rows_data.ROWS}
+    return {"Data": rows_data.ROWS, "Schedules and hyper-parameters": rows_settings.SCHEDULES}

@@ -1,0 +1,74 @@
+"""Reports about schedules and hyper-parameters, and about settings."""
+
+from __future__ import annotations
+
+from tests.reported.reports import Report, own
+
+SCHEDULES = [
+    Report(
+        "pytorch/torchtitan",
+        1010,
+        "A schedule without decay divides by zero.",
+        "It stays at the peak, with any warmup and any shape of decay.",
+        own("schedules", "torchtitan_1010_no_decay_at_all"),
+        also=("allenai/OLMo-core#655",),
+    ),
+    Report(
+        "pytorch/torchtitan",
+        1261,
+        "Steps are counted off by one: the warmup is not the one asked for, or the first step has a rate of zero.",
+        "The first and the last step learn, and the peak is reached, whatever the lengths.",
+        own("schedules", "torchtitan_1261_every_step_learns_and_the_peak_is_reached"),
+    ),
+    Report(
+        "mosaicml/composer",
+        1077,
+        "A warmup as long as the run crashes at the last step.",
+        "The run ends at the peak.",
+        own("schedules", "composer_1077_warmup_as_long_as_the_run"),
+        also=("karpathy/nanoGPT#691", "huggingface/transformers#47285"),
+    ),
+    Report(
+        "deepspeedai/DeepSpeed",
+        771,
+        "A warmup of 0 or 1 steps divides by the logarithm of it.",
+        "The first step has the peak rate.",
+        own("schedules", "deepspeed_771_warmup_of_no_step_and_of_one"),
+    ),
+    Report(
+        "pytorch/torchtitan",
+        2326,
+        "A run that is cut short to try something decays early: its schedule is as long as the run.",
+        "`lr_scheduler.total_steps` keeps the long run's schedule, with and without a stable phase.",
+        own("schedules", "torchtitan_2326_a_short_run_with_the_schedule_of_a_long_one"),
+        also=("pytorch/torchtitan#2340",),
+    ),
+    Report(
+        "NVIDIA-NeMo/Automodel",
+        763,
+        "After a resume the learning rate is that of step 0.",
+        "The rate follows from the step and the growths before it. Resumed three times, before and after a growth, "
+        "under each policy, a run has the rates of an unbroken one.",
+        own("schedules", "automodel_763_learning_rate_over_resumes"),
+        also=("pytorch/torchtitan#275", "THUDM/slime#1547"),
+    ),
+    Report(
+        "NVIDIA-NeMo/Automodel",
+        3882,
+        "The first step after a resume uses the old weight decay: it is written before it is restored.",
+        "Hyper-parameters are not part of a checkpoint; the recipe's hold from the first step on.",
+        own("schedules", "automodel_3882_weight_decay_of_the_recipe_in_the_first_step_after_a_resume"),
+        also=("NVIDIA/Megatron-LM#7468",),
+    ),
+    Report(
+        "OpenNMT/OpenNMT-py",
+        1911,
+        "A learning rate changed for the resume is ignored: the checkpoint's comes back.",
+        "It takes effect, and a line in the log says what it was.",
+        (
+            "tests/distributed/test_resume.py::test_a_changed_learning_rate_takes_effect",
+            "tests/distributed/test_elastic.py::test_what_has_changed_takes_effect_and_is_logged",
+        ),
+        also=("pytorch/examples#816",),
+    ),
+]
