@@ -72,3 +72,13 @@ SCHEDULES = [
         also=("pytorch/examples#816",),
     ),
 ]
+
+SIGNALS = [
+    Report(
+        "NVIDIA-NeMo/Megatron-Bridge",
+        5068,
+        "SIGTERM sets a flag that nobody reads while saving on a signal is off; the run goes on until it is killed.",
+        "It stops after the step. Without checkpoints it ends as a failure that says that nothing was saved.",
+        own("resumes", "megatron_bridge_5068_a_signal_without_checkpoints_is_not_swallowed"),
+    ),
+]
