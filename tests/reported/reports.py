@@ -35,13 +35,15 @@ def own(file: str, *functions: str) -> tuple[str, ...]:
 
 def areas() -> dict[str, list[Report]]:
     """All reports by area, in the order of the page."""
-    from tests.reported import rows_checkpoints, rows_data, rows_parallel, rows_settings
+    from tests.reported import rows_checkpoints, rows_data, rows_hub, rows_parallel, rows_settings
 
     return {
         "Data": rows_data.ROWS,
         "Checkpoints": rows_checkpoints.SAVES,
         "Going on": rows_checkpoints.RESUMES,
         "Meshes": rows_parallel.ROWS,
+        "Other meshes": rows_parallel.RESHARDING,
+        "Hugging Face folders": rows_hub.ROWS,
         "Schedules and hyper-parameters": rows_settings.SCHEDULES,
         "Signals and hangs": rows_settings.SIGNALS,
     }

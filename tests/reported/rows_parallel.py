@@ -153,3 +153,23 @@ ROWS = [
         also=("pytorch/pytorch#139304", "Modalities/modalities#426"),
     ),
 ]
+
+RESHARDING = [
+    Report(
+        "NVIDIA/Megatron-LM",
+        2769,
+        "The two halves of a fused SwiGLU weight are mixed up when it is read on other ranks, and the loss jumps.",
+        "The halves are two parameters. With 91 rows, that nothing divides, 8, then 1, then 3 ranks have the losses "
+        "of one.",
+        own("resharding", "megatron_2769_swiglu_weights_on_another_number_of_ranks"),
+        also=("NVIDIA/Megatron-LM#5714",),
+    ),
+    Report(
+        "NVIDIA/Megatron-LM",
+        5265,
+        "Moments of a shard with an odd number of rows cannot be saved.",
+        "Three ranks save them, and they are those of one rank.",
+        own("resharding", "megatron_5265_moments_of_odd_shards"),
+        also=("NVIDIA/Megatron-LM#5346", "NVIDIA/Megatron-LM#4423"),
+    ),
+]
