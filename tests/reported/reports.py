@@ -45,5 +45,6 @@ def areas() -> dict[str, list[Report]]:
         "Other meshes": rows_parallel.RESHARDING,
         "Hugging Face folders": rows_hub.ROWS,
         "Schedules and hyper-parameters": rows_settings.SCHEDULES,
-        "Signals and hangs": rows_settings.SIGNALS,
+        "Recipes and metrics": rows_settings.CONFIG,
+        "Signals, hangs and failures": rows_settings.SIGNALS,
     }

@@ -93,7 +93,6 @@ ROWS = [
         "Schedules that split the backward pass skip the hooks that reduce gradients over replicas.",
         "Three such schedules with two replicas each have the gradients of one rank.",
         own("parallel", "pytorch_144530_split_backward_passes_are_reduced_over_replicas"),
-        also=("pytorch/pytorch#134052",),
     ),
     Report(
         "pytorch/torchtitan",

@@ -81,4 +81,79 @@ SIGNALS = [
         "It stops after the step. Without checkpoints it ends as a failure that says that nothing was saved.",
         own("resumes", "megatron_bridge_5068_a_signal_without_checkpoints_is_not_swallowed"),
     ),
+    Report(
+        "KempnerInstitute/KempnerForge",
+        177,
+        "With workers that load data, SIGTERM to all processes loses the last save: the workers die of it first.",
+        "Mended for this report: workers leave stop signals to their rank, which saves and ends with status 75.",
+        own(
+            "signals",
+            "kempnerforge_177_workers_outlive_the_signals_that_stop_a_run",
+            "kempnerforge_177_a_signal_to_all_processes_of_a_run",
+        ),
+    ),
+    Report(
+        "pytorch/pytorch",
+        8976,
+        "A worker that the kernel has killed ends the run with a traceback from some other place.",
+        "Mended for this report: one line says which process is gone and what to lower. It is no lost rank.",
+        own(
+            "signals",
+            "pytorch_8976_a_worker_that_was_killed_is_told_from_a_lost_rank",
+            "pytorch_8976_a_run_whose_worker_was_killed_says_so",
+        ),
+    ),
+    Report(
+        "NVIDIA/nccl",
+        1260,
+        "A collective times out on all ranks but one, and nothing says which one did not come.",
+        "The rank that is frozen or behind is named, with its step and the function that it is in.",
+        (
+            "tests/distributed/test_failures.py::test_a_frozen_rank_is_named_and_ended",
+            "tests/distributed/test_failures.py::test_a_rank_that_is_behind_is_named_with_its_step",
+        ),
+        also=("NVIDIA/nccl#1324",),
+    ),
+    Report(
+        "kyutai-labs/pocket-tts",
+        262,
+        "One step that is not finite spoils all weights; the run goes on, and its saves push out the good ones.",
+        "Nothing that is not finite is saved: the run ends, skips the step or goes back, as the recipe says.",
+        (
+            "tests/distributed/test_stability.py::test_a_bad_step_without_a_remedy_ends_the_run",
+            "tests/distributed/test_stability.py::test_a_skipped_step_leaves_only_its_line",
+            "tests/distributed/test_stability.py::test_a_roll_back_continues_past_the_data",
+        ),
+    ),
+]
+
+CONFIG = [
+    Report(
+        "pytorch/torchtitan",
+        1176,
+        "A boolean that is true in the file cannot be set to false on the command line.",
+        "Every boolean takes `--x false` and `--x=false`, and a bare `--x` for true. `--no_x` is refused with the way "
+        "to say it.",
+        own(
+            "settings",
+            "torchtitan_1176_a_boolean_of_the_file_is_changed_by_a_flag",
+            "torchtitan_1176_negated_flags_are_refused_by_name",
+        ),
+        also=("pytorch/torchtitan#1178",),
+    ),
+    Report(
+        "pytorch/pytorch",
+        134052,
+        "Schedules that split the backward pass do not reduce FSDP's gradients.",
+        'They do where parameters stay gathered; `fsdp_reshard_after_forward = "always"` is refused with each.',
+        own("settings", "pytorch_134052_split_backward_passes_and_resharded_parameters"),
+    ),
+    Report(
+        "NVIDIA-NeMo/Speech",
+        4541,
+        "After a resume TensorBoard counts from 0 again.",
+        "Lines after the checkpoint are cut off, and the run reads as one: bit for bit that of an unbroken one.",
+        ("tests/distributed/test_resume.py::test_an_interrupted_run_is_bitwise_an_unbroken_one",),
+        also=("Lightning-AI/pytorch-lightning#13163", "wandb/wandb#1040"),
+    ),
 ]
