@@ -101,6 +101,7 @@ ROWS = [
         "Ranks without a sequence of their own get one without labels; each sequence counts once.",
         (
             *own("epochs", "torchtitan_1618_validation_on_more_ranks_than_sequences"),
+            *own("parallel", "torchtitan_1618_a_validation_set_smaller_than_the_ranks"),
             "tests/unit/data/test_loader.py::test_validation_is_the_same_set_for_every_degree",
         ),
         also=("pytorch/torchtitan#4807",),

@@ -78,6 +78,24 @@ def test_torchtitan_1759_validation_loss_under_accumulation(tmp_path: Path, warm
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
+@slow
+@pytest.mark.parametrize("name", ["pp2 x fsdp2", "fsdp4"])
+def test_torchtitan_1618_a_validation_set_smaller_than_the_ranks(
+    name: str, tmp_path: Path, warm_ranks: WarmRanks
+) -> None:
+    (tmp_path / "held_out.txt").write_text("three sequences of text" + " and so on" * 8)
+    settings: dict[str, Any] = {"validation__enable": True, "validation__dataset_path": str(tmp_path / "held_out.txt")}
+    settings |= {"training__steps": 2, "validation__freq": 1, "validation__local_batch_size": 4, "model__dim": 16}
+    losses = {}
+    for case_name, case in (("one", ONE_RANK), ("many", MESHES[name])):
+        recipe = make_recipe(tmp_path / case_name, **settings, **case.layout, model__n_layers=2)
+        warm_ranks(train, case.num_ranks, case.num_ranks, recipe)
+        lines = read_metrics(tmp_path / case_name)
+        losses[case_name] = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert len(losses["one"]) == 2
+    assert losses["many"] == pytest.approx(losses["one"], rel=1e-5)
+
+
 # ---- one axis beside another -----------------------------------------------------------------------------------------
 
 

@@ -54,4 +54,5 @@ def test_reports_are_named_once() -> None:
     names = [name for report in REPORTS for name in (report.name, *report.also)]
     assert [name for name in names if not REFERENCE.fullmatch(name)] == []
     assert [name for name, count in Counter(names).items() if count > 1] == []
+    assert len(REPORTS) >= 50
     assert all(report.tests and report.there.endswith(".") and report.here.endswith(".") for report in REPORTS)
