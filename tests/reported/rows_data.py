@@ -179,4 +179,12 @@ ROWS = [
             "test_another_corpus_of_equal_names_sizes_and_times_is_refused_and_a_moved_one_is_not",
         ),
     ),
+    Report(
+        "ByteDance-Seed/VeOmni",
+        330,
+        "Files of a folder come in the order of the file system, which is another one on another machine.",
+        "They come in the order of their names, whatever order they were made in.",
+        own("tokens", "veomni_330_order_of_the_files_in_a_folder"),
+        also=("huggingface/datasets#3857", "pytorch/pytorch#70103"),
+    ),
 ]

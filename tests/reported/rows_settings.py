@@ -156,4 +156,15 @@ CONFIG = [
         ("tests/distributed/test_resume.py::test_an_interrupted_run_is_bitwise_an_unbroken_one",),
         also=("Lightning-AI/pytorch-lightning#13163", "wandb/wandb#1040"),
     ),
+    Report(
+        "huggingface/transformers",
+        41156,
+        "After a resume all tokens of the run are divided by the seconds since: rates are far too high at first.",
+        "Rates are those of the steps since the last line, and what remains is estimated from them.",
+        (
+            "tests/unit/metrics/test_throughput.py::test_metrics_rates_are_those_of_the_window_only",
+            "tests/unit/metrics/test_throughput.py::test_metrics_eta_is_smoothed_by_steps_not_by_windows",
+        ),
+        also=("hiyouga/LlamaFactory#7415",),
+    ),
 ]

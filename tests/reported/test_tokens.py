@@ -113,3 +113,15 @@ def test_olmo_core_617_the_corpus_has_moved_since(tmp_path: Path) -> None:
     (moved / source.name).write_text((moved / source.name).read_text().replace("some", "same"))
     (problem,) = changes_since(before, data_at(moved), "step-4").problems
     assert "was trained with another corpus" in str(problem)
+
+
+def test_veomni_330_order_of_the_files_in_a_folder(tmp_path: Path) -> None:
+    names = ["b.jsonl", "a.jsonl", "c/a.jsonl", "B.jsonl", "c/z.jsonl", "10.jsonl", "9.jsonl"]
+    streams = []
+    for folder, order in ((tmp_path / "one", names), (tmp_path / "other", names[::-1])):
+        for name in order:
+            write_jsonl(folder / "corpus" / name, [f"text of {name}"])
+        streams.append(documents_of(split_of(folder / "corpus")))
+    assert streams[0] == streams[1]
+    texts = [BytesTokenizer().decode(document) for document in streams[0]]
+    assert texts == [f"text of {name}" for name in sorted(names)]
