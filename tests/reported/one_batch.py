@@ -93,7 +93,7 @@ def joined(ranks: list[Batch]) -> Batch:
 def assert_same(found: Batch, expected: Batch, tolerance: float = 1e-5) -> None:
     """Loss and gradients agree; each gradient relative to its largest entry."""
     assert abs(found.loss - expected.loss) <= tolerance * expected.loss
-    assert found.gradients.keys() == expected.gradients.keys()
+    assert expected.gradients.keys() <= found.gradients.keys()  # a pipeline holds copies of tied parameters
     for name, reference in expected.gradients.items():
         size = reference.abs().max().item()
         assert size > 0, f"the gradient of {name} is zero"
