@@ -26,7 +26,7 @@ def page() -> str:
         f"{len(reports)} public bug reports of {len(projects)} projects, each tried here in small: what went wrong "
         f"there, what happens here, and the tests that show it. {num_own} of the {len(ids)} tests were written for a "
         f"report and carry its number; they are in `{FOLDER}`, and `tests/reported/reports.py` is the register. A "
-        "report is named as `owner/repository#number`; most have been mended since."
+        "report is named as `owner/repository#number`; several in a row are of one fault. What is told is the report."
     )
     lines = ["# Bugs of others, as tests", "", *textwrap.wrap(introduction, 120), ""]
     lines += [f"Generated from `tests/reported/` by `{COMMAND}`.", ""]
