@@ -34,6 +34,7 @@ from titan_growth.liveness.exit_report import (
     ExitReport,
     Outcome,
     caused_by_peer,
+    lost_worker,
     process_status,
 )
 from titan_growth.liveness.hang import end_processes
@@ -94,10 +95,16 @@ def _help(argv: Sequence[str]) -> int:
 
 
 def _unexpected(error: Exception, rank: int, *, lost_peer: bool) -> Outcome:
-    """The outcome of a run that failed with an error no user can cause, or that lost another rank."""
+    """The outcome of a run that failed with an error no user can cause, or that lost another rank or a worker."""
     if lost_peer:
-        reason = str(error).strip().split("\n")[0]
+        reason: str | None = str(error).strip().split("\n")[0]
         message = f"rank {rank} lost another rank: {reason}. The last checkpoint is intact; run the command again"
+        say(f"error: {message}")
+    elif reason := lost_worker(error):
+        message = (
+            f"rank {rank}: a process that loads data is gone ({reason}). If memory is short, lower "
+            "training.dataloader.num_workers. The last checkpoint is intact; run the command again"
+        )
         say(f"error: {message}")
     else:
         message = f"rank {rank}: {type(error).__name__}: {error}"

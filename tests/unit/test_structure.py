@@ -18,7 +18,7 @@ def package() -> Structure:
 
 def test_the_package_keeps_its_shape(package: Structure) -> None:
     assert len(package.top_modules) <= 8
-    assert sum(package.lines.values()) <= 25_400
+    assert sum(package.lines.values()) <= 25_500
     assert package.long_files == []
     assert package.mean_length <= 9.7
     assert package.longest.length <= 57, package.longest

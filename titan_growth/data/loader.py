@@ -18,7 +18,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_growth.data.blocks import BlockDataset
-from titan_growth.liveness.stop_signal import signal_on_parent_death
+from titan_growth.liveness.stop_signal import STOP_SIGNALS, signal_on_parent_death
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.labels import IGNORE_INDEX
 
@@ -84,7 +84,7 @@ class BatchLoader:
                 persistent_workers=persistent_workers and num_workers > 0,
                 prefetch_factor=prefetch_factor if num_workers > 0 else None,
                 pin_memory=pin_memory and torch.cuda.is_available(),
-                worker_init_fn=_die_with_parent,
+                worker_init_fn=_live_as_long_as_parent,
                 # It draws a seed for its workers. From the global generator, that would make the run's random state
                 # depend on how often it was resumed.
                 generator=torch.Generator(),
@@ -106,7 +106,10 @@ class BatchLoader:
             raise RuntimeError("the loader is closed")
         if self._iterator is None:
             self._iterator = iter(self._loader)
-        microbatches = [next(self._iterator) for _ in range(self._num_microbatches)]
+        try:
+            microbatches = [next(self._iterator) for _ in range(self._num_microbatches)]
+        except (ConnectionError, EOFError) as error:  # it died with samples on their way
+            raise RuntimeError("DataLoader worker (pid(s) unknown) exited unexpectedly") from error
         self._cursor += self._advance
         return microbatches
 
@@ -181,6 +184,11 @@ def _check_rank(dp_rank: int, dp_degree: int, local_batch_size: int) -> None:
         raise DataError(f"local_batch_size {local_batch_size}: not positive. Use at least 1")
 
 
-def _die_with_parent(_worker: int) -> None:
-    """Kill this worker with the thread that started it at once (torch's own watchdog takes seconds)."""
+def _live_as_long_as_parent(_worker: int) -> None:
+    """Kill this worker with the thread that started it at once (torch's own watchdog takes seconds), and not before.
+
+    Schedulers and terminals signal all processes of a run. The rank still takes the step that it will save.
+    """
     signal_on_parent_death(signal.SIGKILL)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

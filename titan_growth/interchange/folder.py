@@ -15,7 +15,7 @@ import torch
 from titan_growth.checkpoint.untrusted.files import is_plain_name
 from titan_growth.config.schema.model import ModelConfig
 from titan_growth.interchange.config_json import described_model, layout_of
-from titan_growth.interchange.safetensors_file import StoredTensor, parse_json, read_header
+from titan_growth.interchange.safetensors_file import StoredTensor, have_equal_values, parse_json, read_header
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.hugging_face import HuggingFaceLayout, parameter_shapes
 from titan_growth.models.registry import family_module
@@ -69,6 +69,7 @@ def open_folder(path: Path) -> HuggingFaceFolder:
         where = f"{Path(error.filename).name}: " if error.filename else ""
         raise RefusedCheckpointError(path.name, f"{where}{error.strerror or error}") from None
     tensors = _parameters(path, model.section.name, model.config, stored)
+    _require_one_value(path, tensors, model.config, layout_of(model.section.name), stored)
     return HuggingFaceFolder(path, model.section, model.config, tensors)
 
 
@@ -146,3 +147,25 @@ def _parameters(
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise RefusedCheckpointError(path.name, f"it has {_shown(unknown[0])}{more}, which the model does not have")
     return found
+
+
+def _require_one_value(
+    path: Path,
+    tensors: dict[str, StoredTensor],
+    config: DecoderConfig,
+    layout: HuggingFaceLayout,
+    stored: dict[str, StoredTensor],
+) -> None:
+    """Raises CheckpointError if a tied parameter is stored twice with two values: one would be left out in silence."""
+    for copy in config.tied:
+        name, original = layout.name_of(copy), tensors[copy]
+        if name == original.name or name not in stored:
+            continue
+        try:
+            equal = have_equal_values(path, stored[name], original)
+        except OSError as error:
+            raise RefusedCheckpointError(path.name, f"{name} cannot be read ({error.strerror or error})") from None
+        if not equal:
+            why = f"{name} is not {original.name}, though its {CONFIG} says tie_word_embeddings = true"
+            hint = f"Say false there if the head was trained apart, or take {name} out of its files"
+            raise RefusedCheckpointError(path.name, f"{why}. {hint}")

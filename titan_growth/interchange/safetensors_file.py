@@ -45,6 +45,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_SIZE = 2**62
+_COMPARED_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,20 @@ def fill(file: IO[bytes], offset: int, target: memoryview) -> None:
     file.seek(offset)
     if not read_into(file, target):
         raise OSError(5, "the file ends too early", getattr(file, "name", None))
+
+
+def have_equal_values(folder: Path, one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors of a folder have the same type, shape and bytes. Raises OSError if one cannot be read."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with (folder / one.file).open("rb") as file, (folder / other.file).open("rb") as other_file:
+        file.seek(one.begin)
+        other_file.seek(other.begin)
+        for first in range(0, one.num_bytes, _COMPARED_BYTES):
+            num_bytes = min(_COMPARED_BYTES, one.num_bytes - first)
+            if file.read(num_bytes) != other_file.read(num_bytes):
+                return False
+    return True
 
 
 def memory_of(tensor: Tensor) -> memoryview:

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import tempfile
 import time
@@ -95,6 +96,12 @@ def caused_by_peer(error: BaseException) -> bool:
     text = str(error).lower()
     signs = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection refused")
     return isinstance(error, (RuntimeError, OSError)) and any(sign in text for sign in signs)
+
+
+def lost_worker(error: BaseException) -> str | None:
+    """What PyTorch says of a loader's worker process that is gone, if that is what an error means."""
+    found = re.search(r"DataLoader worker \(pid.*", str(error))
+    return found[0].strip(" .") if found and isinstance(error, RuntimeError) else None
 
 
 def timed_out(error: BaseException) -> bool:

@@ -19,12 +19,13 @@ from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.interchange.folder import is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.models.config import DecoderConfig
-from titan_growth.models.registry import family_module
+from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.run.plan import RunPlan
 from titan_growth.run.resume import check_same_growths
-from titan_growth.run.vet import listing_problem
+from titan_growth.run.vet import listing_problem, recipe_of
 from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.errors import CheckpointError
+from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.logs import logger
 
@@ -52,12 +53,32 @@ def initial_reader(path: Path, family: str, config: DecoderConfig) -> SafeReader
     return SafeReader(path, names_of)
 
 
-def initial_notes(reader: SafeReader, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Warnings about weights that fit this rank's tensors: casts, and settings that they were not trained with."""
+def initial_notes(reader: SafeReader, tensors: Mapping[str, Tensor], config: DecoderConfig) -> list[str]:
+    """Warnings about weights that fit this rank's tensors: casts, what is left out, settings of their training.
+
+    Args:
+        config: of the model to load into.
+    """
     stored = reader.tensor_entries()
     casts = {(stored[name].properties.dtype, tensor.dtype) for name, tensor in tensors.items()}
     lines = [f"weights stored as {there} are cast to {here}" for there, here in sorted(casts, key=str) if there != here]
+    for copy, original in config.tied.items():
+        if _is_stored_apart(reader, copy):
+            lines.append(
+                f"{copy} of {reader.folder.name} is left out: model.tie_word_embeddings = true takes {original} for it"
+            )
     return lines + (reader.differences() if isinstance(reader, HuggingFaceReader) else [])
+
+
+def _is_stored_apart(reader: SafeReader, copy: str) -> bool:
+    """Whether a parameter, tied here, is one of its own in what is read."""
+    if isinstance(reader, HuggingFaceReader):
+        return copy not in reader.opened.config.tied
+    folder = open_step(reader.folder)
+    model = model_config_of(recipe_of(folder).model, Findings()) if folder is not None else None
+    if model is not None and copy in model.tied:
+        return False
+    return copy in SafeReader(reader.folder).tensor_entries()
 
 
 @dataclass(frozen=True)
@@ -79,7 +100,7 @@ class Initial:
         model_only = recipe.checkpoint.initial_load_model_only
         reader = initial_reader(self.path, recipe.model.name, config)
         load(reader, tensors, casts=model_only)
-        for line in initial_notes(reader, tensors):
+        for line in initial_notes(reader, tensors, config):
             logger.warning("%s", line)
         logger.info("started from %s of %s", "the weights" if model_only else "all state", self.path)
 
