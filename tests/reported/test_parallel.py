@@ -159,9 +159,10 @@ def test_torchtitan_4135_norm_of_bfloat16_gradients_however_they_are_split() -> 
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(37 + size, generator=generator).bfloat16() for size in range(40)]
     exact = sum(float(gradient.double().square().sum()) for gradient in gradients) ** 0.5
-    assert global_norm(gradients).item() == pytest.approx(exact, rel=1e-6)
-    assert global_norm(gradients[::-1]).item() == global_norm(gradients).item()
-    assert global_norm([torch.cat(gradients)]).item() == pytest.approx(exact, rel=1e-6)
+    cpu = torch.device("cpu")
+    assert global_norm(gradients, cpu).item() == pytest.approx(exact, rel=1e-6)
+    assert global_norm(gradients[::-1], cpu).item() == global_norm(gradients, cpu).item()
+    assert global_norm([torch.cat(gradients)], cpu).item() == pytest.approx(exact, rel=1e-6)
     assert abs(float(torch.stack([g.norm() for g in gradients]).norm()) - exact) > 1e-6 * exact, (
         "bfloat16 is exact here"
     )

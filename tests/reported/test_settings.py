@@ -18,7 +18,7 @@ from titan_growth.tools.findings import Findings
 BOOLEANS = [
     key
     for key, field in leaves(Recipe)
-    if without_none(field.annotation) is bool and not key.startswith("growth.stages")
+    if without_none(field.annotation) is bool and ".N." not in key  # of tables in lists
 ]
 
 
