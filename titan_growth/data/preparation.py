@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from titan_growth.data.account import log_table
 from titan_growth.data.content import ContentHashes, Trust
 from titan_growth.data.corpora import open_corpus
 from titan_growth.data.corpus import Corpus, CorpusSpec
@@ -127,7 +128,6 @@ class _Position:
     document: int = 0
     pieces_of_document: int = 0
     pieces: int = 0
-    num_documents: int = 0
     run: str | None = None
     """The split that takes this document's current run of pieces."""
     chars: int = 0
@@ -147,6 +147,9 @@ class _Job:
     shard_tokens: int
     progress: bool
     at: _Position = field(default_factory=_Position)
+
+    def __post_init__(self) -> None:
+        self.account = self.corpus.account()
 
     def run(self) -> None:
         """Do the work. Raises DataError, or OSError of the disk."""
@@ -175,20 +178,16 @@ class _Job:
                 writer.close()
             if not (self.folder / META_NAME).exists() and not (self.folder / _JOURNAL_NAME).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)  # nothing to go on from
-        logger.info(
-            "prepared %s tokens of %s documents in %.1f s (%s)",
-            f"{num_tokens:,}",
-            f"{self.at.num_documents:,}",
-            time.monotonic() - started,
-            self.folder,
-        )
+        seconds = time.monotonic() - started
+        logger.info("prepared %s tokens in %.1f s (%s)", f"{num_tokens:,}", seconds, self.folder)
+        log_table(self.account.to_json())
 
     def _batches(self) -> Iterator[list[tuple[int, Piece]]]:
         """The remaining pieces, each with its document's number, in batches of about a million characters."""
         batch: list[tuple[int, Piece]] = []
         num_chars = 0
         first, pieces_to_skip = self.at.document, self.at.pieces_of_document
-        for number, parts in enumerate(self.corpus.document_parts(first), start=first):
+        for number, parts in enumerate(self.corpus.document_parts(first, self.account), start=first):
             for piece in islice(cut(parts, self.rule.piece_chars), pieces_to_skip if number == first else 0, None):
                 batch.append((number, piece))
                 num_chars += len(piece.text)
@@ -218,7 +217,7 @@ class _Job:
                 writers[split].append(tokens)
             self.at.pieces += 1
             self.at.pieces_of_document += 1
-            self.at.num_documents += piece.ends_document
+            self.account.count(number, len(tokens), is_whole=piece.ends_document)
             self.at.chars += len(piece.text)
 
     def _fresh_writers(self) -> dict[str, SplitWriter]:
@@ -238,6 +237,7 @@ class _Job:
                 return None
             writers = {name: self._writer(name, journal["splits"][name]) for name in self._split_names}
             self.at = _Position(**journal["position"])
+            self.account.restore(journal["account"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -252,6 +252,7 @@ class _Job:
             "rule": repr(self.rule),
             "splits": {name: writer.state() for name, writer in writers.items()},
             "position": asdict(self.at),
+            "account": self.account.state(),
         }
         write_atomic(self.folder / _JOURNAL_NAME, json.dumps(journal).encode())
 
@@ -272,7 +273,7 @@ class _Job:
                 "files": tokenizer_files,
             },
             "dtype": self._dtype,
-            "num_source_documents": self.at.num_documents,
+            "account": self.account.to_json(),
             "splits": splits,
         }
         write_atomic(self.folder / META_NAME, json.dumps(meta, indent=1).encode())

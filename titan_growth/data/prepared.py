@@ -19,7 +19,7 @@ from titan_growth.data.tokenizers import Tokenizer, load_tokenizer
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.logs import logger
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META_NAME = "meta.json"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
+from titan_growth.data.account import log_table
 from titan_growth.data.blocks import BlockDataset
 from titan_growth.data.content import ContentHashes, Trust
 from titan_growth.data.corpus import CorpusSpec
@@ -44,6 +45,20 @@ class RunData:
     """What is validated on: another corpus, or the held-out part of the training corpus."""
     others: dict[str, str] = field(default_factory=dict)
     """Fingerprints of a validation corpus of its own, and of what else the run reads (`inputs`)."""
+    validation_account: dict[str, Any] | None = None
+    """Of a validation corpus of its own: what it is made of, and what was left out (`Account.to_json`)."""
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """What the training corpus is made of, and what was left out."""
+        account: dict[str, Any] = self.corpus.meta["account"]
+        return account
+
+    def log_accounts(self) -> None:
+        """Logs what the run trains and validates on, as tables."""
+        log_table(self.account, "training data")
+        if self.validation_account is not None:
+            log_table(self.validation_account, "validation data")
 
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint remembers, by content: moving or copying the files changes nothing."""
@@ -104,24 +119,23 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool, rehash:
         "progress": progress,
         "rehash": rehash,
     }
+    rows = {name: getattr(data, name) for name in ("text_key", "split", "subset", "on_bad_row", "max_bad_rows")}
     corpus = prepare(
-        CorpusSpec(training.dataset, training.dataset_path, data.text_key, data.split, data.subset),
+        CorpusSpec(training.dataset, training.dataset_path, **rows),
         TokenizerSpec(data.tokenizer, data.tokenizer_path, recipe.model.hf_assets_path, vocab_size),
         validation_fraction=data.validation_fraction,
         **settings,
     )
-    held_out, others = corpus.validation, {}
+    held_out, others, account = corpus.validation, {}, None
     if validation.enable and (validation.dataset is not None or validation.dataset_path is not None):
         other = CorpusSpec(
             validation.dataset or training.dataset,
             validation.dataset_path,
-            data.text_key,
-            data.split,
-            data.subset,
             key="validation.dataset_path",
+            **rows,
         )
         separate = prepare(other, corpus.tokenizer, validation_fraction=0.0, **settings)
-        held_out = separate.train
+        held_out, account = separate.train, separate.meta["account"]
         others = {"validation": _tokens(separate), "validation_description": separate.description}
     longest = max([training.seq_len, *(planned.seq_len or 0 for planned in recipe.growth.active_stages)])
     _require_sequence(corpus.train, longest)
@@ -133,7 +147,7 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool, rehash:
                 f"validation: {error}; or raise data.validation_fraction, or set validation.dataset_path"
             ) from None
     hashes = ContentHashes(cache_root(cache_dir), Trust.NOTHING if rehash else Trust.REMEMBERED)
-    return RunData(corpus, held_out, {**others, **input_hashes(recipe, hashes)})
+    return RunData(corpus, held_out, {**others, **input_hashes(recipe, hashes)}, account)
 
 
 def _require_sequence(split: TokenSplit, seq_len: int) -> None:

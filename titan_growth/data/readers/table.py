@@ -1,0 +1,55 @@
+"""Tables as text: csv and tsv with a header, one document a row."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from functools import partial
+from io import BufferedReader
+
+from titan_growth.data.readers.place import BadRowError, Place, UnusableError
+from titan_growth.data.readers.rows import Row
+from titan_growth.data.readers.text_rule import TextRule, missing
+from titan_growth.data.readers.utf8 import LONGEST_RECORD_BYTES, Lines
+
+_QUOTES = "Quote fields that hold quotes or line breaks, and double the quotes in them"
+
+
+def read_table(stream: BufferedReader, delimiter: str, rule: TextRule, place: Place) -> Iterator[Row]:
+    """The rows below the header; blank lines do not count. Raises UnusableError."""
+    csv.field_size_limit(LONGEST_RECORD_BYTES)  # of the process; Python's own of 128 KiB is no property of files
+    lines = Lines(stream, place)
+    texts = (lines.decode(line, UnusableError) for line in lines)
+    # Strict, for without it a quote in the wrong place silently joins or cuts fields.
+    rows = csv.reader(texts, delimiter=delimiter, strict=True)
+    header: list[str] = []
+    while True:
+        first_line = place.line + 1
+        try:
+            values = next(rows, None)
+        except csv.Error as error:
+            place.line = first_line
+            raise UnusableError(f"the row that begins here is broken ({error})", _QUOTES) from error
+        if values is None:
+            return
+        last_line, place.line = place.line, first_line
+        if not header:
+            header = values  # or a blank line
+            _require(header, rule)
+        elif values:
+            yield Row(partial(_record, header, values))
+        place.line = last_line
+
+
+def _require(header: list[str], rule: TextRule) -> None:
+    for name in rule.fields if header else ():
+        if name not in header:
+            raise UnusableError(*missing(name, header))
+        if header.count(name) > 1:
+            raise UnusableError(f"the header has {name!r} {header.count(name)} times", "Give each column its own name")
+
+
+def _record(header: list[str], values: list[str]) -> dict[str, str]:
+    if len(values) != len(header):
+        raise BadRowError(f"{len(values)} fields where the header has {len(header)}", _QUOTES)
+    return dict(zip(header, values, strict=True))

@@ -1,0 +1,142 @@
+"""All files below a folder, each once, whatever the links.
+
+A link that leads out of the tree is followed. One that leads back, or to what is in the tree already, would make
+documents count twice, or without end, and is left out by name. Hidden entries (a .git folder) are left out, too.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from pathlib import Path
+
+HIDDEN = "hidden"
+NOT_REGULAR = "no regular files"
+DANGLING = "links to nothing"
+LOOP = "links back to a folder that the corpus lies in"
+AGAIN = "links to what is in the corpus already"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file that may be read."""
+
+    path: Path
+    name: str
+    """Relative to where the search began."""
+    real_path: str
+    is_linked: bool
+    """Whether a link is on the way to it."""
+
+
+@dataclass
+class Search:
+    """What a search for files finds.
+
+    Args:
+        root: what names are relative to.
+    """
+
+    root: Path
+    candidates: list[Candidate] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    """Reason and name."""
+    followed: list[str] = field(default_factory=list)
+    """Links out of the root."""
+    _visited: set[str] = field(default_factory=set)
+    _links: list[str] = field(default_factory=list)
+    """A heap, so that which of two links to one thing is followed depends on their names alone."""
+
+    def walk(self) -> None:
+        """Finds all files below the root. Raises OSError."""
+        self._scan("", os.path.realpath(self.root))
+        while self._links:
+            self._follow(heappop(self._links))
+
+    def take(self, paths: Iterable[Path]) -> None:
+        """Takes these files, which a glob matches, instead."""
+        real_root = os.path.realpath(self.root)
+        for path in paths:
+            name = path.relative_to(self.root).as_posix()
+            if not os.path.exists(path):
+                self.left_out.append((DANGLING, name))
+            elif os.path.isfile(path):
+                self._take_file(name, os.path.realpath(path), real_root)
+            elif not os.path.isdir(path):
+                self.left_out.append((NOT_REGULAR, name))
+
+    def without_copies(self, is_wanted: Callable[[Candidate], bool]) -> list[Candidate]:
+        """The candidates that are wanted, by name; linked ones only if no other is the same file."""
+        wanted = sorted(filter(is_wanted, self.candidates), key=lambda one: (one.is_linked, one.name))
+        if not (wanted and wanted[-1].is_linked):
+            return wanted
+        seen: set[str] = set()
+        kept = []
+        for one in wanted:
+            if one.is_linked and one.real_path in seen:
+                self.left_out.append((AGAIN, one.name))
+            else:
+                seen.add(one.real_path)
+                kept.append(one)
+        return sorted(kept, key=lambda one: one.name)
+
+    def _scan(self, name: str, real_folder: str, *, is_linked: bool = False) -> None:
+        """A folder without what its links lead to."""
+        pending = [(name, real_folder)]
+        while pending:
+            name, real_folder = pending.pop()
+            if real_folder in self._visited:
+                self.left_out.append((AGAIN, f"{name}/"))
+                continue
+            self._visited.add(real_folder)
+            with os.scandir(self.root / name) as entries:
+                for entry in entries:
+                    entry_name, real_path = f"{name}/{entry.name}".lstrip("/"), f"{real_folder}/{entry.name}"
+                    if entry.name.startswith("."):
+                        is_folder = entry.is_dir(follow_symlinks=False)
+                        self.left_out.append((HIDDEN, entry_name + "/" * is_folder))
+                    elif entry.is_symlink():
+                        heappush(self._links, entry_name)
+                    elif entry.is_dir():
+                        pending.append((entry_name, real_path))
+                    elif entry.is_file():
+                        self.candidates.append(Candidate(self.root / entry_name, entry_name, real_path, is_linked))
+                    else:
+                        self.left_out.append((NOT_REGULAR, entry_name))
+
+    def _follow(self, name: str) -> None:
+        path = self.root / name
+        try:
+            mode = os.stat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            self.left_out.append((DANGLING, name))
+            return
+        except OSError:  # a link that leads to itself
+            self.left_out.append((LOOP, name))
+            return
+        real_path, real_root = os.path.realpath(path), os.path.realpath(self.root)
+        if stat.S_ISREG(mode):
+            self._take_file(name, real_path, real_root)
+        elif not stat.S_ISDIR(mode):
+            self.left_out.append((NOT_REGULAR, name))
+        elif _is_within(real_root, real_path):
+            self.left_out.append((LOOP, name))
+        elif real_path in self._visited:
+            self.left_out.append((AGAIN, name))
+        else:
+            if not _is_within(real_path, real_root):
+                self.followed.append(name)
+            self._scan(name, real_path, is_linked=True)
+
+    def _take_file(self, name: str, real_path: str, real_root: str) -> None:
+        is_linked = real_path != os.path.join(real_root, name)
+        if is_linked and not _is_within(real_path, real_root):
+            self.followed.append(name)
+        self.candidates.append(Candidate(self.root / name, name, real_path, is_linked))
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
