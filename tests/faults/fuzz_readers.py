@@ -2,9 +2,9 @@
 
     python -m tests.faults.fuzz_readers [--cases 5000] [--seed 0]
 
-A case is one small good file with some of its bytes changed, cut, doubled or mixed with another file's. A worker process
-reads one after the other; the parent notices one that takes too long or ends the worker. Prints what became of them;
-status 1 when anything but a text or a message came of one. Case N of a seed is always the same:
+A case is one small good file with some of its bytes changed, cut, doubled or mixed with another file's. A worker
+process reads one after the other; the parent notices one that takes too long or ends the worker. Prints what became of
+them; status 1 when anything but a text or a message came of one. Case N of a seed is always the same:
 
     python -m tests.faults.fuzz_readers --seed 0 --only N
 """
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,9 +47,7 @@ ROOT = Path(__file__).parents[2]
 class Report:
     """What became of the cases."""
 
-    counts: dict[str, collections.Counter[str]] = field(
-        default_factory=lambda: collections.defaultdict(collections.Counter)
-    )
+    counts: dict[str, collections.Counter[str]]
     """Kind of file -> outcome -> number."""
     wrong: list[str] = field(default_factory=list)
     """A line for each case that was neither read nor refused."""
@@ -69,7 +68,8 @@ class Report:
 
 # ---- good files ------------------------------------------------------------------------------------------------------
 
-TEXTS = [f"document {number}: a model grows from few layers into many, é, 漢字. " * 4 for number in range(12)]
+LETTERS = random.Random(0)
+TEXTS = ["".join(LETTERS.choices("abcdefghij klmnop é漢", k=300)) for _ in range(12)]
 
 
 def _json_lines() -> bytes:
@@ -240,7 +240,7 @@ def fuzz(num_cases: int, seed: int, folder: Path) -> Report:
     (folder / "good").mkdir(parents=True)
     for name, content in good_files().items():
         (folder / "good" / name).write_bytes(content)
-    report = Report()
+    report = Report(collections.defaultdict(collections.Counter))
     number = 0
     while number < num_cases:
         number = _play(seed, number, num_cases, folder, report)
@@ -249,8 +249,6 @@ def fuzz(num_cases: int, seed: int, folder: Path) -> Report:
 
 def _play(seed: int, first: int, end: int, folder: Path, report: Report) -> int:
     """Plays cases in one worker, until it hangs or dies; returns the next case."""
-    import time
-
     command = [sys.executable, "-m", "tests.faults.fuzz_readers", "--worker", str(first), str(end)]
     worker = subprocess.Popen(
         [*command, "--seed", str(seed), "--folder", str(folder)],
