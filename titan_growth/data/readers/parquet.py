@@ -62,7 +62,7 @@ class _Column:
             kind = schema.field(self.path[0]).type
             for part in self.path[1:]:
                 kind = kind.field(part).type
-        except (KeyError, AttributeError) as error:  # no such field, or no struct that has fields
+        except (KeyError, AttributeError, TypeError) as error:  # no such field, or no struct that has fields
             raise UnusableError(*missing(name, _names(schema))) from error
         shown = str(kind)
         if pa.types.is_dictionary(kind):

@@ -83,7 +83,7 @@ def reading(where: Path | Remote | Place) -> Iterator[None]:
 def _message(place: Place, error: Exception) -> str:
     match error:
         case UnusableError():
-            return f"{place}: {error}"
+            return f"{place}: {one_line(str(error))}"
         case PermissionError():
             fix = "Check the credentials and what they allow"
             fix = fix if place.is_remote else "Make it readable for the user who trains"

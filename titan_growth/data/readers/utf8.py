@@ -28,6 +28,7 @@ class Utf8:
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._num_bytes = 0
+        self._is_at_beginning = True
 
     def read(self, num_bytes: int = CHUNK_BYTES) -> str | None:
         """The text of about the next `num_bytes`, None at the end. Raises UnusableError with the byte offset."""
@@ -38,8 +39,8 @@ class Utf8:
             # error.object starts with the bytes kept from the previous chunk.
             offset = self._num_bytes + len(chunk) - len(error.object) + error.start
             raise not_utf8(UnusableError, offset, error) from error
-        if self._num_bytes == 0:
-            text = text.removeprefix("\ufeff")
+        if self._is_at_beginning and text:
+            self._is_at_beginning, text = False, text.removeprefix("\ufeff")
         self._num_bytes += len(chunk)
         return text if chunk else None
 
