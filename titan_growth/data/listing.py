@@ -66,8 +66,10 @@ def find_files(path: Path, forced_kind: str | None) -> FoundFiles:
         search = Search(path if is_folder else path.parent if exists else Path(_fixed_part(path)))
         if is_folder:
             search.walk()
+        elif not exists and "**" in path.parts:
+            search.walk_matching(path.parts[len(search.root.parts) :])
         else:
-            search.take([path] if exists else map(Path, glob.glob(str(path), recursive=True)))
+            search.take([path] if exists else map(Path, glob.glob(str(path))))
         if not (is_folder or search.candidates):
             what = "the glob matches no file" if glob.has_magic(str(path)) else "does not exist"
             what = "no regular file" if search.left_out and exists else what
@@ -131,10 +133,9 @@ class _Choice:
 
     def without_cards(self, files: list[SourceFile]) -> list[SourceFile]:
         """The files without the cards of a dataset that lie beside its data, unless someone asks for them."""
-        cards = {file.name for file in files if os.path.basename(file.name).lower() in _CARD_NAMES}
-        has_records = any(file.kind != TEXT and file.name not in cards for file in files)
-        if not (cards and has_records and self._is_folder):
-            return files
+        named = {file.name: file.kind for file in files if os.path.basename(file.name).lower() in _CARD_NAMES}
+        has_records = any(file.kind != TEXT and file.name not in named for file in files)
+        cards = {name for name, kind in named.items() if self._is_folder and (has_records or kind != TEXT)}
         self.left_out += [(CARDS, name) for name in sorted(cards)]
         return [file for file in files if file.name not in cards]
 

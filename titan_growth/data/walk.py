@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from heapq import heappop, heappush
 from pathlib import Path
 
@@ -46,15 +47,27 @@ class Search:
     """Reason and name."""
     followed: list[str] = field(default_factory=list)
     """Links out of the root."""
+    _hidden_too: bool = False
     _visited: set[str] = field(default_factory=set)
     _links: list[str] = field(default_factory=list)
     """A heap, so that which of two links to one thing is followed depends on their names alone."""
 
-    def walk(self) -> None:
+    def walk(self, *, hidden_too: bool = False) -> None:
         """Finds all files below the root. Raises OSError."""
+        self._hidden_too = hidden_too
         self._scan("", os.path.realpath(self.root))
         while self._links:
             self._follow(heappop(self._links))
+
+    def walk_matching(self, pattern: Sequence[str]) -> None:
+        """Finds the files below the root that the parts of a glob match, of which some are `**`. Raises OSError.
+
+        The library's glob follows every link that leads back, again and again.
+        """
+        if os.path.isdir(self.root):
+            self.walk(hidden_too=any(part.startswith(".") for part in pattern))
+        self.candidates = [one for one in self.candidates if _matches(one.name.split("/"), pattern)]
+        self.left_out = [(reason, name) for reason, name in self.left_out if reason in (LOOP, AGAIN)]
 
     def take(self, paths: Iterable[Path]) -> None:
         """Takes these files, which a glob matches, instead."""
@@ -95,7 +108,7 @@ class Search:
             with os.scandir(self.root / name) as entries:
                 for entry in entries:
                     entry_name, real_path = f"{name}/{entry.name}".lstrip("/"), f"{real_folder}/{entry.name}"
-                    if entry.name.startswith("."):
+                    if entry.name.startswith(".") and not self._hidden_too:
                         is_folder = entry.is_dir(follow_symlinks=False)
                         self.left_out.append((HIDDEN, entry_name + "/" * is_folder))
                     elif entry.is_symlink():
@@ -136,6 +149,16 @@ class Search:
         if is_linked and not _is_within(real_path, real_root):
             self.followed.append(name)
         self.candidates.append(Candidate(self.root / name, name, real_path, is_linked))
+
+
+def _matches(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a file's path matches a glob: `**` stands for any folders, and no wildcard for a dot at the beginning."""
+    if not pattern or not names:
+        return not names and all(part == "**" for part in pattern)
+    is_hidden = names[0].startswith(".") and not pattern[0].startswith(".")
+    if pattern[0] == "**":
+        return _matches(names, pattern[1:]) or (not is_hidden and _matches(names[1:], pattern))
+    return not is_hidden and fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
 
 
 def _is_within(path: str, folder: str) -> bool:

@@ -90,6 +90,6 @@ class Pass:
             raise error
         self.num_bad_rows += 1
         if self.num_bad_rows > limit:
-            reason = f"{error.reason}; this is the {limit + 1:,}th bad row, and data.max_bad_rows is {limit:,}"
+            reason = f"{error.reason}; this is bad row {self.num_bad_rows:,}, and data.max_bad_rows is {limit:,}"
             raise UnusableError(reason, f"{error.fix}, or raise data.max_bad_rows") from error
         self.account.leave_out(BAD_ROWS, f"{place.short} ({error.reason})")
