@@ -58,6 +58,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run" / "checkpoint").glob("*-*")] == [f"step-{step}"]
     run(tmp_path / "run", **{**settings, "training__steps": step + 3})
     run(tmp_path / "whole", **{**settings, "training__steps": step + 3})
+    for folder in ("run", "whole"):  # written once, and not again by the resume
+        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        events = [json.loads(line).get("event") for line in lines]
+        assert (events[0], events.count("data")) == ("data", 1)
     assert without_timings(read_metrics(tmp_path / "run")) == without_timings(read_metrics(tmp_path / "whole"))
 
 

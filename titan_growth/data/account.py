@@ -74,6 +74,10 @@ class Account:
         amounts.tokens += num_tokens
         amounts.documents += is_whole
 
+    def why_nothing(self) -> str:
+        """What was left out of a corpus without text, for the end of a message; empty if nothing was."""
+        return f" ({'; '.join(_notes(self.to_json()))})" if self.left_out else ""
+
     def state(self) -> dict[str, list[int]]:
         """Documents and tokens by kind, for a journal."""
         return {kind: [amounts.documents, amounts.tokens] for kind, amounts in self.amounts.items()}
@@ -109,10 +113,15 @@ def table(account: Mapping[str, Any]) -> list[str]:
         "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))])
         for first, *rest in cells
     ]
-    lines += [f"left out, {entry['reason']}: {_listed(entry)}" for entry in account["left_out"]]
+    return lines + _notes(account)
+
+
+def _notes(account: Mapping[str, Any]) -> list[str]:
+    """What was left out, and which links were followed, a line each."""
+    notes = [f"left out, {entry['reason']}: {_listed(entry)}" for entry in account["left_out"]]
     if account["followed_links"]["count"]:
-        lines.append(f"links that lead out of the corpus, followed: {_listed(account['followed_links'])}")
-    return lines
+        notes.append(f"links that lead out of the corpus, followed: {_listed(account['followed_links'])}")
+    return notes
 
 
 def log_table(account: Mapping[str, Any], what: str = "data") -> None:

@@ -84,6 +84,7 @@ class HubCorpus(Corpus):
                 yield (text,)
 
     def _rows(self, first: int, place: Place) -> Iterator[Row]:
+        """The rows from a number on. Raises UnusableError."""
         for first_of_batch in range(first, len(self._dataset), _BATCH_ROWS):
             place.row = f"row {first_of_batch}"
             try:
@@ -98,8 +99,7 @@ class HubCorpus(Corpus):
 def _require_text(origin: str, features: Any, name: str) -> None:
     """Raises DataError unless a field, or nested field, is there and holds text."""
     if not is_there(features, name):
-        reason, fix = missing(name, names_in(features))
-        raise DataError(f"{origin}: {reason}. {fix}")
+        raise DataError(f"{origin}: {missing(name, names_in(features))}")
     kind = getattr(lookup(features, name), "dtype", "not a plain column")
     if kind not in ("string", "large_string"):
         raise DataError(f"{origin}: the field {name!r} is {kind}, not a string. Name another one as {KEY}")

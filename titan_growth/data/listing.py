@@ -155,6 +155,7 @@ def _usable(path: Path | Remote, found: FoundFiles, choice: _Choice) -> FoundFil
 
 
 def _reasons(found: FoundFiles) -> str:
+    """What was left out, for a message."""
     by_reason = itertools.groupby(sorted(found.left_out), key=lambda entry: entry[0])
     return (
         "; ".join(f"{reason}: {some([name for _, name in entries])}" for reason, entries in by_reason)

@@ -169,7 +169,8 @@ class _Job:
                         self._write_journal(writers)
             num_tokens = sum(writer.num_tokens for writer in writers.values())
             if num_tokens == 0:
-                raise DataError(f"{self.corpus.describe()}: holds no text to train on. Use another corpus")
+                why = self.account.why_nothing()
+                raise DataError(f"{self.corpus.describe()}: holds no text to train on{why}. Use another corpus")
             if open_corpus(self.corpus_spec).fingerprint(self.hashes.renewed()) != self.facts["corpus"]:
                 raise DataError(f"{self.corpus.describe()}: the corpus changed while it was prepared. Start again")
             self._commit({name: writer.finish() for name, writer in writers.items()})

@@ -121,6 +121,7 @@ class Search:
                         self.left_out.append((NOT_REGULAR, entry_name))
 
     def _follow(self, name: str) -> None:
+        """What a link leads to, if that is new. Raises OSError."""
         path = self.root / name
         try:
             mode = os.stat(path).st_mode

@@ -97,6 +97,7 @@ class Archive:
         yield from self._held_back()
 
     def _documents_of(self, archive: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[Member]:
+        """What of a member, and of a sample that it ends, is read."""
         name = PurePosixPath(info.name)
         sample = str(name.parent / name.name.split(".", 1)[0])
         if self._json is not None and self._json[0] != sample:
@@ -128,6 +129,7 @@ class Archive:
         self._json = (sample, name, stream.read())
 
     def _held_back(self) -> Iterator[Member]:
+        """The JSON of a sample without plain text."""
         if self._json is not None:
             (_, name, content), self._json = self._json, None
             self._place.enter(str(name))

@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import zstandard
+
 from titan_growth.data.readers.files import compression_of
 from titan_growth.data.readers.place import UnusableError
 from titan_growth.data.remote import Remote
@@ -43,6 +45,7 @@ def decompressed(stored: io.BufferedReader, suffix: str) -> io.BufferedReader:
 
 
 def _unpack(stored: BinaryIO, open_library: Callable[[Any], Any]) -> Generator[bytes]:
+    """What a library of Python's own reads, with one error for all that it says of damage."""
     with open_library(stored) as stream:
         while True:
             try:
@@ -60,8 +63,6 @@ def _unpack(stored: BinaryIO, open_library: Callable[[Any], Any]) -> Generator[b
 
 def _unzstd(stored: BinaryIO) -> Generator[bytes]:
     """Frame after frame. The library's own reader would accept a truncated one."""
-    import zstandard
-
     frame, compressed = None, b""
     while compressed := compressed or stored.read(_ZSTD_INPUT_BYTES):
         if frame is None:
@@ -80,8 +81,6 @@ def _unzstd(stored: BinaryIO) -> Generator[bytes]:
 
 def _require_memory(header: bytes) -> None:
     """Refuses a frame of a long window (`zstd --long`) that the free memory cannot hold."""
-    import zstandard
-
     try:
         window = zstandard.get_frame_parameters(header).window_size
     except zstandard.ZstdError:
@@ -96,5 +95,6 @@ def _require_memory(header: bytes) -> None:
 
 
 def _damaged(error: Exception) -> UnusableError:
+    """The error for compressed data that cannot be decompressed."""
     reason = one_line(str(error), 200)
     return UnusableError(f"the compressed data is truncated or damaged ({reason})", "Copy or download it again")

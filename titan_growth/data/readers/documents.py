@@ -66,6 +66,7 @@ def _documents(
 
 
 def _text(opened: Callable[[], AbstractContextManager[BufferedReader]], this: Pass, place: Place) -> Document:
+    """A text file, opened once someone reads it."""
     with reading(place), opened() as stream:
         yield from text_parts(stream, refuse_markup=this.rules.refuse_markup)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from io import BufferedReader
-from typing import Any
+from typing import Any, NamedTuple
 
 from titan_growth.data.readers.place import BadRowError, Place, UnusableError
 from titan_growth.data.readers.rows import Row
@@ -30,6 +30,7 @@ def read_json(stream: BufferedReader, place: Place) -> Iterator[Row]:
 
 
 def _lines(stream: BufferedReader, place: Place) -> Iterator[Row]:
+    """One row a line; blank lines do not count."""
     lines = Lines(stream, place)
     for line in lines:
         if not line.isspace():
@@ -37,6 +38,7 @@ def _lines(stream: BufferedReader, place: Place) -> Iterator[Row]:
 
 
 def _record(lines: Lines, line: bytes) -> Any:
+    """The value of a line. Raises BadRowError."""
     text = lines.decode(line).strip(_SPACE)
     try:
         record, end = _decoded(text, 0)
@@ -53,14 +55,20 @@ def _broken(column: int, reason: str) -> BadRowError:
     return BadRowError(f"broken JSON at column {column} ({reason})", "Each line must be one whole JSON object")
 
 
-def _decoded(text: str, start: int) -> tuple[Any, int]:
-    """The value that begins at a position, and where it ends. Raises JSONDecodeError or RecursionError."""
+class _Decoded(NamedTuple):
+    value: Any
+    end: int
+    """Position after the value."""
+
+
+def _decoded(text: str, start: int) -> _Decoded:
+    """The value that begins at a position. Raises JSONDecodeError or RecursionError."""
     try:
-        return _PLAIN.raw_decode(text, start)
+        return _Decoded(*_PLAIN.raw_decode(text, start))
     except json.JSONDecodeError:
         raise
     except ValueError:
-        return _OF_LONG_INTEGERS.raw_decode(text, start)
+        return _Decoded(*_OF_LONG_INTEGERS.raw_decode(text, start))
 
 
 def _elements(stream: BufferedReader, place: Place) -> Iterator[Row]:
@@ -119,6 +127,7 @@ class _Window:
                 raise UnusableError(f"broken JSON ({problem})", "Write the array again, or copy it again")
 
     def _after_space(self, position: int) -> int:
+        """The next position at which there is no white space."""
         return _SPACES.match(self._text, position).end()  # type: ignore[union-attr]  # it matches nothing, too
 
     def _more(self) -> bool:

@@ -30,6 +30,7 @@ def read_parquet(stream: BinaryIO, this: Pass, place: Place) -> Iterator[Row]:
 
 
 def _rows(stream: BinaryIO, this: Pass, place: Place) -> Iterator[Row]:
+    """`read_parquet`, with what the library raises."""
     with import_module("pyarrow.parquet").ParquetFile(stream) as table:
         columns = [_Column(table.schema_arrow, name) for name in this.rules.text.fields]
         row = 0
@@ -47,6 +48,7 @@ def _rows(stream: BinaryIO, this: Pass, place: Place) -> Iterator[Row]:
 
 
 def _values(batches: Any, columns: list[_Column]) -> Iterator[tuple[bytes | None, ...]]:
+    """The values of the columns, row by row."""
     for batch in batches:
         yield from zip(*(column.values(batch) for column in columns), strict=True)
 
@@ -63,7 +65,7 @@ class _Column:
             for part in self.path[1:]:
                 kind = kind.field(part).type
         except (KeyError, AttributeError, TypeError) as error:  # no such field, or no struct that has fields
-            raise UnusableError(*missing(name, _names(schema))) from error
+            raise missing(name, _names(schema)) from error
         shown = str(kind)
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
@@ -93,6 +95,7 @@ def _names(fields: Any, prefix: str = "") -> list[str]:
 
 
 def _record(columns: list[_Column], values: tuple[bytes | None, ...]) -> dict[str, str]:
+    """A row's texts. Raises BadRowError for one that is null, or no UTF-8."""
     record = {}
     for column, value in zip(columns, values, strict=True):
         if value is None:

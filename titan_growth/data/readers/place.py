@@ -63,6 +63,7 @@ class Place:
         return self._at(str(self.path))
 
     def _at(self, file: str) -> str:
+        """The place in a file that is called so."""
         parts = [file, self.member, self.row]
         text = ": ".join(part for part in parts if part)
         return f"{text}:{self.line}" if self.line else text
@@ -81,6 +82,7 @@ def reading(where: Path | Remote | Place) -> Iterator[None]:
 
 
 def _message(place: Place, error: Exception) -> str:
+    """One line: where, what, and what to do."""
     match error:
         case UnusableError():
             return f"{place}: {one_line(str(error))}"

@@ -85,6 +85,7 @@ class Pass:
                 yield text
 
     def _leave_out(self, error: BadRowError, place: Place) -> None:
+        """Counts a bad row. Raises its error if none is allowed, and UnusableError beyond the limit."""
         limit = self.rules.max_bad_rows
         if limit is None:
             raise error

@@ -42,14 +42,16 @@ def read_table(stream: BufferedReader, delimiter: str, rule: TextRule, place: Pl
 
 
 def _require(header: list[str], rule: TextRule) -> None:
+    """Raises UnusableError unless the header has each wanted column once."""
     for name in rule.fields if header else ():
         if name not in header:
-            raise UnusableError(*missing(name, header))
+            raise missing(name, header)
         if header.count(name) > 1:
             raise UnusableError(f"the header has {name!r} {header.count(name)} times", "Give each column its own name")
 
 
 def _record(header: list[str], values: list[str]) -> dict[str, str]:
+    """A row by its columns. Raises BadRowError if it has more or fewer."""
     if len(values) != len(header):
         raise BadRowError(f"{len(values)} fields where the header has {len(header)}", _QUOTES)
     return dict(zip(header, values, strict=True))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from titan_growth.data.readers.place import BadRowError
+from titan_growth.data.readers.place import BadRowError, UnusableError
 from titan_growth.tools.template import Piece, pieces_of
 
 KEY = "data.text_key"
@@ -50,11 +50,12 @@ class TextRule:
 
 
 def _field(record: Mapping[str, Any], name: str) -> str:
+    """The text of a field. Raises BadRowError if it is missing, or none."""
     value = lookup(record, name)
     if isinstance(value, str):
         return value
     if value is _NOT_THERE:
-        raise BadRowError(*missing(name, names_in(record)))
+        raise missing(name, names_in(record), BadRowError)
     fix = f"Name another field as {KEY} or repair the row"
     raise BadRowError(f"the field {name!r} is {_type_name(value)}, not a string", fix)
 
@@ -84,11 +85,12 @@ def names_in(record: Mapping[str, Any], prefix: str = "") -> list[str]:
     return names
 
 
-def missing(name: str, names: Sequence[str]) -> tuple[str, str]:
-    """Reason and fix for a field that is not there; lists those that are."""
+def missing(name: str, names: Sequence[str], kind: type[UnusableError] = UnusableError) -> UnusableError:
+    """The error for a field that is not there; lists those that are."""
     shown = ", ".join(str(one)[:100] for one in names[:_NUM_SHOWN]) if names else "none"
-    return f"no field {name!r}; it has: {shown}", f"Set {KEY} to the one that holds the text"
+    return kind(f"no field {name!r}; it has: {shown}", f"Set {KEY} to the one that holds the text")
 
 
 def _type_name(value: Any) -> str:
+    """What a value is, in JSON's words where they are not Python's."""
     return {"dict": "an object", "list": "a list", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)
