@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import bz2
 import collections
+import functools
 import gzip
 import io
 import json
@@ -30,7 +31,6 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.recipes.bad_data import small_tokenizer
 from titan_growth.data.corpora import open_corpus
 from titan_growth.data.corpus import CorpusSpec
 from titan_growth.data.tokenizers import load_tokenizer, train_sentencepiece
@@ -107,13 +107,22 @@ def _tar() -> bytes:
     return file.getvalue()
 
 
+def _sentencepiece() -> bytes:
+    with tempfile.NamedTemporaryFile(suffix=".txt") as file:
+        file.write("\n".join(TEXTS).encode())
+        file.flush()
+        return train_sentencepiece(open_corpus(CorpusSpec("text", file.name)), 300)
+
+
+@functools.cache
 def good_files() -> dict[str, bytes]:
     """A good file of each kind, small so that every byte counts."""
     import zstandard
 
+    from tests.recipes.bad_data import small_tokenizer  # not at the top: it imports torch, which workers do not need
+
     text = "\n".join(TEXTS).encode()
     long_window = zstandard.ZstdCompressionParameters.from_level(3, window_log=28, enable_ldm=True)
-    stdlib = open_corpus(CorpusSpec())
     return {
         "a.txt": text,
         "a.jsonl": _json_lines(),
@@ -132,7 +141,7 @@ def good_files() -> dict[str, bytes]:
         "zstd.parquet": _parquet("zstd", dictionary=True),
         "plain.parquet": _parquet("none", dictionary=False),
         "tokenizer.json": small_tokenizer(),
-        "tokenizer.model": train_sentencepiece(stdlib, 400),
+        "tokenizer.model": _sentencepiece(),
     }
 
 

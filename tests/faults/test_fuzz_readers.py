@@ -8,8 +8,8 @@ import pytest
 
 from tests.faults.fuzz_readers import Report, fuzz, good_files, outcome_of
 
-PEAK_BYTES = 1 << 30
-"""A worker has half of it before it reads anything."""
+PEAK_BYTES = 1 << 29
+"""A worker has a quarter of it before it reads anything."""
 
 
 def judge(report: Report, num_cases: int) -> None:

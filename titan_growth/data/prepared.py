@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from titan_growth.data.account import table
 from titan_growth.data.splitting import TRAIN, VALIDATION
 from titan_growth.data.tokenizers import Tokenizer, load_tokenizer
 from titan_growth.tools.errors import DataError
@@ -110,6 +111,7 @@ def open_prepared(folder: Path, *, checksums: bool = False) -> PreparedCorpus | 
         if tokenizer.fingerprint() != meta["tokenizer"]["fingerprint"]:
             raise DamagedError("the copy of the tokenizer has changed")
         description = meta["corpus"]["description"]
+        table(meta["account"])  # which every fresh run logs
         return PreparedCorpus(folder, splits[TRAIN], splits.get(VALIDATION), tokenizer, description, meta)
     except FileNotFoundError as error:
         if not (folder / META_NAME).exists():

@@ -14,7 +14,7 @@ class ChunkStream(io.RawIOBase):
 
     def __init__(self, chunks: Generator[bytes]) -> None:
         self._chunks = chunks
-        self._rest = b""
+        self._rest = memoryview(b"")  # cut without copying: a chunk may be large
 
     def readable(self) -> bool:
         return True
@@ -24,7 +24,7 @@ class ChunkStream(io.RawIOBase):
             chunk = next(self._chunks, None)
             if chunk is None:
                 return 0
-            self._rest = chunk
+            self._rest = memoryview(chunk)
         count = min(len(buffer), len(self._rest))
         buffer[:count], self._rest = self._rest[:count], self._rest[count:]
         return count

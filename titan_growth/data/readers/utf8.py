@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from titan_growth.data.readers.files import MARKUP_FIX
 from titan_growth.data.readers.place import BadRowError, Place, UnusableError
@@ -12,6 +12,7 @@ from titan_growth.data.streams import CHUNK_BYTES
 
 LONGEST_RECORD_BYTES = 1 << 27
 """Of a JSON line, an element of a JSON array, a field of a table: they are held in memory, and damage can join them."""
+ErrorT = TypeVar("ErrorT", bound=UnusableError)
 _MARKUP_BEGINNINGS = ("<!doctype html", "<html", "<?xml")
 
 
@@ -45,7 +46,7 @@ class Utf8:
         return text if chunk else None
 
 
-def not_utf8(kind: type[UnusableError], offset: int, error: UnicodeDecodeError) -> UnusableError:
+def not_utf8(kind: type[ErrorT], offset: int, error: UnicodeDecodeError) -> ErrorT:
     """The error for bytes that are no text; `offset` counts from the beginning of the file."""
     byte = error.object[error.start]
     fix = "Convert the file to UTF-8 (for example with iconv) or leave it out"
@@ -83,9 +84,9 @@ class Lines:
                 raise too_long("a line")
             yield line.removeprefix(codecs.BOM_UTF8) if self.offset == 0 else line
 
-    def decode(self, line: bytes, kind: type[UnusableError] = BadRowError) -> str:
-        """A line as text. Raises an error of that kind, with the byte offset."""
+    def decode(self, line: bytes) -> str:
+        """A line as text. Raises BadRowError with the byte offset."""
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise not_utf8(kind, self.offset + error.start, error) from error
+            raise not_utf8(BadRowError, self.offset + error.start, error) from error

@@ -49,5 +49,8 @@ def test_rows_of_another_length_can_be_skipped_and_broken_quotes_cannot(tmp_path
     ]
     path.write_text('id,text\n1,a\n2,"\n')
     assert "the row that begins here is broken" in refusal_of(path, on_bad_row="skip")
-    path.write_bytes(b"id,text\n1,a\n2,\xff\n")
-    assert refusal_of(path, on_bad_row="skip").startswith("a.csv:3: byte offset 14 is not valid UTF-8 (0xff). ")
+    path.write_bytes(b'id,text\n1,a\n2,"\n\xff"\n3,c\n')
+    assert refusal_of(path).startswith("a.csv:3: byte offset 16 is not valid UTF-8 (0xff). ")
+    assert texts_of(path, on_bad_row="skip") == ["a", "c"]
+    path.write_bytes(b"id,te\xffxt\n1,a\n")
+    assert refusal_of(path, on_bad_row="skip").startswith("a.csv:1: byte offset 5 is not valid UTF-8 (0xff). ")
