@@ -215,7 +215,7 @@ CORPUS = [
     ),
     Case(
         "folder of links that lead back",
-        r"hollow: no file of a known kind \(links back to a folder that the corpus lies in: again\)",
+        r"hollow: no file of a known kind \(links back to a folder that they lie in: again\)",
         flags="--training.dataset_path hollow",
         setup=_links_back,
     ),

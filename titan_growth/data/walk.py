@@ -1,7 +1,7 @@
 """All files below a folder, each once, whatever the links.
 
 A link that leads out of the tree is followed. One that leads back, or to what is in the tree already, would make
-documents count twice, or without end, and is left out by name. Hidden entries (a .git folder) are left out, too.
+documents count without end, or twice, and is left out by name. Hidden entries (a .git folder) are left out, too.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from heapq import heappop, heappush
 from pathlib import Path
+from typing import NamedTuple
 
 HIDDEN = "hidden"
 NOT_REGULAR = "no regular files"
 DANGLING = "links to nothing"
-LOOP = "links back to a folder that the corpus lies in"
+LOOP = "links back to a folder that they lie in"
 AGAIN = "links to what is in the corpus already"
 
 
@@ -31,6 +32,12 @@ class Candidate:
     real_path: str
     is_linked: bool
     """Whether a link is on the way to it."""
+
+
+class _Link(NamedTuple):
+    name: str
+    way: tuple[str, ...]
+    """Real paths of the folder that it lies in, and of those of the links that led there."""
 
 
 @dataclass
@@ -48,14 +55,15 @@ class Search:
     followed: list[str] = field(default_factory=list)
     """Links out of the root."""
     _hidden_too: bool = False
+    _often: bool = False
+    """Whether a folder may be found on several ways."""
     _visited: set[str] = field(default_factory=set)
-    _links: list[str] = field(default_factory=list)
+    _links: list[_Link] = field(default_factory=list)
     """A heap, so that which of two links to one thing is followed depends on their names alone."""
 
-    def walk(self, *, hidden_too: bool = False) -> None:
+    def walk(self) -> None:
         """Finds all files below the root. Raises OSError."""
-        self._hidden_too = hidden_too
-        self._scan("", os.path.realpath(self.root))
+        self._scan("", os.path.realpath(self.root), ())
         while self._links:
             self._follow(heappop(self._links))
 
@@ -64,10 +72,12 @@ class Search:
 
         The library's glob follows every link that leads back, again and again.
         """
+        self._hidden_too = any(part.startswith(".") for part in pattern)
+        self._often = True  # the pattern may match only one of the ways
         if os.path.isdir(self.root):
-            self.walk(hidden_too=any(part.startswith(".") for part in pattern))
+            self.walk()
         self.candidates = [one for one in self.candidates if _matches(one.name.split("/"), pattern)]
-        self.left_out = [(reason, name) for reason, name in self.left_out if reason in (LOOP, AGAIN)]
+        self.left_out = [(reason, name) for reason, name in self.left_out if reason == LOOP]
 
     def take(self, paths: Iterable[Path]) -> None:
         """Takes these files, which a glob matches, instead."""
@@ -96,12 +106,12 @@ class Search:
                 kept.append(one)
         return sorted(kept, key=lambda one: one.name)
 
-    def _scan(self, name: str, real_folder: str, *, is_linked: bool = False) -> None:
-        """A folder without what its links lead to."""
+    def _scan(self, name: str, real_folder: str, way: tuple[str, ...]) -> None:
+        """A folder without what its links lead to; `way` are the folders of the links that lead to it."""
         pending = [(name, real_folder)]
         while pending:
             name, real_folder = pending.pop()
-            if real_folder in self._visited:
+            if real_folder in self._visited and not self._often:
                 self.left_out.append((AGAIN, f"{name}/"))
                 continue
             self._visited.add(real_folder)
@@ -112,17 +122,17 @@ class Search:
                         is_folder = entry.is_dir(follow_symlinks=False)
                         self.left_out.append((HIDDEN, entry_name + "/" * is_folder))
                     elif entry.is_symlink():
-                        heappush(self._links, entry_name)
+                        heappush(self._links, _Link(entry_name, (*way, real_folder)))
                     elif entry.is_dir():
                         pending.append((entry_name, real_path))
                     elif entry.is_file():
-                        self.candidates.append(Candidate(self.root / entry_name, entry_name, real_path, is_linked))
+                        self.candidates.append(Candidate(self.root / entry_name, entry_name, real_path, bool(way)))
                     else:
                         self.left_out.append((NOT_REGULAR, entry_name))
 
-    def _follow(self, name: str) -> None:
+    def _follow(self, link: _Link) -> None:
         """What a link leads to, if that is new. Raises OSError."""
-        path = self.root / name
+        name, path = link.name, self.root / link.name
         try:
             mode = os.stat(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
@@ -136,14 +146,14 @@ class Search:
             self._take_file(name, real_path, real_root)
         elif not stat.S_ISDIR(mode):
             self.left_out.append((NOT_REGULAR, name))
-        elif _is_within(real_root, real_path):
+        elif any(_is_within(folder, real_path) for folder in link.way):
             self.left_out.append((LOOP, name))
-        elif real_path in self._visited:
+        elif real_path in self._visited and not self._often:
             self.left_out.append((AGAIN, name))
         else:
             if not _is_within(real_path, real_root):
                 self.followed.append(name)
-            self._scan(name, real_path, is_linked=True)
+            self._scan(name, real_path, link.way)
 
     def _take_file(self, name: str, real_path: str, real_root: str) -> None:
         is_linked = real_path != os.path.join(real_root, name)
