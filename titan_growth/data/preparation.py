@@ -37,7 +37,7 @@ from titan_growth.data.prepared import (
 from titan_growth.data.shard_writer import SplitWriter
 from titan_growth.data.splitting import TRAIN, VALIDATION, Piece, SplitRule, cut, split_rule
 from titan_growth.data.storage import cache_root, exclusive, writing
-from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train
+from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train, require_ends
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
@@ -105,9 +105,7 @@ def prepare(
 def _tokenizer(wanted: TokenizerSpec | Tokenizer, corpus: Corpus, root: Path, *, bos: bool, eos: bool) -> Tokenizer:
     """The tokenizer, which has the special tokens that are asked for. Raises DataError."""
     tokenizer = load_or_train(wanted, corpus, root) if isinstance(wanted, TokenizerSpec) else wanted
-    for is_wanted, token, what in ((bos, tokenizer.bos_id, "BOS"), (eos, tokenizer.eos_id, "EOS")):
-        if is_wanted and token is None:
-            raise DataError(f"tokenizer {tokenizer.name}: it has no {what} token. Set data.{what.lower()} = false")
+    require_ends(tokenizer, bos=bos, eos=eos)
     return tokenizer
 
 
