@@ -1,8 +1,9 @@
 """`python -m titan_growth plan`: the run plan, what a recipe resolves to on N ranks.
 
-Nothing is started or written, and neither corpora nor devices are looked at, so a plan for 512 GPUs is made on a laptop.
-A tokenizer that the recipe names is loaded if it is here, and refused as at a start. A run that is in the recipe's
-folder already is planned from its newest checkpoint, as a start would do it; only the bytes of its shards are not read.
+Nothing is started or written, and neither corpora nor devices are looked at, so a plan for 512 GPUs is made on a
+laptop. A tokenizer that the recipe names is loaded if it is here, and refused as at a start. A run that is in the
+recipe's folder already is planned from its newest checkpoint, as a start would do it; only the bytes of its shards are
+not read.
 """
 
 from __future__ import annotations

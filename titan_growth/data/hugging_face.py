@@ -64,6 +64,7 @@ class HuggingFaceTokenizer(Tokenizer):
             tokenizer: Any = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
             tokenizer.no_truncation()
             tokenizer.no_padding()
+            tokenizer.post_processor = None  # what it adds is not wanted, and it moves the places of tokens
             if getattr(tokenizer.model, "dropout", None):
                 logger.warning("%s: its dropout is left out, so that a text has one encoding", self._path)
                 tokenizer.model.dropout = None

@@ -12,50 +12,40 @@ from titan_growth.data.readers import reading
 from titan_growth.data.tokenizer import Encoded, Tokenizer, library_errors, starts_of_bytes
 
 MODEL_NAME = "tokenizer.model"
-_CONTROL = 3
-"""The type of a piece that no text becomes."""
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file. Raises DataError if it is missing or not one.
 
-    No text becomes a control symbol, as BOS and EOS usually are. User-defined symbols are pieces of text; where BOS or
-    EOS is defined as one, only `allow_special_tokens` lets a text become it.
+    Its special tokens are the control symbols, BOS and EOS among them, which no text becomes. User-defined symbols are
+    pieces of text like any other.
     """
 
-    def __init__(self, path: str | Path, *, allow_special_tokens: bool = False) -> None:
+    def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         with reading(self._path):
             self._model = self._path.read_bytes()
-        self._processor = self._loaded(self._model)
-        self.name = f"sentencepiece {self._path.name}"
-        self.vocab_size = self._processor.piece_size()
-        special = [self._processor.bos_id(), self._processor.eos_id()]
-        self.bos_id, self.eos_id = (token if token >= 0 else None for token in special)
-        control = [token for token in range(self.vocab_size) if self._processor.is_control(token)]
-        special = [token for token in special if token >= 0]
-        self.special_texts = tuple(sorted({self._processor.id_to_piece(token) for token in [*special, *control]}))
-        spelled = set(special).difference(control)
-        self.allows_special_tokens = allow_special_tokens and bool(spelled)
-        hides = spelled and not allow_special_tokens
-        self._encoder = self._loaded(_as_control(self._model, spelled)) if hides else self._processor
-
-    def _loaded(self, model: bytes) -> Any:
         with library_errors(
             self._path, "not a SentencePiece model", "Name a .model file that was written by sentencepiece"
         ):
-            return sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+        self.name = f"sentencepiece {self._path.name}"
+        self.vocab_size = self._processor.piece_size()
+        special = (self._processor.bos_id(), self._processor.eos_id())
+        self.bos_id, self.eos_id = (token if token >= 0 else None for token in special)
+        control = [token for token in range(self.vocab_size) if self._processor.is_control(token)]
+        self.special_texts = tuple(sorted(self._processor.id_to_piece(token) for token in control))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         with self._encoding():
-            return list(self._encoder.encode(texts)) if texts else []
+            return list(self._processor.encode(texts)) if texts else []
 
     def encode_with_starts(self, texts: list[str]) -> list[Encoded]:
         from sentencepiece import sentencepiece_pb2 as messages
 
         found = []
         with self._encoding():
-            for text, data in zip(texts, self._encoder.encode(texts, out_type="serialized_proto"), strict=True):
+            for text, data in zip(texts, self._processor.encode(texts, out_type="serialized_proto"), strict=True):
                 message: Any = messages.SentencePieceText()  # type: ignore[attr-defined]
                 message.ParseFromString(data)
                 chars = [*starts_of_bytes(text), len(text)]
@@ -71,14 +61,3 @@ class SentencePieceTokenizer(Tokenizer):
 
     def files(self) -> dict[str, bytes]:
         return {MODEL_NAME: self._model}
-
-
-def _as_control(data: bytes, tokens: set[int]) -> bytes:
-    """A model with these tokens as control symbols."""
-    from sentencepiece import sentencepiece_model_pb2 as messages
-
-    model: Any = messages.ModelProto()  # type: ignore[attr-defined]
-    model.ParseFromString(data)
-    for token in tokens:
-        model.pieces[token].type = _CONTROL
-    return bytes(model.SerializeToString())

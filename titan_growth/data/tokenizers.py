@@ -70,7 +70,7 @@ def load_tokenizer(path: str | Path, kind: str = "auto", *, allow_special_tokens
             raise DataError(f"tokenizer {path}: the folder holds no {wanted}. Name a folder or a file that has one")
         path = found[0]
     if kind == "sentencepiece" or (kind == "auto" and path.suffix == ".model"):
-        return SentencePieceTokenizer(path, allow_special_tokens=allow_special_tokens)
+        return SentencePieceTokenizer(path)
     if kind == "huggingface" or (kind == "auto" and path.suffix == ".json"):
         return HuggingFaceTokenizer(path, allow_special_tokens=allow_special_tokens)
     if kind == "bytes" or path.name == BYTES_NAME:
