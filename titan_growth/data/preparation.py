@@ -5,8 +5,9 @@ document everything is on disk; a killed preparation resumes there and ends with
 last, makes a folder valid.
 
 BOS comes only before the real beginning of a document and EOS only after its real end: a model must not learn that
-texts end where a split cut them. Each contiguous run of a document's pieces in one split is a "document" of that
-split's index, since what precedes it in the stream does not precede it in the text; document_mask separates them.
+texts end where a split cut them. For the same reason the tokens are those of the whole document (`encoding`). Each
+contiguous run of a document's pieces in one split is a "document" of that split's index, since what precedes it in the
+stream does not precede it in the text; document_mask separates them.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from titan_growth.data.content import ContentHashes, Trust
 from titan_growth.data.corpora import open_corpus
 from titan_growth.data.corpus import Corpus, CorpusSpec
+from titan_growth.data.encoding import DocumentEncoder, Part
 from titan_growth.data.prepared import (
     FORMAT_VERSION,
     META_NAME,
@@ -35,16 +36,17 @@ from titan_growth.data.prepared import (
     say_if_prepared_before,
 )
 from titan_growth.data.shard_writer import SplitWriter
-from titan_growth.data.splitting import TRAIN, VALIDATION, Piece, SplitRule, cut, split_rule
+from titan_growth.data.splitting import TRAIN, VALIDATION, SplitRule, split_rule
 from titan_growth.data.storage import cache_root, exclusive, writing
 from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train, require_ends
+from titan_growth.data.windows import Window, windows_of
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
 
 _JOURNAL_NAME = "journal.json"
 _BATCH_CHARS = 1 << 20
-_BATCH_PIECES = 1024
+_BATCH_WINDOWS = 1024
 _TRIES = 3
 """How often a corpus may turn out to be another one than remembered before its preparation begins."""
 
@@ -64,7 +66,7 @@ def prepare(
     """The prepared corpus, from the cache or made now.
 
     tokenizer: the recipe's, or one already loaded (a separate validation corpus uses the training corpus's).
-    bos, eos: put the tokenizer's BOS before and its EOS after each document.
+    bos, eos: put the tokenizer's BOS before and its EOS after each document; where they are one token, EOS only.
     validation_fraction: in [0, 0.5]; see `splitting`.
     cache_dir: None for the default; see `storage.cache_root`.
     progress: show a bar on stderr if that is a terminal.
@@ -84,7 +86,15 @@ def prepare(
         rule = split_rule(validation_fraction, corpus.num_bytes)
         content = corpus.fingerprint(hashes)
         made_of = _tokenizer(tokenizer, corpus, root, bos=bos, eos=eos)
-        facts = {"format_version": FORMAT_VERSION, "corpus": content, "tokenizer": made_of.fingerprint(), **settings}
+        is_one_token = bos and eos and made_of.bos_id == made_of.eos_id
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "corpus": content,
+            "tokenizer": made_of.fingerprint(),
+            **settings,
+            "bos": bos and not is_one_token,
+            "allow_special_tokens": made_of.allows_special_tokens,
+        }
         folder = root / "prepared" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         if not rehash and (found := _open_or_none(folder, report_damage=False)):
             return found
@@ -95,6 +105,9 @@ def prepare(
             if trusted and corpus.fingerprint(hashes) != content:
                 continue  # known by what its files hold now
             say_if_prepared_before(folder, facts, corpus.describe())
+            if is_one_token:
+                once = "so it is put once for each document, after its end"
+                logger.warning("tokenizer %s: BOS and EOS are one token (%d), %s", made_of.name, made_of.eos_id, once)
             with writing(folder):
                 _Job(corpus_spec, corpus, made_of, folder, facts, rule, hashes, shard_tokens, progress).run()
             if found := _open_or_none(folder, report_damage=True):
@@ -123,12 +136,17 @@ class _Position:
     """How far a preparation has come; the journal keeps it."""
 
     document: int = 0
-    pieces_of_document: int = 0
+    segments_of_document: int = 0
     pieces: int = 0
     num_documents: int = 0
     run: str | None = None
     """The split that takes this document's current run of pieces."""
     chars: int = 0
+    spellings: int = 0
+    """How often special tokens are spelled so far."""
+    spelling_documents: int = 0
+    spells: bool = False
+    """Whether this document is among them."""
 
 
 @dataclass
@@ -154,9 +172,11 @@ class _Job:
         num_shards = sum(writer.num_complete_shards for writer in writers.values())
         try:
             with self._bar() as bar:
-                for batch in self._batches():
+                encoder = DocumentEncoder(self.tokenizer, has_splits=self.rule.period > 0)
+                for parts in encoder.encode(self._batches()):
                     chars = self.at.chars
-                    self._write(batch, writers)
+                    for part in parts:
+                        self._write(part, writers)
                     bar.update(self.at.chars - chars)
                     now_complete = sum(writer.num_complete_shards for writer in writers.values())
                     if now_complete > num_shards:
@@ -180,44 +200,55 @@ class _Job:
             time.monotonic() - started,
             self.folder,
         )
+        if self.at.spellings:
+            logger.info(
+                "the text of %s documents spells special tokens, %s times in all; it is encoded as %s "
+                "(data.allow_special_tokens)",
+                f"{self.at.spelling_documents:,}",
+                f"{self.at.spellings:,}",
+                "those tokens" if self.tokenizer.allows_special_tokens else "any other text",
+            )
 
-    def _batches(self) -> Iterator[list[tuple[int, Piece]]]:
-        """The remaining pieces, each with its document's number, in batches of about a million characters."""
-        batch: list[tuple[int, Piece]] = []
-        num_chars = 0
-        first, pieces_to_skip = self.at.document, self.at.pieces_of_document
-        for number, parts in enumerate(self.corpus.document_parts(first), start=first):
-            for piece in islice(cut(parts, self.rule.piece_chars), pieces_to_skip if number == first else 0, None):
-                batch.append((number, piece))
-                num_chars += len(piece.text)
-                if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_PIECES:
-                    yield batch
-                    batch, num_chars = [], 0
+    def _batches(self) -> Iterator[list[Window]]:
+        """The remaining windows, in batches of about a million characters."""
+        batch: list[Window] = []
+        num_chars, first, num_done = 0, self.at.document, self.at.segments_of_document
+        documents = self.corpus.document_parts(first)
+        for window in windows_of(documents, first, self.rule.piece_chars, self.tokenizer.special_texts):
+            if num_done and window.segments[0].document == first:
+                num_done -= len(window.segments)
+                continue
+            batch.append(window)
+            num_chars += window.num_chars
+            if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_WINDOWS:
+                yield batch
+                batch, num_chars = [], 0
         if batch:
             yield batch
 
-    def _write(self, batch: list[tuple[int, Piece]], writers: dict[str, SplitWriter]) -> None:
-        bos = [token] if self.facts["bos"] and (token := self.tokenizer.bos_id) is not None else []
-        eos = [token] if self.facts["eos"] and (token := self.tokenizer.eos_id) is not None else []
-        encoded = self.tokenizer.encode_batch([piece.text for _, piece in batch])
-        for (number, piece), tokens in zip(batch, encoded, strict=True):
-            if piece.begins_document:
-                self.at.document, self.at.pieces_of_document, self.at.run = number, 0, None
-                tokens = [*bos, *tokens]
-            if piece.ends_document:
-                tokens = [*tokens, *eos]
-            split = self.rule.split_of(self.at.pieces)
-            if self.at.run != split:
-                self.at.run = None
-            if tokens:
-                if self.at.run is None:
-                    writers[split].begin_document()
-                    self.at.run = split
-                writers[split].append(tokens)
-            self.at.pieces += 1
-            self.at.pieces_of_document += 1
-            self.at.num_documents += piece.ends_document
-            self.at.chars += len(piece.text)
+    def _write(self, part: Part, writers: dict[str, SplitWriter]) -> None:
+        first, last = part.segments[0], part.segments[-1]
+        at = self.at
+        if first.begins_document:
+            at.document, at.segments_of_document, at.run, at.spells = first.document, 0, None, False
+        bos = [self.tokenizer.bos_id] if self.facts["bos"] and first.begins_document else []
+        eos = [self.tokenizer.eos_id] if self.facts["eos"] and last.ends_document else []
+        split = self.rule.split_of(at.pieces)
+        if at.run != split:
+            at.run = None
+        if len(part.tokens) or bos or eos:
+            if at.run is None:
+                writers[split].begin_document()
+                at.run = split
+            writers[split].append([*bos, *part.tokens, *eos] if bos or eos else part.tokens)
+        spellings = sum(segment.num_spellings for segment in part.segments)
+        at.spelling_documents += bool(spellings and not at.spells)
+        at.spells = at.spells or spellings > 0
+        at.spellings += spellings
+        at.pieces += sum(segment.ends_piece for segment in part.segments)
+        at.segments_of_document += len(part.segments)
+        at.num_documents += last.ends_document
+        at.chars += sum(len(segment.text) for segment in part.segments)
 
     def _fresh_writers(self) -> dict[str, SplitWriter]:
         # Unlink files of an older attempt, never rewrite them: another run may have them mapped.
@@ -271,6 +302,10 @@ class _Job:
             },
             "dtype": self._dtype,
             "num_source_documents": self.at.num_documents,
+            "special_tokens_in_text": {
+                "num_documents": self.at.spelling_documents,
+                "num_occurrences": self.at.spellings,
+            },
             "splits": splits,
         }
         write_atomic(self.folder / META_NAME, json.dumps(meta, indent=1).encode())

@@ -1,0 +1,79 @@
+"""The tokens of a document are those of the whole document, wherever it is cut and whatever the tokenizer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.unit.data.random_tokenizers import KINDS, random_text, random_tokenizer
+from titan_growth.data import windows
+from titan_growth.data.encoding import DocumentEncoder, Part
+from titan_growth.data.splitting import cut
+from titan_growth.data.tokenizer import BytesTokenizer, Encoded, Tokenizer
+from titan_growth.data.windows import Window, windows_of
+from titan_growth.tools.errors import DataError
+
+PIECE_CHARS = 4096
+
+
+@pytest.fixture(autouse=True)
+def _short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "WHOLE_CHARS", 5000)
+    monkeypatch.setattr(windows, "SEGMENT_CHARS", 2048)
+
+
+def batches(found: Iterator[Window], size: int = 3) -> Iterator[list[Window]]:
+    batch: list[Window] = []
+    for window in found:
+        batch.append(window)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    yield batch
+
+
+def parts_of(tokenizer: Tokenizer, texts: Sequence[str], *, has_splits: bool = True) -> list[Part]:
+    found = windows_of([(text,) for text in texts], 0, PIECE_CHARS, tokenizer.special_texts)
+    return [
+        part for batch in DocumentEncoder(tokenizer, has_splits=has_splits).encode(batches(found)) for part in batch
+    ]
+
+
+def assert_whole(tokenizer: Tokenizer, text: str) -> None:
+    """The tokens are those of the text, and those of a piece start in it."""
+    (whole,) = tokenizer.encode_with_starts([text])
+    assert whole.ids == tokenizer.encode(text)
+    parts = parts_of(tokenizer, [text])
+    assert "".join(segment.text for part in parts for segment in part.segments) == text
+    assert np.concatenate([part.tokens for part in parts]).tolist() == whole.ids
+    starts = np.maximum.accumulate(whole.starts)
+    ends = np.cumsum([len(piece.text) for piece in cut([text], PIECE_CHARS)])
+    expected = np.searchsorted(starts, ends)
+    counts, found = 0, []
+    for part in parts:
+        counts += len(part.tokens)
+        if part.segments[-1].ends_piece:
+            found.append(counts)
+    assert found[:-1] == expected[:-1].tolist()
+
+
+def check(seed: int, folder: Path) -> None:
+    generator = random.Random(seed)
+    tokenizer = random_tokenizer(generator, KINDS[seed % len(KINDS)], folder)
+    for num_chars in (4000, 30_000):
+        assert_whole(tokenizer, random_text(generator, num_chars))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_documents_keep_their_tokens(seed: int, tmp_path: Path) -> None:
+    check(seed, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 150))
+def test_documents_keep_their_tokens_with_fifty_tokenizers(seed: int, tmp_path: Path) -> None:
+    check(seed, tmp_path)

@@ -1,0 +1,169 @@
+"""Encoding documents: every document gets the tokens that it has as a whole, and they are dealt to its pieces.
+
+Cutting a text and encoding the parts gives other tokens: a false space at each cut, a word in two. So a short document
+is encoded in one call, and where the split cuts its text, its tokens are cut: a token belongs to the piece in which it
+starts. A long document is encoded in windows that overlap by twice `CONTEXT_CHARS`. Where two meet, the overlap is
+encoded by itself as well, which has the left window's end and the right window's beginning. Only if it has the tokens
+of both, except near its own ends, does it make no difference what stands further to the left or right. Then the
+windows' tokens are put together there; else the windows are joined and encoded as one, the whole document if need be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from titan_growth.data.tokenizer import Encoded, Tokenizer
+from titan_growth.data.windows import CONTEXT_CHARS, Segment, Window
+from titan_growth.tools.errors import DataError
+
+_BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of contiguous segments of a document that lie in one piece of it, or in pieces that go to one split."""
+
+    segments: tuple[Segment, ...]
+    tokens: np.ndarray
+
+
+class Joint:
+    """The overlap of two windows, encoded by itself."""
+
+    def __init__(self, encoded: Encoded, cut: int) -> None:
+        """cut: the character at which one window's own text ends and the other's begins."""
+        starts = _places(encoded, [cut - CONTEXT_CHARS // 2, cut, cut + CONTEXT_CHARS // 2])
+        self._tokens = np.array(encoded.ids, dtype=np.int64)
+        self._settled, self.num_left, self._unsettled = starts
+        self.num_right = len(encoded.ids) - self.num_left
+        self._has_tokens = self._settled < self.num_left < self._unsettled
+
+    def ends(self, left: np.ndarray) -> bool:
+        """Whether the window on the left ends with its tokens."""
+        tail = self._tokens[self._settled :]
+        return self._has_tokens and np.array_equal(left[max(0, len(left) - len(tail)) :], tail)
+
+    def begins(self, right: np.ndarray) -> bool:
+        """Whether the window on the right begins with its tokens."""
+        return self._has_tokens and np.array_equal(right[: self._unsettled], self._tokens[: self._unsettled])
+
+
+@dataclass(frozen=True)
+class EncodedWindow:
+    """A window with its tokens, their places where it has several pieces, and the joint with the window before."""
+
+    window: Window
+    tokens: np.ndarray
+    places: Encoded | None
+    joint: Joint | None
+
+
+class DocumentEncoder:
+    """Encodes windows in batches, ahead of whoever uses them, and puts their tokens together."""
+
+    def __init__(self, tokenizer: Tokenizer, *, has_splits: bool) -> None:
+        """has_splits: which tokens belong to which piece is asked for."""
+        self._tokenizer = tokenizer
+        self._has_splits = has_splits
+        self._left: EncodedWindow | None = None
+        self._wanted_chars = 0
+
+    def encode(self, batches: Iterable[list[Window]]) -> Iterator[list[Part]]:
+        """The parts of each batch of windows that are known once it is encoded. Raises DataError."""
+        # The libraries encode outside of Python's lock. With two batches at a time no core waits for a batch's last.
+        with ThreadPoolExecutor(_BATCHES_AHEAD) as threads:
+            waiting: list[Future[list[EncodedWindow]]] = []
+            try:
+                for batch in batches:
+                    waiting.append(threads.submit(self._encoded, batch))
+                    if len(waiting) > _BATCHES_AHEAD:
+                        yield self._parts(waiting.pop(0).result())
+                while waiting:
+                    yield self._parts(waiting.pop(0).result())
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _encoded(self, windows: list[Window]) -> list[EncodedWindow]:
+        with_places = [window for window in windows if self._has_pieces(window)]
+        joints = [window for window in windows if window.before]
+        overlaps = [window.text[: len(window.before) + CONTEXT_CHARS] for window in joints]
+        placed = self._tokenizer.encode_with_starts([*(window.text for window in with_places), *overlaps])
+        plain = iter(self._tokenizer.encode_batch([one.text for one in windows if not self._has_pieces(one)]))
+        places, overlap = iter(placed[: len(with_places)]), iter(placed[len(with_places) :])
+        found = []
+        for window in windows:
+            its_places = next(places) if self._has_pieces(window) else None
+            tokens = np.array(its_places.ids if its_places is not None else next(plain), dtype=np.int64)
+            joint = Joint(next(overlap), len(window.before)) if window.before else None
+            found.append(EncodedWindow(window, tokens, its_places, joint))
+        return found
+
+    def _has_pieces(self, window: Window) -> bool:
+        return self._has_splits and any(segment.ends_piece for segment in window.segments[:-1])
+
+    def _parts(self, encoded: list[EncodedWindow]) -> list[Part]:
+        return [part for one in encoded for part in self._add(one)]
+
+    def _add(self, right: EncodedWindow) -> Iterator[Part]:
+        """The parts that are known with one more window."""
+        left, joint = self._left, right.joint
+        if left is None:
+            self._left = right
+        else:
+            assert joint is not None
+            is_waited_for = left.window.num_chars < self._wanted_chars
+            if not is_waited_for and joint.ends(left.tokens) and joint.begins(right.tokens):
+                yield from self._dealt(left, len(left.tokens) - joint.num_right)
+                self._left, self._wanted_chars = right, 0
+            else:
+                self._left = self._joined(left, right, is_waited_for)
+        if right.window.segments[-1].ends_document:
+            assert self._left is not None
+            yield from self._dealt(self._left, len(self._left.tokens))
+            self._left, self._wanted_chars = None, 0
+
+    def _joined(self, left: EncodedWindow, right: EncodedWindow, is_waited_for: bool) -> EncodedWindow:
+        """One window of two that cannot be told apart; it doubles before it is tried again."""
+        window = left.window.joined(right.window)
+        if not is_waited_for:
+            self._wanted_chars = 2 * left.window.num_chars
+        if window.num_chars < self._wanted_chars and not window.segments[-1].ends_document:
+            return EncodedWindow(window, left.tokens, None, left.joint)  # not encoded yet
+        (encoded,) = self._encoded([window])
+        if encoded.joint is not None and not encoded.joint.begins(encoded.tokens):
+            raise DataError(
+                f"tokenizer {self._tokenizer.name}: how it encodes a text depends on what follows much later, in "
+                f"document {window.segments[0].document}. Use another tokenizer, or shorter documents"
+            )
+        return encoded
+
+    def _dealt(self, one: EncodedWindow, stop: int) -> Iterator[Part]:
+        """The tokens of a window up to one of them, as the parts of its pieces."""
+        start = one.joint.num_left if one.joint is not None else 0
+        if one.places is None:
+            yield Part(one.window.segments, one.tokens[start:stop])
+            return
+        runs = [tuple(run) for run in _runs(one.window.segments)]
+        lengths = [sum(len(segment.text) for segment in run) for run in runs[:-1]]
+        cuts = _places(one.places, [len(one.window.before) + length for length in np.cumsum(lengths)])
+        for run, first, last in zip(runs, [start, *cuts], [*cuts, stop], strict=True):
+            yield Part(run, one.tokens[first:last])
+
+
+def _runs(segments: tuple[Segment, ...]) -> Iterator[Iterator[Segment]]:
+    """The segments of one piece after the other."""
+    numbers = np.cumsum([0, *(segment.ends_piece for segment in segments[:-1])])
+    for _, run in groupby(zip(numbers, segments, strict=True), key=lambda pair: pair[0]):
+        yield (segment for _, segment in run)
+
+
+def _places(encoded: Encoded, chars: list[int]) -> list[int]:
+    """For each character, how many tokens start before it."""
+    starts = np.maximum.accumulate(np.array(encoded.starts, dtype=np.int64))
+    return [int(place) for place in np.searchsorted(starts, chars)]
