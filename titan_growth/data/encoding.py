@@ -6,13 +6,16 @@ starts. A long document is encoded in windows that overlap by twice `CONTEXT_CHA
 encoded by itself as well, which has the left window's end and the right window's beginning. Only if it has the tokens
 of both, except near its own ends, does it make no difference what stands further to the left or right. Then the
 windows' tokens are put together there; else the windows are joined and encoded as one, the whole document if need be.
+
+One library cannot be repeated window by window: a sentencepiece Unigram model sums up scores over the whole text in 32
+bits, so in a long text rounding decides between encodings that are equally good. There, the windows' are taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
@@ -41,16 +44,25 @@ class Joint:
         self._tokens = np.array(encoded.ids, dtype=np.int64)
         self._settled, self.num_left, self._unsettled = starts
         self.num_right = len(encoded.ids) - self.num_left
-        self._has_tokens = self._settled < self.num_left < self._unsettled
+        self.right_start = encoded.starts[self.num_left] if self.num_right else None
+        """Where the first token on the right starts, in the text of the joint and of the window on the right."""
+        self._can_tell = self._settled < self.num_left < self._unsettled
+        if encoded.words is not None:
+            # Equally good encodings of one word may be told apart by what is not in sight: there must be whole words.
+            new = [
+                number for number in range(1, len(encoded.words)) if encoded.words[number] != encoded.words[number - 1]
+            ]
+            self._can_tell &= any(self._settled < number <= self.num_left for number in new)
+            self._can_tell &= any(self.num_left <= number < self._unsettled for number in new)
 
     def ends(self, left: np.ndarray) -> bool:
         """Whether the window on the left ends with its tokens."""
         tail = self._tokens[self._settled :]
-        return self._has_tokens and np.array_equal(left[max(0, len(left) - len(tail)) :], tail)
+        return self._can_tell and np.array_equal(left[max(0, len(left) - len(tail)) :], tail)
 
     def begins(self, right: np.ndarray) -> bool:
         """Whether the window on the right begins with its tokens."""
-        return self._has_tokens and np.array_equal(right[: self._unsettled], self._tokens[: self._unsettled])
+        return self._can_tell and np.array_equal(right[: self._unsettled], self._tokens[: self._unsettled])
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ class EncodedWindow:
     tokens: np.ndarray
     places: Encoded | None
     joint: Joint | None
+    head: int = 0
+    """How many tokens at its beginning are those of the window before."""
 
 
 class DocumentEncoder:
@@ -101,7 +115,7 @@ class DocumentEncoder:
             its_places = next(places) if self._has_pieces(window) else None
             tokens = np.array(its_places.ids if its_places is not None else next(plain), dtype=np.int64)
             joint = Joint(next(overlap), len(window.before)) if window.before else None
-            found.append(EncodedWindow(window, tokens, its_places, joint))
+            found.append(EncodedWindow(window, tokens, its_places, joint, joint.num_left if joint is not None else 0))
         return found
 
     def _has_pieces(self, window: Window) -> bool:
@@ -134,25 +148,28 @@ class DocumentEncoder:
         if not is_waited_for:
             self._wanted_chars = 2 * left.window.num_chars
         if window.num_chars < self._wanted_chars and not window.segments[-1].ends_document:
-            return EncodedWindow(window, left.tokens, None, left.joint)  # not encoded yet
+            return replace(left, window=window, places=None)  # not encoded yet
         (encoded,) = self._encoded([window])
-        if encoded.joint is not None and not encoded.joint.begins(encoded.tokens):
-            raise DataError(
-                f"tokenizer {self._tokenizer.name}: how it encodes a text depends on what follows much later, in "
-                f"document {window.segments[0].document}. Use another tokenizer, or shorter documents"
-            )
-        return encoded
+        if encoded.joint is None or encoded.joint.begins(encoded.tokens):
+            return encoded
+        if self._tokenizer.rounds_long_texts:
+            (placed,) = self._tokenizer.encode_with_starts([window.text])
+            if encoded.joint.right_start in placed.starts:
+                return replace(encoded, head=placed.starts.index(encoded.joint.right_start))
+        raise DataError(
+            f"tokenizer {self._tokenizer.name}: how it encodes a text depends on what follows much later, in document "
+            f"{window.segments[0].document}. Use another tokenizer, or shorter documents"
+        )
 
     def _dealt(self, one: EncodedWindow, stop: int) -> Iterator[Part]:
         """The tokens of a window up to one of them, as the parts of its pieces."""
-        start = one.joint.num_left if one.joint is not None else 0
         if one.places is None:
-            yield Part(one.window.segments, one.tokens[start:stop])
+            yield Part(one.window.segments, one.tokens[one.head : stop])
             return
         runs = [tuple(run) for run in _runs(one.window.segments)]
         lengths = [sum(len(segment.text) for segment in run) for run in runs[:-1]]
         cuts = _places(one.places, [len(one.window.before) + length for length in np.cumsum(lengths)])
-        for run, first, last in zip(runs, [start, *cuts], [*cuts, stop], strict=True):
+        for run, first, last in zip(runs, [one.head, *cuts], [*cuts, stop], strict=True):
             yield Part(run, one.tokens[first:last])
 
 

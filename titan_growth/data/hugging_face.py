@@ -55,6 +55,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.bos_id = self._special("bos_token", _USUAL_BOS, vocabulary, companions)
         self.eos_id = self._special("eos_token", _USUAL_EOS, vocabulary, companions)
+        self._has_scores = isinstance(self._tokenizer.model, tokenizers.models.Unigram)
         self._encoder = self._tokenizer
         self._true_ids: dict[int, int] = {}
         self.special_texts = self._prepare_special_texts(vocabulary)
@@ -129,7 +130,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_with_starts(self, texts: list[str]) -> list[Encoded]:
         with self._encoding():
             encodings = self._encoder.encode_batch(texts, add_special_tokens=False)
-            return [Encoded(self._true(one.ids), [start for start, _ in one.offsets]) for one in encodings]
+            return [
+                Encoded(
+                    self._true(one.ids), [start for start, _ in one.offsets], one.word_ids if self._has_scores else None
+                )
+                for one in encodings
+            ]
 
     def _encoding(self) -> Any:
         fix = "Its vocabulary may lack an unknown token; use a byte-level tokenizer"

@@ -26,7 +26,8 @@ from typing import Any
 from titan_growth.data.content import ContentHashes, Trust
 from titan_growth.data.corpora import open_corpus
 from titan_growth.data.corpus import Corpus, CorpusSpec
-from titan_growth.data.encoding import DocumentEncoder, Part
+from titan_growth.data.encoding import DocumentEncoder
+from titan_growth.data.part_writer import PartWriter, Position
 from titan_growth.data.prepared import (
     FORMAT_VERSION,
     META_NAME,
@@ -132,24 +133,6 @@ def _open_or_none(folder: Path, report_damage: bool, checksums: bool = False) ->
 
 
 @dataclass
-class _Position:
-    """How far a preparation has come; the journal keeps it."""
-
-    document: int = 0
-    segments_of_document: int = 0
-    pieces: int = 0
-    num_documents: int = 0
-    run: str | None = None
-    """The split that takes this document's current run of pieces."""
-    chars: int = 0
-    spellings: int = 0
-    """How often special tokens are spelled so far."""
-    spelling_documents: int = 0
-    spells: bool = False
-    """Whether this document is among them."""
-
-
-@dataclass
 class _Job:
     """One preparation, from the journal (if there is one) to meta.json."""
 
@@ -162,7 +145,7 @@ class _Job:
     hashes: ContentHashes
     shard_tokens: int
     progress: bool
-    at: _Position = field(default_factory=_Position)
+    at: Position = field(default_factory=Position)
 
     def run(self) -> None:
         """Do the work. Raises DataError, or OSError of the disk."""
@@ -172,11 +155,12 @@ class _Job:
         num_shards = sum(writer.num_complete_shards for writer in writers.values())
         try:
             with self._bar() as bar:
+                parts_writer = PartWriter(writers, self.rule, self._ends("bos"), self._ends("eos"), self.at)
                 encoder = DocumentEncoder(self.tokenizer, has_splits=self.rule.period > 0)
                 for parts in encoder.encode(self._batches()):
                     chars = self.at.chars
                     for part in parts:
-                        self._write(part, writers)
+                        parts_writer.write(part)
                     bar.update(self.at.chars - chars)
                     now_complete = sum(writer.num_complete_shards for writer in writers.values())
                     if now_complete > num_shards:
@@ -226,29 +210,10 @@ class _Job:
         if batch:
             yield batch
 
-    def _write(self, part: Part, writers: dict[str, SplitWriter]) -> None:
-        first, last = part.segments[0], part.segments[-1]
-        at = self.at
-        if first.begins_document:
-            at.document, at.segments_of_document, at.run, at.spells = first.document, 0, None, False
-        bos = [self.tokenizer.bos_id] if self.facts["bos"] and first.begins_document else []
-        eos = [self.tokenizer.eos_id] if self.facts["eos"] and last.ends_document else []
-        split = self.rule.split_of(at.pieces)
-        if at.run != split:
-            at.run = None
-        if len(part.tokens) or bos or eos:
-            if at.run is None:
-                writers[split].begin_document()
-                at.run = split
-            writers[split].append([*bos, *part.tokens, *eos] if bos or eos else part.tokens)
-        spellings = sum(segment.num_spellings for segment in part.segments)
-        at.spelling_documents += bool(spellings and not at.spells)
-        at.spells = at.spells or spellings > 0
-        at.spellings += spellings
-        at.pieces += sum(segment.ends_piece for segment in part.segments)
-        at.segments_of_document += len(part.segments)
-        at.num_documents += last.ends_document
-        at.chars += sum(len(segment.text) for segment in part.segments)
+    def _ends(self, what: str) -> list[int]:
+        """The token that begins or ends documents, if one is wanted."""
+        token = self.tokenizer.bos_id if what == "bos" else self.tokenizer.eos_id
+        return [token] if self.facts[what] and token is not None else []
 
     def _fresh_writers(self) -> dict[str, SplitWriter]:
         # Unlink files of an older attempt, never rewrite them: another run may have them mapped.
@@ -266,7 +231,7 @@ class _Job:
             if (journal["shard_tokens"], journal["rule"]) != (self.shard_tokens, repr(self.rule)):
                 return None
             writers = {name: self._writer(name, journal["splits"][name]) for name in self._split_names}
-            self.at = _Position(**journal["position"])
+            self.at = Position(**journal["position"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:

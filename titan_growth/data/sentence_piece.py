@@ -12,6 +12,7 @@ from titan_growth.data.readers import reading
 from titan_growth.data.tokenizer import Encoded, Tokenizer, library_errors, starts_of_bytes
 
 MODEL_NAME = "tokenizer.model"
+_UNIGRAM = 1
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -34,6 +35,7 @@ class SentencePieceTokenizer(Tokenizer):
         special = (self._processor.bos_id(), self._processor.eos_id())
         self.bos_id, self.eos_id = (token if token >= 0 else None for token in special)
         control = [token for token in range(self.vocab_size) if self._processor.is_control(token)]
+        self.rounds_long_texts = _is_unigram(self._model)
         self.special_texts = tuple(sorted(self._processor.id_to_piece(token) for token in control))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -61,3 +63,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def files(self) -> dict[str, bytes]:
         return {MODEL_NAME: self._model}
+
+
+def _is_unigram(data: bytes) -> bool:
+    from sentencepiece import sentencepiece_model_pb2 as messages
+
+    model: Any = messages.ModelProto()  # type: ignore[attr-defined]
+    model.ParseFromString(data)
+    return bool(model.trainer_spec.model_type == _UNIGRAM)

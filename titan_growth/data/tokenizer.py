@@ -19,6 +19,8 @@ class Encoded:
 
     ids: list[int]
     starts: list[int]
+    words: list[int] | None = None
+    """The number of the word that each is a part of, where words are encoded by themselves and that has to be known."""
 
 
 class Tokenizer(abc.ABC):
@@ -38,6 +40,8 @@ class Tokenizer(abc.ABC):
     special_texts: tuple[str, ...] = ()
     """How a text spells special tokens: what is counted, and encoded as them where `allows_special_tokens`."""
     allows_special_tokens: bool = False
+    rounds_long_texts: bool = False
+    """Sums of scores over the whole text are rounded, which decides between encodings that are equally good."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS and EOS."""

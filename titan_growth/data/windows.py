@@ -13,7 +13,7 @@ from titan_growth.data.readers import Document
 from titan_growth.data.special_tokens import SpellingCounter
 from titan_growth.data.splitting import cut
 
-WHOLE_CHARS = 1 << 17
+WHOLE_CHARS = 1 << 18
 """Up to this length a document is encoded in one call."""
 SEGMENT_CHARS = 1 << 16
 """Of a longer one, at most about this much of it."""

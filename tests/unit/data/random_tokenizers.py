@@ -1,4 +1,4 @@
-"""Tokenizers and texts drawn at random, of every kind that there is: what a property of all tokenizers is tested with."""
+"""Tokenizers and texts drawn at random, of every kind that there is, to test a property of all tokenizers."""
 
 from __future__ import annotations
 

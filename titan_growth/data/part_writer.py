@@ -1,0 +1,69 @@
+"""Dealing the tokens of documents to the splits, with BOS and EOS at the documents' real ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from titan_growth.data.encoding import Part
+from titan_growth.data.shard_writer import SplitWriter
+from titan_growth.data.splitting import SplitRule
+
+
+@dataclass
+class Position:
+    """How far a preparation has come; the journal keeps it."""
+
+    document: int = 0
+    segments_of_document: int = 0
+    pieces: int = 0
+    num_documents: int = 0
+    run: str | None = None
+    """The split that takes this document's current run of pieces."""
+    chars: int = 0
+    spellings: int = 0
+    """How often special tokens have been spelled."""
+    spelling_documents: int = 0
+    """In how many documents."""
+    spells: bool = False
+    """Whether this document is among them."""
+
+
+class PartWriter:
+    """Writes parts in their order, from a position on, which it moves."""
+
+    def __init__(
+        self, writers: Mapping[str, SplitWriter], rule: SplitRule, bos: list[int], eos: list[int], at: Position
+    ) -> None:
+        """bos, eos: what to put before and after each document."""
+        self._writers, self._rule, self._bos, self._eos, self._at = writers, rule, bos, eos, at
+
+    def write(self, part: Part) -> None:
+        """Write one part. Raises OSError of the disk."""
+        at, first, last = self._at, part.segments[0], part.segments[-1]
+        if first.begins_document:
+            at.document, at.segments_of_document, at.run, at.spells = first.document, 0, None, False
+        split = self._rule.split_of(at.pieces)
+        if at.run != split:
+            at.run = None
+        bos, eos = self._bos if first.begins_document else [], self._eos if last.ends_document else []
+        tokens = np.concatenate([np.array(bos, np.int64), part.tokens, np.array(eos, np.int64)])
+        if len(tokens):
+            if at.run is None:
+                self._writers[split].begin_document()
+                at.run = split
+            self._writers[split].append(tokens)
+        at.pieces += sum(segment.ends_piece for segment in part.segments)
+        at.segments_of_document += len(part.segments)
+        at.num_documents += last.ends_document
+        self._count(part)
+
+    def _count(self, part: Part) -> None:
+        at = self._at
+        spellings = sum(segment.num_spellings for segment in part.segments)
+        at.spelling_documents += bool(spellings and not at.spells)
+        at.spells = at.spells or spellings > 0
+        at.spellings += spellings
+        at.chars += sum(len(segment.text) for segment in part.segments)
