@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers as hf
 
 from tests.unit.data.random_tokenizers import KINDS, random_text, random_tokenizer
 from titan_growth.data import windows
 from titan_growth.data.encoding import DocumentEncoder, Part
 from titan_growth.data.splitting import cut
-from titan_growth.data.tokenizer import Tokenizer
+from titan_growth.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
 from titan_growth.data.windows import Window, windows_of
+from titan_growth.tools.errors import DataError
 
 PIECE_CHARS = 4096
 
@@ -82,3 +84,48 @@ def test_documents_keep_their_tokens(seed: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(100, 150))
 def test_documents_keep_their_tokens_with_fifty_tokenizers(seed: int, tmp_path: Path) -> None:
     check(seed, tmp_path)
+
+
+def words_tokenizer(folder: Path) -> Tokenizer:
+    """A byte-level BPE, whose words are encoded by themselves."""
+    tokenizer = hf.Tokenizer(hf.models.BPE())
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+    trainer = hf.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["hello world, and more of it"] * 3, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return HuggingFaceTokenizer(folder)
+
+
+def test_a_long_document_is_not_encoded_as_one(tmp_path: Path) -> None:
+    tokenizer = words_tokenizer(tmp_path)
+    text = "".join(f"hello world {number}\n" for number in range(2000))
+    parts = parts_of(tokenizer, [text, "hello", text[:7000]], has_splits=False)
+    assert max(sum(len(segment.text) for segment in part.segments) for part in parts) <= 2048 * 5 // 4
+    by_document = [[part for part in parts if part.segments[0].document == number] for number in range(3)]
+    for found, whole in zip(by_document, [text, "hello", text[:7000]], strict=True):
+        assert np.concatenate([part.tokens for part in found]).tolist() == tokenizer.encode(whole)
+
+
+@pytest.mark.parametrize("run", ["a", "ab", " ", "漢"])
+def test_where_no_cut_can_be_proved_windows_are_joined(run: str, tmp_path: Path) -> None:
+    """Pairs in a run are made from its beginning on, which is out of sight."""
+    pieces = ["a", "b", " ", "aa", "aaa", "ab", "abab", "  ", "   ", "<unk>"]
+    merges = [("a", "a"), ("aa", "a"), ("a", "b"), ("ab", "ab"), (" ", " "), ("  ", " ")]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    hf.Tokenizer(hf.models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True)).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    tokenizer = HuggingFaceTokenizer(tmp_path)
+    for text in (run * 9001, "ab" * 3000 + run * 9001 + "ba" * 3000):
+        assert_whole(tokenizer, text)
+
+
+def test_bytes(tmp_path: Path) -> None:
+    assert_whole(BytesTokenizer(), random_text(random.Random(0), 30_000))
+
+
+def test_an_error_of_the_tokenizer_arrives(tmp_path: Path) -> None:
+    hf.Tokenizer(hf.models.Unigram([("a", -1.0)])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match="cannot encode the corpus"):
+        parts_of(HuggingFaceTokenizer(tmp_path), ["a" * 7000, "b"])
