@@ -118,7 +118,6 @@ def start_lines(start: RunStart) -> list[str]:
     Raises:
         DataError: when the tokenizer does not suit the recipe.
     """
-    from titan_growth.models.registry import vocab_size_of
     from titan_growth.run.data import planned_tokenizer
 
     lines = []
@@ -129,5 +128,4 @@ def start_lines(start: RunStart) -> list[str]:
         lines = [f"goes on from {start.checkpoint.path.name}: {done}", *start.changes]
     if start.precision.reason:
         lines.append(str(start.precision))
-    recipe = start.plan.recipe
-    return [*lines, *planned_tokenizer(recipe, vocab_size_of(recipe.model))]
+    return [*lines, *planned_tokenizer(start.plan.recipe)]

@@ -87,15 +87,7 @@ def prepare(
         rule = split_rule(validation_fraction, corpus.num_bytes)
         content = corpus.fingerprint(hashes)
         made_of = _tokenizer(tokenizer, corpus, root, bos=bos, eos=eos)
-        is_one_token = bos and eos and made_of.bos_id == made_of.eos_id
-        facts = {
-            "format_version": FORMAT_VERSION,
-            "corpus": content,
-            "tokenizer": made_of.fingerprint(),
-            **settings,
-            "bos": bos and not is_one_token,
-            "allow_special_tokens": made_of.allows_special_tokens,
-        }
+        facts = {"format_version": FORMAT_VERSION, "corpus": content, **_facts_of_tokens(made_of, settings)}
         folder = root / "prepared" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         if not rehash and (found := _open_or_none(folder, report_damage=False)):
             return found
@@ -106,9 +98,6 @@ def prepare(
             if trusted and corpus.fingerprint(hashes) != content:
                 continue  # known by what its files hold now
             say_if_prepared_before(folder, facts, corpus.describe())
-            if is_one_token:
-                once = "so it is put once for each document, after its end"
-                logger.warning("tokenizer %s: BOS and EOS are one token (%d), %s", made_of.name, made_of.eos_id, once)
             with writing(folder):
                 _Job(corpus_spec, corpus, made_of, folder, facts, rule, hashes, shard_tokens, progress).run()
             if found := _open_or_none(folder, report_damage=True):
@@ -121,6 +110,17 @@ def _tokenizer(wanted: TokenizerSpec | Tokenizer, corpus: Corpus, root: Path, *,
     tokenizer = load_or_train(wanted, corpus, root) if isinstance(wanted, TokenizerSpec) else wanted
     require_ends(tokenizer, bos=bos, eos=eos)
     return tokenizer
+
+
+def _facts_of_tokens(tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the tokens of a text depend on. Where BOS and EOS are one token, two of them between documents are one."""
+    is_one_token = settings["bos"] and settings["eos"] and tokenizer.bos_id == tokenizer.eos_id
+    return {
+        "tokenizer": tokenizer.fingerprint(),
+        **settings,
+        "bos": settings["bos"] and not is_one_token,
+        "allow_special_tokens": tokenizer.allows_special_tokens,
+    }
 
 
 def _open_or_none(folder: Path, report_damage: bool, checksums: bool = False) -> PreparedCorpus | None:
@@ -152,6 +152,9 @@ class _Job:
         started = time.monotonic()
         writers = self._writers_from_journal() or self._fresh_writers()
         logger.info("preparing %s with tokenizer %s", self.corpus.describe(), self.tokenizer.name)
+        if self.facts["eos"] and not self.facts["bos"] and self.tokenizer.bos_id == self.tokenizer.eos_id:
+            once = "BOS and EOS are one token, so documents get it once, after their ends"
+            logger.warning("tokenizer %s: %s", self.tokenizer.name, once)
         num_shards = sum(writer.num_complete_shards for writer in writers.values())
         try:
             with self._bar() as bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,11 @@ class SentencePieceTokenizer(Tokenizer):
             return list(self._processor.encode(texts)) if texts else []
 
     def encode_with_starts(self, texts: list[str]) -> list[Encoded]:
-        from sentencepiece import sentencepiece_pb2 as messages
-
+        messages = _messages().texts
         found = []
         with self._encoding():
             for text, data in zip(texts, self._processor.encode(texts, out_type="serialized_proto"), strict=True):
-                message: Any = messages.SentencePieceText()  # type: ignore[attr-defined]
+                message = messages.SentencePieceText()
                 message.ParseFromString(data)
                 chars = [*starts_of_bytes(text), len(text)]
                 ids = [piece.id for piece in message.pieces]
@@ -65,9 +65,22 @@ class SentencePieceTokenizer(Tokenizer):
         return {MODEL_NAME: self._model}
 
 
-def _is_unigram(data: bytes) -> bool:
-    from sentencepiece import sentencepiece_model_pb2 as messages
+@dataclass(frozen=True)
+class _Messages:
+    """The library's protocol buffers."""
 
-    model: Any = messages.ModelProto()  # type: ignore[attr-defined]
+    models: Any
+    texts: Any
+
+
+def _messages() -> _Messages:
+    # Not at the top: they take longer to import than the library.
+    from sentencepiece import sentencepiece_model_pb2, sentencepiece_pb2
+
+    return _Messages(sentencepiece_model_pb2, sentencepiece_pb2)
+
+
+def _is_unigram(data: bytes) -> bool:
+    model = _messages().models.ModelProto()
     model.ParseFromString(data)
     return bool(model.trainer_spec.model_type == _UNIGRAM)

@@ -25,6 +25,7 @@ from titan_growth.data.storage import cache_root
 from titan_growth.data.tokenizer_training import require_vocab_size
 from titan_growth.data.tokenizers import TokenizerSpec, load_named, require_ends
 from titan_growth.layout.mesh import Mesh
+from titan_growth.models.registry import vocab_size_of
 from titan_growth.run.inputs import input_hashes
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.findings import Findings
@@ -142,7 +143,7 @@ def _tokenizer_spec(recipe: Recipe, vocab_size: int) -> TokenizerSpec:
     return TokenizerSpec(data.tokenizer, data.tokenizer_path, assets, vocab_size, data.allow_special_tokens)
 
 
-def planned_tokenizer(recipe: Recipe, vocab_size: int) -> list[str]:
+def planned_tokenizer(recipe: Recipe) -> list[str]:
     """What a plan says of the tokenizer, which it loads if it needs neither corpus nor network; nothing of a usual one.
 
     The run may happen on another machine, so files that are not here are no problem.
@@ -150,6 +151,7 @@ def planned_tokenizer(recipe: Recipe, vocab_size: int) -> list[str]:
     Raises:
         DataError: for what a run would be refused for.
     """
+    vocab_size = vocab_size_of(recipe.model)
     spec = _tokenizer_spec(recipe, vocab_size)
     if spec.source is not None and is_remote(spec.source):
         return [f"tokenizer: {spec.source} is not looked at"]

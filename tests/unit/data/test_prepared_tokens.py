@@ -107,7 +107,7 @@ def test_where_bos_is_eos_documents_get_it_once(gpt2: Path, tmp_path: Path, capl
     corpus = prepared(spec, gpt2)
     a, b = corpus.tokenizer.encode("ab")
     assert documents_of(corpus.train) == [[a, 0], [b, 0]]
-    assert "BOS and EOS are one token (0), so it is put once for each document, after its end" in caplog.text
+    assert "BOS and EOS are one token, so documents get it once, after their ends" in caplog.text
     assert prepared(spec, gpt2, bos=False).folder == corpus.folder
     assert documents_of(prepared(spec, gpt2, eos=False).train) == [[0, a], [0, b]]
 
