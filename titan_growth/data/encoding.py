@@ -1,11 +1,11 @@
 """Encoding documents: every document gets the tokens that it has as a whole, and they are dealt to its pieces.
 
 Cutting a text and encoding the parts gives other tokens: a false space at each cut, a word in two. So a short document
-is encoded in one call, and where the split cuts its text, its tokens are cut: a token belongs to the piece in which it
-starts. A long document is encoded in windows that overlap by twice `CONTEXT_CHARS`. Where two meet, the overlap is
-encoded by itself as well, which has the left window's end and the right window's beginning. Only if it has the tokens
-of both, except near its own ends, does it make no difference what stands further to the left or right. Then the
-windows' tokens are put together there; else the windows are joined and encoded as one, the whole document if need be.
+is encoded in one call, and where the split cuts its text, its tokens are cut: a token belongs where it starts. A long
+document is encoded in windows that overlap by twice `CONTEXT_CHARS`. Where two meet, the overlap is encoded by itself
+as well, which has the left window's end and the right window's beginning. Only if it has the tokens of both, except
+near its own ends, does it make no difference what stands further to the left or right. Then the windows' tokens are put
+together there; else the windows are joined and encoded as one, the whole document if need be.
 
 One library cannot be repeated window by window: a sentencepiece Unigram model sums up scores over the whole text in 32
 bits, so in a long text rounding decides between encodings that are equally good. There, the windows' are taken.
@@ -29,7 +29,7 @@ _BATCHES_AHEAD = 2
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens of contiguous segments of a document that lie in one piece of it, or in pieces that go to one split."""
+    """Tokens of contiguous segments of a document that go to one split."""
 
     segments: tuple[Segment, ...]
     tokens: np.ndarray
@@ -55,19 +55,24 @@ class Joint:
             self._can_tell &= any(self._settled < number <= self.num_left for number in new)
             self._can_tell &= any(self.num_left <= number < self._unsettled for number in new)
 
-    def ends(self, left: np.ndarray) -> bool:
-        """Whether the window on the left ends with its tokens."""
+    def fits(self, left: EncodedWindow, right: EncodedWindow) -> bool:
+        """Whether the window on the left ends, and the one on the right begins, with its tokens."""
         tail = self._tokens[self._settled :]
-        return self._can_tell and np.array_equal(left[max(0, len(left) - len(tail)) :], tail)
+        ends = np.array_equal(left.tokens[max(0, len(left.tokens) - len(tail)) :], tail)
+        # A window without other tokens has nothing but blanks besides, and may itself end where they begin to matter.
+        has_more = (not left.window.before or len(left.tokens) > len(self._tokens)) and (
+            not right.window.after or len(right.tokens) > len(self._tokens)
+        )
+        return self._can_tell and has_more and ends and self.begins(right.tokens)
 
     def begins(self, right: np.ndarray) -> bool:
-        """Whether the window on the right begins with its tokens."""
-        return self._can_tell and np.array_equal(right[: self._unsettled], self._tokens[: self._unsettled])
+        """Whether a window's tokens on the right begin with its tokens."""
+        return np.array_equal(right[: self._unsettled], self._tokens[: self._unsettled])
 
 
 @dataclass(frozen=True)
 class EncodedWindow:
-    """A window with its tokens, their places where it has several pieces, and the joint with the window before."""
+    """A window with its tokens, their places where it has several splits, and the joint with the window before."""
 
     window: Window
     tokens: np.ndarray
@@ -80,10 +85,8 @@ class EncodedWindow:
 class DocumentEncoder:
     """Encodes windows in batches, ahead of whoever uses them, and puts their tokens together."""
 
-    def __init__(self, tokenizer: Tokenizer, *, has_splits: bool) -> None:
-        """has_splits: which tokens belong to which piece is asked for."""
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._has_splits = has_splits
         self._left: EncodedWindow | None = None
         self._wanted_chars = 0
 
@@ -104,22 +107,19 @@ class DocumentEncoder:
                     future.cancel()
 
     def _encoded(self, windows: list[Window]) -> list[EncodedWindow]:
-        with_places = [window for window in windows if self._has_pieces(window)]
+        with_places = [window for window in windows if _has_splits(window)]
         joints = [window for window in windows if window.before]
         overlaps = [window.text[: len(window.before) + CONTEXT_CHARS] for window in joints]
         placed = self._tokenizer.encode_with_starts([*(window.text for window in with_places), *overlaps])
-        plain = iter(self._tokenizer.encode_batch([one.text for one in windows if not self._has_pieces(one)]))
+        plain = iter(self._tokenizer.encode_batch([one.text for one in windows if not _has_splits(one)]))
         places, overlap = iter(placed[: len(with_places)]), iter(placed[len(with_places) :])
         found = []
         for window in windows:
-            its_places = next(places) if self._has_pieces(window) else None
+            its_places = next(places) if _has_splits(window) else None
             tokens = np.array(its_places.ids if its_places is not None else next(plain), dtype=np.int64)
             joint = Joint(next(overlap), len(window.before)) if window.before else None
             found.append(EncodedWindow(window, tokens, its_places, joint, joint.num_left if joint is not None else 0))
         return found
-
-    def _has_pieces(self, window: Window) -> bool:
-        return self._has_splits and any(segment.ends_piece for segment in window.segments[:-1])
 
     def _parts(self, encoded: list[EncodedWindow]) -> list[Part]:
         return [part for one in encoded for part in self._add(one)]
@@ -132,7 +132,7 @@ class DocumentEncoder:
         else:
             assert joint is not None
             is_waited_for = left.window.num_chars < self._wanted_chars
-            if not is_waited_for and joint.ends(left.tokens) and joint.begins(right.tokens):
+            if not is_waited_for and joint.fits(left, right):
                 yield from self._dealt(left, len(left.tokens) - joint.num_right)
                 self._left, self._wanted_chars = right, 0
             else:
@@ -162,22 +162,19 @@ class DocumentEncoder:
         )
 
     def _dealt(self, one: EncodedWindow, stop: int) -> Iterator[Part]:
-        """The tokens of a window up to one of them, as the parts of its pieces."""
+        """The tokens of a window up to one of them, as parts of one split each."""
         if one.places is None:
             yield Part(one.window.segments, one.tokens[one.head : stop])
             return
-        runs = [tuple(run) for run in _runs(one.window.segments)]
+        runs = [tuple(run) for _, run in groupby(one.window.segments, key=lambda segment: segment.split)]
         lengths = [sum(len(segment.text) for segment in run) for run in runs[:-1]]
         cuts = _places(one.places, [len(one.window.before) + length for length in np.cumsum(lengths)])
         for run, first, last in zip(runs, [one.head, *cuts], [*cuts, stop], strict=True):
             yield Part(run, one.tokens[first:last])
 
 
-def _runs(segments: tuple[Segment, ...]) -> Iterator[Iterator[Segment]]:
-    """The segments of one piece after the other."""
-    numbers = np.cumsum([0, *(segment.ends_piece for segment in segments[:-1])])
-    for _, run in groupby(zip(numbers, segments, strict=True), key=lambda pair: pair[0]):
-        yield (segment for _, segment in run)
+def _has_splits(window: Window) -> bool:
+    return len({segment.split for segment in window.segments}) > 1
 
 
 def _places(encoded: Encoded, chars: list[int]) -> list[int]:

@@ -9,7 +9,6 @@ import numpy as np
 
 from titan_growth.data.encoding import Part
 from titan_growth.data.shard_writer import SplitWriter
-from titan_growth.data.splitting import SplitRule
 
 
 @dataclass
@@ -19,6 +18,7 @@ class Position:
     document: int = 0
     segments_of_document: int = 0
     pieces: int = 0
+    pieces_before_document: int = 0
     num_documents: int = 0
     run: str | None = None
     """The split that takes this document's current run of pieces."""
@@ -34,18 +34,17 @@ class Position:
 class PartWriter:
     """Writes parts in their order, from a position on, which it moves."""
 
-    def __init__(
-        self, writers: Mapping[str, SplitWriter], rule: SplitRule, bos: list[int], eos: list[int], at: Position
-    ) -> None:
+    def __init__(self, writers: Mapping[str, SplitWriter], bos: list[int], eos: list[int], at: Position) -> None:
         """bos, eos: what to put before and after each document."""
-        self._writers, self._rule, self._bos, self._eos, self._at = writers, rule, bos, eos, at
+        self._writers, self._bos, self._eos, self._at = writers, bos, eos, at
 
     def write(self, part: Part) -> None:
         """Write one part. Raises OSError of the disk."""
         at, first, last = self._at, part.segments[0], part.segments[-1]
         if first.begins_document:
             at.document, at.segments_of_document, at.run, at.spells = first.document, 0, None, False
-        split = self._rule.split_of(at.pieces)
+            at.pieces_before_document = at.pieces
+        split = first.split
         if at.run != split:
             at.run = None
         bos, eos = self._bos if first.begins_document else [], self._eos if last.ends_document else []

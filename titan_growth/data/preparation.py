@@ -40,7 +40,7 @@ from titan_growth.data.shard_writer import SplitWriter
 from titan_growth.data.splitting import TRAIN, VALIDATION, SplitRule, split_rule
 from titan_growth.data.storage import cache_root, exclusive, writing
 from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train, require_ends
-from titan_growth.data.windows import Window, windows_of
+from titan_growth.data.windows import Beginning, Window, windows_of
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
@@ -158,8 +158,8 @@ class _Job:
         num_shards = sum(writer.num_complete_shards for writer in writers.values())
         try:
             with self._bar() as bar:
-                parts_writer = PartWriter(writers, self.rule, self._ends("bos"), self._ends("eos"), self.at)
-                encoder = DocumentEncoder(self.tokenizer, has_splits=self.rule.period > 0)
+                parts_writer = PartWriter(writers, self._ends("bos"), self._ends("eos"), self.at)
+                encoder = DocumentEncoder(self.tokenizer)
                 for parts in encoder.encode(self._batches()):
                     chars = self.at.chars
                     for part in parts:
@@ -199,10 +199,11 @@ class _Job:
     def _batches(self) -> Iterator[list[Window]]:
         """The remaining windows, in batches of about a million characters."""
         batch: list[Window] = []
-        num_chars, first, num_done = 0, self.at.document, self.at.segments_of_document
-        documents = self.corpus.document_parts(first)
-        for window in windows_of(documents, first, self.rule.piece_chars, self.tokenizer.special_texts):
-            if num_done and window.segments[0].document == first:
+        num_chars, num_done = 0, self.at.segments_of_document
+        at = Beginning(self.at.document, self.at.pieces_before_document)
+        documents = self.corpus.document_parts(at.document)
+        for window in windows_of(documents, at, self.rule, self.tokenizer.special_texts):
+            if num_done and window.segments[0].document == at.document:
                 num_done -= len(window.segments)
                 continue
             batch.append(window)

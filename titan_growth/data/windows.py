@@ -7,16 +7,17 @@ has some of the text on both sides as context (`encoding` says what for). How a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from titan_growth.data.readers import Document
 from titan_growth.data.special_tokens import SpellingCounter
-from titan_growth.data.splitting import cut
+from titan_growth.data.splitting import SplitRule, cut
 
 WHOLE_CHARS = 1 << 18
 """Up to this length a document is encoded in one call."""
 SEGMENT_CHARS = 1 << 16
-"""Of a longer one, at most about this much of it."""
+"""Of a longer one, about this much, if it all goes to one split."""
 CONTEXT_CHARS = 512
 """Context on each side; at most half of the shortest piece that `cut` makes."""
 
@@ -31,6 +32,7 @@ class Segment:
     begins_document: bool
     ends_document: bool
     ends_piece: bool
+    split: str
     num_spellings: int = 0
     """How often a special token's text begins in it."""
 
@@ -58,29 +60,42 @@ class Window:
         return Window((*self.segments, *following.segments), self.before, following.after)
 
 
-def windows_of(documents: Iterable[Document], first: int, piece_chars: int, special: Iterable[str]) -> Iterator[Window]:
-    """The windows of documents, which are numbered from `first` on.
+@dataclass(frozen=True)
+class Beginning:
+    """Where a preparation begins to read: a document of the corpus, and the number of its first piece."""
 
-    piece_chars: length of the pieces that are dealt to splits.
+    document: int = 0
+    piece: int = 0
+
+
+def windows_of(
+    documents: Iterable[Document], at: Beginning, rule: SplitRule, special: Iterable[str]
+) -> Iterator[Window]:
+    """The windows of documents, the first of which is the one of the beginning.
+
     special: the texts whose occurrences are counted.
     """
     counter = SpellingCounter(special)
-    for number, parts in enumerate(documents, start=first):
+    num_pieces = at.piece
+    for number, parts in enumerate(documents, start=at.document):
         counter.begin()
-        yield from _windows(_counted(_segments(number, parts, piece_chars), counter))
+        for window in _windows(_counted(_segments(number, parts, rule, num_pieces), counter)):
+            yield window
+            num_pieces += sum(segment.ends_piece for segment in window.segments)
 
 
-def _segments(document: int, parts: Document, piece_chars: int) -> Iterator[Segment]:
-    for piece in cut(parts, piece_chars):
+def _segments(document: int, parts: Document, rule: SplitRule, num_pieces: int) -> Iterator[Segment]:
+    for number, piece in enumerate(cut(parts, rule.piece_chars), start=num_pieces):
+        split = rule.split_of(number)
         for part in cut([piece.text], SEGMENT_CHARS):
             begins, ends = piece.begins_document and part.begins_document, piece.ends_document and part.ends_document
-            yield Segment(document, part.text, begins, ends, ends_piece=part.ends_document)
+            yield Segment(document, part.text, begins, ends, part.ends_document, split)
 
 
 def _counted(segments: Iterator[Segment], counter: SpellingCounter) -> Iterator[Segment]:
     def counted(segment: Segment, following: str) -> Segment:
         found = counter.count(segment.text, following)
-        return Segment(**{**segment.__dict__, "num_spellings": found}) if found else segment
+        return replace(segment, num_spellings=found) if found else segment
 
     held = next(segments, None)
     for segment in segments:
@@ -106,10 +121,13 @@ def _windows(segments: Iterator[Segment]) -> Iterator[Window]:
 
 
 def _with_context(held: list[Segment], segments: Iterator[Segment]) -> Iterator[Window]:
+    """Windows of about `SEGMENT_CHARS` of one split each."""
     before = ""
-    current, *rest = held
-    for source in (rest, segments):
-        for following in source:
-            yield Window((current,), before, following.text[:CONTEXT_CHARS])
-            before, current = current.text[-CONTEXT_CHARS:], following
-    yield Window((current,), before)
+    group, num_chars = held[:1], len(held[0].text)
+    for segment in chain(held[1:], segments):
+        num_chars += len(segment.text)
+        if segment.split != group[-1].split or num_chars > SEGMENT_CHARS * 5 // 4:
+            yield Window(tuple(group), before, segment.text[:CONTEXT_CHARS])
+            before, group, num_chars = group[-1].text[-CONTEXT_CHARS:], [], len(segment.text)
+        group.append(segment)
+    yield Window(tuple(group), before)

@@ -38,7 +38,7 @@ def dying(function, target=None):
 
 if event:
     preparation._BATCH_WINDOWS = 3  # many small batches, so that there is something to die between
-windows.WHOLE_CHARS = 10_000  # so that the long documents are windows
+windows.WHOLE_CHARS, windows.SEGMENT_CHARS = 10_000, 5_000  # so that the long documents are many windows
 if event == "append":
     shard_writer.SplitWriter.append = dying(shard_writer.SplitWriter.append)
 if event == "replace":

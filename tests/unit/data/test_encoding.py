@@ -13,9 +13,9 @@ import tokenizers as hf
 from tests.unit.data.random_tokenizers import KINDS, random_text, random_tokenizer
 from titan_growth.data import windows
 from titan_growth.data.encoding import DocumentEncoder, Part
-from titan_growth.data.splitting import cut
+from titan_growth.data.splitting import TRAIN, VALIDATION, SplitRule, cut
 from titan_growth.data.tokenizers import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
-from titan_growth.data.windows import Window, windows_of
+from titan_growth.data.windows import Beginning, Window, windows_of
 from titan_growth.tools.errors import DataError
 
 PIECE_CHARS = 4096
@@ -37,35 +37,38 @@ def batches(found: Iterator[Window], size: int = 3) -> Iterator[list[Window]]:
     yield batch
 
 
-def parts_of(tokenizer: Tokenizer, texts: Sequence[str], *, has_splits: bool = True) -> list[Part]:
-    found = windows_of([(text,) for text in texts], 0, PIECE_CHARS, tokenizer.special_texts)
-    return [
-        part for batch in DocumentEncoder(tokenizer, has_splits=has_splits).encode(batches(found)) for part in batch
-    ]
+def parts_of(tokenizer: Tokenizer, texts: Sequence[str], period: int = 2) -> list[Part]:
+    rule = SplitRule(PIECE_CHARS, period)
+    found = windows_of([(text,) for text in texts], Beginning(), rule, tokenizer.special_texts)
+    return [part for batch in DocumentEncoder(tokenizer).encode(batches(found)) for part in batch]
 
 
 def assert_whole(tokenizer: Tokenizer, text: str) -> None:
-    """The tokens are those of the text, and those of a piece start in it."""
+    """The tokens are those of the text, and those of a split start in its pieces."""
     (whole,) = tokenizer.encode_with_starts([text])
     assert whole.ids == tokenizer.encode(text)
-    parts = parts_of(tokenizer, [text])
-    assert "".join(segment.text for part in parts for segment in part.segments) == text
-    tokens = np.concatenate([part.tokens for part in parts]).tolist()
-    if tokenizer.rounds_long_texts and tokens != whole.ids:
-        # Equally good, and rounded otherwise: the same text in as many pieces.
-        assert tokenizer.decode(tokens) == tokenizer.decode(whole.ids)
-        assert abs(len(tokens) - len(whole.ids)) <= len(tokens) // 100
-        return
-    assert tokens == whole.ids
-    starts = np.maximum.accumulate(whole.starts)
-    ends = np.cumsum([len(piece.text) for piece in cut([text], PIECE_CHARS)])
-    expected = np.searchsorted(starts, ends)
-    counts, found = 0, []
-    for part in parts:
-        counts += len(part.tokens)
-        if part.segments[-1].ends_piece:
-            found.append(counts)
-    assert found[:-1] == expected[:-1].tolist()
+    for period in (0, 2, 3):
+        parts = parts_of(tokenizer, [text], period)
+        assert "".join(segment.text for part in parts for segment in part.segments) == text
+        tokens = np.concatenate([part.tokens for part in parts]).tolist()
+        if tokenizer.rounds_long_texts and tokens != whole.ids:
+            # Equally good, and rounded otherwise: the same text in about as many pieces.
+            assert tokenizer.decode(tokens) == tokenizer.decode(whole.ids)
+            assert abs(len(tokens) - len(whole.ids)) <= len(tokens) // 100
+            continue
+        assert tokens == whole.ids
+        starts = np.maximum.accumulate(whole.starts)
+        pieces = [len(piece.text) for piece in cut([text], PIECE_CHARS)]
+        rule, chars, expected = SplitRule(PIECE_CHARS, period), 0, {TRAIN: 0, VALIDATION: 0}
+        for number, length in enumerate(pieces):
+            last = np.searchsorted(starts, chars + length) if number < len(pieces) - 1 else len(starts)
+            expected[rule.split_of(number)] += last - np.searchsorted(starts, chars)
+            chars += length
+        found = {TRAIN: 0, VALIDATION: 0}
+        for part in parts:
+            assert len({segment.split for segment in part.segments}) == 1
+            found[part.segments[0].split] += len(part.tokens)
+        assert found == expected
 
 
 def check(seed: int, folder: Path) -> None:
@@ -100,7 +103,7 @@ def words_tokenizer(folder: Path) -> Tokenizer:
 def test_a_long_document_is_not_encoded_as_one(tmp_path: Path) -> None:
     tokenizer = words_tokenizer(tmp_path)
     text = "".join(f"hello world {number}\n" for number in range(2000))
-    parts = parts_of(tokenizer, [text, "hello", text[:7000]], has_splits=False)
+    parts = parts_of(tokenizer, [text, "hello", text[:7000]], period=0)
     assert max(sum(len(segment.text) for segment in part.segments) for part in parts) <= 2048 * 5 // 4
     by_document = [[part for part in parts if part.segments[0].document == number] for number in range(3)]
     for found, whole in zip(by_document, [text, "hello", text[:7000]], strict=True):
