@@ -23,8 +23,10 @@ from titan_growth.data.loader import BatchLoader
 from titan_growth.data.preparation import prepare
 from titan_growth.data.prepared import PreparedCorpus, TokenSplit
 from titan_growth.data.storage import cache_root
-from titan_growth.data.tokenizers import TokenizerSpec
+from titan_growth.data.tokenizer_training import require_vocab_size
+from titan_growth.data.tokenizers import TokenizerSpec, load_named, require_ends
 from titan_growth.layout.mesh import Mesh
+from titan_growth.models.registry import vocab_size_of
 from titan_growth.run.inputs import input_hashes
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.findings import Findings
@@ -122,7 +124,7 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool, rehash:
     rows = {name: getattr(data, name) for name in ("text_key", "split", "subset", "on_bad_row", "max_bad_rows")}
     corpus = prepare(
         CorpusSpec(training.dataset, training.dataset_path, **rows),
-        TokenizerSpec(data.tokenizer, data.tokenizer_path, recipe.model.hf_assets_path, vocab_size),
+        _tokenizer_spec(recipe, vocab_size),
         validation_fraction=data.validation_fraction,
         **settings,
     )
@@ -148,6 +150,34 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool, rehash:
             ) from None
     hashes = ContentHashes(cache_root(cache_dir), Trust.NOTHING if rehash else Trust.REMEMBERED)
     return RunData(corpus, held_out, {**others, **input_hashes(recipe, hashes)}, account)
+
+
+def _tokenizer_spec(recipe: Recipe, vocab_size: int) -> TokenizerSpec:
+    data, assets = recipe.data, recipe.model.hf_assets_path
+    return TokenizerSpec(data.tokenizer, data.tokenizer_path, assets, vocab_size, data.allow_special_tokens)
+
+
+def planned_tokenizer(recipe: Recipe) -> list[str]:
+    """What a plan says of the tokenizer, which it loads if it needs neither corpus nor network; nothing of a usual one.
+
+    The run may happen on another machine, so files that are not here are no problem.
+
+    Raises:
+        DataError: for what a run would be refused for.
+    """
+    vocab_size = vocab_size_of(recipe.model)
+    spec = _tokenizer_spec(recipe, vocab_size)
+    if spec.source is not None and is_remote(spec.source):
+        return [f"tokenizer: {spec.source} is not looked at"]
+    if spec.source is not None and not Path(spec.source).expanduser().exists():
+        return [f"tokenizer: {spec.source} is not here, and not looked at"]
+    tokenizer = load_named(spec, None)
+    if tokenizer is None:
+        require_vocab_size(vocab_size)
+        return []
+    require_ends(tokenizer, bos=recipe.data.bos, eos=recipe.data.eos)
+    ends = f"BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}"
+    return [f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens, {ends}"] if spec.source is not None else []
 
 
 def _require_sequence(split: TokenSplit, seq_len: int) -> None:

@@ -83,7 +83,7 @@ BROKEN = "broken JSON at column 2 (Expecting property name enclosed in double qu
 def test_a_preparation_that_is_continued_ends_with_the_same_table(
     num_writes: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("titan_growth.data.preparation._BATCH_PIECES", 3)
+    monkeypatch.setattr("titan_growth.data.preparation._BATCH_WINDOWS", 3)
     expected = prepared(corpus, tmp_path / "whole", **ROWS).meta
     append, count = SplitWriter.append, 0
 

@@ -30,7 +30,9 @@ class DataConfig(Section):
     bos: bool = True
     """Put the tokenizer's BOS before each document."""
     eos: bool = True
-    """Put the tokenizer's EOS after each document."""
+    """Put the tokenizer's EOS after each document. Where BOS is the same token, it is put once, after each."""
+    allow_special_tokens: bool = False
+    """Encode text that spells a special token, such as <|endoftext|>, to that token. Default: as any other text."""
     document_mask: bool = False
     """Attention stays inside a document, and positions restart with it."""
     validation_fraction: float = Field(0.01, ge=0, le=0.5)
