@@ -42,6 +42,7 @@ BASE = {
     "training.mixed_precision_param": "float32",
     "optimizer.lr": 1e-2,
     "lr_scheduler.warmup_steps": 2,
+    "validation.steps": 4,
     "metrics.log_freq": 1,
     "activation_checkpoint.mode": "none",
     "debug.seed": 7,

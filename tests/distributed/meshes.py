@@ -188,7 +188,6 @@ QUICK = (
     "pp2 x tp2",
     "pp2 x cp2",
     "cp2 x fsdp2",
-    "hsdp 2x2 x cp2",
     "pp2, Interleaved1F1B",
     "pp2, schedule from a file",
     "pp2, modules by name",

@@ -48,10 +48,7 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "random_depth": {"operator": "random_depth", "factor": 2, "mask_steps": 4},
 }
 DEPTH = ("stack", "interpose", "zero_depth", "random_depth")
-QUICK = [
-    ("hsdp 2x2", "tp2", "stack"),
-    ("tp2", "fsdp2", "zero_width"),
-]
+QUICK = [("hsdp 2x2", "tp2", "stack")]
 EVERYWHERE = ("stack", "interpose", "zero_depth")
 WHOLE = [
     (source, target, operator)

@@ -175,7 +175,6 @@ QUICK = (
     "fsdp+flex_attn+per_op_sac",
     "cp_alltoall",
     "fsdp_reshard_always",
-    "float8_emulation",
     "gradient_accumulation",
     "dataloader_kwargs",
 )

@@ -69,20 +69,26 @@ def assert_copies_are_equal(step_folder: Path) -> None:
         assert one.any(), key
 
 
-@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_meshes_agree_with_one_rank(tied: bool, run: Run, tmp_path: Path) -> None:
+def cases(mesh: str, tied: bool) -> list[Any]:
+    """(meshes, whether the head is tied): one for the default suite, all of them behind `-m slow`."""
+    return [([mesh], tied), *(pytest.param([*MESHES], tied, marks=pytest.mark.slow) for tied in (False, True))]
+
+
+@pytest.mark.parametrize(("names", "tied"), cases("tp2", tied=True))
+def test_meshes_agree_with_one_rank(names: list[str], tied: bool, run: Run, tmp_path: Path) -> None:
     settings = {"training__steps": 3, "model__tie_word_embeddings": tied}
     expected = run(tmp_path / "one", 1, **settings)
-    for name, mesh in MESHES.items():
-        assert_agree(run(tmp_path / name, 2, **settings, **mesh), expected, [1, 2, 3])
+    for name in names:
+        assert_agree(run(tmp_path / name, 2, **settings, **MESHES[name]), expected, [1, 2, 3])
 
 
-@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_growth_on_every_mesh(tied: bool, run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("names", "tied"), cases("pp2", tied=False))
+def test_growth_on_every_mesh(names: list[str], tied: bool, run: Run, tmp_path: Path) -> None:
     """2 layers grown to 4 with their moments; the grown model is verified by the run itself."""
     settings = {**GROWING, "model__tie_word_embeddings": tied}
     expected = run(tmp_path / "one", 1, **settings)
-    for name, mesh in MESHES.items():
+    for name in names:
+        mesh = MESHES[name]
         assert_agree(run(tmp_path / name, 2, **settings, **mesh), expected, [1, 2, 3, 4, 5])
         (event,) = [line for line in read_metrics(tmp_path / name) if "event" in line]
         assert (event["from_layers"], event["to_layers"]) == (2, 4)

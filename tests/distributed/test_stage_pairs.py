@@ -170,8 +170,9 @@ ELSEWHERE = [
     *pairs_of(("pipeline", "tensor_parallel", "context_parallel", "fsdp")),
     ("compile", "pipeline"),
     ("compile", "tensor_parallel"),
+    ("compile", "context_parallel"),
 ]
-"""Pairs that `test_parity.py`, `test_gradients.py` and `test_compile.py` train by default."""
+"""Pairs that other files train by default (parity, gradients, compile), and one that takes its time."""
 # The runs of growth_mask grow, which takes its time.
 QUICK = [pair for pair in pairs_of(name for name in STAGES if name != "growth_mask") if pair not in ELSEWHERE]
 SLOW = [pair for pair in pairs_of(ALL) if pair not in QUICK]

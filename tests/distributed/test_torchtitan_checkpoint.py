@@ -49,8 +49,16 @@ def weights(tmp_path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("num_ranks", "mesh"),
-    [(1, {}), (4, {"parallelism__pipeline_parallel_degree": 2, "parallelism__tensor_parallel_degree": 2})],
-    ids=["1 rank", "pp2 x tp2"],
+    [
+        pytest.param(1, {}, id="1 rank"),
+        pytest.param(2, {"parallelism__tensor_parallel_degree": 2}, id="tp2"),
+        pytest.param(
+            4,
+            {"parallelism__pipeline_parallel_degree": 2, "parallelism__tensor_parallel_degree": 2},
+            id="pp2 x tp2",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_torchtitans_weights_start_a_run(
     num_ranks: int, mesh: dict[str, int], weights: dict[str, torch.Tensor], tmp_path: Path, warm_ranks: WarmRanks

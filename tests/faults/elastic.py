@@ -38,7 +38,7 @@ MESHES: dict[str, Case] = {
     "pp2 x fsdp2 x tp2": mesh(pp=2, shard=2, tp=2),
 }
 PAIRS = [(source, target) for source in MESHES for target in MESHES]
-QUICK = [("fsdp2", "pp2 x tp2"), ("fsdp2 x tp2", "1 rank")]
+QUICK = [("fsdp2", "pp2 x tp2")]
 """Tested by default, in `tests/distributed`."""
 SAVED, STEPS = 3, 6
 TOLERANCE = 1e-5

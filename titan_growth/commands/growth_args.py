@@ -15,14 +15,14 @@ from titan_growth.commands.args import CommandLine, given
 from titan_growth.config.fields import parse_text, suggestion, type_text, without_none
 from titan_growth.config.messages import problem_of
 from titan_growth.config.schema.growth import PlannedGrowth
-from titan_growth.growth.chain import check_planned
+from titan_growth.growth.chain import check_planned, nothing_to_rescale
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.findings import Findings
 
 SETTINGS = ("factor", "layer_map", "n_layers", "dim", "n_heads", "n_kv_heads", "hidden_dim", "noise",
-            "optimizer_state", "optimizer_step", "options")  # fmt: skip
+            "rescale_to_depth", "optimizer_state", "optimizer_step", "options")  # fmt: skip
 """Besides the operator: those that mean something without a run."""
 
 _METAVARS = {int: "N", float: "X", list: "0,1,1,2", dict: "JSON"}
@@ -77,6 +77,8 @@ def growth_map(before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap:
     growth = known[planned.operator].grow(before, planned)
     if isinstance(growth, str):
         raise ConfigError([Problem("--operator", f"{planned.operator}: {growth}")])
+    if planned.rescale_to_depth and not growth.copies_write:
+        raise ConfigError([Problem("--rescale-to-depth", nothing_to_rescale(planned), "Remove it")])
     return growth
 
 

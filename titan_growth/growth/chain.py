@@ -129,10 +129,18 @@ def _maps(section: GrowthConfig, base: DecoderConfig, found: Findings) -> list[G
             hint = "For example 1000" if growth_map.masked else "Only random_depth and random_width have a mask"
             found.problem(key, f"{message} for '{planned.operator}'", hint)
             break
-        differs = planned.noise and not growth_map.silent_copies
+        if planned.rescale_to_depth and not growth_map.copies_write:
+            found.problem(f"growth.stages.{index}.rescale_to_depth", nothing_to_rescale(planned), "Remove it")
+            break
+        differs = planned.rescale_to_depth or (planned.noise and not growth_map.silent_copies)
         maps.append(replace(growth_map, tolerance=None) if differs else growth_map)
         config = growth_map.after
     return maps
+
+
+def nothing_to_rescale(planned: PlannedGrowth) -> str:
+    """Why `rescale_to_depth` would change nothing."""
+    return f"has no meaning for '{planned.operator}': no copied layer adds anything yet"
 
 
 def _where(index: int, config: DecoderConfig, section: GrowthConfig) -> str:

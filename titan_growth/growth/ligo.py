@@ -32,6 +32,7 @@ from torch import Tensor
 
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.growth.operators.base import GrowthMap
+from titan_growth.models.initial_values import InitialValues
 from titan_growth.models.initialize import draw, local_and_offset
 from titan_growth.models.roles import Role, axis_lengths, layer_of, role_of, with_layer
 from titan_growth.tools.collectives import gather_objects
@@ -141,7 +142,7 @@ class LearnedGrowth:
         width = self._width_unit(axis)
         old, new = (axis_lengths(config)[axis] // width for config in (self.growth_map.before, self.growth_map.after))
         first = torch.empty(new, old)
-        draw(first, (0, 0), first.shape, f"ligo.{axis}", 1 / math.sqrt(new), seed)
+        draw(first, (0, 0), first.shape, f"ligo.{axis}", InitialValues(1 / math.sqrt(new)), seed)
         first[:old] = torch.eye(old)
         return first
 

@@ -20,6 +20,7 @@ from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.growth.axes import NEW
 from titan_growth.growth.place import place
 from titan_growth.growth.rules import Rule, Rules
+from titan_growth.models.initial_values import InitialValues
 from titan_growth.models.initialize import ROWS_PER_BLOCK, draw, local_and_offset
 from titan_growth.models.roles import OPTIMIZER_PREFIX
 
@@ -104,7 +105,7 @@ def read_grown(stored: SafeReader, tensors: Mapping[str, Tensor], rules: Rules, 
     for name, box in boxes.items():
         for part in box.parts():
             if not name.startswith(OPTIMIZER_PREFIX):
-                finish(part, tensors[name].shape, rules.std_of(part.rule.parameter), seed)
+                finish(part, tensors[name].shape, rules.initial_values(part.rule.parameter), seed)
 
 
 def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,18 +127,18 @@ def _overlaps(positions: Sequence[int], start: int, length: int) -> bool:
     return any(start <= position < start + length for position in positions)
 
 
-def finish(box: Box, shape: torch.Size, std: float | None, seed: int) -> None:
+def finish(box: Box, shape: torch.Size, initial: InitialValues | None, seed: int) -> None:
     """Adds initial values and noise to a parameter, once all stored values are in place."""
     rule, local = box.rule, box.local
     if not local.numel():
         return
     if rule.initial and (new := new_elements(box)) is not None:
         values = torch.empty_like(local)
-        draw(values, box.offset, shape, rule.parameter, std, _seed(seed, "new"))
+        draw(values, box.offset, shape, rule.parameter, initial, _seed(seed, "new"))
         local.copy_(torch.where(new.to(local.device), values, local))
-    if rule.noise and std is not None and (copies := copied_elements(box)) is not None:
+    if rule.noise and initial is not None and (copies := copied_elements(box)) is not None:
         noise = torch.empty_like(local)
-        draw(noise, box.offset, shape, rule.parameter, std * rule.noise, _seed(seed, "noise"))
+        draw(noise, box.offset, shape, rule.parameter, initial.times(rule.noise), _seed(seed, "noise"))
         local.add_(torch.where(copies.to(local.device), noise, torch.zeros_like(noise)))
 
 

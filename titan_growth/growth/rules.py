@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.axes import NEW
 from titan_growth.growth.operators.base import GrowthMap
+from titan_growth.models.initial_values import InitialValues
 from titan_growth.models.roles import OPTIMIZER_PREFIX, RESIDUAL, Role, layer_of, role_of, with_layer
 
 MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}
@@ -76,10 +77,10 @@ class Rules:
             return self._weight(name)
         return self._state(*name.removeprefix(OPTIMIZER_PREFIX).rsplit(".", 1))
 
-    def std_of(self, parameter: str) -> float | None:
-        """Deviation of a parameter's initial distribution in the grown model; None for ones."""
-        std: float | None = self.family.init_rule(self.growth_map.after, parameter)
-        return std
+    def initial_values(self, parameter: str) -> InitialValues | None:
+        """A parameter's initial distribution in the grown model; None for ones."""
+        initial: InitialValues | None = self.family.init_rule(self.growth_map.after, parameter)
+        return initial
 
     def keeps_layer_silent(self, role: Role) -> bool:
         """Whether copies of a parameter are zero, so that their layer adds nothing."""
@@ -102,11 +103,17 @@ class Rules:
             source=source,
             indices=tuple(None if axis is None else axis.source for axis in axes),
             scales=self._shares(parameter, role, reading=True),
-            scale=self.growth_map.norm_scale if role.dims == (RESIDUAL,) else 1.0,
+            scale=self._scale(role, copied),
             initial=self._starts_random(role),
             originals=tuple(None if axis is None else axis.is_original for axis in axes),
             **common,
         )
+
+    def _scale(self, role: Role, copied: bool) -> float:
+        """The factor on a whole weight."""
+        if role.dims == (RESIDUAL,):
+            return self.growth_map.norm_scale
+        return self.growth_map.depth_scale if copied and role.writes_residual and self.planned.rescale_to_depth else 1.0
 
     def _source(self, parameter: str) -> _Source:
         layer = layer_of(parameter)

@@ -22,11 +22,9 @@ from titan_growth.growth.axes import NEW
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.read import Box, copied_elements, new_elements
 from titan_growth.growth.rules import Rules
+from titan_growth.models.initial_values import InitialValues
 from titan_growth.models.roles import OPTIMIZER_PREFIX
 from titan_growth.tools.errors import GrowthError
-
-TRUNCATED_AT = 3.0
-"""Deviations at which the initial distribution ends (models/initialize.py)."""
 
 
 def verify_growth(stored: SafeReader, tensors: Mapping[str, Tensor], rules: Rules) -> list[str]:
@@ -48,20 +46,22 @@ def verify_growth(stored: SafeReader, tensors: Mapping[str, Tensor], rules: Rule
             box = boxes[name]
             if not box.local.numel():
                 continue
-            std = None if name.startswith(OPTIMIZER_PREFIX) else rules.std_of(box.rule.parameter)
+            initial = None if name.startswith(OPTIMIZER_PREFIX) else rules.initial_values(box.rule.parameter)
             if source is not None and _span(box) != span:  # the layers that a layer was stacked to share it
                 dense = None  # before the next one is read
                 span = _span(box)
                 dense = _dense(stored, chunks[source], span, box.local.dtype, buffer)
-            wrong += _compare_parts(name, box, dense, span.starts if span is not None else (), std)
+            wrong += _compare_parts(name, box, dense, span.starts if span is not None else (), initial)
     return wrong
 
 
-def _compare_parts(name: str, box: Box, dense: Tensor | None, starts: Sequence[int], std: float | None) -> list[str]:
+def _compare_parts(
+    name: str, box: Box, dense: Tensor | None, starts: Sequence[int], initial: InitialValues | None
+) -> list[str]:
     """What is wrong with the first bad part of a shard. Keeps no view of `dense`."""
     for part in box.parts():
         expected = None if dense is None else _expected(part, dense, starts)
-        if problems := _compare(name, part, expected, std):
+        if problems := _compare(name, part, expected, initial):
             return problems
     return []
 
@@ -123,7 +123,7 @@ def _expected(box: Box, values: Tensor, starts: Sequence[int]) -> Tensor:
     return values
 
 
-def _compare(name: str, box: Box, expected: Tensor | None, std: float | None) -> list[str]:
+def _compare(name: str, box: Box, expected: Tensor | None, initial: InitialValues | None) -> list[str]:
     found = box.local.detach().cpu()
     if not found.numel():
         return []
@@ -135,20 +135,20 @@ def _compare(name: str, box: Box, expected: Tensor | None, std: float | None) ->
     new = new.expand_as(found)
     wrong = []
     if expected is not None:
-        noisy = copied_elements(box) if box.rule.noise and std is not None else None
+        noisy = copied_elements(box) if box.rule.noise and initial is not None else None
         exact = ~new if noisy is None else ~new & ~noisy
         if not torch.equal(found[exact], expected[exact]):
             wrong.append(f"{name} differs from its source {box.rule.source}")
-        elif noisy is not None and std is not None:
+        elif noisy is not None and initial is not None:
             difference = (found.float() - expected.float()).abs()[noisy.expand_as(found)]
-            most = TRUNCATED_AT * std * box.rule.noise
+            most = initial.limit * box.rule.noise
             most += 2 * torch.finfo(found.dtype).eps * (float(expected.abs().max()) + most)  # the sum is rounded
             if difference.numel() and float(difference.max()) > most:
                 wrong.append(f"{name} differs from its source {box.rule.source} by more than its noise")
     fresh = found[new]
     if fresh.numel():
-        limit = 0.0 if not box.rule.initial else 1.0 if std is None else TRUNCATED_AT * std
-        if bool((fresh.abs() > limit * (1 + 1e-6)).any()):
+        limit = 0.0 if not box.rule.initial else 1.0 if initial is None else initial.limit
+        if bool((fresh.abs() > limit * (1 + torch.finfo(found.dtype).eps)).any()):
             what = "zero" if limit == 0 else f"within {limit:.3g}"
             wrong.append(f"{name} has new elements that are not {what}")
     return wrong

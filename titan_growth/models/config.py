@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from titan_growth.models.initial_values import TORCHTITAN, InitScheme
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -27,6 +29,7 @@ class DecoderConfig:
     rope_original_max_seq_len: int = 8192
     max_seq_len: int = 131072
     depth_init: bool = True
+    init: InitScheme = TORCHTITAN
     tie_word_embeddings: bool = False
     qk_norm: bool = False
     """Normalise queries and keys per head (RMSNorm over the head's channels)."""

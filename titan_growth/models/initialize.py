@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titan_growth.models.initial_values import InitialValues
 from titan_growth.tools.torch_private import compute_local_shape_and_global_offset
 
 ROWS_PER_BLOCK = 256
@@ -22,7 +23,7 @@ ROWS_PER_BLOCK = 256
 @torch.no_grad()
 def init_weights(
     parts: Iterable[nn.Module],
-    std_of: Callable[[str], float | None],
+    values_of: Callable[[str], InitialValues | None],
     seed: int,
     tied: Mapping[str, str] | None = None,
 ) -> None:
@@ -30,7 +31,7 @@ def init_weights(
 
     Args:
         parts: the model parts of this rank, plain or sharded.
-        std_of: standard deviation by parameter name; None means ones.
+        values_of: distribution by parameter name; None means ones.
         seed: the run's; the same on every rank.
         tied: copies of parameters -> the name of the original; both get the same values.
     """
@@ -38,7 +39,7 @@ def init_weights(
         for name, parameter in part.named_parameters():
             name = (tied or {}).get(name, name)
             local, offset = local_and_offset(parameter)
-            draw(local, offset, parameter.shape, name, std_of(name), seed)
+            draw(local, offset, parameter.shape, name, values_of(name), seed)
 
 
 def local_and_offset(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -49,16 +50,18 @@ def local_and_offset(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return parameter.to_local(), tuple(offset)
 
 
-def draw(local: Tensor, offset: tuple[int, ...], shape: torch.Size, name: str, std: float | None, seed: int) -> None:
+def draw(
+    local: Tensor, offset: tuple[int, ...], shape: torch.Size, name: str, initial: InitialValues | None, seed: int
+) -> None:
     """Fills a box of a parameter with its initial values, which do not depend on how the parameter is sharded.
 
     Args:
         local: the box, one- or two-dimensional.
         offset: of the box in the parameter.
         shape: of the whole parameter.
-        std: standard deviation of the truncated normal distribution; None means ones.
+        initial: distribution of the values; None means ones.
     """
-    if std is None:
+    if initial is None:
         local.fill_(1.0)
         return
     if not local.numel():
@@ -69,7 +72,11 @@ def draw(local: Tensor, offset: tuple[int, ...], shape: torch.Size, name: str, s
         block_start = block * ROWS_PER_BLOCK
         values = torch.empty(min(ROWS_PER_BLOCK, shape[0] - block_start), shape[1])
         generator = torch.Generator().manual_seed(_block_seed(seed, name, block))
-        nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
+        limit = initial.limit
+        if initial.uniform:
+            nn.init.uniform_(values, -limit, limit, generator=generator)
+        else:
+            nn.init.trunc_normal_(values, std=initial.std, a=-limit, b=limit, generator=generator)
         start = max(block_start, first_row)
         stop = min(block_start + values.shape[0], first_row + num_rows)
         rows = values[start - block_start : stop - block_start, first_column : first_column + num_columns]

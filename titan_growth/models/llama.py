@@ -9,7 +9,6 @@ Shape suffixes: B batch, S sequence, D model width, F SwiGLU width, N query head
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,12 +19,14 @@ from titan_growth.models import decoder
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.decoder import SequenceContext, Split, fsdp_units
 from titan_growth.models.hugging_face import HuggingFaceLayout
+from titan_growth.models.initial_values import Group, InitialValues, InitScheme
 from titan_growth.models.roles import Role
 
 __all__ = ["DEFAULTS", "FLAVORS", "HUGGING_FACE", "ROLES", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
 
 _RELEASE = {"n_kv_heads": 8, "vocab_size": 128256}
-_GSTACK = {"rope_theta": 10000.0, "rope_scaling_factor": 1.0, "vocab_size": 32000, "max_seq_len": 2048}
+_GSTACK = {"rope_theta": 10000.0, "rope_scaling_factor": 1.0, "vocab_size": 32000, "max_seq_len": 2048,
+           "init": InitScheme("gstack")}  # fmt: skip
 
 FLAVORS: dict[str, dict[str, Any]] = {
     "custom": {},
@@ -173,21 +174,19 @@ HUGGING_FACE = HuggingFaceLayout(
 """The model in `transformers`."""
 
 
-def init_rule(config: DecoderConfig, name: str) -> float | None:
-    """Standard deviation of a parameter's initial values (truncated at three of them), or None for ones.
-
-    Llama 3 as torchtitan trains it: 0.02 for projections that read the residual stream; 0.02 / sqrt(2 * depth) for
-    those that write to it and for w3 of the SwiGLU, where depth is the layer's own (`depth_init`) or the model's; 1 for
-    the embedding; dim ** -0.5 for the head.
-    """
+def init_rule(config: DecoderConfig, name: str) -> InitialValues | None:
+    """The distribution of a parameter's initial values by `config.init`, or None for ones."""
     leaf = name.split(".")[-2]
     if "norm" in leaf:
         return None
-    if leaf == "tok_embeddings":
-        return config.dim**-0.5 if config.tie_word_embeddings else 1.0
-    if leaf == "output":
-        return config.dim**-0.5
-    if leaf in ("wq", "wk", "wv", "w1"):
-        return 0.02
+    tied = config.tie_word_embeddings
+    if leaf in ("tok_embeddings", "output"):
+        group: Group = "embedding" if leaf == "tok_embeddings" else "head"
+        return config.init.values(group, dim=config.dim, fan_in=config.dim, depth=None, tied=tied)
+    writes = leaf in ("wo", "w2")
+    fan_in = {"wo": config.num_heads * config.head_dim, "w2": config.hidden_dim}.get(leaf, config.dim)
     depth = int(name.split(".")[1]) + 1 if config.depth_init else config.num_layers
-    return 0.02 / math.sqrt(2 * depth)
+    shrinks = writes or (leaf == "w3" and config.init.scheme in ("torchtitan", "small"))
+    return config.init.values(
+        "writers" if writes else "readers", dim=config.dim, fan_in=fan_in, depth=depth if shrinks else None, tied=tied
+    )

@@ -7,13 +7,14 @@ dimensions, and its named sizes: `FLAVORS`, with `DEFAULTS` where what they leav
 from __future__ import annotations
 
 import importlib
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from types import ModuleType
 from typing import Any
 
 from titan_growth.config.messages import suggestion
-from titan_growth.config.schema.model import ModelConfig
+from titan_growth.config.schema.model import ModelConfig, ModelInitConfig
 from titan_growth.models.config import DecoderConfig, swiglu_hidden_dim
+from titan_growth.models.initial_values import InitScheme
 from titan_growth.tools.errors import ConfigError
 from titan_growth.tools.findings import Findings
 
@@ -23,7 +24,7 @@ FAMILIES: dict[str, str] = {"llama3": "titan_growth.models.llama", "qwen3": "tit
 _DEFAULTS = {entry.name: entry.default for entry in fields(DecoderConfig) if entry.default is not MISSING}
 """Defaults of the sizes that have one; their keys in table, flavor and family are the names in `DecoderConfig`."""
 
-_NOT_SIZES = {"name", "flavor", "hf_assets_path", "converters", "print_after_conversion"}
+_NOT_SIZES = {"name", "flavor", "hf_assets_path", "converters", "print_after_conversion", "init"}
 
 SIZE_KEYS = ("dim", "n_layers", "n_heads", "vocab_size")
 """Keys that a custom flavor must set."""
@@ -56,6 +57,7 @@ def model_config_of(section: ModelConfig, found: Findings) -> DecoderConfig | No
         return None
     own = Findings()
     _check_sizes(values, own, explicit=given)
+    values["init"] = _init_scheme(section.init, values, own, explicit=given)
     found.extend(own)
     return None if own.problems else _config(values, explicit=given)
 
@@ -89,6 +91,24 @@ def _check_sizes(values: dict[str, Any], found: Findings, *, explicit: dict[str,
     if "qk_norm_eps" in explicit and not values["qk_norm"]:
         message = "has no meaning for a family whose queries and keys have no norms"
         found.problem("model.qk_norm_eps", message, "Remove it")
+
+
+def _init_scheme(
+    section: ModelInitConfig, values: dict[str, Any], found: Findings, *, explicit: dict[str, Any]
+) -> InitScheme:
+    """The flavor's scheme with what `[model.init]` changes; what would change nothing is a problem."""
+    given = section.model_dump(exclude_none=True)
+    scheme = replace(values["init"], **given)
+    if "std" in given and scheme.scheme != "normal":
+        message = f"has no meaning for scheme '{scheme.scheme}'"
+        found.problem("model.init.std", message, 'Set model.init.scheme = "normal", or the deviation of a group')
+    if "embedding_std" in given and values["tie_word_embeddings"]:
+        message = "has no meaning for a tied embedding, which starts as the head it is too"
+        found.problem("model.init.embedding_std", message, "Set model.init.head_std")
+    if "depth_init" in explicit and scheme.scheme == "gstack":
+        message = "has no meaning for model.init.scheme 'gstack', which does not know the depth"
+        found.problem("model.depth_init", message, "Remove it, or choose another scheme")
+    return scheme
 
 
 def _num_kv_heads(values: dict[str, Any]) -> int:

@@ -104,8 +104,8 @@ def started_from(folder: Path, run: Path, corpus: str) -> tuple[int, str]:
     words = {"model.flavor": "custom", "model.dim": 16, "model.n_layers": 2, "model.n_heads": 4, "model.n_kv_heads": 2,
              "model.vocab_size": 258, "data.tokenizer": "bytes", "training.dataset_path": corpus,
              "training.seq_len": 32, "training.global_batch_size": 8, "training.local_batch_size": 2,
-             "training.steps": 6, "checkpoint.enable": "true", "checkpoint.initial_load_path": folder,
-             "job.dump_folder": run}  # fmt: skip
+             "training.steps": 6, "training.mixed_precision_param": "float32", "checkpoint.enable": "true",
+             "checkpoint.initial_load_path": folder, "job.dump_folder": run}  # fmt: skip
     printed = StringIO()
     with redirect_stdout(printed), redirect_stderr(printed):
         status = preflight_main([word for key, value in words.items() for word in (f"--{key}", str(value))])

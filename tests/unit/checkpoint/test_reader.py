@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint import DefaultLoadPlanner, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.tools.errors import CheckpointError
+
+MemoryFormat = metadata._MEM_FORMAT_ENCODING
 
 STORED = {
     "tok.weight": torch.arange(12.0).view(4, 3),
@@ -123,6 +125,17 @@ def test_metadata_of_other_releases_of_torch(layout: str, folder: Path, monkeypa
     assert all(torch.equal(wanted[name], STORED[name]) for name in STORED)
 
 
+def test_metadata_of_pythons_that_pickle_enums_by_getattr(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11.0 to 3.11.3; Debian 12 ships one of them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFormat, "__reduce_ex__", lambda member, _protocol: (getattr, (MemoryFormat, member.name)))
+        change_metadata(folder, lambda _metadata: None)
+    assert b"getattr" in (folder / ".metadata").read_bytes()
+    wanted = {name: torch.full_like(tensor, 99) for name, tensor in STORED.items()}
+    load(wanted, SafeReader(folder))
+    assert all(torch.equal(wanted[name], STORED[name]) for name in STORED)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -161,12 +174,43 @@ def test_hostile_metadata_is_refused_without_running(inside: bool, folder: Path,
 
 
 @pytest.mark.parametrize(
-    "name", ["builtins\neval", "builtins\ngetattr", "os\nsystem", "torch\nload", "torch.serialization\nload",
+    "name", ["builtins\neval", "builtins\nsetattr", "os\nsystem", "torch\nload", "torch.serialization\nload",
              "torch\nSize.__class__", "pathlib\nPath.home", "functools\npartial"]
 )  # fmt: skip
 def test_other_globals_are_refused(name: str, folder: Path) -> None:
     (folder / ".metadata").write_bytes(b"c" + name.encode() + b"\n.")
     with pytest.raises(CheckpointError, match="step-5 refused: its metadata asks for"):
+        SafeReader(folder).read_metadata()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (MemoryFormat, 1),
+        (MemoryFormat,),
+        (MemoryFormat, "__class__", 0),
+        (torch.Size, "__subclasses__"),
+        (torch.float32, "to_complex"),
+        ("text", "upper"),
+    ],
+    ids=str,
+)
+def test_any_other_getattr_is_refused(arguments: tuple[Any, ...], folder: Path) -> None:
+    class Asks:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return getattr, arguments
+
+    def plant(metadata: Any) -> None:
+        metadata.planner_data = {"x": Asks()}
+
+    change_metadata(folder, plant)
+    with pytest.raises(CheckpointError, match=r"^step-5 refused: its metadata asks for builtins\.getattr$"):
+        SafeReader(folder).read_metadata()
+
+
+def test_getattr_alone_is_no_metadata(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(b"cbuiltins\ngetattr\n.")
+    with pytest.raises(CheckpointError, match="step-5 refused: its metadata"):
         SafeReader(folder).read_metadata()
 
 

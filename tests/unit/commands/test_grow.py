@@ -68,7 +68,10 @@ def test_a_stacked_checkpoint_with_its_moments(
     "words",
     [
         ["--operator", "zero_width", "--dim", "48", "--n-heads", "6", "--n-kv-heads", "3"],
-        ["--operator", "split_width", "--factor=2", "--noise", "0.01", "--optimizer-state", "copy_scaled"],
+        pytest.param(
+            ["--operator", "split_width", "--factor=2", "--noise", "0.01", "--optimizer-state", "copy_scaled"],
+            marks=pytest.mark.slow,
+        ),
         ["--operator", "map", "--layer-map", "0,1,1,2"],
     ],
 )

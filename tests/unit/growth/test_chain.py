@@ -115,6 +115,14 @@ def test_the_base_may_be_named() -> None:
         (recipe({"operator": "split_width", "factor": 3}), "growth.stages.0.factor: the factor 3 does not divide dim"),
         (recipe({"operator": "zero_width", "dim": 32}, dim=40), "growth.stages.0: dim shrinks from 40 to 32"),
         (recipe({"factor": 2, "mask_steps": 9}), "growth.stages.0.mask_steps: has no meaning for 'stack'. Only random"),
+        (
+            recipe({"operator": "zero_depth", "factor": 2, "rescale_to_depth": True}),
+            "growth.stages.0.rescale_to_depth: has no meaning for 'zero_depth': no copied layer adds anything yet",
+        ),
+        (
+            recipe({"operator": "split_width", "factor": 2, "rescale_to_depth": True}),
+            "growth.stages.0.rescale_to_depth: has no meaning for 'split_width': no copied layer",
+        ),
         (recipe({"operator": "random_depth", "factor": 2}), "growth.stages.0.mask_steps: is missing: over how many"),
         (recipe({"factor": 2, "options": {"x": 1}}), "growth.stages.0.options.x: is no option of 'stack'. Remove it"),
         (recipe({"operator": "zero_width", "hidden_dim": 48}, n_heads=3), "growth.base.n_kv_heads: 2 key"),

@@ -21,6 +21,7 @@ from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.registry import family_module
+from titan_growth.models.roles import layer_of, with_layer
 from titan_growth.stages.base import BuildContext, Transition
 from titan_growth.stages.growth_mask import GrowthMask
 
@@ -127,6 +128,26 @@ def deviation(small: nn.Module, large: nn.Module) -> float:
     """Relative difference of the logits, in the Euclidean norm."""
     expected, found = logits_of(small), logits_of(large)
     return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("sizes", [{"factor": 2}, {"operator": "map", "layer_map": [0, 2, 2, 1, 0]}])
+def test_copies_write_as_layers_of_a_deeper_model_start(case: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    """`rescale_to_depth`: wo and w2 of copies times sqrt(l / L); all else, and the first of each layer, stay."""
+    small, large, growth = grown(tmp_path, case, rescale_to_depth=True, **sizes)
+    before, after = state_of(small), state_of(large)
+    factor = (growth.before.num_layers / growth.after.num_layers) ** 0.5
+    copies = []
+    for name, tensor in after.items():
+        layer = layer_of(name)
+        source = before[name if layer is None else with_layer(name, growth.layers[layer])]
+        writes = name.endswith(("attention.wo.weight", "feed_forward.w2.weight"))
+        if writes and layer is not None and growth.layers[layer] in growth.layers[:layer]:
+            copies.append(layer)
+            assert not torch.equal(tensor, source)
+            source = source * factor
+        torch.testing.assert_close(tensor, source, rtol=1e-6, atol=0)
+    assert len(copies) == 2 * (growth.after.num_layers - len(set(growth.layers)))
 
 
 @pytest.mark.parametrize("case", CONFIGS)

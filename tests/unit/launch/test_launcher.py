@@ -1,4 +1,7 @@
-"""The launcher, run as users run it: real processes, small modules in place of the trainer."""
+"""The launcher with real ranks, which run small modules in place of the trainer.
+
+It runs in a forked process, which has torch already; the first test and the last start it as users do.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests.forked import Forked
+from titan_growth.launch import launcher
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 OURS = ("NGPU", "CONFIG_FILE", "LOG_RANK", "TRAIN_FILE", "COMM_MODE", "NNODES", "NODE_RANK", "MASTER_ADDR")
@@ -27,16 +33,23 @@ report = ExitReport(Path("outputs"), rank)
 """
 # Only the preflight differs from the real launch.
 LAUNCH = """
-import os, sys, time
-from titan_growth.launch import launcher as launch
-def preflight(argv):
-    print("preflight for", os.environ["WORLD_SIZE"], "with", *argv, flush=True)
-    if {status} < 0:
-        open("checking", "w").close()
-        time.sleep(60)
-    return {status}
-sys.exit(launch.main(sys.argv[1:], preflight=preflight))
+import sys
+from tests.unit.launch.test_launcher import launch
+sys.exit(launch(sys.argv[1:], 0))
 """
+
+
+def launch(argv: list[str], status: int) -> int:
+    """The launcher with a preflight that ends with a status, or with a negative one not before it is stopped."""
+
+    def preflight(argv: list[str]) -> int:
+        print("preflight for", os.environ["WORLD_SIZE"], "with", *argv, flush=True)
+        if status < 0:
+            Path("checking").touch()
+            time.sleep(60)
+        return status
+
+    return launcher.main(argv, preflight=preflight)
 
 
 class Folder:
@@ -49,20 +62,31 @@ class Folder:
     def module(self, body: str) -> None:
         (self.path / "tiny_train.py").write_text(HEAD + textwrap.dedent(body))
 
-    def start(self, *argv: str, preflight: int = 0, **variables: str) -> subprocess.Popen[str]:
+    def environ(self, **variables: str) -> dict[str, str]:
         environ = {name: value for name, value in os.environ.items() if name not in OURS + OTHERS}
-        environ |= {"PYTHONPATH": str(CHECKOUT), "TRAIN_FILE": "tiny_train", "CONFIG_FILE": "recipe.toml", **variables}
-        code = LAUNCH.format(status=preflight)
-        command = [sys.executable, "-c", code, *argv]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.path, env=environ, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+        ours = {"PYTHONPATH": str(CHECKOUT), "TRAIN_FILE": "tiny_train", "CONFIG_FILE": "recipe.toml"}
+        return environ | ours | variables
+
+    def start(self, *argv: str, preflight: int = 0, **variables: str) -> Forked:
+        return Forked(
+            lambda: launch([*argv], preflight), folder=self.path, environ=self.environ(**variables), paths=(self.path,)
+        )
+
+    def run_as_users_do(self, *argv: str, **variables: str) -> tuple[int, str]:
+        command = [sys.executable, "-c", LAUNCH, *argv]
+        pipe, environ = subprocess.PIPE, self.environ(**variables)
+        process = subprocess.Popen(
+            command, cwd=self.path, env=environ, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
+        return self.finish(process)
 
     def run(self, *argv: str, preflight: int = 0, **variables: str) -> tuple[int, str]:
         return self.finish(self.start(*argv, preflight=preflight, **variables))
 
-    def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+    def finish(self, process: subprocess.Popen[str] | Forked) -> tuple[int, str]:
         output, _ = process.communicate(timeout=60)
         assert "Traceback" not in output
+        assert process.returncode is not None
         return process.returncode, output
 
     def wait_for(self, *names: str) -> None:
@@ -89,7 +113,7 @@ def test_ranks_run_the_module_and_only_log_rank_is_shown(folder: Folder) -> None
         if rank == 0:
             report.write(0, "done")
     """)
-    status, output = folder.run("--training.steps", "3", NGPU="2", LOG_RANK="1")
+    status, output = folder.run_as_users_do("--training.steps", "3", NGPU="2", LOG_RANK="1")
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert status == 0
     assert "preflight for 2 with --job.config_file recipe.toml --training.steps 3" in output

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from titan_growth.config.loader import load_recipe
-from titan_growth.config.schema.recipe import ModelConfig
+from titan_growth.config.schema.model import ModelConfig, ModelInitConfig
 from titan_growth.models.config import DecoderConfig, swiglu_hidden_dim
+from titan_growth.models.initial_values import InitScheme
 from titan_growth.models.llama import FLAVORS, Decoder, fsdp_units
 from titan_growth.models.registry import model_config_of
 from titan_growth.tools.errors import Problem
@@ -159,12 +160,26 @@ def test_fsdp_units_hold_every_parameter_once_except_a_tied_embedding() -> None:
         ({**TINY, "hidden_dim": 8, "ffn_dim_multiplier": 1.5}, ["model.ffn_dim_multiplier"]),
         ({**TINY, "rope_low_freq_factor": 4.0}, ["model.rope_low_freq_factor"]),
         ({**TINY, "n_heads": 5, "n_kv_heads": 3}, ["model.n_heads", "model.n_kv_heads"]),
+        ({**TINY, "init": ModelInitConfig(std=0.1)}, ["model.init.std"]),
+        ({**TINY, "init": ModelInitConfig(embedding_std=1), "tie_word_embeddings": True}, ["model.init.embedding_std"]),
+        ({"flavor": "gstack_7B", "init": ModelInitConfig(std=0.1)}, ["model.init.std"]),
+        ({**TINY, "init": ModelInitConfig(scheme="gstack"), "depth_init": False}, ["model.depth_init"]),
     ],
 )  # fmt: skip
 def test_a_table_that_cannot_be_built(values: dict[str, object], keys: list[str]) -> None:
     config = model_config_of(ModelConfig(**values), found := Findings())  # type: ignore[arg-type]
     assert config is None
     assert [problem.key for problem in found.problems] == keys
+
+
+def test_initial_weights_of_flavors_and_tables() -> None:
+    assert config_of(flavor="8B").init == config_of(**TINY).init == InitScheme("torchtitan")
+    assert {config_of(flavor=flavor).init for flavor in GSTACK_SIZES} == {InitScheme("gstack")}
+    assert config_of(flavor="gstack_7B", init=ModelInitConfig(head_std=0.1)).init == InitScheme("gstack", head_std=0.1)
+    recipe = load_recipe(["--model.init.scheme", "normal", "--model.init.std=0.01", "--model.init.writers_std", "0.03"])
+    found = model_config_of(recipe.model, Findings())
+    assert found is not None
+    assert found.init == InitScheme("normal", 0.01, writers_std=0.03)
 
 
 def test_flavor_suggestion() -> None:

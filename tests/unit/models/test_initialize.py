@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from tests.harness import run_ranks
 from titan_growth.models.config import DecoderConfig
+from titan_growth.models.initial_values import InitialValues, InitScheme
 from titan_growth.models.initialize import ROWS_PER_BLOCK, init_weights
 from titan_growth.models.llama import Decoder, init_rule
 
@@ -76,7 +77,7 @@ def _five_rows(rank: int) -> int:
     layer = nn.Linear(3, 5, bias=False)
     mesh = init_device_mesh("cpu", (4,))
     layer.weight = nn.Parameter(distribute_tensor(torch.zeros(5, 3), mesh, (Shard(0),)))
-    init_weights([layer], lambda name: 1.0, 0)
+    init_weights([layer], lambda name: InitialValues(1.0), 0)
     assert bool((layer.weight.to_local() != 0).all())
     return layer.weight.to_local().shape[0]
 
@@ -85,10 +86,11 @@ def test_spread_is_that_of_the_rule() -> None:
     config = replace(CONFIG, dim=128, hidden_dim=512, vocab_size=1024, head_dim=64, num_layers=3)
     found = initialised(config)
     for name, values in found.items():
-        std = init_rule(config, name)
-        if std is None:
+        initial = init_rule(config, name)
+        if initial is None:
             assert torch.equal(values, torch.ones_like(values)), name
             continue
+        std = initial.std
         assert values.abs().max() <= 3 * std, f"{name} is not truncated at three deviations"
         assert values.abs().max() > 2.5 * std, f"{name} is truncated too early"
         assert values.std().item() == pytest.approx(0.9866 * std, rel=0.02), name  # of a normal cut at 3
@@ -115,12 +117,63 @@ def test_spread_is_that_of_the_rule() -> None:
 def test_init_rule(name: str, depth_init: bool, expected: float | None) -> None:
     """torchtitan's: 0.02, with 0.02 / sqrt(2 * depth) for what writes to the residual stream (and w3)."""
     config = replace(CONFIG, num_layers=8, depth_init=depth_init)
-    assert init_rule(config, name) == (expected if expected is None else pytest.approx(expected, rel=1e-12))
+    assert init_rule(config, name) == (expected if expected is None else (pytest.approx(expected, rel=1e-12), False))
 
 
 def test_a_tied_embedding_starts_as_a_head() -> None:
     tied = replace(CONFIG, tie_word_embeddings=True)
-    assert init_rule(tied, "tok_embeddings.weight") == pytest.approx(36**-0.5)
+    assert init_rule(tied, "tok_embeddings.weight") == (pytest.approx(36**-0.5), False)
+
+
+SCHEMES = {
+    "normal": (
+        InitScheme("normal", 0.1),
+        {"tok_embeddings": 0.1, "output": 0.1, "layers.3.attention.wq": 0.1, "layers.3.feed_forward.w3": 0.1,
+         "layers.3.attention.wo": 0.1 / 8**0.5, "layers.3.feed_forward.w2": 0.1 / 8**0.5},
+    ),
+    "small": (
+        InitScheme("small"),
+        {"tok_embeddings": 1 / 6, "output": 1 / 6, "layers.3.attention.wq": 0.02,
+         "layers.3.feed_forward.w3": 0.02 / 8**0.5, "layers.3.attention.wo": 0.02 / 8**0.5},
+    ),
+    "a deviation of each group": (
+        InitScheme("normal", 0.1, embedding_std=0.2, head_std=0.3, readers_std=0.4, writers_std=0.5),
+        {"tok_embeddings": 0.2, "output": 0.3, "layers.3.attention.wv": 0.4, "layers.3.feed_forward.w3": 0.4,
+         "layers.3.attention.wo": 0.5 / 8**0.5},
+    ),
+    "torchtitan with a smaller embedding": (
+        InitScheme(embedding_std=0.02, readers_std=0.04),
+        {"tok_embeddings": 0.02, "output": 1 / 6, "layers.3.attention.wq": 0.04,
+         "layers.3.feed_forward.w3": 0.04 / 8**0.5, "layers.3.attention.wo": 0.02 / 8**0.5},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_schemes(name: str) -> None:
+    scheme, expected = SCHEMES[name]
+    config = replace(CONFIG, num_layers=8, init=scheme)
+    found = {parameter: init_rule(config, f"{parameter}.weight") for parameter in expected}
+    assert found == {parameter: (pytest.approx(std), False) for parameter, std in expected.items()}
+    assert init_rule(config, "layers.3.ffn_norm.weight") is None
+
+
+def test_a_scheme_without_the_layers_own_depth() -> None:
+    """GPT-2's: 1 / sqrt(2 L) for all layers alike."""
+    config = replace(CONFIG, num_layers=8, depth_init=False, init=InitScheme("normal"))
+    for layer in (0, 7):
+        assert init_rule(config, f"layers.{layer}.attention.wo.weight") == (pytest.approx(0.02 / 4), False)
+
+
+def test_the_papers_scheme_is_pytorchs_own_initialisation() -> None:
+    """Against `nn.Linear` and `nn.Embedding`, which initialise themselves: other numbers, the same spread."""
+    config = replace(CONFIG, dim=120, hidden_dim=512, vocab_size=1024, head_dim=20, init=InitScheme("gstack"))
+    fresh = dict(Decoder(config, 8).named_parameters())
+    for name, values in initialised(config).items():
+        expected = fresh[name].detach()
+        assert values.std().item() == pytest.approx(expected.std().item(), rel=0.03, abs=1e-6), name
+        if "tok_embeddings" not in name:
+            assert values.abs().max().item() == pytest.approx(expected.abs().max().item(), rel=0.02), name
 
 
 def test_a_deeper_model_begins_with_the_same_layers() -> None:

@@ -78,6 +78,15 @@ def _ignored(arguments: tuple[Any, ...]) -> None:
     """Not needed for a load: where the checkpoint was written, and the deprecated memory format."""
 
 
+_MEMORY_FORMAT = Symbol("_MEM_FORMAT_ENCODING", _ignored)
+
+
+def _memory_format_by_name(arguments: tuple[Any, ...]) -> None:
+    """`getattr(_MEM_FORMAT_ENCODING, name)`: how Python 3.11.0 to 3.11.3 pickle an enum. No other one is admitted."""
+    if len(arguments) != 2 or arguments[0] is not _MEMORY_FORMAT or type(arguments[1]) is not str:
+        raise RefusedError("asks for builtins.getattr")
+
+
 _METADATA = "torch.distributed.checkpoint.metadata"
 _CLASSES = ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
             "ChunkStorageMetadata", "TensorProperties")  # fmt: skip
@@ -85,7 +94,8 @@ _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 _ADMITTED: dict[tuple[str, str], Any] = {
     **{(_METADATA, name): Symbol(name, is_class=True) for name in _CLASSES},
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Symbol("_StorageInfo", is_class=True),
-    (_METADATA, "_MEM_FORMAT_ENCODING"): Symbol("_MEM_FORMAT_ENCODING", _ignored),
+    (_METADATA, "_MEM_FORMAT_ENCODING"): _MEMORY_FORMAT,
+    ("builtins", "getattr"): Symbol("getattr", _memory_format_by_name),
     ("torch", "Size"): Symbol("Size", _size),
     ("torch.serialization", "_get_layout"): Symbol("_get_layout", _layout),
     **{(module, name): Symbol(name, _ignored) for module in ("pathlib", "pathlib._local") for name in _PATHS},

@@ -51,6 +51,9 @@ class PlannedGrowth(SizesConfig):
     """Depth operators: the source of each layer of the grown model, counted from 0, such as [0, 1, 1, 2]."""
     noise: float = Field(0.0, ge=0, le=10)
     """Noise added to copies, as a share of the standard deviation of the tensor's initialisation."""
+    rescale_to_depth: bool = False
+    """Depth operators: multiply what copied layers write to the residual stream (wo, w2) by sqrt(layers before /
+    after), as layers of a deeper model start. Not in the official code."""
     mask_steps: int | None = Field(None, ge=1)
     """random_depth and random_width: steps over which the mask on new parameters opens."""
     options: dict[str, Any] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from titan_growth.config.fields import suggestion
@@ -10,6 +12,24 @@ from titan_growth.config.torchtitan_keys import OLDER_CONVERTERS, UNSUPPORTED_CO
 
 CONVERTERS = ("quantize.linear.float8",)
 """What `model.converters` may name."""
+
+
+class ModelInitConfig(Section):
+    """What the weights start from. A group's deviation is divided for depth where the scheme does (depth_init)."""
+
+    scheme: Literal["torchtitan", "normal", "small", "gstack"] | None = None
+    """torchtitan's; normal = one std everywhere (GPT-2); small = torchtitan's with an embedding of 1 / sqrt(dim);
+    gstack = PyTorch's defaults, as the paper's code has it. Default: torchtitan (gstack in the gstack flavors)."""
+    std: float | None = Field(None, gt=0)
+    """Standard deviation of scheme "normal". Default: 0.02."""
+    embedding_std: float | None = Field(None, gt=0)
+    """Standard deviation of the embedding, whatever the scheme."""
+    head_std: float | None = Field(None, gt=0)
+    """Standard deviation of the output head, and of the embedding when it is the head too."""
+    readers_std: float | None = Field(None, gt=0)
+    """Standard deviation of the projections that read the residual stream: wq, wk, wv, w1, w3."""
+    writers_std: float | None = Field(None, gt=0)
+    """Standard deviation of the projections that write to it, before the division for depth: wo, w2."""
 
 
 class ModelConfig(Section):
@@ -60,9 +80,12 @@ class ModelConfig(Section):
     max_seq_len: int | None = Field(None, ge=1)
     """Longest sequence of the model; training.seq_len may not exceed it. Default: 131072."""
     depth_init: bool | None = None
-    """Scale the init of wo, w2, w3 by the layer's own depth (true, default) or by the number of layers."""
+    """Scale the init of what writes to the residual stream (and of w3 in torchtitan's scheme) by the layer's own depth
+    (true, default) or by the number of layers."""
     tie_word_embeddings: bool | None = None
     """Use the embedding as output head. Default: false."""
+    init: ModelInitConfig = ModelInitConfig()
+    """See [model.init]."""
 
     @property
     def uses_float8(self) -> bool:

@@ -69,6 +69,17 @@ class GrowthMap:
         """Factor on the norm weights of the residual stream."""
         return (self.before.dim / self.after.dim) ** 0.5 if self.rescale_norms else 1.0
 
+    @property
+    def depth_scale(self) -> float:
+        """Ratio of the deviations with which writing projections start in the deeper and in the shallower model."""
+        return (self.before.num_layers / self.after.num_layers) ** 0.5
+
+    @property
+    def copies_write(self) -> bool:
+        """Whether there are copied layers that add something to the residual stream."""
+        copied = zip(self.layers, self.is_original_layer, strict=True)
+        return not self.silent_copies and any(source is not None and not first for source, first in copied)
+
 
 class Operator(Protocol):
     """What an operator provides."""
