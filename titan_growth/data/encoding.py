@@ -13,6 +13,7 @@ bits, so in a long text rounding decides between encodings that are equally good
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ class Joint:
     def __init__(self, encoded: Encoded, cut: int) -> None:
         """cut: the character at which one window's own text ends and the other's begins."""
         starts = _places(encoded, [cut - CONTEXT_CHARS // 2, cut, cut + CONTEXT_CHARS // 2])
-        self._tokens = np.array(encoded.ids, dtype=np.int64)
+        self._tokens = _array(encoded.ids)
         self._settled, self.num_left, self._unsettled = starts
         self.num_right = len(encoded.ids) - self.num_left
         self.right_start = encoded.starts[self.num_left] if self.num_right else None
@@ -116,7 +117,7 @@ class DocumentEncoder:
         found = []
         for window in windows:
             its_places = next(places) if _has_splits(window) else None
-            tokens = np.array(its_places.ids if its_places is not None else next(plain), dtype=np.int64)
+            tokens = _array(its_places.ids if its_places is not None else next(plain))
             joint = Joint(next(overlap), len(window.before)) if window.before else None
             found.append(EncodedWindow(window, tokens, its_places, joint, joint.num_left if joint is not None else 0))
         return found
@@ -175,6 +176,10 @@ class DocumentEncoder:
 
 def _has_splits(window: Window) -> bool:
     return len({segment.split for segment in window.segments}) > 1
+
+
+def _array(ids: list[int]) -> np.ndarray:
+    return np.asarray(array("I", ids))  # three times as fast as an array of a list
 
 
 def _places(encoded: Encoded, chars: list[int]) -> list[int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -41,13 +42,13 @@ from titan_growth.data.shard_writer import SplitWriter
 from titan_growth.data.splitting import TRAIN, VALIDATION, SplitRule, split_rule
 from titan_growth.data.storage import cache_root, exclusive, writing
 from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train, require_ends
-from titan_growth.data.windows import Beginning, Window, windows_of
+from titan_growth.data.windows import SEGMENT_CHARS, Beginning, Window, windows_of
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
 
 _JOURNAL_NAME = "journal.json"
-_BATCH_CHARS = 1 << 20
+_BATCH_CHARS = min(max(1 << 21, (os.cpu_count() or 1) * SEGMENT_CHARS), 1 << 23)  # a window for every core
 _BATCH_WINDOWS = 1024
 _TRIES = 3
 """How often a corpus may turn out to be another one than remembered before its preparation begins."""
@@ -191,7 +192,7 @@ class _Job:
         self.at.log_spellings(as_tokens=self.tokenizer.allows_special_tokens)
 
     def _batches(self) -> Iterator[list[Window]]:
-        """The remaining windows, in batches of about a million characters."""
+        """The remaining windows, in batches of about `_BATCH_CHARS` characters."""
         batch: list[Window] = []
         num_chars, num_done = 0, self.at.segments_of_document
         at = Beginning(self.at.document, self.at.pieces_before_document)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.text import one_line
 
 BYTES_NAME = "tokenizer.bytes"
 
@@ -109,4 +110,4 @@ def library_errors(where: object, what: str, fix: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, DataError):
         raise
     except BaseException as error:
-        raise DataError(f"{where}: {what} ({' '.join(str(error).split())[:200]}). {fix}") from error
+        raise DataError(f"{where}: {what} ({one_line(str(error), 200)}). {fix}") from error

@@ -16,7 +16,7 @@ from titan_growth.data.splitting import SplitRule, cut
 
 WHOLE_CHARS = 1 << 18
 """Up to this length a document is encoded in one call."""
-SEGMENT_CHARS = 1 << 16
+SEGMENT_CHARS = 1 << 17
 """Of a longer one, about this much, if it all goes to one split."""
 CONTEXT_CHARS = 512
 """Context on each side; at most half of the shortest piece that `cut` makes."""
