@@ -34,7 +34,7 @@ def main() -> None:
         first_seconds, grown = run(folder / "first", folder / "cache")
         second_seconds, again = run(folder / "second", folder / "cache")
         scratch_seconds, scratch = run(folder / "scratch", folder / "cache", "--growth.enable", "false")
-    growth = next(line for line in grown if "event" in line)
+    growth = next(line for line in grown if line.get("event") == "growth")
     validations = [line for line in grown if "validation_loss" in line]
     at_growth = next(line for line in validations if line["step"] == growth["step"])
     reached = validations[-1]["validation_loss"]

@@ -147,8 +147,9 @@ def save_tensors(
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    """All lines of a run's metrics.jsonl but that of its data, which has no step."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line.get("event") != "data"]
 
 
 def without_timings(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

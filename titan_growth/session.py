@@ -87,6 +87,9 @@ class Session:
             with observers.profiler:  # which writes a last snapshot when CUDA memory runs out
                 state.load(start.checkpoint)
                 observers.recorder.seconds_before = state.seconds
+                if start.checkpoint is None:
+                    self.run_data.log_accounts()
+                    observers.record_data(state.progress, self.run_data.account, self.run_data.validation_account)
                 yield Trainer(state, checkpointer=self.checkpointer, observers=observers, stop=self.stop)
             self.checkpointer.saver.close()
         except TitanGrowthError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import BASE, argv_of, write_corpus
+from tests.runs import BASE, argv_of, read_metrics, write_corpus
 
 pytestmark = pytest.mark.gpu
 
@@ -59,7 +58,7 @@ def losses_of(folder: Path, num_ranks: int, **values: Any) -> list[float]:
         [*launch, "-m", "titan_growth.train", *words], env=environment, capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in read_metrics(folder)]
 
 
 @pytest.mark.parametrize("name", MESHES)

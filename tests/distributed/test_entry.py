@@ -45,7 +45,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 5) and time.monotonic() < deadline:
+    while not (metrics.exists() and metrics.read_text().count('"loss":') >= 5) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -58,6 +58,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run" / "checkpoint").glob("*-*")] == [f"step-{step}"]
     run(tmp_path / "run", **{**settings, "training__steps": step + 3})
     run(tmp_path / "whole", **{**settings, "training__steps": step + 3})
+    for folder in ("run", "whole"):  # written once, and not again by the resume
+        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        events = [json.loads(line).get("event") for line in lines]
+        assert (events[0], events.count("data")) == ("data", 1)
     assert without_timings(read_metrics(tmp_path / "run")) == without_timings(read_metrics(tmp_path / "whole"))
 
 

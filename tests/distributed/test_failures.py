@@ -68,7 +68,7 @@ class Run:
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + 90
         metrics = self.folder / "metrics.jsonl"
-        while not (metrics.exists() and metrics.read_text().count("\n") >= step):
+        while not (metrics.exists() and metrics.read_text().count('"loss":') >= step):
             assert self.process.poll() is None, self.output.read_text()
             assert time.monotonic() < deadline, self.output.read_text()
             time.sleep(0.05)

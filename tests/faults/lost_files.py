@@ -29,7 +29,7 @@ from tests import storage
 from tests.faults.bad_inputs import cell
 from tests.harness import run_ranks
 from tests.recipes.judge import CHECKOUT
-from tests.runs import make_recipe, train
+from tests.runs import make_recipe, read_metrics, train
 from titan_growth.config.loader import to_toml
 
 PAGE = CHECKOUT / "docs" / "generated" / "lost_files.md"
@@ -236,7 +236,7 @@ def _is_told(case: Case, screen: str) -> bool:
 def _steps_of(run: Path) -> list[int]:
     """The steps in metrics.jsonl, in order."""
     try:
-        return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [line["step"] for line in read_metrics(run)]
     except OSError:
         return []
 

@@ -40,6 +40,18 @@ def _parquet() -> bytes:
     return file.getvalue()[:-300]
 
 
+def _tar() -> bytes:
+    import io
+    import tarfile
+
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        info = tarfile.TarInfo("a.txt")
+        info.size = len(TEXT)
+        archive.addfile(info, io.BytesIO(TEXT.encode()))
+    return file.getvalue()[:5000]
+
+
 def _word_tokenizer(num_words: int = 600) -> bytes:
     words = {f"word{number}": number for number in range(num_words)}
     model = {"type": "WordLevel", "vocab": words, "unk_token": "word0"}
@@ -64,6 +76,11 @@ def small_tokenizer() -> bytes:
 
 def _loop(folder: Path, _: ExitStack) -> None:
     (folder / "loop.txt").symlink_to("loop.txt")
+
+
+def _links_back(folder: Path, _: ExitStack) -> None:
+    (folder / "hollow").mkdir()
+    (folder / "hollow" / "again").symlink_to("..")
 
 
 LINE = json.dumps({"text": TEXT}).encode() + b"\n"
@@ -126,10 +143,81 @@ CORPUS = [
         setup=writes("a.jsonl", LINE),
     ),
     Case(
-        "JSON array",
-        r"a\.json:1: a JSON list instead of an object",
+        "JSON array cut off",
+        r"a\.json: element 2: broken JSON",
         flags="--training.dataset_path a.json",
-        setup=writes("a.json", b'[{"text": "a"}]\n'),
+        setup=writes("a.json", b'[{"text": "a"}, {"text": "b"\n'),
+    ),
+    Case(
+        "JSON array of strings",
+        r"a\.json: element 1: str instead of an object",
+        flags="--training.dataset_path a.json",
+        setup=writes("a.json", b'["a", "b"]\n'),
+    ),
+    Case(
+        "JSON text is an integer of 5,000 digits",
+        r"a\.jsonl:1: the field 'text' is float, not a string",
+        flags="--training.dataset_path a.jsonl",
+        setup=writes("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n"),
+    ),
+    Case(
+        "JSON without the nested key",
+        r"a\.jsonl:1: no field 'data\.body'; it has: data\.text\. Set data\.text_key",
+        flags="--training.dataset_path a.jsonl --data.text_key data.body",
+        setup=writes("a.jsonl", b'{"data": {"text": "a"}}\n'),
+    ),
+    Case(
+        "text key is no template",
+        r"data\.text_key: '\{title' is no template: .*Name a field",
+        flags="--data.text_key '{title'",
+    ),
+    Case(
+        "more bad rows than allowed",
+        r"a\.jsonl:3: broken JSON .*this is bad row 2, and data\.max_bad_rows is 1\. .*raise data\.max_bad_rows",
+        flags="--training.dataset_path a.jsonl --data.on_bad_row skip --data.max_bad_rows 1",
+        setup=writes("a.jsonl", LINE + b'{"text": null}\n{\n'),
+    ),
+    Case(
+        "every row is bad",
+        r"holds no text to train on \(left out, rows without text: a\.jsonl:1 \(.*\)\. Use another",
+        flags="--training.dataset_path a.jsonl --data.on_bad_row skip",
+        setup=writes("a.jsonl", b'{"text": null}\n'),
+    ),
+    Case(
+        "table without the column",
+        r"a\.csv:1: no field 'text'; it has: id, body\. Set data\.text_key",
+        flags="--training.dataset_path a.csv",
+        setup=writes("a.csv", b"id,body\n1,a\n"),
+    ),
+    Case(
+        "table with a quote that does not end",
+        r"a\.csv:2: the row that begins here is broken",
+        flags="--training.dataset_path a.csv",
+        setup=writes("a.csv", b'text\n"a\nb\n'),
+    ),
+    Case(
+        "tar truncated",
+        r"a\.tar: .*(truncated|unexpected end of data)",
+        flags="--training.dataset_path a.tar",
+        setup=writes("a.tar", _tar),
+    ),
+    Case(
+        "HTML by its extension",
+        r"page\.html: no file of a known kind \(HTML or XML \(extract its text first",
+        flags="--training.dataset_path page.html",
+        setup=writes("page.html", b"<html><p>text</p></html>"),
+    ),
+    Case(
+        "HTML that is called text",
+        r"a\.txt: holds HTML or XML, not plain text\. Extract its text first",
+        flags="--training.dataset_path a.txt",
+        setup=writes("a.txt", b"<!DOCTYPE html>\n<html><p>text</p></html>"),
+    ),
+    Case(
+        "folder of links that lead back",
+        r"hollow: no file of a known kind \(links back to a folder that they lie in: again\)",
+        flags="--training.dataset_path hollow",
+        setup=_links_back,
     ),
     Case(
         "JSON text is a number",
@@ -145,7 +233,7 @@ CORPUS = [
     ),
     Case(
         "gzip that is none",
-        r"a\.txt\.gz: cannot be read \(Not a gzipped file",
+        r"a\.txt\.gz: the compressed data is truncated or damaged \(Not a gzipped file",
         flags="--training.dataset_path a.txt.gz",
         setup=writes("a.txt.gz", b"plain text\n" * 99),
     ),

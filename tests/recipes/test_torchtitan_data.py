@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,9 @@ import pytest
 from tests.forked import ended
 from tests.recipes.test_torchtitan_recipes import merged, recipe_of, write
 from tests.runs import WORDS, make_recipe, read_metrics
+from tests.unit.data.torchtitan_assets import BOS, EOS, write_debug_tokenizer
+from titan_growth.__main__ import main
+from titan_growth.config.loader import inspect_recipe
 from titan_growth.data.corpus import CorpusSpec
 from titan_growth.data.hub import load_from_hub
 from titan_growth.run import data as run_data_module
@@ -161,3 +165,59 @@ def test_names_of_the_hub(spec: CorpusSpec, expected: tuple[str, str, str], monk
     with pytest.raises(DataError, match=f"dataset '{spec.dataset}': cannot be loaded from the Hugging Face hub"):
         load_from_hub(spec)
     assert asked == [(*expected, False)]
+
+
+def checkout(folder: Path) -> Path:
+    """What torchtitan's debug recipe reads in a checkout, and the recipe as it is."""
+    write_c4_test(folder / C4_TEST_PATH)
+    write_debug_tokenizer(folder / "tests/assets/tokenizer")
+    return write(folder, recipe_of("debugmodel"))
+
+
+def test_the_debug_recipe_plans_and_loads_in_a_checkout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = checkout(folder)
+    words = ["plan", "--job.config_file", str(recipe)]
+    assert main(words) == 0
+    line = "tokenizer: huggingface tests/assets/tokenizer/tokenizer.json, 2,004 tokens, BOS 2002, EOS 2003\n"
+    assert line in capsys.readouterr().out
+    parsed = inspect_recipe(words[1:], found := Findings())
+    assert parsed is not None, found.problems
+    parsed = run_data_module.with_values(parsed, {"training.seq_len": 64})
+    corpus = prepare_run_data(parsed, 2048, progress=False).corpus
+    assert (corpus.tokenizer.bos_id, corpus.tokenizer.eos_id) == (BOS, EOS)
+    assert corpus.train.read(0, 1).tolist() == [BOS]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.vocab_size", "2003"], r"it has 2,004 tokens, more than the model's vocabulary of 2,003"),
+        (["--data.tokenizer_path", "no_eos"], r"it has no EOS token\. Set data\.eos = false"),
+        (["--model.hf_assets_path", "broken"], r"not a Hugging Face tokenizer\.json"),
+    ],
+)
+def test_plan_and_check_refuse_a_tokenizer_alike(
+    words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkout(folder)
+    config = json.loads((write_debug_tokenizer(folder / "no_eos") / "tokenizer_config.json").read_text())
+    (folder / "no_eos" / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    write_debug_tokenizer(folder / "broken").joinpath("tokenizer.json").write_text("{}")
+    said = []
+    for command in ("plan", "check"):
+        assert main([command, "--job.config_file", "recipe.toml", *words]) == 2
+        said.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")])
+    assert said[0] == said[1]
+    assert len(said[0]) == 1
+    assert re.search(message, said[0][0])
+
+
+@pytest.mark.slow
+def test_the_debug_recipe_trains_in_a_checkout(tmp_path: Path) -> None:
+    """Five steps of the recipe, verbatim."""
+    checkout(tmp_path)
+    words = ["--job.config_file", "recipe.toml", "--training.steps", "5"]
+    status, output = ended(lambda: train_main(words), folder=tmp_path, environ=dict(os.environ))
+    assert status == 0, output
+    assert "tests/assets/tokenizer" in output
+    assert [line["step"] for line in read_metrics(tmp_path / "outputs") if "loss" in line] == [1, 2, 3, 4, 5]

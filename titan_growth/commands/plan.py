@@ -1,8 +1,9 @@
 """`python -m titan_growth plan`: the run plan, what a recipe resolves to on N ranks.
 
-Nothing is started or written, and neither data nor devices are looked at, so a plan for 512 GPUs is made on a laptop. A
-run that is in the recipe's folder already is planned from its newest checkpoint, as a start would do it; only the bytes
-of its shards are not read.
+Nothing is started or written, and neither corpora nor devices are looked at, so a plan for 512 GPUs is made on a
+laptop. A tokenizer that the recipe names is loaded if it is here, and refused as at a start. A run that is in the
+recipe's folder already is planned from its newest checkpoint, as a start would do it; only the bytes of its shards are
+not read.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def command_line() -> CommandLine:
     line = CommandLine(
         "plan",
         """Prints what the recipe resolves to on N ranks, or everything that is wrong with it. Starts nothing, and
-        needs no GPU, no data and no tokenizer.""",
+        needs no GPU and no data. A tokenizer that the recipe names is loaded if it is on this machine.""",
         example="--world-size 512 --job.config_file train_configs/llama3_405b.toml",
         statuses="0 a plan, 2 problems",
         recipe=True,
@@ -83,6 +84,7 @@ def _report(line: CommandLine, argv: list[str]) -> list[str]:
     Raises:
         ConfigError: with all problems of the command line, the recipe, and the recipe on this number of ranks.
         CheckpointError: when the folder holds a run that cannot go on.
+        DataError: when the tokenizer does not suit the recipe.
     """
     # Not at the top: --help and a typo in a recipe need not wait for torch.
     from titan_growth.run.start import Finished, Site, resolve
@@ -111,11 +113,19 @@ def _report(line: CommandLine, argv: list[str]) -> list[str]:
 
 
 def start_lines(start: RunStart) -> list[str]:
-    """What the run would start from, and what it has decided by itself."""
+    """What the run would start from, what it has decided by itself, and its tokenizer.
+
+    Raises:
+        DataError: when the tokenizer does not suit the recipe.
+    """
+    from titan_growth.run.data import planned_tokenizer
+
     lines = []
     if start.checkpoint is not None:
         manifest = start.checkpoint.manifest
         step, steps = manifest.progress.step, start.plan.recipe.training.steps
         done = f"step {step:,} of {steps:,}, {many(manifest.num_layers, 'layer')}"
         lines = [f"goes on from {start.checkpoint.path.name}: {done}", *start.changes]
-    return [*lines, str(start.precision)] if start.precision.reason else lines
+    if start.precision.reason:
+        lines.append(str(start.precision))
+    return [*lines, *planned_tokenizer(start.plan.recipe)]

@@ -10,8 +10,12 @@ import abc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from titan_growth.data.account import Account
 from titan_growth.data.content import ContentHashes
-from titan_growth.data.readers import Document
+from titan_growth.data.readers.documents import Document
+from titan_growth.data.readers.files import TEXT
+from titan_growth.data.readers.rows import ReadRules
+from titan_growth.data.readers.text_rule import TextRule
 
 STDLIB = "stdlib"
 
@@ -20,12 +24,13 @@ STDLIB = "stdlib"
 class CorpusSpec:
     """A recipe's corpus.
 
-    dataset: "stdlib" or a Hugging Face dataset; with dataset_path, "text", "json" or "parquet" forces the kind of the
+    dataset: "stdlib" or a Hugging Face dataset; with dataset_path, a kind (`readers.files.KINDS`) forces that of the
         files (any other name: by extension).
     dataset_path: a file, a folder (recursive) or a glob, as a path or URL; or a folder written by `save_to_disk`.
-    text_key: the field with the text, in JSON lines, parquet and Hugging Face datasets.
+    text_key: the field with the text, a path to it, or a template over several, in whatever has rows.
     split, subset: of a Hugging Face dataset.
     key: the recipe key of dataset_path, for messages.
+    on_bad_row: "stop" at a row without text, or "skip" up to max_bad_rows of them.
     """
 
     dataset: str = STDLIB
@@ -34,6 +39,14 @@ class CorpusSpec:
     split: str = "train"
     subset: str | None = None
     key: str = "training.dataset_path"
+    on_bad_row: str = "stop"
+    max_bad_rows: int = 1000
+
+    @property
+    def rules(self) -> ReadRules:
+        """How the corpus is read."""
+        limit = self.max_bad_rows if self.on_bad_row == "skip" else None
+        return ReadRules(TextRule(self.text_key), limit, refuse_markup=self.dataset != TEXT)
 
 
 class Corpus(abc.ABC):
@@ -53,8 +66,15 @@ class Corpus(abc.ABC):
         """Approximate size of the text, None if unknown."""
 
     @abc.abstractmethod
-    def document_parts(self, start: int = 0) -> Iterator[Document]:
+    def account(self) -> Account:
+        """A new account with the files that are read, and those that are left out."""
+
+    @abc.abstractmethod
+    def document_parts(self, start: int = 0, account: Account | None = None) -> Iterator[Document]:
         """The documents from number `start` on, each as text parts to be used up before the next document.
+
+        account: a new one (`account`), for this pass alone; it is told which documents are of which kind, and what is
+            left out from the beginning of the corpus on, whatever `start` is.
 
         Raises DataError, with file and position, at the first thing that cannot be read.
         """

@@ -5,17 +5,25 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from titan_growth.data.account import Account
 from titan_growth.data.content import ContentHashes, marked
 from titan_growth.data.corpus import Corpus, CorpusSpec
-from titan_growth.data.readers import Document, missing_key, reading
+from titan_growth.data.readers.documents import Document
+from titan_growth.data.readers.place import Place, UnusableError, reading
+from titan_growth.data.readers.rows import Pass, ReadRules, Row, Skip
+from titan_growth.data.readers.text_rule import KEY, is_there, lookup, missing, names_in
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.packages import missing_package
+from titan_growth.tools.text import one_line
 
 _BATCH_ROWS = 256
+DATASET = "dataset"
+"""The kind of its files, in the account."""
 
 _SHORT_NAMES: dict[str, tuple[str, str, str | None]] = {
     "c4": ("allenai/c4", "en", None),
@@ -28,23 +36,20 @@ SAVED_NAMES = ("dataset_dict.json", "state.json", "dataset_info.json")
 
 
 class HubCorpus(Corpus):
-    """One column of a map-style Hugging Face dataset; a row is a document."""
+    """A map-style Hugging Face dataset; a row is a document."""
 
-    def __init__(self, origin: str, dataset: Any, text_key: str, identity: str) -> None:
+    def __init__(self, origin: str, dataset: Any, rules: ReadRules, identity: str) -> None:
         self._origin = origin
-        self._text_key = text_key
-        self._identity = f"{identity}-{text_key}-{len(dataset)}"
+        self._rules = rules
+        bad_rows = "" if rules.max_bad_rows is None else "-skip"
+        self._identity = f"{identity}-{rules.text.text_key}-{len(dataset)}{bad_rows}"
         self._arrow_files = [Path(entry["filename"]) for entry in dataset.cache_files]
-        if text_key not in dataset.column_names:
-            raise DataError(missing_key(origin, text_key, list(dataset.column_names)))
-        column_type = getattr(dataset.features[text_key], "dtype", "not a plain column")
-        if column_type not in ("string", "large_string"):
-            raise DataError(
-                f"{origin}: the field {text_key!r} is {column_type}, not a string. Name another one as text_key"
-            )
+        for name in rules.text.fields:
+            _require_text(origin, dataset.features, name)
         if len(dataset) == 0:
             raise DataError(f"{origin}: empty (0 rows). Use another split or subset")
-        self._dataset = dataset.select_columns([text_key]).with_format(None)
+        columns = {name if name in dataset.features else name.split(".")[0] for name in rules.text.fields}
+        self._dataset = dataset.select_columns(sorted(columns)).with_format(None)
 
     @property
     def num_bytes(self) -> int | None:
@@ -64,18 +69,40 @@ class HubCorpus(Corpus):
             contents = [hashlib.sha256(text.encode()).hexdigest() for text in self.documents()]
         return f"{self._identity}-{hashlib.sha256(' '.join(contents).encode()).hexdigest()}"
 
-    def document_parts(self, start: int = 0) -> Iterator[Document]:
-        for first_row in range(start, len(self._dataset), _BATCH_ROWS):
-            try:
-                texts = self._dataset[first_row : first_row + _BATCH_ROWS][self._text_key]
-            except Exception as error:  # a damaged Arrow file can fail anywhere
-                raise DataError(
-                    f"{self._origin}: row {first_row}: cannot be read ({_first_line(error)}). Download or save it again"
-                ) from error
-            for row, text in enumerate(texts, start=first_row):
-                if text is None:
-                    raise DataError(f"{self._origin}: row {row}: the field {self._text_key!r} is null. Remove the row")
+    def account(self) -> Account:
+        account = Account()
+        with reading(Path(self._origin)):
+            account.add_files(DATASET, [path.stat().st_size for path in self._arrow_files])
+        return account
+
+    def document_parts(self, start: int = 0, account: Account | None = None) -> Iterator[Document]:
+        this = Pass(self._rules, Skip(start), self.account() if account is None else account)
+        this.account.begin(DATASET, 0)
+        place = Place(Path(self._origin), "")
+        with reading(place):
+            for text in this.texts(self._rows(this.skip.take(start) if this.skips_unread else 0, place), place):
                 yield (text,)
+
+    def _rows(self, first: int, place: Place) -> Iterator[Row]:
+        """The rows from a number on. Raises UnusableError."""
+        for first_of_batch in range(first, len(self._dataset), _BATCH_ROWS):
+            place.row = f"row {first_of_batch}"
+            try:
+                batch = self._dataset[first_of_batch : first_of_batch + _BATCH_ROWS]
+            except Exception as error:  # a damaged Arrow file can fail anywhere
+                raise UnusableError(f"cannot be read ({_first_line(error)})", "Download or save it again") from error
+            for number, values in enumerate(zip(*batch.values(), strict=True), start=first_of_batch):
+                place.row = f"row {number}"
+                yield Row(partial(dict, zip(batch, values, strict=True)))
+
+
+def _require_text(origin: str, features: Any, name: str) -> None:
+    """Raises DataError unless a field, or nested field, is there and holds text."""
+    if not is_there(features, name):
+        raise DataError(f"{origin}: {missing(name, names_in(features))}")
+    kind = getattr(lookup(features, name), "dtype", "not a plain column")
+    if kind not in ("string", "large_string"):
+        raise DataError(f"{origin}: the field {name!r} is {kind}, not a string. Name another one as {KEY}")
 
 
 def is_saved_dataset(names: set[str]) -> bool:
@@ -98,7 +125,7 @@ def load_from_hub(spec: CorpusSpec) -> Corpus:
             f"({_first_line(error)}). Check the names and the network, set dataset_path to local files, "
             'or use dataset = "stdlib"'
         ) from error
-    return HubCorpus(origin, dataset, spec.text_key, f"hub-{name}-{subset}-{split}")
+    return HubCorpus(origin, dataset, spec.rules, f"hub-{name}-{subset}-{split}")
 
 
 def load_saved(spec: CorpusSpec, path: Path) -> Corpus:
@@ -112,7 +139,7 @@ def load_saved(spec: CorpusSpec, path: Path) -> Corpus:
         if spec.split not in dataset:
             raise DataError(f"{path}: no split {spec.split!r}; it has: {', '.join(dataset)}. Set split to one of them")
         dataset = dataset[spec.split]
-    return HubCorpus(str(path), dataset, spec.text_key, f"saved-{spec.split}")
+    return HubCorpus(str(path), dataset, spec.rules, f"saved-{spec.split}")
 
 
 def _library(key: str) -> Any:
@@ -124,4 +151,4 @@ def _library(key: str) -> Any:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    return one_line(text.splitlines()[0], 300) if text else type(error).__name__

@@ -5,27 +5,31 @@ document everything is on disk; a killed preparation resumes there and ends with
 last, makes a folder valid.
 
 BOS comes only before the real beginning of a document and EOS only after its real end: a model must not learn that
-texts end where a split cut them. Each contiguous run of a document's pieces in one split is a "document" of that
-split's index, since what precedes it in the stream does not precede it in the text; document_mask separates them.
+texts end where a split cut them. For the same reason the tokens are those of the whole document (`encoding`). Each
+contiguous run of a document's pieces in one split is a "document" of that split's index, since what precedes it in the
+stream does not precede it in the text; document_mask separates them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from titan_growth.data.account import log_table
 from titan_growth.data.content import ContentHashes, Trust
 from titan_growth.data.corpora import open_corpus
 from titan_growth.data.corpus import Corpus, CorpusSpec
+from titan_growth.data.encoding import DocumentEncoder
+from titan_growth.data.part_writer import PartWriter, Position
 from titan_growth.data.prepared import (
     FORMAT_VERSION,
     META_NAME,
@@ -35,16 +39,17 @@ from titan_growth.data.prepared import (
     say_if_prepared_before,
 )
 from titan_growth.data.shard_writer import SplitWriter
-from titan_growth.data.splitting import TRAIN, VALIDATION, Piece, SplitRule, cut, split_rule
+from titan_growth.data.splitting import TRAIN, VALIDATION, SplitRule, split_rule
 from titan_growth.data.storage import cache_root, exclusive, writing
-from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train
+from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train, require_ends
+from titan_growth.data.windows import SEGMENT_CHARS, Beginning, Window, windows_of
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
 
 _JOURNAL_NAME = "journal.json"
-_BATCH_CHARS = 1 << 20
-_BATCH_PIECES = 1024
+_BATCH_CHARS = min(max(1 << 21, (os.cpu_count() or 1) * SEGMENT_CHARS), 1 << 23)  # a window for every core
+_BATCH_WINDOWS = 1024
 _TRIES = 3
 """How often a corpus may turn out to be another one than remembered before its preparation begins."""
 
@@ -64,7 +69,7 @@ def prepare(
     """The prepared corpus, from the cache or made now.
 
     tokenizer: the recipe's, or one already loaded (a separate validation corpus uses the training corpus's).
-    bos, eos: put the tokenizer's BOS before and its EOS after each document.
+    bos, eos: put the tokenizer's BOS before and its EOS after each document; where they are one token, EOS only.
     validation_fraction: in [0, 0.5]; see `splitting`.
     cache_dir: None for the default; see `storage.cache_root`.
     progress: show a bar on stderr if that is a terminal.
@@ -84,7 +89,7 @@ def prepare(
         rule = split_rule(validation_fraction, corpus.num_bytes)
         content = corpus.fingerprint(hashes)
         made_of = _tokenizer(tokenizer, corpus, root, bos=bos, eos=eos)
-        facts = {"format_version": FORMAT_VERSION, "corpus": content, "tokenizer": made_of.fingerprint(), **settings}
+        facts = {"format_version": FORMAT_VERSION, "corpus": content, **_facts_of_tokens(made_of, settings)}
         folder = root / "prepared" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         if not rehash and (found := _open_or_none(folder, report_damage=False)):
             return found
@@ -105,10 +110,19 @@ def prepare(
 def _tokenizer(wanted: TokenizerSpec | Tokenizer, corpus: Corpus, root: Path, *, bos: bool, eos: bool) -> Tokenizer:
     """The tokenizer, which has the special tokens that are asked for. Raises DataError."""
     tokenizer = load_or_train(wanted, corpus, root) if isinstance(wanted, TokenizerSpec) else wanted
-    for is_wanted, token, what in ((bos, tokenizer.bos_id, "BOS"), (eos, tokenizer.eos_id, "EOS")):
-        if is_wanted and token is None:
-            raise DataError(f"tokenizer {tokenizer.name}: it has no {what} token. Set data.{what.lower()} = false")
+    require_ends(tokenizer, bos=bos, eos=eos)
     return tokenizer
+
+
+def _facts_of_tokens(tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the tokens of a text depend on. Where BOS and EOS are one token, two of them between documents are one."""
+    is_one_token = settings["bos"] and settings["eos"] and tokenizer.bos_id == tokenizer.eos_id
+    return {
+        "tokenizer": tokenizer.fingerprint(),
+        **settings,
+        "bos": settings["bos"] and not is_one_token,
+        "allow_special_tokens": tokenizer.allows_special_tokens,
+    }
 
 
 def _open_or_none(folder: Path, report_damage: bool, checksums: bool = False) -> PreparedCorpus | None:
@@ -118,19 +132,6 @@ def _open_or_none(folder: Path, report_damage: bool, checksums: bool = False) ->
         if report_damage:
             logger.warning("prepared data %s is damaged (%s) and is made again", folder, damage)
         return None
-
-
-@dataclass
-class _Position:
-    """How far a preparation has come; the journal keeps it."""
-
-    document: int = 0
-    pieces_of_document: int = 0
-    pieces: int = 0
-    num_documents: int = 0
-    run: str | None = None
-    """The split that takes this document's current run of pieces."""
-    chars: int = 0
 
 
 @dataclass
@@ -146,19 +147,28 @@ class _Job:
     hashes: ContentHashes
     shard_tokens: int
     progress: bool
-    at: _Position = field(default_factory=_Position)
+    at: Position = field(default_factory=Position)
+
+    def __post_init__(self) -> None:
+        self.account = self.corpus.account()
 
     def run(self) -> None:
         """Do the work. Raises DataError, or OSError of the disk."""
         started = time.monotonic()
         writers = self._writers_from_journal() or self._fresh_writers()
         logger.info("preparing %s with tokenizer %s", self.corpus.describe(), self.tokenizer.name)
+        if self.facts["eos"] and not self.facts["bos"] and self.tokenizer.bos_id == self.tokenizer.eos_id:
+            once = "BOS and EOS are one token, so documents get it once, after their ends"
+            logger.warning("tokenizer %s: %s", self.tokenizer.name, once)
         num_shards = sum(writer.num_complete_shards for writer in writers.values())
         try:
             with self._bar() as bar:
-                for batch in self._batches():
+                parts_writer = PartWriter(writers, self._ends("bos"), self._ends("eos"), self.at, self.account)
+                encoder = DocumentEncoder(self.tokenizer)
+                for parts in encoder.encode(self._batches()):
                     chars = self.at.chars
-                    self._write(batch, writers)
+                    for part in parts:
+                        parts_writer.write(part)
                     bar.update(self.at.chars - chars)
                     now_complete = sum(writer.num_complete_shards for writer in writers.values())
                     if now_complete > num_shards:
@@ -166,7 +176,8 @@ class _Job:
                         self._write_journal(writers)
             num_tokens = sum(writer.num_tokens for writer in writers.values())
             if num_tokens == 0:
-                raise DataError(f"{self.corpus.describe()}: holds no text to train on. Use another corpus")
+                why = self.account.why_nothing()
+                raise DataError(f"{self.corpus.describe()}: holds no text to train on{why}. Use another corpus")
             if open_corpus(self.corpus_spec).fingerprint(self.hashes.renewed()) != self.facts["corpus"]:
                 raise DataError(f"{self.corpus.describe()}: the corpus changed while it was prepared. Start again")
             self._commit({name: writer.finish() for name, writer in writers.items()})
@@ -175,51 +186,33 @@ class _Job:
                 writer.close()
             if not (self.folder / META_NAME).exists() and not (self.folder / _JOURNAL_NAME).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)  # nothing to go on from
-        logger.info(
-            "prepared %s tokens of %s documents in %.1f s (%s)",
-            f"{num_tokens:,}",
-            f"{self.at.num_documents:,}",
-            time.monotonic() - started,
-            self.folder,
-        )
+        seconds = time.monotonic() - started
+        logger.info("prepared %s tokens in %.1f s (%s)", f"{num_tokens:,}", seconds, self.folder)
+        log_table(self.account.to_json())
+        self.at.log_spellings(as_tokens=self.tokenizer.allows_special_tokens)
 
-    def _batches(self) -> Iterator[list[tuple[int, Piece]]]:
-        """The remaining pieces, each with its document's number, in batches of about a million characters."""
-        batch: list[tuple[int, Piece]] = []
-        num_chars = 0
-        first, pieces_to_skip = self.at.document, self.at.pieces_of_document
-        for number, parts in enumerate(self.corpus.document_parts(first), start=first):
-            for piece in islice(cut(parts, self.rule.piece_chars), pieces_to_skip if number == first else 0, None):
-                batch.append((number, piece))
-                num_chars += len(piece.text)
-                if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_PIECES:
-                    yield batch
-                    batch, num_chars = [], 0
+    def _batches(self) -> Iterator[list[Window]]:
+        """The remaining windows, in batches of about `_BATCH_CHARS` characters."""
+        batch: list[Window] = []
+        num_chars, num_done = 0, self.at.segments_of_document
+        at = Beginning(self.at.document, self.at.pieces_before_document)
+        documents = self.corpus.document_parts(at.document, self.account)
+        for window in windows_of(documents, at, self.rule, self.tokenizer.special_texts):
+            if num_done and window.segments[0].document == at.document:
+                num_done -= len(window.segments)
+                continue
+            batch.append(window)
+            num_chars += window.num_chars
+            if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_WINDOWS:
+                yield batch
+                batch, num_chars = [], 0
         if batch:
             yield batch
 
-    def _write(self, batch: list[tuple[int, Piece]], writers: dict[str, SplitWriter]) -> None:
-        bos = [token] if self.facts["bos"] and (token := self.tokenizer.bos_id) is not None else []
-        eos = [token] if self.facts["eos"] and (token := self.tokenizer.eos_id) is not None else []
-        encoded = self.tokenizer.encode_batch([piece.text for _, piece in batch])
-        for (number, piece), tokens in zip(batch, encoded, strict=True):
-            if piece.begins_document:
-                self.at.document, self.at.pieces_of_document, self.at.run = number, 0, None
-                tokens = [*bos, *tokens]
-            if piece.ends_document:
-                tokens = [*tokens, *eos]
-            split = self.rule.split_of(self.at.pieces)
-            if self.at.run != split:
-                self.at.run = None
-            if tokens:
-                if self.at.run is None:
-                    writers[split].begin_document()
-                    self.at.run = split
-                writers[split].append(tokens)
-            self.at.pieces += 1
-            self.at.pieces_of_document += 1
-            self.at.num_documents += piece.ends_document
-            self.at.chars += len(piece.text)
+    def _ends(self, what: str) -> list[int]:
+        """The token that begins or ends documents, if one is wanted."""
+        token = self.tokenizer.bos_id if what == "bos" else self.tokenizer.eos_id
+        return [token] if self.facts[what] and token is not None else []
 
     def _fresh_writers(self) -> dict[str, SplitWriter]:
         # Unlink files of an older attempt, never rewrite them: another run may have them mapped.
@@ -237,7 +230,8 @@ class _Job:
             if (journal["shard_tokens"], journal["rule"]) != (self.shard_tokens, repr(self.rule)):
                 return None
             writers = {name: self._writer(name, journal["splits"][name]) for name in self._split_names}
-            self.at = _Position(**journal["position"])
+            self.at = Position(**journal["position"])
+            self.account.restore(journal["account"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -252,6 +246,7 @@ class _Job:
             "rule": repr(self.rule),
             "splits": {name: writer.state() for name, writer in writers.items()},
             "position": asdict(self.at),
+            "account": self.account.state(),
         }
         write_atomic(self.folder / _JOURNAL_NAME, json.dumps(journal).encode())
 
@@ -272,7 +267,11 @@ class _Job:
                 "files": tokenizer_files,
             },
             "dtype": self._dtype,
-            "num_source_documents": self.at.num_documents,
+            "account": self.account.to_json(),
+            "special_tokens_in_text": {
+                "num_documents": self.at.spelling_documents,
+                "num_occurrences": self.at.spellings,
+            },
             "splits": splits,
         }
         write_atomic(self.folder / META_NAME, json.dumps(meta, indent=1).encode())

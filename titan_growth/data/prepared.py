@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from titan_growth.data.account import table
 from titan_growth.data.splitting import TRAIN, VALIDATION
 from titan_growth.data.tokenizers import Tokenizer, load_tokenizer
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.logs import logger
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: tokens are those of whole documents, spelled special tokens are text, and the corpus has an account."""
 META_NAME = "meta.json"
 
 
@@ -106,10 +108,11 @@ def open_prepared(folder: Path, *, checksums: bool = False) -> PreparedCorpus | 
             if checksums and _crc32(folder / facts["file"]) != facts["crc32"]:
                 raise DamagedError(f"{facts['file']} does not match its checksum")
         splits = {name: TokenSplit(name, folder, facts, meta["dtype"]) for name, facts in meta["splits"].items()}
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, allow_special_tokens=meta["allow_special_tokens"])
         if tokenizer.fingerprint() != meta["tokenizer"]["fingerprint"]:
             raise DamagedError("the copy of the tokenizer has changed")
         description = meta["corpus"]["description"]
+        table(meta["account"])  # which every fresh run logs
         return PreparedCorpus(folder, splits[TRAIN], splits.get(VALIDATION), tokenizer, description, meta)
     except FileNotFoundError as error:
         if not (folder / META_NAME).exists():
@@ -123,17 +126,22 @@ def open_prepared(folder: Path, *, checksums: bool = False) -> PreparedCorpus | 
 
 def say_if_prepared_before(folder: Path, facts: dict[str, Any], description: str) -> None:
     """Work that is done once more is not done in silence: the content is another, or was not known by then."""
-    same = {key: value for key, value in facts.items() if key not in ("corpus", "format_version")}
     for path in sorted(folder.parent.glob(f"*/{META_NAME}")):
         try:
             meta = json.loads(path.read_bytes())
+            is_older = meta["format_version"] < FORMAT_VERSION
+            kept = ("tokenizer", "eos", "validation_fraction", *(() if is_older else ("bos", "allow_special_tokens")))
             meta["tokenizer"] = meta["tokenizer"]["fingerprint"]
-            is_same = meta["corpus"]["description"] == description and same.items() <= meta.items()
+            is_same = meta["corpus"]["description"] == description and all(meta[key] == facts[key] for key in kept)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         if is_same:
-            reason = "other content, or an earlier version that went by names, sizes and times"
-            logger.info("%s was prepared before from %s (%s)", description, reason, path.parent)
+            reason = "from other content, or an earlier version that went by names, sizes and times"
+            if is_older:
+                reason = (
+                    "by an earlier version, whose tokens differ where it cut documents or a text spells special tokens"
+                )
+            logger.info("%s was prepared before %s (%s)", description, reason, path.parent)
             return
 
 

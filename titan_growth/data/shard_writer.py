@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,7 +53,7 @@ class SplitWriter:
         self._index_crc = zlib.crc32(entry, self._index_crc)
         self.num_documents += 1
 
-    def append(self, tokens: list[int]) -> None:
+    def append(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append tokens to the stream, opening the next shard when one is full."""
         array = np.array(tokens, dtype=self._dtype)
         while array.size:

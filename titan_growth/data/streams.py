@@ -14,7 +14,7 @@ class ChunkStream(io.RawIOBase):
 
     def __init__(self, chunks: Generator[bytes]) -> None:
         self._chunks = chunks
-        self._rest = b""
+        self._rest = memoryview(b"")  # cut without copying: a chunk may be large
 
     def readable(self) -> bool:
         return True
@@ -24,7 +24,7 @@ class ChunkStream(io.RawIOBase):
             chunk = next(self._chunks, None)
             if chunk is None:
                 return 0
-            self._rest = chunk
+            self._rest = memoryview(chunk)
         count = min(len(buffer), len(self._rest))
         buffer[:count], self._rest = self._rest[:count], self._rest[count:]
         return count
@@ -48,20 +48,3 @@ def whole(source: BinaryIO) -> Generator[bytes]:
             yield data
         if size is not None and num_bytes < size:
             raise OSError(f"it ended after {num_bytes:,} of {size:,} bytes")
-
-
-def unzstd(source: BinaryIO) -> Generator[bytes]:
-    """Decompresses zstd frames. The library's reader would accept a truncated frame; here it is an EOFError."""
-    import zstandard
-
-    frame, compressed = None, b""
-    while compressed := compressed or source.read(CHUNK_BYTES // 8):
-        frame = frame or zstandard.ZstdDecompressor().decompressobj()
-        try:
-            yield frame.decompress(compressed)
-        except zstandard.ZstdError as error:
-            raise EOFError(str(error)) from error
-        compressed = frame.unused_data if frame.eof else b""
-        frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("it ends in the middle of a zstd frame")

@@ -33,11 +33,7 @@ def train_sentencepiece(corpus: Corpus, vocab_size: int) -> bytes:
     """
     import sentencepiece
 
-    if vocab_size < _SMALLEST_VOCAB_SIZE:
-        raise DataError(
-            f"tokenizer training: vocab_size {vocab_size} is too small. Use at least {_SMALLEST_VOCAB_SIZE}, "
-            "or the bytes tokenizer"
-        )
+    require_vocab_size(vocab_size)
     started = time.monotonic()
     lines = iter(sample_lines(corpus))
     first = next(lines, None)
@@ -80,6 +76,15 @@ def train_sentencepiece(corpus: Corpus, vocab_size: int) -> bytes:
         raise errors[0]
     logger.info("trained a tokenizer of %d tokens in %.1f s", vocab_size, time.monotonic() - started)
     return model.getvalue()
+
+
+def require_vocab_size(vocab_size: int) -> None:
+    """Raises DataError for a vocabulary that no corpus could be encoded with."""
+    if vocab_size < _SMALLEST_VOCAB_SIZE:
+        raise DataError(
+            f"tokenizer training: vocab_size {vocab_size} is too small. Use at least {_SMALLEST_VOCAB_SIZE}, "
+            "or the bytes tokenizer"
+        )
 
 
 def sample_lines(corpus: Corpus) -> Iterator[str]:

@@ -139,7 +139,8 @@ def _find(recipe: Recipe, wanted: str | None) -> _Found | None:
     named = data.tokenizer_path or recipe.model.hf_assets_path
     if named is not None and (data.tokenizer_path is not None or Path(named).expanduser().exists()):
         path = Path(named).expanduser()
-        return _Found(load_tokenizer(path, data.tokenizer), path)
+        tokenizer = load_tokenizer(path, data.tokenizer, allow_special_tokens=data.allow_special_tokens)
+        return _Found(tokenizer, path)
     root = cache_root(Path(data.cache_dir).expanduser() if data.cache_dir else None) / "tokenizers"
     if wanted is not None:
         for path in sorted(root.glob("*.model")):

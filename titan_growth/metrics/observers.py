@@ -5,6 +5,8 @@ None of it changes the computation. Callers use the public `meter`, `recorder` a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -16,6 +18,7 @@ from titan_growth.metrics.boards import TensorBoardSink, WandbSink
 from titan_growth.metrics.hardware import peak_flops_per_second
 from titan_growth.metrics.profiling import Profiler
 from titan_growth.metrics.recorder import Recorder
+from titan_growth.metrics.records import DataRecord
 from titan_growth.metrics.sinks import ConsoleSink, JsonlSink, Sink
 from titan_growth.metrics.throughput import Throughput
 from titan_growth.tools.device import Device
@@ -84,6 +87,14 @@ class Observers:
         """Call right before the first step."""
         self.meter.start()
         self._mark("train")
+
+    def record_data(self, at: Progress, training: dict[str, Any], validation: dict[str, Any] | None) -> None:
+        """Writes down what a run that starts afresh trains on; people read it in the log."""
+        if self.jsonl is not None:
+            reached = {"step": at.step, "tokens": at.tokens, "flops": at.flops}
+            seconds = self.recorder.seconds
+            data = DataRecord(training_data=training, validation_data=validation, **reached, seconds=seconds)
+            self.jsonl.record(data)
 
     def end_of_step(self) -> None:
         """Call when a step and all that belongs to it is done."""

@@ -3,9 +3,10 @@
 A new metric is two edits: its field here, and the place that measures it. Sinks take everything else from the record:
 keys and their order from the fields, console text and curves from each field's `metric`.
 
-`metrics.jsonl` is the run's durable history and the file two runs are compared by. It holds three kinds of lines: one
-per logged training step, one per validation, one per growth. Given the same recipe, all values except those marked
-`measured` come out bit for bit the same, before and after a resume. Fields with `file=False` stay out of it.
+`metrics.jsonl` is the run's durable history and the file two runs are compared by. It holds four kinds of lines: one
+for the data at a fresh start, one per logged training step, one per validation, one per growth. Given the same recipe,
+all values except those marked `measured` come out bit for bit the same, before and after a resume. Fields with
+`file=False` stay out of it.
 
 Two rules make the lines comparable as text. A float is written with the shortest digits that read back as the same
 double, so equal lines mean equal numbers. And since JSON has no NaN or infinity, a value that is not finite is written
@@ -18,7 +19,8 @@ import functools
 import json
 import math
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, get_args, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from titan_growth.checkpoint.history import GrowthEvent
 from titan_growth.metrics.formatting import COLORS, format_duration
@@ -54,7 +56,7 @@ class _Column:
     metric: Metric
 
     def json_value(self, value: Any) -> object:
-        if value is None or self.kind is str:
+        if value is None or self.kind in (str, dict):
             return value
         if self.kind is int:
             return int(value)
@@ -69,7 +71,8 @@ def columns(record: Any) -> tuple[_Column, ...]:
     found = []
     for entry in fields(record):
         hint = hints[entry.name]
-        kind, *_ = get_args(hint) or (hint,)  # of an optional type, the type itself
+        kind = get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint  # optional: the type
+        kind = get_origin(kind) or kind
         found.append(_Column(entry.name, kind, entry.metadata.get("metric", Metric())))
     return tuple(found)
 
@@ -223,6 +226,20 @@ class GrowthRecord(Record):
         for name in (entry.name for entry in fields(cls) if hasattr(event, entry.name)):
             known[name] = math.nan if getattr(event, name) is None else getattr(event, name)
         return cls(**known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecord(Record):
+    """What the run trains on, and what was left out of it (`data.account`). Written once, at a fresh start.
+
+    Readers of the other lines skip it: it has none of their keys.
+    """
+
+    event = "data"
+
+    training_data: dict[str, Any]
+    validation_data: dict[str, Any] | None = None
+    """Of a validation corpus of its own."""
 
 
 MEASURED = tuple(

@@ -15,6 +15,7 @@ from typing import Any
 
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
+from titan_growth.data.account import log_table
 from titan_growth.data.blocks import BlockDataset
 from titan_growth.data.content import ContentHashes, Trust
 from titan_growth.data.corpus import CorpusSpec
@@ -22,8 +23,10 @@ from titan_growth.data.loader import BatchLoader
 from titan_growth.data.preparation import prepare
 from titan_growth.data.prepared import PreparedCorpus, TokenSplit
 from titan_growth.data.storage import cache_root
-from titan_growth.data.tokenizers import TokenizerSpec
+from titan_growth.data.tokenizer_training import require_vocab_size
+from titan_growth.data.tokenizers import TokenizerSpec, load_named, require_ends
 from titan_growth.layout.mesh import Mesh
+from titan_growth.models.registry import vocab_size_of
 from titan_growth.run.inputs import input_hashes
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.findings import Findings
@@ -44,6 +47,20 @@ class RunData:
     """What is validated on: another corpus, or the held-out part of the training corpus."""
     others: dict[str, str] = field(default_factory=dict)
     """Fingerprints of a validation corpus of its own, and of what else the run reads (`inputs`)."""
+    validation_account: dict[str, Any] | None = None
+    """Of a validation corpus of its own: what it is made of, and what was left out (`Account.to_json`)."""
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """What the training corpus is made of, and what was left out."""
+        account: dict[str, Any] = self.corpus.meta["account"]
+        return account
+
+    def log_accounts(self) -> None:
+        """Logs what the run trains and validates on, as tables."""
+        log_table(self.account, "training data")
+        if self.validation_account is not None:
+            log_table(self.validation_account, "validation data")
 
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint remembers, by content: moving or copying the files changes nothing."""
@@ -104,24 +121,23 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool, rehash:
         "progress": progress,
         "rehash": rehash,
     }
+    rows = {name: getattr(data, name) for name in ("text_key", "split", "subset", "on_bad_row", "max_bad_rows")}
     corpus = prepare(
-        CorpusSpec(training.dataset, training.dataset_path, data.text_key, data.split, data.subset),
-        TokenizerSpec(data.tokenizer, data.tokenizer_path, recipe.model.hf_assets_path, vocab_size),
+        CorpusSpec(training.dataset, training.dataset_path, **rows),
+        _tokenizer_spec(recipe, vocab_size),
         validation_fraction=data.validation_fraction,
         **settings,
     )
-    held_out, others = corpus.validation, {}
+    held_out, others, account = corpus.validation, {}, None
     if validation.enable and (validation.dataset is not None or validation.dataset_path is not None):
         other = CorpusSpec(
             validation.dataset or training.dataset,
             validation.dataset_path,
-            data.text_key,
-            data.split,
-            data.subset,
             key="validation.dataset_path",
+            **rows,
         )
         separate = prepare(other, corpus.tokenizer, validation_fraction=0.0, **settings)
-        held_out = separate.train
+        held_out, account = separate.train, separate.meta["account"]
         others = {"validation": _tokens(separate), "validation_description": separate.description}
     longest = max([training.seq_len, *(planned.seq_len or 0 for planned in recipe.growth.active_stages)])
     _require_sequence(corpus.train, longest)
@@ -133,7 +149,35 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool, rehash:
                 f"validation: {error}; or raise data.validation_fraction, or set validation.dataset_path"
             ) from None
     hashes = ContentHashes(cache_root(cache_dir), Trust.NOTHING if rehash else Trust.REMEMBERED)
-    return RunData(corpus, held_out, {**others, **input_hashes(recipe, hashes)})
+    return RunData(corpus, held_out, {**others, **input_hashes(recipe, hashes)}, account)
+
+
+def _tokenizer_spec(recipe: Recipe, vocab_size: int) -> TokenizerSpec:
+    data, assets = recipe.data, recipe.model.hf_assets_path
+    return TokenizerSpec(data.tokenizer, data.tokenizer_path, assets, vocab_size, data.allow_special_tokens)
+
+
+def planned_tokenizer(recipe: Recipe) -> list[str]:
+    """What a plan says of the tokenizer, which it loads if it needs neither corpus nor network; nothing of a usual one.
+
+    The run may happen on another machine, so files that are not here are no problem.
+
+    Raises:
+        DataError: for what a run would be refused for.
+    """
+    vocab_size = vocab_size_of(recipe.model)
+    spec = _tokenizer_spec(recipe, vocab_size)
+    if spec.source is not None and is_remote(spec.source):
+        return [f"tokenizer: {spec.source} is not looked at"]
+    if spec.source is not None and not Path(spec.source).expanduser().exists():
+        return [f"tokenizer: {spec.source} is not here, and not looked at"]
+    tokenizer = load_named(spec, None)
+    if tokenizer is None:
+        require_vocab_size(vocab_size)
+        return []
+    require_ends(tokenizer, bos=recipe.data.bos, eos=recipe.data.eos)
+    ends = f"BOS {tokenizer.bos_id}, EOS {tokenizer.eos_id}"
+    return [f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} tokens, {ends}"] if spec.source is not None else []
 
 
 def _require_sequence(split: TokenSplit, seq_len: int) -> None:

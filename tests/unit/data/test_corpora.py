@@ -20,8 +20,9 @@ import zstandard
 
 import titan_growth
 from titan_growth.data.content import ContentHashes
-from titan_growth.data.corpora import find_files, open_corpus
+from titan_growth.data.corpora import open_corpus
 from titan_growth.data.corpus import CorpusSpec
+from titan_growth.data.listing import find_files
 from titan_growth.tools.errors import DataError
 
 ROOT = str(Path(titan_growth.__file__).parents[1])
@@ -67,7 +68,12 @@ EXPECTED = ["one\r\ntwo", "b0", "b1 é", "c0", "c1", "d0", "d1", "e0", "e1", "e2
 
 def test_folder_of_all_kinds_is_read_in_order(mixed: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read(mixed) == EXPECTED
-    assert [record.message for record in caplog.records] == [f"{mixed}: skipped 2 files of other kinds"]
+    assert not caplog.records
+    left_out = open_corpus(CorpusSpec("c4", str(mixed))).account().left_out
+    assert {reason: entry.names for reason, entry in left_out.items()} == {
+        "hidden": [".git/"],
+        "of no known kind": ["g.txt.zz.bz2", "picture.png"],
+    }
 
 
 @pytest.mark.parametrize("start", range(len(EXPECTED) + 1))
@@ -114,15 +120,15 @@ def test_stdlib_is_real_text_without_tests() -> None:
     assert list(corpus.documents(start=700)) == documents[700:]
 
 
-def test_stdlib_skips_unreadable_files_with_one_log_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_stdlib_leaves_unreadable_files_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test").mkdir()
     for name, content in {"a.py": b"a", "b.py": b"\xff", "c.py": b"c", "test/d.py": b"d"}.items():
         (tmp_path / name).write_bytes(content)
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    assert list(open_corpus(CorpusSpec()).documents()) == ["a", "c"]
-    assert "skipped 1 files" in caplog.text
+    corpus = open_corpus(CorpusSpec())
+    account = corpus.account()
+    assert ["".join(parts) for parts in corpus.document_parts(0, account)] == ["a", "c"]
+    assert account.left_out["unreadable or not UTF-8"].names == ["b.py"]
     before = fingerprint(tmp_path, None)
     assert fingerprint(tmp_path, None) == before
     (tmp_path / "c.py").write_bytes(b"d")
@@ -156,17 +162,27 @@ BROKEN = {
         lzma.compress(os.urandom(5000))[:-900],
         r"truncated\.txt\.xz: the compressed data is truncated",
     ),
-    "not.txt.bz2": (b"plain", r"not\.txt\.bz2: cannot be read \(Invalid data stream"),
+    "not.txt.bz2": (b"plain", r"not\.txt\.bz2: the compressed data is truncated or damaged \(Invalid data stream"),
     "not.txt.xz": (b"plain", r"not\.txt\.xz: the compressed data is truncated or damaged \(Input format"),
-    "not.txt.gz": (b"plain", r"not\.txt\.gz: cannot be read \(Not a gzipped file"),
+    "not.txt.gz": (b"plain", r"not\.txt\.gz: the compressed data is truncated or damaged \(Not a gzipped file"),
     "cut.txt.zst": (zstandard.compress(os.urandom(5000))[:-900], r"cut\.txt\.zst: the compressed data is truncated"),
     "not.txt.zst": (b"plain text", r"not\.txt\.zst: the compressed data is truncated or damaged"),
     "bad.parquet": (b"PAR1" + b"x" * 50, r"bad\.parquet: truncated or not a parquet file"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"broken\.jsonl:2: broken JSON at column"),
-    "nokey.jsonl": (b'{"body": "a", "id": 1}\n', r"nokey\.jsonl:1: no field 'text'; it has: body, id\. Set text_key"),
+    "nokey.jsonl": (
+        b'{"body": "a", "id": 1}\n',
+        r"nokey\.jsonl:1: no field 'text'; it has: body, id\. Set data\.text_key",
+    ),
     "number.jsonl": (b'{"text": "a"}\n{"text": 5}\n', r"number\.jsonl:2: the field 'text' is int, not a string"),
-    "null.jsonl": (b'{"text": null}\n', r"null\.jsonl:1: the field 'text' is NoneType, not a string"),
-    "array.json": (b'[{"text": "a"}]', r"array\.json:1: a JSON list instead of an object"),
+    "null.jsonl": (b'{"text": null}\n', r"null\.jsonl:1: the field 'text' is null, not a string"),
+    "list.jsonl": (b'{"text": "a"}\n["a"]', r"list\.jsonl:2: a list instead of an object"),
+    "cut.json": (b'[{"text": "a"}, {"text": "b"', r"cut\.json: element 2: broken JSON"),
+    "strings.json": (b'["a", "b"]', r"strings\.json: element 1: str instead of an object"),
+    "joined.json": (b'[{"text": "a"} {"text": "b"}]', r"joined\.json: element 1: broken JSON \(no comma follows\)"),
+    "more.json": (b'[{"text": "a"}] [', r"more\.json: text follows the end of the JSON array"),
+    "deep.json": (b'[{"text":' + b"[" * 200_000, r"deep\.json: element 1: JSON nested too deeply"),
+    "empty.tar": (b"", r"empty\.tar: empty \(0 bytes"),
+    "not.tar": (b"plain text" * 200, r"not\.tar: the archive is truncated or damaged"),
     "half.jsonl": (b'{"text": "a\\ud800"}', r"half\.jsonl:1: .* lone surrogate at character 1"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}', r"latin\.jsonl:2: byte offset 24 is not valid UTF-8"),
     "deep.jsonl": (b'{"text":' + b"[" * 200_000, r"deep\.jsonl:1: JSON nested too deeply"),
@@ -181,7 +197,7 @@ def test_broken_file_is_reported_with_its_position(tmp_path: Path, name: str) ->
     with pytest.raises(DataError, match=message) as caught:
         read(tmp_path / name)
     assert "\n" not in str(caught.value)
-    if b"\\ud800" not in content and name != "empty.txt":
+    if b"\\ud800" not in content and not name.startswith("empty."):
         with pytest.raises(DataError, match=message):
             read(tmp_path)
 
@@ -189,7 +205,7 @@ def test_broken_file_is_reported_with_its_position(tmp_path: Path, name: str) ->
 def test_parquet_columns_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": [1, 2], "s": ["a", None], "d": pa.array(["x", "y"], pa.large_string())}), path)
-    with pytest.raises(DataError, match=r"a\.parquet: no field 'text'; it has: n, s, d\. Set text_key"):
+    with pytest.raises(DataError, match=r"a\.parquet: no field 'text'; it has: n, s, d\. Set data\.text_key"):
         read(path)
     with pytest.raises(DataError, match=r"a\.parquet: the column 'n' holds int64, not strings"):
         read(path, text_key="n")
@@ -208,7 +224,7 @@ def test_missing_and_unusable_paths(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the glob matches no file"):
         read(f"{tmp_path}/*.txt")
     (tmp_path / "x.png").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"no file of a known kind \(1 others\)"):
+    with pytest.raises(DataError, match=r"no file of a known kind \(of no known kind: x\.png\)"):
         read(tmp_path)
     with pytest.raises(DataError, match=r"dataset 'json': needs files to read\. Set dataset_path"):
         open_corpus(CorpusSpec("json"))
@@ -292,6 +308,6 @@ def test_importing_corpora_needs_no_heavy_library() -> None:
 
 
 def test_files_are_sorted_by_relative_name(mixed: Path) -> None:
-    names = [file.name for file in find_files(mixed, None)]
+    names = [file.name for file in find_files(mixed, None).files]
     assert names == sorted(names)
     assert names[-1] == "sub/h.md"

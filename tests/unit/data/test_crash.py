@@ -20,7 +20,7 @@ ROOT = Path(titan_growth.__file__).parents[1]
 PROGRAM = """
 import logging, os, signal, sys
 from pathlib import Path
-from titan_growth.data import preparation, shard_writer
+from titan_growth.data import preparation, shard_writer, windows
 from titan_growth.data.corpus import CorpusSpec
 from titan_growth.data.tokenizers import TokenizerSpec
 
@@ -37,7 +37,8 @@ def dying(function, target=None):
     return wrapper
 
 if event:
-    preparation._BATCH_PIECES = 3  # many small batches, so that there is something to die between
+    preparation._BATCH_WINDOWS = 3  # many small batches, so that there is something to die between
+windows.WHOLE_CHARS, windows.SEGMENT_CHARS = 10_000, 5_000  # so that the long documents are many windows
 if event == "append":
     shard_writer.SplitWriter.append = dying(shard_writer.SplitWriter.append)
 if event == "replace":

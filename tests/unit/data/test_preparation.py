@@ -68,7 +68,7 @@ def test_whole_documents_get_bos_and_eos_and_empty_ones_vanish(tmp_path: Path) -
         corpus = prepared(spec, bos=bos, eos=eos)
         assert documents_of(corpus.train) == [[BOS] * bos + text + [EOS] * eos for text in texts]
         assert corpus.validation is None
-    assert corpus.meta["num_source_documents"] == 3
+    assert [row["documents"] for row in corpus.meta["account"]["kinds"]] == [3]
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 7, 2507, 2508, 2509, 10**6])
@@ -143,9 +143,9 @@ def test_second_call_reads_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFi
     caplog.set_level(logging.INFO, "titan_growth")
     spec = write_corpus(tmp_path / "c", ["text"])
     first = prepared(spec)
-    assert [record.message.split()[0] for record in caplog.records] == ["preparing", "prepared"]
-    assert "6 tokens of 1 documents" in caplog.text
-    assert "6 tokens of 1 documents in" in caplog.records[1].message
+    assert [record.message.split()[0] for record in caplog.records] == ["preparing", "prepared", "data:", "data:"]
+    assert "prepared 6 tokens in" in caplog.records[1].message
+    assert caplog.records[3].message.split() == ["data:", "json", "1", "17", "1", "6"]
     caplog.clear()
     assert prepared(spec).folder == first.folder
     assert not caplog.records

@@ -19,6 +19,7 @@ import zstandard
 from tests.recipes.bad_data import small_tokenizer
 from tests.storage import PROTOCOL, BucketFileSystem, register
 from tests.unit.data.checksums import assert_checksums
+from titan_growth.data.account import Account
 from titan_growth.data.content import ContentHashes
 from titan_growth.data.corpora import open_corpus
 from titan_growth.data.corpus import Corpus, CorpusSpec
@@ -102,12 +103,14 @@ def splits_of(path: str, fraction: float = 0.0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_folder_is_read_like_one_on_a_disk(scheme: str, put: Put, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_is_read_like_one_on_a_disk(scheme: str, put: Put) -> None:
     url = put(scheme, CORPUS | OTHERS)
     if scheme == PROTOCOL:  # what stores' consoles put where a folder is made
         put(scheme, {"": b"", "sub/": b""})
     assert read(url) == read(f"{url}/") == TEXTS
-    assert "skipped 1 files of other kinds" in caplog.text
+    left_out = open_corpus(CorpusSpec("c4", url)).account().left_out
+    assert left_out["of no known kind"].names == ["picture.png"]
+    assert left_out["hidden"].names == [".git/hidden.txt", "sub/.hidden.txt"]
     assert [read(url, start=start) for start in range(len(TEXTS) + 1)] == [TEXTS[n:] for n in range(len(TEXTS) + 1)]
     assert read(url, "parquet") == ["e0", "e1", "e2"]
     assert read(f"{url}/b.jsonl", "text") == [CORPUS["b.jsonl"].decode()]
@@ -285,9 +288,9 @@ def test_what_is_not_there_is_said_with_key_and_url(scheme: str, put: Put) -> No
     messages = {
         "/nowhere.txt": r"/nowhere\.txt: does not exist\. Name a file, a folder or a glob",
         "/no*.txt": r"/no\*\.txt: the glob matches no file\. Name a file",
-        "/x.png": r"/x\.png: no file of a known kind \(1 others\)",
+        "/x.png": r"/x\.png: no file of a known kind \(of no known kind: x\.png\)",
         "/empty": r"/empty: empty \(0 bytes in 1 files\)",
-        "/wrong": r"/wrong/b\.jsonl:1: no field 'text'; it has: none\. Set text_key",
+        "/wrong": r"/wrong/b\.jsonl:1: no field 'text'; it has: none\. Set data\.text_key",
         "/bad": r"/bad/c\.txt: byte offset 1 is not valid UTF-8",
     }
     for name, message in messages.items():
@@ -302,7 +305,7 @@ def test_what_is_not_there_is_said_with_key_and_url(scheme: str, put: Put) -> No
 def test_an_empty_folder_and_a_saved_dataset(put: Put, tmp_path: Path) -> None:
     (tmp_path / "hollow").mkdir()
     with pytest.raises(
-        DataError, match=r"^training\.dataset_path: file://\S+/hollow: no file of a known kind \(0 others"
+        DataError, match=r"^training\.dataset_path: file://\S+/hollow: no file of a known kind \(nothing is there\)"
     ):
         read(f"file://{tmp_path}/hollow")
     url = put("memory", {"state.json": b"{}", "dataset_info.json": b"{}", "data-00000-of-00001.arrow": b"x"})
@@ -331,7 +334,10 @@ class Nothing(Corpus):
     def fingerprint(self, hashes: ContentHashes) -> str:
         raise AssertionError
 
-    def document_parts(self, start: int = 0) -> Iterator[Any]:
+    def account(self) -> Account:
+        raise AssertionError
+
+    def document_parts(self, start: int = 0, account: Account | None = None) -> Iterator[Any]:
         raise AssertionError
 
 

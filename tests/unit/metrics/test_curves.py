@@ -25,7 +25,7 @@ def curve(name: str, *points: tuple[float, float]) -> Curve:
 def write_run(folder: Path, losses: dict[int, float], *, grows_at: int | None = None, seconds: bool = True) -> Path:
     """A run folder whose steps cost 1 FLOP, 2 tokens and 3 seconds."""
     folder.mkdir()
-    lines = []
+    lines: list[dict[str, object]] = [{"event": "data", "step": 0, "tokens": 0, "flops": 0, "training_data": {}}]
     for step, loss in losses.items():
         costs = {"step": step, "tokens": 2 * step, "flops": step, **({"seconds": 3.0 * step} if seconds else {})}
         lines += [{**costs, "loss": loss + 1}, {**costs, "validation_loss": loss}]

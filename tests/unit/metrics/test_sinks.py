@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from titan_growth.metrics.formatting import format_duration, format_rate
-from titan_growth.metrics.records import GrowthRecord, StepRecord, ValidationRecord
+from titan_growth.metrics.records import DataRecord, GrowthRecord, StepRecord, ValidationRecord
 from titan_growth.metrics.sinks import ConsoleSink, JsonlSink
 from titan_growth.tools.errors import RunFolderError
 
@@ -74,6 +74,14 @@ def test_metrics_validation_and_growth_records_have_exactly_these_keys() -> None
     expected = ["event", "step", "tokens", "flops", "seconds", "from_layers", "to_layers", "loss_before", "loss_after"]
     assert list(GROWTH.to_dict()) == expected
     assert GROWTH.to_dict()["event"] == "growth"
+
+
+def test_metrics_data_record_has_exactly_these_keys() -> None:
+    account = {"kinds": [{"kind": "text", "files": 1}], "left_out": [], "followed_links": {"count": 0, "names": []}}
+    record = DataRecord(training_data=account)
+    assert list(record.to_dict()) == ["event", "step", "tokens", "flops", "seconds", "training_data"]
+    both = json.loads(DataRecord(training_data=account, validation_data=account, seconds=0.0).to_line())
+    assert (both["event"], both["training_data"], both["validation_data"]) == ("data", account, account)
 
 
 def test_metrics_lines_keep_every_bit_of_a_float() -> None:

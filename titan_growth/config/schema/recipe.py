@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from titan_growth.config.schema.data import DataConfig
 from titan_growth.config.schema.growth import GrowthConfig
 from titan_growth.config.schema.model import ModelConfig
 from titan_growth.config.schema.optimizer import OptimizerConfig
@@ -102,8 +103,8 @@ class TrainingConfig(Section):
     """Length, batch and precision of the run, and its corpus."""
 
     dataset: str = "stdlib"
-    """Corpus: "stdlib" (the text of Python's own library), a format ("text", "json", "parquet") for dataset_path, or a
-    Hugging Face dataset name. torchtitan's default is c4_test."""
+    """Corpus: "stdlib" (the text of Python's own library), a format of dataset_path ("text", "json", "csv", "tsv",
+    "parquet", "tar"), or a Hugging Face dataset name. torchtitan's default is c4_test."""
     dataset_path: str | None = None
     """File, folder or glob of the corpus, as a path or URL (s3://...): txt, md, py, jsonl, parquet; gz and zst too."""
     local_batch_size: int = Field(8, ge=1)
@@ -220,33 +221,6 @@ class DebugConfig(Section):
     """Warn instead of an error where there is no deterministic algorithm."""
     log_batch_hash: bool = False
     """Put a hash of each global batch into metrics.jsonl."""
-
-
-class DataConfig(Section):
-    """Tokenizer and preparation of the corpus."""
-
-    tokenizer: Literal["auto", "sentencepiece", "huggingface", "bytes"] = "auto"
-    """auto = by tokenizer_path or model.hf_assets_path, else sentencepiece, trained on the corpus to vocab_size."""
-    tokenizer_path: str | None = None
-    """A sentencepiece .model, a tokenizer.json, or a folder with one of them; a URL is fetched once into the cache."""
-    text_key: str = "text"
-    """Column or JSON key that holds the text."""
-    split: str = "train"
-    """Split of a Hugging Face dataset."""
-    subset: str | None = None
-    """Configuration of a Hugging Face dataset."""
-    bos: bool = True
-    """Put the tokenizer's BOS before each document."""
-    eos: bool = True
-    """Put the tokenizer's EOS after each document."""
-    document_mask: bool = False
-    """Attention stays inside a document, and positions restart with it."""
-    validation_fraction: float = Field(0.01, ge=0, le=0.5)
-    """Share of the corpus held out for validation."""
-    shuffle: bool = True
-    """Visit the blocks of each epoch in a random order fixed by debug.seed."""
-    cache_dir: str | None = None
-    """Where prepared data is kept, a folder on a disk. Default: $TITAN_GROWTH_CACHE, else the user's cache folder."""
 
 
 class Recipe(Section):

@@ -1,0 +1,144 @@
+"""Tar archives, webdataset shards among them, read as a stream from beginning to end.
+
+A member is read as a file of its extension. Members whose names agree up to the first dot are one sample, as webdataset
+has it, and a sample is one document: its plain text if it has one, else its JSON.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, cast
+
+from titan_growth.data.account import Account
+from titan_growth.data.readers.files import JSON, PARQUET, TAR, TEXT, kind_of
+from titan_growth.data.readers.place import Place, UnusableError
+from titan_growth.data.readers.utf8 import LONGEST_RECORD_BYTES, too_long
+
+_LONGEST_HEADER_BYTES = 1 << 20
+_EXTENDED_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+_FIX = "Copy it or write it again"
+OTHER_MEMBERS = "members of archives that hold no text"
+SECOND_TEXTS = "JSON beside a text of the same sample"
+
+
+class _Member(tarfile.TarInfo):
+    """A member's header. The library takes a damaged one for the end of the archive; here it is an error."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> _Member:
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _EXTENDED_HEADERS and found.size > _LONGEST_HEADER_BYTES:
+            raise UnusableError(f"the archive is damaged (a header of {found.size:,} bytes)", _FIX)
+        if found.size < 0:
+            raise UnusableError("the archive is damaged (a negative size)", _FIX)
+        return found
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> _Member:
+        try:
+            found = super().fromtarfile(tarfile)
+        except _END:
+            tarfile.has_end = True
+            raise
+        except _NOTHING_LEFT:
+            if not getattr(tarfile, "has_end", False):  # the first header is read before the archive is made
+                raise UnusableError("the archive is truncated (it has no end mark)", _FIX) from None
+            raise
+        except _DAMAGES as error:
+            raise UnusableError(f"the archive is truncated or damaged ({error})", _FIX) from error
+        tarfile.has_end = False
+        return found
+
+
+_END = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+_NOTHING_LEFT = tarfile.EmptyHeaderError  # type: ignore[attr-defined]
+_DAMAGES = (tarfile.HeaderError, tarfile.TarError)
+
+
+@dataclass
+class Member:
+    """A member that holds documents, to be used up before the next."""
+
+    kind: str
+    suffix: str
+    """Its last extension, which says whether it is compressed."""
+    stream: io.BufferedReader
+
+
+class Archive:
+    """The members of an archive that hold text; the others are left out by name."""
+
+    def __init__(self, stream: io.BufferedReader, place: Place, account: Account) -> None:
+        self._stream = stream
+        self._place = place
+        self._account = account
+        self._json: tuple[str, PurePosixPath, bytes] | None = None
+        """A sample's JSON (sample, name, content), held back until it is clear that no plain text comes."""
+        self._sample_with_text = ""
+
+    def members(self) -> Iterator[Member]:
+        """Raises UnusableError for a damaged or truncated archive."""
+        # Zero blocks are skipped because archives may be concatenated.
+        with tarfile.open(fileobj=self._stream, mode="r|", tarinfo=_Member, ignore_zeros=True) as archive:
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # or it keeps every header
+                if not info.isdir():
+                    yield from self._documents_of(archive, info)
+        yield from self._held_back()
+
+    def _documents_of(self, archive: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[Member]:
+        """What of a member, and of a sample that it ends, is read."""
+        name = PurePosixPath(info.name)
+        sample = str(name.parent / name.name.split(".", 1)[0])
+        if self._json is not None and self._json[0] != sample:
+            yield from self._held_back()
+        kind = kind_of(name)
+        is_hidden = any(part.startswith(".") for part in name.parts if part not in (".", ".."))
+        if kind in (None, PARQUET, TAR) or is_hidden or not info.isreg():
+            self._leave_out(OTHER_MEMBERS, name)
+        elif name.suffix.lower() == ".json":
+            self._hold_back(archive, info, sample, name)
+        else:
+            if kind == TEXT:
+                self._sample_with_text = sample
+                self._drop_json()
+            self._place.enter(info.name)
+            stream = archive.extractfile(info)
+            assert stream is not None, "a regular member has content"
+            yield Member(str(kind), name.suffix, cast(io.BufferedReader, stream))
+
+    def _hold_back(self, archive: tarfile.TarFile, info: tarfile.TarInfo, sample: str, name: PurePosixPath) -> None:
+        self._place.enter(info.name)
+        if sample == self._sample_with_text:
+            self._leave_out(SECOND_TEXTS, name)
+            return
+        if info.size > LONGEST_RECORD_BYTES:
+            raise too_long("a .json member")
+        stream = archive.extractfile(info)
+        assert stream is not None, "a regular member has content"
+        self._json = (sample, name, stream.read())
+
+    def _held_back(self) -> Iterator[Member]:
+        """The JSON of a sample without plain text."""
+        if self._json is not None:
+            (_, name, content), self._json = self._json, None
+            self._place.enter(str(name))
+            yield Member(JSON, name.suffix, io.BufferedReader(cast(io.RawIOBase, io.BytesIO(content))))
+
+    def _drop_json(self) -> None:
+        if self._json is not None:
+            self._leave_out(SECOND_TEXTS, self._json[1])
+            self._json = None
+
+    def _leave_out(self, reason: str, name: PurePosixPath) -> None:
+        self._account.leave_out(reason, f"{self._place.name}: {name}")
