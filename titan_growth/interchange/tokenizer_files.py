@@ -121,7 +121,10 @@ def _from_recipe(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
     if wanted is not None and tokenizer.fingerprint()[: len(wanted)] != wanted:
         return ExportedTokenizer(f"without tokenizer: {path} is not the one the model was trained with")
     if path is not None and path.is_dir() and isinstance(tokenizer, HuggingFaceTokenizer):
-        return _copied(path, f"the tokenizer of {path}")
+        copied = _copied(path, f"the tokenizer of {path}")
+        if not (path / CONFIG).is_file():
+            copied.tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        return copied
     return _made(tokenizer, recipe)
 
 

@@ -12,13 +12,17 @@ import pytest
 from tests.harness import run_ranks
 from tests.hugging_face import edit_config
 from tests.runs import make_recipe, train
-from titan_growth.checkpoint.folder import open_step
+from tests.unit.data.torchtitan_assets import write_debug_tokenizer
+from titan_growth.checkpoint.folder import StepFolder, open_step
+from titan_growth.checkpoint.history import Progress
+from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.commands.export import export_folder
 from titan_growth.commands.import_ import main as import_main
 from titan_growth.data.corpora import open_corpus
 from titan_growth.data.corpus import CorpusSpec
 from titan_growth.data.storage import cache_root
 from titan_growth.data.tokenizers import BytesTokenizer, Tokenizer, TokenizerSpec, load_or_train, load_tokenizer
+from titan_growth.interchange.tokenizer_files import checked_assets, copy_assets, tokenizer_of
 
 TEXTS = ["the model grows\n\n\tfrom 1234 layers ", "  indented, gr\u00fcn \u4f60\u597d \U0001f9ea", "a"]
 
@@ -106,3 +110,23 @@ def test_the_tokenizer_travels_through_an_import(tmp_path: Path) -> None:
     export_folder(tmp_path / "step-0", tmp_path / "again")
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
     assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == [257, 3]
+
+
+def test_added_tokens_travel_from_a_folder_of_nothing_but_a_tokenizer(tmp_path: Path) -> None:
+    """BOS and EOS stand in tokenizer_config.json only, as in torchtitan's; an import copies the same files."""
+    import transformers
+
+    assets = write_debug_tokenizer(tmp_path / "assets")
+    ours = load_tokenizer(assets)
+    data = {"tokenizer": ours.fingerprint()[:16]}
+    manifest = Manifest(Progress(), 1, 1, "", model_only=True, permanent=False, metrics_offset=0, data=data)
+    recipe = make_recipe(tmp_path / "run", data__tokenizer="auto", data__tokenizer_path=str(assets))
+    exported = tokenizer_of(StepFolder(tmp_path, manifest), recipe)
+    assert exported.tokens == {"bos_token_id": 2002, "eos_token_id": 2003}
+    for name in ("out", "imported"):
+        (tmp_path / name).mkdir()
+    exported.write(tmp_path / "out")
+    copy_assets(checked_assets(tmp_path / "out"), tmp_path / "imported")
+    copy, theirs = load_tokenizer(tmp_path / "imported"), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (copy.bos_id, copy.eos_id, copy.fingerprint()) == (2002, 2003, ours.fingerprint())
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (2002, 2003)
