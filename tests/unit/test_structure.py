@@ -18,8 +18,8 @@ def package() -> Structure:
 
 def test_the_package_keeps_its_shape(package: Structure) -> None:
     assert len(package.top_modules) <= 8
-    # 2,700 above 25,000: five more kinds of corpora, links, rows and the table of what is left out; documents are encoded as
-    # wholes, and special tokens are those of the files beside a tokenizer.json.
+    # 2,700 above 25,000: more kinds of corpora and the account of what is left out, tokens of whole documents, special
+    # tokens, initial weights and parameter groups.
     assert sum(package.lines.values()) <= 27_900
     assert package.long_files == []
     assert package.mean_length <= 9.7
