@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_growth.config.loader import with_values
+from titan_growth.config.schema.data import DataConfig
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.data.account import log_table
 from titan_growth.data.blocks import BlockDataset
@@ -124,7 +125,7 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool, rehash:
     rows = {name: getattr(data, name) for name in ("text_key", "split", "subset", "on_bad_row", "max_bad_rows")}
     corpus = prepare(
         CorpusSpec(training.dataset, training.dataset_path, **rows),
-        _tokenizer_spec(recipe, vocab_size),
+        _tokenizer_spec(data, recipe.model.hf_assets_path, vocab_size),
         validation_fraction=data.validation_fraction,
         **settings,
     )
@@ -152,8 +153,7 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool, rehash:
     return RunData(corpus, held_out, {**others, **input_hashes(recipe, hashes)}, account)
 
 
-def _tokenizer_spec(recipe: Recipe, vocab_size: int) -> TokenizerSpec:
-    data, assets = recipe.data, recipe.model.hf_assets_path
+def _tokenizer_spec(data: DataConfig, assets: str | None, vocab_size: int) -> TokenizerSpec:
     return TokenizerSpec(data.tokenizer, data.tokenizer_path, assets, vocab_size, data.allow_special_tokens)
 
 
@@ -166,7 +166,7 @@ def planned_tokenizer(recipe: Recipe) -> list[str]:
         DataError: for what a run would be refused for.
     """
     vocab_size = vocab_size_of(recipe.model)
-    spec = _tokenizer_spec(recipe, vocab_size)
+    spec = _tokenizer_spec(recipe.data, recipe.model.hf_assets_path, vocab_size)
     if spec.source is not None and is_remote(spec.source):
         return [f"tokenizer: {spec.source} is not looked at"]
     if spec.source is not None and not Path(spec.source).expanduser().exists():
