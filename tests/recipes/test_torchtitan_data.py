@@ -214,9 +214,10 @@ def test_plan_and_check_refuse_a_tokenizer_alike(
 
 @pytest.mark.slow
 def test_the_debug_recipe_trains_in_a_checkout(tmp_path: Path) -> None:
-    """Five steps of the recipe, verbatim."""
+    """Five steps of the recipe, verbatim but for the size of a batch and a type that a CPU multiplies fast."""
     checkout(tmp_path)
-    words = ["--job.config_file", "recipe.toml", "--training.steps", "5"]
+    words = ["--job.config_file", "recipe.toml", "--training.steps", "5", "--training.local_batch_size", "1"]
+    words += ["--training.mixed_precision_param", "float32"]
     status, output = ended(lambda: train_main(words), folder=tmp_path, environ=dict(os.environ))
     assert status == 0, output
     assert "tests/assets/tokenizer" in output

@@ -48,7 +48,7 @@ from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
 
 _JOURNAL_NAME = "journal.json"
-_BATCH_CHARS = min(max(1 << 21, (os.cpu_count() or 1) * SEGMENT_CHARS), 1 << 23)  # a window for every core
+_BATCH_CHARS = min(max(1 << 20, (os.cpu_count() or 1) * SEGMENT_CHARS), 1 << 23)  # a window for every core
 _BATCH_WINDOWS = 1024
 _TRIES = 3
 """How often a corpus may turn out to be another one than remembered before its preparation begins."""
