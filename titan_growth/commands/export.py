@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
@@ -63,7 +62,7 @@ _LINE.plugins()
 def main(args: Namespace) -> int:
     """Writes the folder; returns the exit status."""
     load_plugins(args.plugins)
-    print(export_folder(folder_at(args.source), Path(args.target), dtype=args.dtype, plugins=args.plugins))
+    print(export_folder(folder_at(args.source), Path(args.target), dtype=args.dtype))
     return 0
 
 
@@ -85,14 +84,12 @@ def export_folder(
     target: Path,
     *,
     dtype: str | None = None,
-    plugins: Sequence[str] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> str:
     """Writes a Hugging Face folder; returns one line about it.
 
     Args:
         dtype: of the weights; None keeps them as stored.
-        plugins: those loaded already.
 
     Raises:
         ConfigError: when the source is not there, or the target in the way.
@@ -101,7 +98,7 @@ def export_folder(
     """
     if source.is_dir() and is_hugging_face(source):
         raise ConfigError([Problem("--from", f"{source} is a Hugging Face folder already", "Name a step-N folder")])
-    opened = open_source(source, plugins)
+    opened = open_source(source)
     require_new(target, source)
     reader = opened.reader()
     weights = _weights(opened, reader, dtype)

@@ -86,7 +86,7 @@ def grow_checkpoint(
     """Writes the grown model of a step folder into another one; returns one line about it.
 
     Args:
-        plugins: those loaded already.
+        plugins: those loaded besides the recipe's.
 
     Raises:
         ConfigError: when the growth does not fit the model, or the target is in the way.
@@ -94,7 +94,7 @@ def grow_checkpoint(
         GrowthError: when what was written is wrong. Nothing is committed then.
     """
     began = time.perf_counter()
-    opened = open_any(source, plugins)
+    opened = open_any(source)
     folder, recipe = opened.folder, opened.recipe
     growth = _map(opened.config, planned)
     require_new(target, source)

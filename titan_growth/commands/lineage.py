@@ -12,7 +12,7 @@ from titan_growth.checkpoint.history import GrowthEvent, RollBack
 from titan_growth.commands.args import CommandLine
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
 from titan_growth.tools.location import folder_at
-from titan_growth.tools.text import many
+from titan_growth.tools.text import many, sources
 
 _LINE = CommandLine(
     "lineage",
@@ -56,8 +56,7 @@ def _event(event: GrowthEvent, prefix: str) -> Iterator[str]:
     sizes = ", ".join(f"{key} {event.from_sizes.get(key)} -> {event.to_sizes[key]}" for key in changed)
     yield f"{prefix}step {event.step:,}: {event.operator}, {sizes or 'no change of size'}"
     yield f"    {event.tokens:,} tokens, {event.flops:.4e} FLOPs until then; read from {event.source}"
-    if len(event.layer_map) <= 64:
-        yield f"    layers from {' '.join('new' if one is None else str(one) for one in event.layer_map)}"
+    yield f"    layers from {sources(event.layer_map)}"
     losses = ""
     if event.loss_before is not None and event.loss_after is not None:
         losses = f"; held-out loss {event.loss_before:.4f} -> {event.loss_after:.4f}"

@@ -17,9 +17,10 @@ from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.checkpoint.steps import step_numbers, step_path
 from titan_growth.commands.args import CommandLine
 from titan_growth.commands.source import committed
+from titan_growth.config.plugins import load_plugins
 from titan_growth.models.roles import OPTIMIZER_PREFIX
 from titan_growth.run.vet import problem_of, whole_problem
-from titan_growth.tools.errors import CheckpointError, TitanGrowthError, print_error
+from titan_growth.tools.errors import CheckpointError, ConfigError, TitanGrowthError, print_error
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.text import gib, many, one_line
 
@@ -27,14 +28,16 @@ _LINE = CommandLine(
     "verify",
     "Checks step folders in full: every file, every tensor. Nothing in a checkpoint is run.",
     example="outputs/checkpoint",
-    statuses="0 all are complete, 1 one or more are not, 2 wrong arguments",
+    statuses="0 all are complete, 1 one or more are not, 2 wrong arguments, or a plugin is missing",
 )
+_LINE.plugins()
 _LINE.words("FOLDER", "A step folder, or a folder of them to check them all.", dest="folders", many=True)
 
 
 @_LINE.command
 def main(args: Namespace) -> int:
     """Checks the folders; returns the exit status."""
+    load_plugins(args.plugins)
     status = 0
     for word in args.folders:
         try:
@@ -46,6 +49,8 @@ def main(args: Namespace) -> int:
         for folder in folders:
             try:
                 print("\n".join(verified(folder)), flush=True)
+            except ConfigError as error:
+                status = print_error(error)
             except TitanGrowthError as error:
                 place = f" (in {path.parent})" if len(args.folders) > 1 else ""
                 print(f"error: {one_line(str(error))}{place}", flush=True)
@@ -54,7 +59,12 @@ def main(args: Namespace) -> int:
 
 
 def verified(path: Path) -> Iterator[str]:
-    """What a step folder holds, line by line. Raises CheckpointError when it is not whole."""
+    """What a step folder holds, line by line.
+
+    Raises:
+        CheckpointError: when it is not whole.
+        ConfigError: when its recipe means nothing without plugins that have not been loaded.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
     folder = committed(path)

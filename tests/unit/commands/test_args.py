@@ -17,7 +17,7 @@ OWN = {
     "--optimizer-state --optimizer-step --options --seed --plugins",
     "import": "--from --to",
     "export": "--from --to --dtype --plugins",
-    "verify": "FOLDER",
+    "verify": "--plugins FOLDER",
     "lineage": "STEP_FOLDER",
     "probe": "--from --operator --stage --steps --num-ranks --to --plugins --factor --layer-map --n-layers --dim "
     "--n-heads --n-kv-heads --hidden-dim --noise --optimizer-state --optimizer-step --options --mask-steps --lr-policy "

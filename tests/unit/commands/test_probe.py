@@ -218,7 +218,7 @@ def test_plugins_of_a_checkpoint_are_named_and_not_imported(
     files = {**step.manifest.files, "recipe.toml": file_entry(tmp_path / "step-6" / "recipe.toml")}
     write_manifest(tmp_path / "step-6", replace(step.manifest, files=files))
     assert probe_main(["--from", str(tmp_path / "step-6"), "--operator", "stack", "--factor", "2"]) == 2
-    assert "If you trust them, give --plugins not_there" in capsys.readouterr().out
+    assert "If you trust it, add --plugins not_there" in capsys.readouterr().out
 
 
 def outcome(name: str, loss: float, **more: object) -> Outcome:

@@ -67,7 +67,7 @@ def _probe(args: Namespace, keys: list[str]) -> int:
     if problems := list(key_problems(keys)):
         raise ConfigError(problems)
     load_plugins(args.plugins)
-    source = open_source(Path(args.source), args.plugins)
+    source = open_source(Path(args.source))
     candidates = candidates_of(args.operator, args.stage, settings_of(args, SHARED), source)
     outcomes: list[Outcome] = []
     with work_folder(args.to, source) as folder:
