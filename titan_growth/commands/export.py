@@ -17,7 +17,8 @@ from torch import Tensor
 
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.commands.args import CommandLine
-from titan_growth.commands.source import Source, open_source, whole_tensor
+from titan_growth.commands.foreign import open_with_recipe
+from titan_growth.commands.source import Source, whole_tensor
 from titan_growth.commands.target import new_folder, require_new
 from titan_growth.config.plugins import load_plugins
 from titan_growth.interchange.config_json import config_json, layout_of
@@ -53,8 +54,9 @@ _LINE = CommandLine(
     example="--from outputs/checkpoint/step-5000 --to exported",
     statuses="0 written and read back, 1 failed, 2 wrong arguments",
 )
-_LINE.source_and_target("A committed step folder, written on any mesh.", "The folder to write.")
+_LINE.source_and_target("A committed step folder, written on any mesh, or one of torchtitan.", "The folder to write.")
 _LINE.option("--dtype", "TYPE", f"{', '.join(_DTYPES)}. Default: as stored.", _dtype)
+_LINE.recipe_of_another()
 _LINE.plugins()
 
 
@@ -62,7 +64,7 @@ _LINE.plugins()
 def main(args: Namespace) -> int:
     """Writes the folder; returns the exit status."""
     load_plugins(args.plugins)
-    print(export_folder(folder_at(args.source), Path(args.target), dtype=args.dtype))
+    print(export_folder(folder_at(args.source), Path(args.target), dtype=args.dtype, recipe_file=args.recipe_file))
     return 0
 
 
@@ -85,11 +87,13 @@ def export_folder(
     *,
     dtype: str | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    recipe_file: str | None = None,
 ) -> str:
     """Writes a Hugging Face folder; returns one line about it.
 
     Args:
         dtype: of the weights; None keeps them as stored.
+        recipe_file: has the model of a step folder of another program.
 
     Raises:
         ConfigError: when the source is not there, or the target in the way.
@@ -98,7 +102,7 @@ def export_folder(
     """
     if source.is_dir() and is_hugging_face(source):
         raise ConfigError([Problem("--from", f"{source} is a Hugging Face folder already", "Name a step-N folder")])
-    opened = open_source(source)
+    opened = open_with_recipe(source, recipe_file)
     require_new(target, source)
     reader = opened.reader()
     weights = _weights(opened, reader, dtype)

@@ -10,6 +10,7 @@ from pathlib import Path
 from titan_growth.checkpoint.folder import StepFolder, open_step
 from titan_growth.checkpoint.history import GrowthEvent, RollBack
 from titan_growth.commands.args import CommandLine
+from titan_growth.commands.described import described, is_foreign
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.text import many, sources
@@ -36,9 +37,12 @@ def main(args: Namespace) -> int:
 
 def lineage_lines(path: Path) -> Iterator[str]:
     """The lines of the report. Raises CheckpointError when there is no checkpoint, or its lineage cannot be read."""
+    if path.is_dir() and is_foreign(path):
+        yield f"{path}: written by another program, such as torchtitan: no growths and no counters are known"
+        return
     folder = open_step(path)
     if folder is None:
-        raise CheckpointError(f"{path}: is no committed checkpoint. Name a step-N folder")
+        raise CheckpointError(f"{path}: is no committed checkpoint: {described(path)}")
     lineage = folder.lineage()
     for event in lineage.ancestors:
         yield from _event(event, "before this run, ")

@@ -14,6 +14,7 @@ from titan_growth.checkpoint.folder import LINEAGE, RECIPE, StepFolder, open_ste
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
+from titan_growth.commands.described import described
 from titan_growth.config.loader import with_values
 from titan_growth.config.plugins import require_plugins
 from titan_growth.config.schema.recipe import Recipe
@@ -51,7 +52,7 @@ def committed(path: Path) -> StepFolder:
     """A step folder. Raises CheckpointError when it was never committed."""
     folder = open_step(path)
     if folder is None:
-        raise RefusedCheckpointError(str(path), "it has no manifest, so it was never committed")
+        raise RefusedCheckpointError(str(path), described(path))
     return folder
 
 
@@ -79,7 +80,7 @@ def open_source(path: Path) -> Source:
     return Source(folder, *history)
 
 
-class _NeverRun(StepFolder):
+class NeverRun(StepFolder):
     """Stands in for a step folder: weights that no run has written."""
 
     def lineage(self) -> Lineage:
@@ -107,7 +108,7 @@ def open_hugging_face(path: Path) -> HuggingFaceSource:
     recipe = recipe_for(reader.opened)
     chain = chain_of(recipe.growth, reader.opened.config, found := Findings())
     assert chain is not None, f"a recipe without growths has no chain: {found.problems}"
-    return HuggingFaceSource(_NeverRun(path, new_manifest(reader.opened)), recipe, chain, Lineage(), reader)
+    return HuggingFaceSource(NeverRun(path, new_manifest(reader.opened)), recipe, chain, Lineage(), reader)
 
 
 def new_manifest(opened: HuggingFaceFolder) -> Manifest:

@@ -16,6 +16,8 @@ from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.checkpoint.steps import step_numbers, step_path
 from titan_growth.commands.args import CommandLine
+from titan_growth.commands.described import is_foreign
+from titan_growth.commands.foreign import foreign_lines
 from titan_growth.commands.source import committed
 from titan_growth.config.plugins import load_plugins
 from titan_growth.models.roles import OPTIMIZER_PREFIX
@@ -30,6 +32,7 @@ _LINE = CommandLine(
     example="outputs/checkpoint",
     statuses="0 all are complete, 1 one or more are not, 2 wrong arguments, or a plugin is missing",
 )
+_LINE.recipe_of_another()
 _LINE.plugins()
 _LINE.words("FOLDER", "A step folder, or a folder of them to check them all.", dest="folders", many=True)
 
@@ -48,7 +51,7 @@ def main(args: Namespace) -> int:
             continue
         for folder in folders:
             try:
-                print("\n".join(verified(folder)), flush=True)
+                print("\n".join(verified(folder, args.recipe_file)), flush=True)
             except ConfigError as error:
                 status = print_error(error)
             except TitanGrowthError as error:
@@ -58,8 +61,11 @@ def main(args: Namespace) -> int:
     return status
 
 
-def verified(path: Path) -> Iterator[str]:
+def verified(path: Path, recipe_file: str | None = None) -> Iterator[str]:
     """What a step folder holds, line by line.
+
+    Args:
+        recipe_file: has the model of folders of another program.
 
     Raises:
         CheckpointError: when it is not whole.
@@ -67,6 +73,9 @@ def verified(path: Path) -> Iterator[str]:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
+    if recipe_file is not None and is_foreign(path):
+        yield from foreign_lines(path, recipe_file)
+        return
     folder = committed(path)
     # In this order: an untrusted file may be absurdly large, and is read only once its size is known to be right.
     if damage := folder.damage(checksums=False) or problem_of(folder) or whole_problem(folder):

@@ -30,7 +30,7 @@ from titan_growth.checkpoint.folder import open_step, root_of
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.rewind import RollBackError
 from titan_growth.checkpoint.search import find_checkpoint
-from titan_growth.commands.check import main as preflight_main
+from titan_growth.commands.check import preflight as preflight_main
 from titan_growth.commands.lineage import main as lineage_main
 from titan_growth.commands.source import open_source
 from titan_growth.commands.verify import main as verify_main
