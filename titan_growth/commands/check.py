@@ -109,6 +109,7 @@ def _check(argv: list[str], rehash: bool, *, launching: bool) -> int:
     if isinstance(start, Finished):
         if rehash or not launching:
             require_same_data(start.checkpoint, prepared())
+        _say_if_read(rehash, start.checkpoint)
         logger.info("%s", start.message)
         return NOTHING_TO_DO
     start.log()
@@ -119,7 +120,14 @@ def _check(argv: list[str], rehash: bool, *, launching: bool) -> int:
         if start.checkpoint is None and recipe.checkpoint.enable and recipe.checkpoint.initial_load_path is not None:
             check_initial(start.plan)
     require_same_data(start.checkpoint, prepared())
+    _say_if_read(rehash, start.checkpoint)
     return 0
+
+
+def _say_if_read(rehash: bool, checkpoint: StepFolder | None) -> None:
+    if rehash:
+        same = "" if checkpoint is None else f": they are those that {checkpoint.path.name} was trained with"
+        logger.info("corpora, prepared data and initial weights were read in full%s", same)
 
 
 def _recipe(argv: list[str]) -> Recipe:

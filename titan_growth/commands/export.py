@@ -112,7 +112,7 @@ def export_folder(
     shapes = {name: (weight.dtype, weight.shape) for name, weight in weights.items()}
     num_bytes = total_bytes(shapes.values())
     with new_folder(target, num_bytes, "the model"):
-        tokenizer = tokenizer_of(opened.folder, opened.recipe)
+        tokenizer = tokenizer_of(opened.folder, opened.recipe, table["max_position_embeddings"])
         files = _files(shapes, max_file_bytes)
         for name, names in files.items():
             write_file(target / name, {one: shapes[one] for one in names}, lambda one: weights[one].made(reader))
@@ -123,9 +123,12 @@ def export_folder(
             index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
             write_atomic(target / INDEX, json.dumps(index, indent=2) + "\n")
         write_atomic(target / CONFIG, json.dumps({**table, **tokenizer.tokens}, indent=2, sort_keys=True) + "\n")
+    trained = max(stage.seq_len or 0 for stage in (opened.recipe.training, *opened.recipe.growth.active_stages))
+    length = table["max_position_embeddings"]
+    note = f"; trained on {trained:,} tokens a sequence, config.json allows {length:,}" if trained < length else ""
     return (
         f"{target}: {opened.config.num_params:,} parameters of step {opened.folder.step:,} as "
-        f"{table['architectures'][0]}, {gib(num_bytes)} in {many(len(files), 'file')}; {tokenizer.summary}"
+        f"{table['architectures'][0]}, {gib(num_bytes)} in {many(len(files), 'file')}; {tokenizer.summary}{note}"
     )
 
 

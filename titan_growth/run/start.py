@@ -32,6 +32,7 @@ from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import is_remote
 from titan_growth.tools.logs import logger
 from titan_growth.tools.run_folder import RunFolder
+from titan_growth.tools.text import some
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Finished:
     @property
     def message(self) -> str:
         """What to say then."""
-        ignored = f" Without effect: {'; '.join(self.changes)}." if self.changes else ""
+        changes = [line.partition(": ")[2] for line in self.changes]
+        ignored = f" Changed since, without effect: {some(changes)}." if changes else ""
         return (
             f"nothing to do: this run is finished at step {self.checkpoint.step} ({self.checkpoint.path}).{ignored} "
             "Raise training.steps to go on, or name another job.dump_folder"

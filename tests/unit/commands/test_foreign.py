@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,10 @@ def test_it_is_verified_and_exported_with_a_recipe(
     status, text = said(capsys, "export", "--from", step, "--to", tmp_path / "out", *recipe)
     assert status == 0
     assert "127,392 parameters of step 3 as LlamaForCausalLM" in text
+    assert text.endswith("; trained on 32 tokens a sequence, config.json allows 131,072\n")
+    config, tokenizer = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in
+                         ("config", "tokenizer_config"))  # fmt: skip
+    assert config["max_position_embeddings"] == tokenizer["model_max_length"] == 131_072
     stored = HuggingFaceReader(tmp_path / "out")
     assert "layers.3.ffn_norm.weight" in stored.tensor_entries()
 

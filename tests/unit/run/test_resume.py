@@ -254,10 +254,10 @@ def ended(folder: Path, **changes: Any) -> Finished:
 def test_what_changed_since_a_run_was_finished_is_named(finished: Path) -> None:
     """With `nothing to do` alone, the user would take the new setting for what was trained."""
     assert ended(finished).changes == ()
-    assert "Without effect" not in ended(finished).message
+    assert "without effect" not in ended(finished).message
     left_open = {"debug__seed": None, "training__global_batch_size": -1, "training__mixed_precision_param": "auto"}
     assert ended(finished, **left_open).changes == (), "what is left open is as the run has decided it"
-    assert "Without effect: changed since step-100: optimizer.lr = 0.02 (was 0.0008). Raise training.steps" in (
+    assert "Changed since, without effect: optimizer.lr = 0.02 (was 0.0008). Raise training.steps" in (
         ended(finished, optimizer__lr=0.02).message
     )
     with pytest.raises(ConfigError) as caught:
