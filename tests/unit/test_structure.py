@@ -18,8 +18,9 @@ def package() -> Structure:
 
 def test_the_package_keeps_its_shape(package: Structure) -> None:
     assert len(package.top_modules) <= 8
-    # Raised from 25,000: what the author of a plugin is told (stages/flaws.py, growth/operators/checked.py).
-    assert sum(package.lines.values()) <= 25_400
+    # Raised from 25,000: what the author of a plugin is told (stages/flaws.py, growth/operators/checked.py), folders of
+    # other programs on the command line (commands/foreign.py, commands/described.py), the help of `launch`.
+    assert sum(package.lines.values()) <= 25_750
     assert package.long_files == []
     assert package.mean_length <= 9.7
     assert package.longest.length <= 57, package.longest

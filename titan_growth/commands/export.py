@@ -123,7 +123,8 @@ def export_folder(
             index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
             write_atomic(target / INDEX, json.dumps(index, indent=2) + "\n")
         write_atomic(target / CONFIG, json.dumps({**table, **tokenizer.tokens}, indent=2, sort_keys=True) + "\n")
-    trained = max(stage.seq_len or 0 for stage in (opened.recipe.training, *opened.recipe.growth.active_stages))
+    later = (stage.seq_len or 0 for stage in opened.recipe.growth.active_stages[: len(opened.lineage.events)])
+    trained = max([opened.recipe.training.seq_len, *later])
     length = table["max_position_embeddings"]
     note = f"; trained on {trained:,} tokens a sequence, config.json allows {length:,}" if trained < length else ""
     return (

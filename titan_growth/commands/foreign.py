@@ -22,7 +22,6 @@ from titan_growth.commands.source import NeverRun, Source, open_any
 from titan_growth.config.loader import inspect_recipe, with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import Chain
-from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.run.initial import tied_names
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem
@@ -64,7 +63,10 @@ def open_foreign(path: Path, recipe_file: str) -> ForeignSource:
     """
     if not path.is_dir():
         raise ConfigError([Problem("--from", f"{path}: no such folder", "Name a step-N folder")])
-    recipe, config = _model_of(recipe_file)
+    recipe = _recipe(recipe_file)
+    config = model_config_of(recipe.model, found := Findings())
+    found.raise_if_any()
+    assert config is not None, "a model without problems has sizes"
     step = step_of(path.name) if is_step_name(path.name) else 0
     manifest = Manifest(
         progress=Progress(step=step),
@@ -86,14 +88,12 @@ def open_foreign(path: Path, recipe_file: str) -> ForeignSource:
     return opened
 
 
-def _model_of(recipe_file: str) -> tuple[Recipe, DecoderConfig]:
+def _recipe(recipe_file: str) -> Recipe:
+    """A recipe whose [model] is taken as it is, without growths."""
     recipe = inspect_recipe(["--job.config_file", recipe_file], found := Findings())
     found.raise_if_any()
     assert recipe is not None, "a recipe without problems can be made"
-    config = model_config_of(recipe.model, found)
-    found.raise_if_any()
-    assert config is not None, "a model without problems has sizes"
-    return with_values(recipe, {"growth.stages": [], "growth.base": {}}), config
+    return with_values(recipe, {"growth.stages": [], "growth.base": {}})
 
 
 def foreign_lines(path: Path, recipe_file: str) -> Iterator[str]:

@@ -131,12 +131,17 @@ def draw(curves: Sequence[Curve], target: Path, title: str = "") -> str:
     if title:
         figure.suptitle(title, fontsize=11)
     try:
-        figure.savefig(target, dpi=130)
-    except OSError as error:
-        raise ConfigError([Problem("--to", f"{target}: {error.strerror or error}")]) from None
+        _save(figure, target)
     finally:
         pyplot.close(figure)
     return left_out
+
+
+def _save(figure: Any, target: Path) -> None:
+    try:
+        figure.savefig(target, dpi=130)
+    except OSError as error:
+        raise ConfigError([Problem("--to", f"{target}: {error.strerror or error}")]) from None
 
 
 def _x_axis(panel: Any, cost: str, largest: float) -> None:

@@ -55,6 +55,10 @@ def flaws(stage: type[Any], other: type[Any] | None, *, is_taken: bool) -> Itera
     else:
         yield from _strange_names(where, stage)
         yield from _strange_methods(where, stage)
+    yield from _half_a_table(where, stage)
+
+
+def _half_a_table(where: str, stage: type[Any]) -> Iterator[Problem]:
     table, settings = getattr(stage, "table", ""), getattr(stage, "settings", None)
     if bool(table) != (settings is not None):
         given, lacking = ("table", "settings") if table else ("settings", "table")

@@ -90,6 +90,10 @@ def _wrong_map(operator: Operator, before: DecoderConfig, growth: GrowthMap) -> 
         yield f"`after` has another {others[0]}, which no growth changes"
     yield from _wrong_layers(operator, growth)
     yield from _wrong_axes(operator, growth)
+    yield from _wrong_settings(growth)
+
+
+def _wrong_settings(growth: GrowthMap) -> Iterator[str]:
     for name in ("silent_copies", "rescale_norms", "masked", "learned"):
         if not isinstance(getattr(growth, name), bool):
             yield f"`{name}` is {_shown(getattr(growth, name))}, not True or False"
