@@ -31,7 +31,7 @@ class RunFolder:
     def require_no_file(self) -> None:
         """Raises RunFolderError when a file is where the folder, or one of its parents, has to be."""
         for path in (self.path, *self.path.parents):
-            if path.is_file():
+            if os.path.isfile(path):  # False where that cannot be told: `create` says why
                 which = "it" if path == self.path else str(path)
                 raise self._error(f"{which} is a file. Remove it, or name another folder")
 
