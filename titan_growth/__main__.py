@@ -26,7 +26,7 @@ COMMANDS = {
 _ELSEWHERE = {
     "train": "titan_growth.train",
     "import": "titan_growth.commands.import_",
-    "launch": "titan_growth.launch.launcher",
+    "launch": "titan_growth.launch.command",
     "probe": "titan_growth.commands.probe.command",
 }
 """Modules of commands that are not `titan_growth.commands.<word>`."""

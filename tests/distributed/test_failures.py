@@ -31,8 +31,8 @@ from titan_growth.stages.order import register_stage
 class Sleeper(QuietStage):
     name = "sleeper"
 
-    def before_step(self, parts, step):
-        if step == 6 and os.environ["RANK"] == "1":
+    def before_step(self, parts, context):
+        if context.step == 6 and os.environ["RANK"] == "1":
             time.sleep(600)
 '''
 

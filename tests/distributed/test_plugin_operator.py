@@ -51,11 +51,21 @@ def run(folder: Path, script: str, text: str | None = None, **values: Any) -> tu
 
 def test_a_class_that_is_no_operator_is_refused_before_anything_starts(tmp_path: Path) -> None:
     """With the page's own message."""
-    (line,) = re.findall(r"^```\n(error: .*)\n```$", PAGE.read_text(), re.MULTILINE)
+    line, _ = re.findall(r"^```\n(error: .*)\n```$", PAGE.read_text(), re.MULTILINE)
     text = block("python").replace("def grow(", "def grown(")
     status, found = run(tmp_path, "plan", text=text)
     assert status == 2, found
     assert line in found
+
+
+def test_a_map_that_does_not_fit_is_one_message(tmp_path: Path) -> None:
+    """That of the page."""
+    _, line = re.findall(r"^```\n(error: .*)\n```$", PAGE.read_text(), re.MULTILINE)
+    text = block("python").replace("before.num_layers - 1),", "before.num_layers),")
+    status, found = run(tmp_path, "plan", text=text)
+    assert status == 2, found
+    assert line.removesuffix(" ...") in found
+    assert "Traceback" not in found
 
 
 @pytest.mark.slow

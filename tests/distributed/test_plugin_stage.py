@@ -303,7 +303,7 @@ class Probe(QuietStage):
         assert all(p.grad is not None for part in parts for p in part.parameters())
         events.append("after_backward")
 
-    def after_optimizer_step(self, parts):
+    def after_optimizer_step(self, parts, context):
         assert all(p.grad is None for part in parts for p in part.parameters())
         events.append("after_optimizer_step")
 """

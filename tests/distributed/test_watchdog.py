@@ -32,14 +32,11 @@ AT, TIMES = int(os.environ["SPIKE_AT"]), int(os.environ["SPIKE_TIMES"])
 class Spike(QuietStage):
     name = "spike"
 
-    def before_step(self, parts, step):
-        self.step = step
-
     @torch.no_grad()
-    def after_optimizer_step(self, parts):
+    def after_optimizer_step(self, parts, context):
         rank = os.environ["RANK"]
         done = len(list(MARKS.glob(f"{rank}.*")))
-        if self.step == AT + 3 * done and done < TIMES:
+        if context.step == AT + 3 * done and done < TIMES:
             (MARKS / f"{rank}.{done}").touch()
             for part in parts:
                 for parameter in part.parameters():

@@ -236,9 +236,9 @@ class FaultPoints(QuietStage):
             at("build", FAULT.step)
         return parts
 
-    def before_step(self, parts: ModelParts, step: int) -> None:
-        _State.step, _State.parts = step, parts
-        at("forward", step)
+    def before_step(self, parts: ModelParts, context: BuildContext) -> None:
+        _State.step, _State.parts = context.step, parts
+        at("forward", context.step)
 
     def after_backward(self, parts: ModelParts, context: BuildContext) -> None:
         at("backward", _State.step)
@@ -250,7 +250,7 @@ class FaultPoints(QuietStage):
                 time.sleep(0.01)
             time.sleep(1)  # the signal is on its way
 
-    def after_optimizer_step(self, parts: ModelParts) -> None:
+    def after_optimizer_step(self, parts: ModelParts, context: BuildContext) -> None:
         at("update", _State.step)
 
     def describe(self, context: PlanContext) -> str:

@@ -42,12 +42,12 @@ NO_CHECKPOINTS = "[checkpoint]\nenable = false\n"
 CASES = [
     Case(
         "folder is a file",
-        r"job\.dump_folder .*corpus\.txt: cannot be written to \(File exists\)",
+        r"job\.dump_folder .*corpus\.txt: it is a file\. Remove it, or name another folder",
         toml='[job]\ndump_folder="corpus.txt"',
     ),
     Case(
         "folder under a file",
-        r"job\.dump_folder .*: cannot be written to \(Not a directory\)",
+        r"job\.dump_folder .*corpus\.txt is a file\. Remove it, or name another folder",
         toml='[job]\ndump_folder="corpus.txt/run"',
     ),
     Case(

@@ -19,7 +19,7 @@ from titan_growth.checkpoint.untrusted.files import text_of
 from titan_growth.checkpoint.untrusted.json_types import STRICT, Count, from_json, table_of_json
 from titan_growth.checkpoint.untrusted.pickles import RefusedError
 from titan_growth.tools.errors import CheckpointError
-from titan_growth.tools.files import move_folder, write_atomic
+from titan_growth.tools.files import free_name, move_folder, write_atomic
 from titan_growth.tools.sealed import sealed
 
 LEDGER = "ledger.json"
@@ -86,7 +86,7 @@ class LedgerFile:
         """Writes the ledger of a run that starts with these steps. What stands in its place is replaced."""
         path = self.root / LEDGER
         if path.is_dir():
-            move_folder(path, self.root / f"damaged-{LEDGER}")
+            move_folder(path, free_name(self.root / f"damaged-{LEDGER}"))
         self._write(Ledger(tuple(sorted(steps)), started_fresh))
 
     def enter(self, step: int) -> None:

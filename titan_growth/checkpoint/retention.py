@@ -17,7 +17,7 @@ from titan_growth.checkpoint.folder import MANIFEST, StepFolder
 from titan_growth.checkpoint.ledger import LedgerFile
 from titan_growth.checkpoint.steps import committed_steps, step_numbers, step_path
 from titan_growth.liveness.waits import STORAGE, waiting_for
-from titan_growth.tools.files import move_folder, remove_folder
+from titan_growth.tools.files import free_name, move_folder, remove_folder
 from titan_growth.tools.location import same_place
 
 
@@ -29,10 +29,7 @@ def set_aside(root: Path, steps: Iterable[int], label: str) -> list[str]:
         path = step_path(root, step)
         if not path.exists():
             continue
-        target, number = root / f"{label}-{step}", 1
-        while target.exists():
-            number += 1
-            target = root / f"{label}-{step}-{number}"
+        target = free_name(root / f"{label}-{step}")
         move_folder(path, target)
         moved.append(target.name)
     return moved

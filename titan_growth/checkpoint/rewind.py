@@ -16,7 +16,7 @@ from titan_growth.checkpoint.ledger import read_ledger
 from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.config.schema.recipe import CheckpointConfig
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
-from titan_growth.tools.files import write_atomic
+from titan_growth.tools.files import free_name, write_atomic
 
 _DONE_FILE = "gone-back-to"
 """In the checkpoint folder: the `load_step` already obeyed."""
@@ -85,6 +85,6 @@ def remember_load_step(load_step: int, root: Path) -> None:
     if load_step != -1:
         write_atomic(path, f"{load_step}\n")
     elif path.is_dir():
-        path.rename(root / f"damaged-{_DONE_FILE}")
+        path.rename(free_name(root / f"damaged-{_DONE_FILE}"))
     else:
         path.unlink(missing_ok=True)

@@ -134,6 +134,11 @@ class CommandLine:
         text = "Modules to load: those of the checkpoint's recipe, and others with operators."
         self.option("--plugins", "a,b", text, names, default=[])
 
+    def recipe_of_another(self) -> None:
+        """Adds `--recipe`, for a folder of another program."""
+        text = "For a step folder of torchtitan, which has none: a recipe file with its model in [model]."
+        self.option("--recipe", "FILE", text, dest="recipe_file")
+
     def prints_help(self, argv: Sequence[str]) -> bool:
         """Prints the help if the words ask for it, and says whether they do."""
         if "--help" not in argv and "-h" not in argv:

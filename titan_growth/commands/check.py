@@ -13,7 +13,7 @@ from titan_growth.checkpoint.folder import StepFolder, root_of
 from titan_growth.commands.args import CommandLine
 from titan_growth.config.loader import dry_run_of, inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.liveness.exit_report import NOTHING_TO_DO
+from titan_growth.liveness.exit_report import DONE, NOTHING_TO_DO
 from titan_growth.run.plan import RunPlan, plan_run
 from titan_growth.tools.errors import ConfigError, Problem, RunFolderError, TitanGrowthError
 from titan_growth.tools.findings import Findings
@@ -33,7 +33,7 @@ def command_line() -> CommandLine:
         """Checks a recipe as the ranks will see it, and prepares its data, without training: recipe, sizes, run folder,
         checkpoint, corpus. The environment variable WORLD_SIZE is the number of ranks (default: 1).""",
         example="--job.config_file train_configs/debug_model.toml",
-        statuses=f"0 a run can start, 2 problems, {NOTHING_TO_DO} the run is finished already",
+        statuses="0 a run can start, or is finished already, 2 problems",
         recipe=True,
     )
     line.switch("--rehash", "Read corpora, prepared data and initial weights in full, to see whether any has changed.")
@@ -41,14 +41,27 @@ def command_line() -> CommandLine:
 
 
 def main(argv: list[str]) -> int:
-    """Checks a recipe as the ranks will see it; returns 0, 2 or `NOTHING_TO_DO`."""
+    """Checks a recipe as the ranks will see it; returns 0 or 2."""
+    status = preflight(argv, launching=False)
+    return DONE if status == NOTHING_TO_DO else status
+
+
+def preflight(argv: list[str], *, launching: bool = True) -> int:
+    """The same for the launcher, which must know when there is nothing to start.
+
+    Args:
+        launching: of a finished run, do not look at the data: nothing will read it.
+
+    Returns:
+        0, 2, or `NOTHING_TO_DO`.
+    """
     line = command_line()
     if line.prints_help(argv):
         return 0
     setup_logging(0)
     try:
         args = line.read(argv)
-        return _check(args.recipe, args.rehash)
+        return _check(args.recipe, args.rehash, launching=launching)
     except ConfigError as error:
         report_problems(error)
         return error.exit_status
@@ -68,7 +81,7 @@ def report_problems(error: ConfigError) -> None:
     )
 
 
-def _check(argv: list[str], rehash: bool) -> int:
+def _check(argv: list[str], rehash: bool, *, launching: bool) -> int:
     # Not at the top: a typo in a recipe need not wait for torch.
     from titan_growth.models.registry import vocab_size_of
     from titan_growth.run.data import RunData, prepare_run_data
@@ -94,8 +107,9 @@ def _check(argv: list[str], rehash: bool) -> int:
 
     start = resolve(recipe, site, reads_shards)
     if isinstance(start, Finished):
-        if rehash:
+        if rehash or not launching:
             require_same_data(start.checkpoint, prepared())
+        _say_if_read(rehash, start.checkpoint)
         logger.info("%s", start.message)
         return NOTHING_TO_DO
     start.log()
@@ -106,7 +120,14 @@ def _check(argv: list[str], rehash: bool) -> int:
         if start.checkpoint is None and recipe.checkpoint.enable and recipe.checkpoint.initial_load_path is not None:
             check_initial(start.plan)
     require_same_data(start.checkpoint, prepared())
+    _say_if_read(rehash, start.checkpoint)
     return 0
+
+
+def _say_if_read(rehash: bool, checkpoint: StepFolder | None) -> None:
+    if rehash:
+        same = "" if checkpoint is None else f": they are those that {checkpoint.path.name} was trained with"
+        logger.info("corpora, prepared data and initial weights were read in full%s", same)
 
 
 def _recipe(argv: list[str]) -> Recipe:

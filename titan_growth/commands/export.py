@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.commands.args import CommandLine
-from titan_growth.commands.source import Source, open_source, whole_tensor
+from titan_growth.commands.foreign import open_with_recipe
+from titan_growth.commands.source import Source, whole_tensor
 from titan_growth.commands.target import new_folder, require_new
 from titan_growth.config.plugins import load_plugins
 from titan_growth.interchange.config_json import config_json, layout_of
@@ -54,8 +54,9 @@ _LINE = CommandLine(
     example="--from outputs/checkpoint/step-5000 --to exported",
     statuses="0 written and read back, 1 failed, 2 wrong arguments",
 )
-_LINE.source_and_target("A committed step folder, written on any mesh.", "The folder to write.")
+_LINE.source_and_target("A committed step folder, written on any mesh, or one of torchtitan.", "The folder to write.")
 _LINE.option("--dtype", "TYPE", f"{', '.join(_DTYPES)}. Default: as stored.", _dtype)
+_LINE.recipe_of_another()
 _LINE.plugins()
 
 
@@ -63,7 +64,7 @@ _LINE.plugins()
 def main(args: Namespace) -> int:
     """Writes the folder; returns the exit status."""
     load_plugins(args.plugins)
-    print(export_folder(folder_at(args.source), Path(args.target), dtype=args.dtype, plugins=args.plugins))
+    print(export_folder(folder_at(args.source), Path(args.target), dtype=args.dtype, recipe_file=args.recipe_file))
     return 0
 
 
@@ -85,14 +86,14 @@ def export_folder(
     target: Path,
     *,
     dtype: str | None = None,
-    plugins: Sequence[str] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
+    recipe_file: str | None = None,
 ) -> str:
     """Writes a Hugging Face folder; returns one line about it.
 
     Args:
         dtype: of the weights; None keeps them as stored.
-        plugins: those loaded already.
+        recipe_file: has the model of a step folder of another program.
 
     Raises:
         ConfigError: when the source is not there, or the target in the way.
@@ -101,7 +102,7 @@ def export_folder(
     """
     if source.is_dir() and is_hugging_face(source):
         raise ConfigError([Problem("--from", f"{source} is a Hugging Face folder already", "Name a step-N folder")])
-    opened = open_source(source, plugins)
+    opened = open_with_recipe(source, recipe_file)
     require_new(target, source)
     reader = opened.reader()
     weights = _weights(opened, reader, dtype)
@@ -111,7 +112,7 @@ def export_folder(
     shapes = {name: (weight.dtype, weight.shape) for name, weight in weights.items()}
     num_bytes = total_bytes(shapes.values())
     with new_folder(target, num_bytes, "the model"):
-        tokenizer = tokenizer_of(opened.folder, opened.recipe)
+        tokenizer = tokenizer_of(opened.folder, opened.recipe, table["max_position_embeddings"])
         files = _files(shapes, max_file_bytes)
         for name, names in files.items():
             write_file(target / name, {one: shapes[one] for one in names}, lambda one: weights[one].made(reader))
@@ -122,9 +123,13 @@ def export_folder(
             index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
             write_atomic(target / INDEX, json.dumps(index, indent=2) + "\n")
         write_atomic(target / CONFIG, json.dumps({**table, **tokenizer.tokens}, indent=2, sort_keys=True) + "\n")
+    later = (stage.seq_len or 0 for stage in opened.recipe.growth.active_stages[: len(opened.lineage.events)])
+    trained = max([opened.recipe.training.seq_len, *later])
+    length = table["max_position_embeddings"]
+    note = f"; trained on {trained:,} tokens a sequence, config.json allows {length:,}" if trained < length else ""
     return (
         f"{target}: {opened.config.num_params:,} parameters of step {opened.folder.step:,} as "
-        f"{table['architectures'][0]}, {gib(num_bytes)} in {many(len(files), 'file')}; {tokenizer.summary}"
+        f"{table['architectures'][0]}, {gib(num_bytes)} in {many(len(files), 'file')}; {tokenizer.summary}{note}"
     )
 
 

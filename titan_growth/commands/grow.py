@@ -21,6 +21,7 @@ from titan_growth.checkpoint.history import GrowthEvent, Lineage
 from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
 from titan_growth.commands.args import CommandLine
+from titan_growth.commands.foreign import open_with_recipe
 from titan_growth.commands.growth_args import (
     SETTINGS,
     add_settings,
@@ -29,7 +30,7 @@ from titan_growth.commands.growth_args import (
     planned_growth,
     settings_of,
 )
-from titan_growth.commands.source import open_any
+from titan_growth.commands.source import Source
 from titan_growth.commands.target import commit, new_folder, require_new, save_tensors
 from titan_growth.config.loader import with_values
 from titan_growth.config.plugins import load_plugins
@@ -63,10 +64,13 @@ _LINE = CommandLine(
     statuses="0 grown and verified, 1 failed, 2 wrong arguments",
 )
 _OPERATORS = "stack, interpose, middle, map, zero_depth, split_width, zero_width, or one of a plugin."
-_LINE.source_and_target("A committed step folder, or a Hugging Face folder.", "The step folder to write.")
+_LINE.source_and_target(
+    "A committed step folder, one of torchtitan, or a Hugging Face folder.", "The step folder to write."
+)
 _LINE.option("--operator", "NAME", _OPERATORS, required=True)
 add_settings(_LINE, SETTINGS, optimizer_state="copy")
 _LINE.option("--seed", "N", "Seed of new values.", _seed, default=0)
+_LINE.recipe_of_another()
 _LINE.plugins()
 
 
@@ -76,28 +80,28 @@ def main(args: Namespace) -> int:
     load_plugins(args.plugins)
     planned = planned_growth({"operator": args.operator, **settings_of(args, SETTINGS)})
     source, target = folder_at(args.source), Path(args.target)
-    print(grow_checkpoint(source, target, planned, seed=args.seed, plugins=args.plugins))
+    opened = open_with_recipe(source, args.recipe_file)
+    print(grow_checkpoint(opened, target, planned, seed=args.seed, plugins=args.plugins))
     return 0
 
 
 def grow_checkpoint(
-    source: Path, target: Path, planned: PlannedGrowth, *, seed: int = 0, plugins: Sequence[str] = ()
+    opened: Source, target: Path, planned: PlannedGrowth, *, seed: int = 0, plugins: Sequence[str] = ()
 ) -> str:
-    """Writes the grown model of a step folder into another one; returns one line about it.
+    """Writes the grown model of a checkpoint into a step folder; returns one line about it.
 
     Args:
-        plugins: those loaded already.
+        plugins: those loaded besides the recipe's.
 
     Raises:
         ConfigError: when the growth does not fit the model, or the target is in the way.
-        CheckpointError: when the source cannot be used, or the target cannot be written.
+        CheckpointError: when the target cannot be written.
         GrowthError: when what was written is wrong. Nothing is committed then.
     """
     began = time.perf_counter()
-    opened = open_any(source, plugins)
     folder, recipe = opened.folder, opened.recipe
     growth = _map(opened.config, planned)
-    require_new(target, source)
+    require_new(target, folder.path)
     module = family_module(recipe.model.name)
     rules = Rules(growth, planned, module)
     with_state = planned.optimizer_state != "reset" and not folder.manifest.model_only

@@ -17,6 +17,7 @@ from titan_growth.config.messages import problem_of
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.chain import check_planned, nothing_to_rescale
 from titan_growth.growth.operators.base import GrowthMap, operators
+from titan_growth.growth.operators.checked import map_of
 from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.findings import Findings
@@ -74,7 +75,7 @@ def growth_map(before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap:
         raise ConfigError([Problem("--operator", message, suggestion(planned.operator, known))])
     check_planned("", planned, known[planned.operator], found := Findings())
     found.raise_if_any()
-    growth = known[planned.operator].grow(before, planned)
+    growth = map_of(known[planned.operator], before, planned)
     if isinstance(growth, str):
         raise ConfigError([Problem("--operator", f"{planned.operator}: {growth}")])
     if planned.rescale_to_depth and not growth.copies_write:

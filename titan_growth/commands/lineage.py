@@ -10,9 +10,10 @@ from pathlib import Path
 from titan_growth.checkpoint.folder import StepFolder, open_step
 from titan_growth.checkpoint.history import GrowthEvent, RollBack
 from titan_growth.commands.args import CommandLine
+from titan_growth.commands.described import described, is_foreign
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
 from titan_growth.tools.location import folder_at
-from titan_growth.tools.text import many
+from titan_growth.tools.text import many, sources
 
 _LINE = CommandLine(
     "lineage",
@@ -36,9 +37,12 @@ def main(args: Namespace) -> int:
 
 def lineage_lines(path: Path) -> Iterator[str]:
     """The lines of the report. Raises CheckpointError when there is no checkpoint, or its lineage cannot be read."""
+    if path.is_dir() and is_foreign(path):
+        yield f"{path}: written by another program, such as torchtitan: no growths and no counters are known"
+        return
     folder = open_step(path)
     if folder is None:
-        raise CheckpointError(f"{path}: is no committed checkpoint. Name a step-N folder")
+        raise CheckpointError(f"{path}: is no committed checkpoint: {described(path)}")
     lineage = folder.lineage()
     for event in lineage.ancestors:
         yield from _event(event, "before this run, ")
@@ -56,8 +60,7 @@ def _event(event: GrowthEvent, prefix: str) -> Iterator[str]:
     sizes = ", ".join(f"{key} {event.from_sizes.get(key)} -> {event.to_sizes[key]}" for key in changed)
     yield f"{prefix}step {event.step:,}: {event.operator}, {sizes or 'no change of size'}"
     yield f"    {event.tokens:,} tokens, {event.flops:.4e} FLOPs until then; read from {event.source}"
-    if len(event.layer_map) <= 64:
-        yield f"    layers from {' '.join('new' if one is None else str(one) for one in event.layer_map)}"
+    yield f"    layers from {sources(event.layer_map)}"
     losses = ""
     if event.loss_before is not None and event.loss_after is not None:
         losses = f"; held-out loss {event.loss_before:.4f} -> {event.loss_after:.4f}"

@@ -103,7 +103,9 @@ def _report(line: CommandLine, argv: list[str]) -> list[str]:
             plan_run(recipe, more := Findings(), num_ranks=args.world_size, device_type=args.device, elsewhere=True)
             found.add_problems_of_other_keys(more)
         raise ConfigError(found.problems)
-    site = Site(RunFolder(recipe.job.dump_folder), args.world_size, args.device, elsewhere=True)
+    folder = RunFolder(recipe.job.dump_folder)
+    folder.require_no_file()
+    site = Site(folder, args.world_size, args.device, elsewhere=True)
     start = resolve(recipe, site, reads_shards=lambda checkpoint, now: False)
     if isinstance(start, Finished):
         return [f"{start.message} (a plan does not read its shards)"]

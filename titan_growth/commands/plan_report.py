@@ -20,7 +20,7 @@ from titan_growth.models.roles import bare_name
 from titan_growth.run.phases import Phase
 from titan_growth.run.plan import RunPlan, stage_lines
 from titan_growth.tools.findings import Findings
-from titan_growth.tools.text import many
+from titan_growth.tools.text import many, sources
 
 
 def report_lines(plan: RunPlan, device_type: str, start: Sequence[str] = ()) -> list[str]:
@@ -144,6 +144,8 @@ def _growth(plan: RunPlan) -> list[str]:
             f"{stretch.flops:.4e} FLOPs",
             *([f"  {event}"] if event else []),
         ]
+        if event and plan.growth_plan.chain.maps[index].layers != tuple(range(config.num_layers)):
+            lines.append(f"    layers from {sources(plan.growth_plan.chain.maps[index].layers)}")
     if plan.recipe.data.document_mask:
         lines.append("  (data.document_mask leaves some positions out, so tokens and FLOPs are upper bounds)")
     return lines

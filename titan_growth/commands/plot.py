@@ -5,6 +5,7 @@ The first run is the baseline. All numbers come from the `metrics.jsonl` of the 
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ from titan_growth.commands.args import CommandLine, given
 from titan_growth.metrics.curves import COSTS, Curve, compare, read_curve, report, weights_of
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.packages import missing_package
+from titan_growth.tools.text import many
 
 SUFFIXES = (".png", ".svg", ".pdf")
-LABELS = {"flops": "training FLOPs", "tokens": "training tokens", "seconds": "seconds"}
+LABELS = {"flops": "training FLOPs", "tokens": "training tokens", "seconds": "wall-clock seconds"}
+SCALES = {1: "", 10**3: "thousands", 10**6: "millions", 10**9: "billions", 10**12: "trillions"}
 # Okabe and Ito's colours, distinct to the colour-blind.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
@@ -69,6 +72,8 @@ def main(args: Namespace) -> int:
         raise ConfigError([Problem(name, "is given twice") for name in twice])
     curves = [read_curve(run.name, run.path) for run in runs]
     lines = report([compare(curves[0], other) for other in curves[1:]])
+    if len(curves) > 1 and all(curve.has("seconds") for curve in curves):
+        lines.append("seconds are those of the clock: they compare runs that had the same machine to themselves")
     for curve in curves:
         if not curve.has("seconds"):
             lines.append(f"{curve.name} was written by a version that counted no seconds")
@@ -76,8 +81,8 @@ def main(args: Namespace) -> int:
         if start := weights_of(run.path):
             lines.append(f"{run.name} started from the weights of {start}; what those cost is not in its curve")
     if args.to is not None:
-        draw(curves, args.to, args.title or "")
-        lines.append(f"drawn: {args.to}")
+        left_out = draw(curves, args.to, args.title or "")
+        lines.append(f"drawn: {args.to}{f' ({left_out})' if left_out else ''}")
     print("\n".join(lines))
     return 0
 
@@ -89,8 +94,15 @@ def _run(word: str) -> Run:
     return Run(Path(word).resolve().name, Path(word))
 
 
-def draw(curves: Sequence[Curve], target: Path, title: str = "") -> None:
-    """Draws a panel for each cost that all runs have. Raises ConfigError when the picture cannot be written."""
+def draw(curves: Sequence[Curve], target: Path, title: str = "") -> str:
+    """Draws a panel for each cost that all runs have.
+
+    Returns:
+        What is not shown, which the picture says too; empty when that is nothing.
+
+    Raises:
+        ConfigError: when the picture cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,49 +113,80 @@ def draw(curves: Sequence[Curve], target: Path, title: str = "") -> None:
         1, len(costs), figsize=(4.4 * len(costs), 3.8), sharey=True, squeeze=False, layout="constrained"
     )
     for cost, panel in zip(costs, panels[0], strict=True):
+        row = 0
         for curve, color in zip(curves, cycle(COLORS), strict=False):
-            _panel(panel, curve, cost, color)
-        panel.set_xlabel(LABELS[cost])
-        panel.set_xlim(left=0)
+            row += _panel(panel, curve, cost, color, row)
+        _x_axis(panel, cost, max(point.cost[cost] for curve in curves for point in curve.points))
         panel.grid(alpha=0.25)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     panels[0][0].set_ylabel("validation loss")
-    panels[0][0].set_ylim(*_range(curves))
-    panels[0][0].legend(frameon=False)
+    low, high = _range(curves)
+    panels[0][0].set_ylim(low, high)
+    panels[0][-1].legend(frameon=False)
+    above = sum(point.loss > high for curve in curves for point in curve.points)
+    left_out = f"{many(above, 'early validation')} above {high:.2f} not shown" if above else ""
+    if left_out:
+        figure.supxlabel(left_out, fontsize=8, x=0.99, ha="right")
     if title:
         figure.suptitle(title, fontsize=11)
+    try:
+        _save(figure, target)
+    finally:
+        pyplot.close(figure)
+    return left_out
+
+
+def _save(figure: Any, target: Path) -> None:
     try:
         figure.savefig(target, dpi=130)
     except OSError as error:
         raise ConfigError([Problem("--to", f"{target}: {error.strerror or error}")]) from None
-    finally:
-        pyplot.close(figure)
 
 
-def _panel(panel: Any, curve: Curve, cost: str, color: str) -> None:
-    """One run in one panel: its curve, and a ring where it grew."""
+def _x_axis(panel: Any, cost: str, largest: float) -> None:
+    """Numbers of at most three digits, in a unit that the label names: all panels are written in one way."""
+    scale = max(size for size in SCALES if size <= max(largest, 1.0))
+    if cost == "flops":
+        scale = 10 ** max(0, math.floor(math.log10(max(largest, 1.0))))
+    unit = f"1e{round(math.log10(scale))}" if cost == "flops" else SCALES[scale]
+    panel.set_xlabel(f"{LABELS[cost]}, {unit}" if unit and scale > 1 else LABELS[cost])
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value / scale:.4g}")
+    panel.set_xlim(left=0)
+
+
+def _panel(panel: Any, curve: Curve, cost: str, color: str, row: int) -> int:
+    """One run in one panel: its curve, and a ring where it grew, with a label above the panel in a row of its own.
+
+    Returns:
+        How many rows of labels it has taken: 1 for a run that grew.
+    """
     xs, ys = [point.cost[cost] for point in curve.points], [point.loss for point in curve.points]
     panel.plot(xs, ys, color=color, label=curve.name, linewidth=1.6, marker=".", markersize=4)
     at_step = {point.step: point for point in curve.points}
+    drawn = 0
     for growth in curve.growths:
-        x = growth.cost.get(cost)
+        point = at_step.get(growth.step)
+        # The validation before the growth: the growth itself takes seconds, and a ring there would be off the curve.
+        x = growth.cost.get(cost) if point is None else point.cost[cost]
         if x is None:
             continue
+        drawn = 1
         panel.axvline(x, color=color, linewidth=0.8, linestyle=":")
-        if growth.step in at_step:
-            panel.plot([x], [at_step[growth.step].loss], "o", color=color, markerfacecolor="white", markersize=7)
+        if point is not None:
+            panel.plot([x], [point.loss], "o", color=color, markerfacecolor="white", markersize=7)
         panel.annotate(
             f"{growth.from_layers} → {growth.to_layers} layers" if growth.from_layers != growth.to_layers else "wider",
-            (x, 0.98),
+            (x, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(3, 0),
+            xytext=(0, 2 + 10 * row),
             textcoords="offset points",
-            rotation=90,
-            va="top",
+            ha="center",
+            va="bottom",
             fontsize=8,
             color=color,
         )
+    return drawn
 
 
 def _range(curves: Sequence[Curve]) -> tuple[float, float]:

@@ -14,18 +14,18 @@ from titan_growth.checkpoint.folder import LINEAGE, RECIPE, StepFolder, open_ste
 from titan_growth.checkpoint.history import Lineage, Progress
 from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import SafeReader, StoredChunk
+from titan_growth.commands.described import described
 from titan_growth.config.loader import with_values
-from titan_growth.config.plugins import PLUGINS_KEY
+from titan_growth.config.plugins import require_plugins
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import Chain, chain_of
 from titan_growth.interchange.folder import HuggingFaceFolder, is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.interchange.tokenizer_files import TOKENIZER_JSON, TOKENIZER_MODEL
 from titan_growth.models.config import DecoderConfig
-from titan_growth.run.vet import history_of, problem_of, whole_problem
+from titan_growth.run.vet import history_of, plugins_of, problem_of, whole_problem
 from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError
 from titan_growth.tools.findings import Findings
-from titan_growth.tools.text import one_line
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,12 @@ def committed(path: Path) -> StepFolder:
     """A step folder. Raises CheckpointError when it was never committed."""
     folder = open_step(path)
     if folder is None:
-        raise RefusedCheckpointError(str(path), "it has no manifest, so it was never committed")
+        raise RefusedCheckpointError(str(path), described(path))
     return folder
 
 
-def open_source(path: Path, plugins: Sequence[str] = ()) -> Source:
+def open_source(path: Path) -> Source:
     """A step folder, checked in full.
-
-    Args:
-        plugins: those loaded already. A stored recipe cannot cause an import.
 
     Raises:
         ConfigError: when it is not there, or its recipe needs plugins that have not been loaded.
@@ -71,9 +68,7 @@ def open_source(path: Path, plugins: Sequence[str] = ()) -> Source:
     folder = committed(path)
     if damage := folder.damage(checksums=True, names=(RECIPE, LINEAGE)):
         raise folder.refused(damage)
-    if missing := [name for name in _plugins_of(folder) if name not in plugins]:
-        message = f"{path} was written with plugins, and its recipe means nothing without them"
-        raise ConfigError([Problem("--plugins", message, f"If you trust them, give --plugins {','.join(missing)}")])
+    require_plugins(plugins_of(folder), str(path))
     if damage := problem_of(folder) or whole_problem(folder):
         raise folder.refused(damage)
     history = history_of(folder)
@@ -85,15 +80,7 @@ def open_source(path: Path, plugins: Sequence[str] = ()) -> Source:
     return Source(folder, *history)
 
 
-def _plugins_of(folder: StepFolder) -> list[str]:
-    """The modules that a checkpoint's recipe names."""
-    named = folder.recipe_table().get(PLUGINS_KEY, [])
-    if not isinstance(named, list) or not all(isinstance(name, str) and len(name) < 200 for name in named):
-        raise folder.refused("its recipe cannot be read (plugins are no list of names)")
-    return [one_line(name) for name in named]
-
-
-class _NeverRun(StepFolder):
+class NeverRun(StepFolder):
     """Stands in for a step folder: weights that no run has written."""
 
     def lineage(self) -> Lineage:
@@ -110,9 +97,9 @@ class HuggingFaceSource(Source):
         return self.stored
 
 
-def open_any(path: Path, plugins: Sequence[str] = ()) -> Source:
+def open_any(path: Path) -> Source:
     """A folder of either kind, checked in full. Raises as `open_source` does."""
-    return open_hugging_face(path) if path.is_dir() and is_hugging_face(path) else open_source(path, plugins)
+    return open_hugging_face(path) if path.is_dir() and is_hugging_face(path) else open_source(path)
 
 
 def open_hugging_face(path: Path) -> HuggingFaceSource:
@@ -121,7 +108,7 @@ def open_hugging_face(path: Path) -> HuggingFaceSource:
     recipe = recipe_for(reader.opened)
     chain = chain_of(recipe.growth, reader.opened.config, found := Findings())
     assert chain is not None, f"a recipe without growths has no chain: {found.problems}"
-    return HuggingFaceSource(_NeverRun(path, new_manifest(reader.opened)), recipe, chain, Lineage(), reader)
+    return HuggingFaceSource(NeverRun(path, new_manifest(reader.opened)), recipe, chain, Lineage(), reader)
 
 
 def new_manifest(opened: HuggingFaceFolder) -> Manifest:

@@ -16,10 +16,13 @@ from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.checkpoint.steps import step_numbers, step_path
 from titan_growth.commands.args import CommandLine
+from titan_growth.commands.described import is_foreign
+from titan_growth.commands.foreign import foreign_lines
 from titan_growth.commands.source import committed
+from titan_growth.config.plugins import load_plugins
 from titan_growth.models.roles import OPTIMIZER_PREFIX
 from titan_growth.run.vet import problem_of, whole_problem
-from titan_growth.tools.errors import CheckpointError, TitanGrowthError, print_error
+from titan_growth.tools.errors import CheckpointError, ConfigError, TitanGrowthError, print_error
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.text import gib, many, one_line
 
@@ -27,14 +30,17 @@ _LINE = CommandLine(
     "verify",
     "Checks step folders in full: every file, every tensor. Nothing in a checkpoint is run.",
     example="outputs/checkpoint",
-    statuses="0 all are complete, 1 one or more are not, 2 wrong arguments",
+    statuses="0 all are complete, 1 one or more are not, 2 wrong arguments, or a plugin is missing",
 )
+_LINE.recipe_of_another()
+_LINE.plugins()
 _LINE.words("FOLDER", "A step folder, or a folder of them to check them all.", dest="folders", many=True)
 
 
 @_LINE.command
 def main(args: Namespace) -> int:
     """Checks the folders; returns the exit status."""
+    load_plugins(args.plugins)
     status = 0
     for word in args.folders:
         try:
@@ -45,7 +51,9 @@ def main(args: Namespace) -> int:
             continue
         for folder in folders:
             try:
-                print("\n".join(verified(folder)), flush=True)
+                print("\n".join(verified(folder, args.recipe_file)), flush=True)
+            except ConfigError as error:
+                status = print_error(error)
             except TitanGrowthError as error:
                 place = f" (in {path.parent})" if len(args.folders) > 1 else ""
                 print(f"error: {one_line(str(error))}{place}", flush=True)
@@ -53,10 +61,21 @@ def main(args: Namespace) -> int:
     return status
 
 
-def verified(path: Path) -> Iterator[str]:
-    """What a step folder holds, line by line. Raises CheckpointError when it is not whole."""
+def verified(path: Path, recipe_file: str | None = None) -> Iterator[str]:
+    """What a step folder holds, line by line.
+
+    Args:
+        recipe_file: has the model of folders of another program.
+
+    Raises:
+        CheckpointError: when it is not whole.
+        ConfigError: when its recipe means nothing without plugins that have not been loaded.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
+    if recipe_file is not None and is_foreign(path):
+        yield from foreign_lines(path, recipe_file)
+        return
     folder = committed(path)
     # In this order: an untrusted file may be absurdly large, and is read only once its size is known to be right.
     if damage := folder.damage(checksums=False) or problem_of(folder) or whole_problem(folder):

@@ -129,7 +129,7 @@ def _refuse(details: Any, values: dict[str, Any], sources: Sources, refused: set
     """Takes out one value that the validator refused, and reports it."""
     path = [str(part) for part in details["loc"]]
     key = ".".join(path)
-    value = _take_out(values, path)
+    value = _stood_in(values, path) or _take_out(values, path)
     found = Findings()
     if details["type"] != "extra_forbidden":
         found.problems.append(problem_of(key, details))
@@ -153,6 +153,21 @@ def _check_torchtitan(key: str, value: Any, found: Findings) -> None:
         found.warn(key, f"has no effect because {reason}")
     else:
         found.problems.append(unknown_key(key, value))
+
+
+_SOME_TIME = "1 step"
+
+
+def _stood_in(values: dict[str, Any], path: list[str]) -> bool:
+    """Puts another time in place of a growth's refused one, so that the rest of the growth is checked as well."""
+    if path[:2] != ["growth", "stages"] or path[3:] != ["at"]:
+        return False
+    stages = values["growth"]["stages"]
+    number: Any = int(path[2])
+    if not isinstance(stages[number], dict) or stages[number].get("at") in (None, _SOME_TIME):
+        return False
+    stages[number]["at"] = _SOME_TIME
+    return True
 
 
 def _take_out(values: dict[str, Any], path: list[str]) -> Any:

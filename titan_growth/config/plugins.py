@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from titan_growth.tools.text import one_line
 PLUGINS_KEY = "plugins"
 
 _TABLES: dict[str, type[Section]] = {}
+_LOADED: dict[str, None] = {}
+"""Plugins that have been loaded, in their order."""
 
 
 def register_table(name: str, section: type[Section]) -> None:
@@ -102,11 +105,30 @@ def import_plugins(names: Sequence[str], found: Findings) -> None:
             _import(name, found)
 
 
+def require_plugins(named: Sequence[str], path: str) -> None:
+    """Refuses a checkpoint whose recipe means nothing without plugins that have not been loaded.
+
+    What a checkpoint names is never imported by itself: that would be code run by a file.
+
+    Raises:
+        ConfigError: with the exact `--plugins` to add, those that are loaded included.
+    """
+    given = [name for name in _LOADED if name in sys.modules]
+    if any(name not in given for name in named):
+        which = "the plugin" if len(named) == 1 else "the plugins"
+        message = f"{path} was written with {which} {', '.join(named)}, and its recipe means nothing without"
+        words = ",".join(dict.fromkeys([*given, *named]))
+        hint = f"Nothing that a checkpoint names is imported by itself. If you trust it, add --plugins {words}"
+        raise ConfigError([Problem(PLUGINS_KEY, message, hint)])
+
+
 def _import(name: str, found: Findings) -> None:
     try:
         importlib.import_module(name)
+        _LOADED[name] = None
     except ConfigError as error:
-        found.problem(PLUGINS_KEY, f"{name} cannot be used: {one_line(str(error), 300)}")
+        for problem in error.problems:
+            found.problem(PLUGINS_KEY, f"{name} cannot be used: {one_line(str(problem), 300)}")
     except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and (name + ".").startswith(missing + "."):

@@ -8,43 +8,53 @@ It keeps no state between calls: another depth or mesh is another call.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from titan_growth.layout.mesh import Mesh
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.initialize import init_weights
 from titan_growth.models.registry import family_module
 from titan_growth.stages.base import BuildContext, Microbatch, ModelParts, Stage, Transition
+from titan_growth.stages.flaws import strange_answer
+from titan_growth.tools.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass
 class BuiltModel:
     """This rank's model parts and the stages applied to them."""
 
     parts: ModelParts
     stages: list[Stage]
     context: BuildContext
+    """With the step that the run is at."""
 
     @contextmanager
     def train_context(self) -> Iterator[None]:
         """All stages' context managers, around a forward pass, its loss and its backward pass."""
         with ExitStack() as stack:
             for stage in self.stages:
-                stack.enter_context(stage.train_context(self.context))
+                manager = stage.train_context(self.context)
+                if not isinstance(manager, AbstractContextManager):
+                    raise ConfigError([strange_answer(stage, "train_context", manager)])
+                stack.enter_context(manager)
             yield
 
     def before_step(self, step: int) -> None:
         """All stages' hooks, before each training step and once after the build."""
+        self.context = replace(self.context, step=step)
         for stage in self.stages:
-            stage.before_step(self.parts, step)
+            stage.before_step(self.parts, self.context)
 
     def prepare_microbatch(self, microbatch: Microbatch) -> Microbatch:
         """This rank's share of a microbatch."""
         for stage in self.stages:
             microbatch = stage.prepare_microbatch(microbatch, self.context)
+            if not isinstance(microbatch, dict):
+                raise ConfigError([strange_answer(stage, "prepare_microbatch", microbatch)])
         return microbatch
 
     def after_backward(self) -> None:
@@ -55,7 +65,7 @@ class BuiltModel:
     def after_optimizer_step(self) -> None:
         """All stages' hooks, after each optimizer step."""
         for stage in self.stages:
-            stage.after_optimizer_step(self.parts)
+            stage.after_optimizer_step(self.parts, self.context)
 
 
 def build(
@@ -75,6 +85,9 @@ def build(
     Args:
         transition: the growth the model comes from, if it has grown.
         seed: of the initial weights; None leaves them uninitialised, for a model about to be loaded.
+
+    Raises:
+        ConfigError: when a stage of a plugin returns something else than what its method is for.
     """
     module = family_module(family)
     context = BuildContext(model_config, mesh.shape, device.type, seq_len, module, transition, mesh=mesh)
@@ -84,6 +97,8 @@ def build(
     active = [stage for stage in stages if stage.enabled(context)]
     for stage in active:
         parts = stage.apply(parts, context)
+        if not isinstance(parts, list) or not all(isinstance(part, nn.Module) for part in parts):
+            raise ConfigError([strange_answer(stage, "apply", parts)])
     # A stage may keep parameters elsewhere (host memory); buffers stay on the compute device.
     home = next((place for stage in active if (place := stage.parameter_device(context))), None)
     for part in parts:

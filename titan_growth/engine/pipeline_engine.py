@@ -23,7 +23,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from titan_growth.engine.build import BuiltModel
 from titan_growth.engine.engine import Engine, Microbatch
 from titan_growth.layout.pipeline_layout import PipelineLayout
-from titan_growth.stages.pipeline import Pipeline
+from titan_growth.stages.pipeline import Pipeline, layout_of
 from titan_growth.tools.torch_private import answer_votes, drop_activations, forward_schedule_of, schedule_of
 
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.ERROR)  # it logs its class at each build
@@ -34,7 +34,7 @@ class PipelineEngine(Engine):
 
     def __init__(self, model: BuiltModel, stage: Pipeline, device: torch.device) -> None:
         super().__init__(model, device)
-        self.layout: PipelineLayout = stage.layout(model.context)
+        self.layout: PipelineLayout = layout_of(stage, model.context)
         self.microbatch_size = stage.parallelism.pipeline_parallel_microbatch_size
         self.compute_dtype = getattr(torch, stage.training.mixed_precision_param)
         self.group = model.context.mesh.group_of("pp")

@@ -12,12 +12,15 @@ from typing import Any
 from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.growth import SIZES, WIDTHS, GrowthConfig, PlannedGrowth
 from titan_growth.growth.operators.base import GrowthMap, Operator, operators
+from titan_growth.growth.operators.checked import NoAnswer, base_of, map_of
 from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.text import many
 
 DEPTH_KEYS = ("factor", "n_layers", "layer_map")
 WIDTH_KEYS = ("factor", *WIDTHS)
+
+_OF_THE_PLUGIN = "Mend the plugin: docs/extending/adding_an_operator.md has the contract"
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,17 @@ def check_planned(key: str, planned: PlannedGrowth, operator: Operator, found: F
         key: of the growth in the recipe; empty for one given as arguments.
     """
     allowed = {*(DEPTH_KEYS if "depth" in operator.grows else ()), *(WIDTH_KEYS if "width" in operator.grows else ())}
-    sizes = ("factor", "layer_map", *SIZES)
+    does, sizes = f"changes the {' and '.join(sorted(operator.grows))}", ("factor", "layer_map", *SIZES)
+    if sets_size := getattr(operator, "sets_size", False):
+        allowed, does = set(), "says itself how large the model becomes"
     prefix = f"{key}." if key else "--"
-    no_meaning = f"has no meaning for '{planned.operator}', which changes the"
     for name in sizes:
         if getattr(planned, name) is not None and name not in allowed:
-            found.problem(f"{prefix}{name}", f"{no_meaning} {' and '.join(sorted(operator.grows))}", "Remove it")
-    if not any(getattr(planned, name) is not None for name in sizes):
+            found.problem(f"{prefix}{name}", f"has no meaning for '{planned.operator}', which {does}", "Remove it")
+    if not sets_size and not any(getattr(planned, name) is not None for name in sizes):
         hint = f"Give {' or '.join(sorted(allowed, key=sizes.index))}"
+        if not type(operator).__module__.startswith("titan_growth."):
+            hint += "; an operator that sets the size itself says so with sets_size = True in its class"
         found.problem(key or "--operator", "does not say how large the model becomes", hint)
     options: frozenset[str] = getattr(operator, "options", frozenset())
     for name in planned.options:
@@ -91,7 +97,10 @@ def _base(section: GrowthConfig, target: DecoderConfig, found: Findings) -> Deco
     given: dict[str, Any] = section.base.given_sizes
     config = target
     for index, planned in reversed(list(enumerate(section.active_stages))):
-        smaller = known[planned.operator].base(config, planned)
+        smaller = base_of(known[planned.operator], config, planned)
+        if isinstance(smaller, NoAnswer):
+            found.problem(f"growth.stages.{index}.operator", smaller, _OF_THE_PLUGIN)
+            return None
         if not isinstance(smaller, str):
             config = smaller
         elif given:
@@ -119,7 +128,10 @@ def _maps(section: GrowthConfig, base: DecoderConfig, found: Findings) -> list[G
     known, config = operators(), base
     maps: list[GrowthMap] = []
     for index, planned in enumerate(section.active_stages):
-        growth_map = known[planned.operator].grow(config, planned)
+        growth_map = map_of(known[planned.operator], config, planned)
+        if isinstance(growth_map, NoAnswer):
+            found.problem(f"growth.stages.{index}.operator", growth_map, _OF_THE_PLUGIN)
+            break
         if isinstance(growth_map, str):
             found.problem(f"growth.stages.{index}", growth_map, _where(index, config, section))
             break

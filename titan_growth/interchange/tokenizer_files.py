@@ -96,23 +96,26 @@ class ExportedTokenizer:
             (target / name).write_bytes(data)
 
 
-def tokenizer_of(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
+def tokenizer_of(folder: StepFolder, recipe: Recipe, max_seq_len: int) -> ExportedTokenizer:
     """The tokenizer that a checkpoint was trained with.
 
     Looks in the step folder (an imported one has it), then where the recipe points, then, for one trained on the
     corpus, in the cache by the checkpoint's fingerprint.
+
+    Args:
+        max_seq_len: longest sequence of the model, as its config.json has it.
     """
     try:
         if CONFIG in folder.manifest.files:
             has_one = bool({TOKENIZER_JSON, TOKENIZER_MODEL} & folder.manifest.files.keys())
             imported = f"the tokenizer of {folder.path.name}"
             return _copied(folder.path, imported if has_one else "without tokenizer: it was imported without one")
-        return _from_recipe(folder, recipe)
+        return _from_recipe(folder, recipe, max_seq_len)
     except (DataError, CheckpointError) as error:
         return ExportedTokenizer(f"without tokenizer: {error}")
 
 
-def _from_recipe(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
+def _from_recipe(folder: StepFolder, recipe: Recipe, max_seq_len: int) -> ExportedTokenizer:
     wanted = folder.manifest.data.get("tokenizer")
     found = _find(recipe, wanted)
     if found is None:
@@ -125,7 +128,7 @@ def _from_recipe(folder: StepFolder, recipe: Recipe) -> ExportedTokenizer:
         if not (path / CONFIG).is_file():
             copied.tokens = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         return copied
-    return _made(tokenizer, recipe)
+    return _made(tokenizer, recipe, max_seq_len)
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def _copied(folder: Path, summary: str) -> ExportedTokenizer:
     return found
 
 
-def _made(tokenizer: Tokenizer, recipe: Recipe) -> ExportedTokenizer:
+def _made(tokenizer: Tokenizer, recipe: Recipe, max_seq_len: int) -> ExportedTokenizer:
     """Files that `AutoTokenizer` reads, for a tokenizer that is not in a Hugging Face folder."""
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     found = ExportedTokenizer("", tokens=dict(ids))
@@ -187,6 +190,6 @@ def _made(tokenizer: Tokenizer, recipe: Recipe) -> ExportedTokenizer:
             found.summary = f"the {tokenizer.name} as {TOKENIZER_JSON}"
             found.files[TOKENIZER_JSON] = made.text.encode()
             settings |= made.special_tokens
-    settings["model_max_length"] = recipe.model.max_seq_len or recipe.training.seq_len
+    settings["model_max_length"] = max_seq_len
     found.files[TOKENIZER_CONFIG] = (json.dumps(settings, indent=2) + "\n").encode()
     return found

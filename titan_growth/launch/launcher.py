@@ -106,7 +106,7 @@ def _check(settings: LaunchSettings, preflight: Preflight) -> int:
 
 def _preflight(argv: list[str]) -> int:
     # Imported late: it loads torch and the data libraries, and a wrong variable need not wait for those.
-    from titan_growth.commands.check import main as preflight
+    from titan_growth.commands.check import preflight
 
     return preflight(argv)
 

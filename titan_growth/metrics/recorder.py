@@ -133,8 +133,20 @@ class Recorder:
             "curves": curves,
             "last checkpoint": checkpoint,
             "effective recipe": recipe,
+            **(self._next_steps(checkpoint, metrics_path) if verb == "finished" else {}),
         }
         return lines + [f"{name}: {place}" for name, place in places.items() if place is not None]
+
+    def _next_steps(self, checkpoint: str | Path | None, metrics_path: str | Path | None) -> dict[str, str]:
+        """What can be done with a run that is finished, as commands."""
+        steps = {}
+        if checkpoint is not None:
+            steps["export to Hugging Face"] = f"titan_growth export --from {shlex.quote(str(checkpoint))} --to exported"
+            steps["go on"] = "the same command with a larger training.steps"
+        if metrics_path is not None and len(self.summary.validations) > 1:
+            folder = Path(metrics_path).parent
+            steps["plot"] = f"titan_growth plot {shlex.quote(f'{folder.name}={folder}')} --to curves.png"
+        return steps
 
     def close(self) -> None:
         """Close all sinks; a second call does nothing."""

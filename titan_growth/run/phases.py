@@ -17,6 +17,7 @@ from titan_growth.layout.mesh_shape import BatchShape, MeshShape, resolve_batch,
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module
 from titan_growth.stages.base import PlanContext, Stage, Transition
+from titan_growth.stages.flaws import ask
 from titan_growth.stages.order import stages_of
 from titan_growth.tools.errors import Problem
 from titan_growth.tools.findings import Findings
@@ -55,9 +56,7 @@ class Phase:
         """Reports what the stages of this phase find, each thing once."""
         context = self.context(device_type)
         for stage in self.stages:
-            if stage.enabled(context):
-                found.problems += [problem for problem in stage.check(context) if problem not in found.problems]
-                found.warnings += [warning for warning in stage.warnings(context) if warning not in found.warnings]
+            ask(stage, context, found)
 
     def transition(self, step: int) -> Transition | None:
         """The growth that made this phase's model, after a step."""

@@ -234,12 +234,12 @@ def _check_lengths(
     found: Findings,
 ) -> None:
     """No sequence is longer than the model's positions."""
-    lengths = [training.seq_len, validation_seq_len, *(planned.seq_len for planned in growth.active_stages)]
-    longest = max(length or 0 for length in lengths)
-    if longest > target.max_seq_len:
-        key = "training.seq_len" if longest == training.seq_len else "validation.seq_len"
-        hint = "Shorten it, or raise model.max_seq_len"
-        found.problem(key, f"{longest} is more than model.max_seq_len = {target.max_seq_len}", hint)
+    lengths = {"training.seq_len": training.seq_len, "validation.seq_len": validation_seq_len}
+    lengths |= {f"growth.stages.{index}.seq_len": one.seq_len for index, one in enumerate(growth.active_stages)}
+    for key, length in lengths.items():
+        if length is not None and length > target.max_seq_len:
+            hint = "Shorten it, or raise model.max_seq_len"
+            found.problem(key, f"{length} is more than model.max_seq_len = {target.max_seq_len}", hint)
 
 
 def _check_groups(recipe: Recipe, target: DecoderConfig, found: Findings) -> None:

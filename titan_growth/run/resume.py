@@ -7,18 +7,21 @@ would make it another run are refused; all others are printed and take effect.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import Lineage
+from titan_growth.config.loader import with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.fresh import earlier_recipe
+from titan_growth.run.lr_schedule import LRSchedule
 from titan_growth.run.vet import recipe_of
 from titan_growth.tools.errors import CheckpointError, Problem
 from titan_growth.tools.findings import Findings
@@ -46,6 +49,9 @@ _REMARKABLE = ("model.converters",)
 
 _STILL_FREE = {"lr", "warmup_steps", "parallelism", "num_ranks", "local_batch_size"}
 """Keys of a past growth that a resume may change: they concern the steps to come."""
+
+ONLY_WEIGHTS_KEY = "checkpoint.last_save_model_only"
+"""Key of the problem that a checkpoint without moments is no way to go on."""
 
 _NEW_FOLDER = "Name another job.dump_folder to start a new run"
 
@@ -92,13 +98,45 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
     if checkpoint.manifest.model_only:
         message = f"{name} holds only weights, so the run cannot go on from it"
         hint = "Start a new run with checkpoint.initial_load_path, or resume an earlier checkpoint.load_step"
-        found.problem("checkpoint.last_save_model_only", message, hint)
+        found.problem(ONLY_WEIGHTS_KEY, message, hint)
     changes = [
         f"changed since {name}: {key} = {_show(new.get(key))} (was {_show(old.get(key))})"
         for key in changed
         if key not in _FIXED and (key in _REMARKABLE or not key.startswith(_UNREMARKABLE))
     ]
+    if changes and (line := _learning_rate_change(checkpoint, before, recipe)):
+        changes.append(line)
     return found.problems, changes
+
+
+def as_decided(checkpoint: StepFolder, recipe: Recipe) -> Recipe:
+    """A recipe with what it leaves open as the checkpoint's run has decided it."""
+    before = recipe_of(checkpoint)
+    values: dict[str, Any] = {}
+    if recipe.debug.seed is None:
+        values["debug.seed"] = before.debug.seed
+    if recipe.training.global_batch_size == -1:
+        values["training.global_batch_size"] = before.training.global_batch_size
+    if recipe.training.mixed_precision_param == "auto":
+        values["training.mixed_precision_param"] = before.training.mixed_precision_param
+    return with_values(recipe, values)
+
+
+def _learning_rate_change(checkpoint: StepFolder, before: Recipe, recipe: Recipe) -> str | None:
+    """What changed keys make of the learning rate of the next step: a longer run is decayed anew from its start."""
+    was, now = (
+        LRSchedule(one.lr_scheduler, lr=one.optimizer.lr, steps=one.training.steps, growth=one.growth)
+        for one in (before, recipe)
+    )
+    step, grown_at = checkpoint.step, checkpoint.lineage().grown_at
+    if step >= recipe.training.steps:
+        return None
+    goes_on = step < before.training.steps
+    old, new = was(step + 1 if goes_on else step, grown_at), now(step + 1, grown_at)
+    if math.isclose(old, new, rel_tol=1e-6):
+        return None
+    instead = f"instead of {old:.3e}" if goes_on else f"and was {old:.3e} at step {step:,}, the last one"
+    return f"so the learning rate at step {step + 1:,} is {new:.3e}, {instead}"
 
 
 def _model_changes(old: DecoderConfig | None, new: DecoderConfig | None) -> dict[str, tuple[Any, Any]]:

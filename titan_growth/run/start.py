@@ -24,7 +24,7 @@ from titan_growth.run.fresh import require_fresh
 from titan_growth.run.inputs import changes_since
 from titan_growth.run.plan import ResumePoint, RunPlan, plan_run
 from titan_growth.run.precision import Precision, decide_precision
-from titan_growth.run.resume import compare, decided_before, num_growths_of
+from titan_growth.run.resume import ONLY_WEIGHTS_KEY, as_decided, compare, decided_before, num_growths_of
 from titan_growth.run.vet import problem_of
 from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem
@@ -32,6 +32,7 @@ from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import is_remote
 from titan_growth.tools.logs import logger
 from titan_growth.tools.run_folder import RunFolder
+from titan_growth.tools.text import some
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,16 @@ class Finished:
     """A run that has nothing left to do."""
 
     checkpoint: StepFolder
+    changes: tuple[str, ...] = ()
+    """A line for each setting that the run was not finished with."""
 
     @property
     def message(self) -> str:
         """What to say then."""
+        changes = [line.partition(": ")[2] for line in self.changes]
+        ignored = f" Changed since, without effect: {some(changes)}." if changes else ""
         return (
-            f"nothing to do: this run is finished at step {self.checkpoint.step} ({self.checkpoint.path}). "
+            f"nothing to do: this run is finished at step {self.checkpoint.step} ({self.checkpoint.path}).{ignored} "
             "Raise training.steps to go on, or name another job.dump_folder"
         )
 
@@ -145,8 +150,16 @@ def resolve(recipe: Recipe, site: Site, reads_shards: ReadsShards = always) -> R
         raise
     checkpoint = found.checkpoint
     if checkpoint is not None and on_rank0(lambda: is_finished(recipe, checkpoint)):
-        return Finished(checkpoint)
+        return _finished(checkpoint, recipe)
     return start_from(checkpoint, recipe, site, section.load_step, (*found.refused, *found.notes, *notes))
+
+
+def _finished(checkpoint: StepFolder, recipe: Recipe) -> Finished:
+    """A finished run. Raises ConfigError when the recipe is that of another one, as for a run that goes on."""
+    refused, changes = on_rank0(lambda: compare(checkpoint, as_decided(checkpoint, recipe)))
+    if refused := [problem for problem in refused if problem.key != ONLY_WEIGHTS_KEY]:
+        raise ConfigError(refused)
+    return Finished(checkpoint, tuple(changes))
 
 
 def start_from(

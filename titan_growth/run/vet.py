@@ -16,6 +16,7 @@ from titan_growth.checkpoint.folder import LINEAGE, METADATA, RECIPE, StepFolder
 from titan_growth.checkpoint.history import Lineage
 from titan_growth.checkpoint.untrusted.json_types import first_problem
 from titan_growth.config.loader import recipe_from_toml
+from titan_growth.config.plugins import PLUGINS_KEY, require_plugins
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import Chain, chain_of
 from titan_growth.models.config import DecoderConfig
@@ -50,6 +51,7 @@ def history_of(folder: StepFolder) -> History:
 
     Raises:
         CheckpointError: when a part cannot be read, or contradicts another or the manifest.
+        ConfigError: when its recipe makes no model, and names plugins that have not been loaded.
     """
     lineage = folder.lineage()
     recipe = recipe_of(folder)
@@ -61,6 +63,7 @@ def history_of(folder: StepFolder) -> History:
     except (ArithmeticError, ValueError, TypeError, KeyError, IndexError) as error:  # absurd sizes
         raise folder.refused(f"its recipe cannot be used ({type(error).__name__})") from None
     if chain is None:
+        require_plugins(plugins_of(folder), str(folder.path))
         raise folder.refused(f"its recipe makes no model ({one_line(str(found.problems[0]), 300)})")
     if len(lineage.events) >= len(chain.configs):
         raise folder.refused("it has more growths behind it than its recipe has stages")
@@ -88,8 +91,21 @@ def recipe_of(folder: StepFolder) -> Recipe:
     raise folder.refused(f"its recipe cannot be read ({reason})")
 
 
+def plugins_of(folder: StepFolder) -> list[str]:
+    """The modules that a checkpoint's recipe names. Raises CheckpointError when that cannot be told."""
+    named = folder.recipe_table().get(PLUGINS_KEY, [])
+    if not isinstance(named, list) or not all(isinstance(name, str) and len(name) < 200 for name in named):
+        raise folder.refused("its recipe cannot be read (plugins are no list of names)")
+    return [one_line(name) for name in named]
+
+
 def problem_of(folder: StepFolder) -> str | None:
-    """What is wrong with a checkpoint, short of reading its shards; None when nothing is."""
+    """What is wrong with a checkpoint, short of reading its shards; None when nothing is.
+
+    Raises:
+        ConfigError: when that cannot be told without a plugin. The checkpoint may be a good one, so no run passes it
+            over.
+    """
     small_files = (METADATA, RECIPE, LINEAGE)
     if unlisted := [name for name in small_files if name not in folder.manifest.files]:
         return f"its manifest does not list {unlisted[0]}"

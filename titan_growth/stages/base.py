@@ -69,9 +69,11 @@ class PlanContext:
 
 @dataclass(frozen=True)
 class BuildContext(PlanContext):
-    """What a stage sees when the model is built and run: the plan's context and this rank's process groups."""
+    """What a stage sees when the model is built and run: the plan's context, this rank's process groups, the step."""
 
     mesh: Mesh = field(kw_only=True)
+    step: int = field(default=0, kw_only=True)
+    """The training step that is under way; between two steps, and after a build, the last one done."""
 
 
 @dataclass
@@ -79,7 +81,10 @@ class Stage(ABC):
     """One transformation of the model, applied once per build.
 
     A subclass is a dataclass whose fields are the recipe's tables that it reads, by their names. A plugin's stage also
-    names its own TOML `table` and the `Section` of its `settings`; built-in tables are in the schema.
+    names its own TOML `table` and the `Section` of its `settings`; built-in tables are in the schema. Its public
+    methods are those of this class, so that a misspelt one is found (`flaws.py`); helpers begin with `_`.
+
+    Every method takes what it acts on, if anything, and then a context.
     """
 
     name: ClassVar[str]
@@ -112,8 +117,8 @@ class Stage(ABC):
         """Where parameters live, if not on the compute device."""
         return None
 
-    def before_step(self, parts: ModelParts, step: int) -> None:
-        """Called after the build and before each training step, with the step's number."""
+    def before_step(self, parts: ModelParts, context: BuildContext) -> None:
+        """Called before each training step, whose number is in the context, and once after the build."""
         return None
 
     def prepare_microbatch(self, microbatch: Microbatch, context: BuildContext) -> Microbatch:
@@ -128,7 +133,7 @@ class Stage(ABC):
         """Called when a step's gradients are complete, before clipping."""
         return None
 
-    def after_optimizer_step(self, parts: ModelParts) -> None:
+    def after_optimizer_step(self, parts: ModelParts, context: BuildContext) -> None:
         """Called after each optimizer step."""
         return None
 

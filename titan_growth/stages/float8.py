@@ -105,7 +105,7 @@ class Float8(Stage):
         tied = context.model_config.tie_word_embeddings and name == "output"
         return tied or any(pattern in name for pattern in self.section.filter_fqns)
 
-    def emulates(self, context: PlanContext) -> bool:
+    def _emulates(self, context: PlanContext) -> bool:
         """Whether Float8 products are emulated. A plan made without GPUs assumes that they have them."""
         if self.section.emulate or context.device_type == "cpu":
             return True
@@ -118,7 +118,7 @@ class Float8(Stage):
         config = Float8LinearConfig.from_recipe_name(self.recipe_name)
         config = replace(
             config,
-            emulate=self.emulates(context),
+            emulate=self._emulates(context),
             enable_fsdp_float8_all_gather=self.section.enable_fsdp_float8_all_gather,
         )
         for part in parts:
@@ -129,7 +129,7 @@ class Float8(Stage):
                 logger.info("%s", part)
         return parts
 
-    def after_optimizer_step(self, parts: ModelParts) -> None:
+    def after_optimizer_step(self, parts: ModelParts, context: BuildContext) -> None:
         if self.section.precompute_float8_dynamic_scale_for_fsdp:
             from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
@@ -139,7 +139,7 @@ class Float8(Stage):
     def describe(self, context: PlanContext) -> str:
         gather = ", gathered in Float8" if self.section.enable_fsdp_float8_all_gather else ""
         scales = ", scales precomputed" if self.section.precompute_float8_dynamic_scale_for_fsdp else ""
-        how = ", emulated" if self.emulates(context) else ""
+        how = ", emulated" if self._emulates(context) else ""
         kept = f", without {', '.join(self.section.filter_fqns)}" if self.section.filter_fqns else ""
         return f"float8: {self.recipe_name}{how}{gather}{scales}{kept}"
 

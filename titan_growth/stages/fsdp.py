@@ -56,7 +56,7 @@ class FSDP(Stage):
     def parameter_device(self, context: BuildContext) -> str | None:
         return "cpu" if self._offloads(context) else None
 
-    def reshards(self, shape: MeshShape) -> bool:
+    def _reshards(self, shape: MeshShape) -> bool:
         """Whether the gathered parameters are freed after the forward pass."""
         policy = self.parallelism.fsdp_reshard_after_forward
         return policy == "always" or (policy == "default" and shape.pp == 1)
@@ -76,7 +76,7 @@ class FSDP(Stage):
         if self._offloads(context):
             shared["offload_policy"] = CPUOffloadPolicy()
         always = self.parallelism.fsdp_reshard_after_forward == "always"
-        reshard = self.reshards(context.mesh_shape)
+        reshard = self._reshards(context.mesh_shape)
         for part in parts:
             units = context.family.fsdp_units(part)
             for position, unit in enumerate(units):

@@ -42,7 +42,6 @@ class GrowthMask(Stage):
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         assert context.transition is not None
-        self.transition = context.transition
         # Blocks share compiled code, which by default ignores hooks: a masked block would run the code of an unmasked
         # one, of this model or of the one before.
         compile_with_hooks()
@@ -60,8 +59,9 @@ class GrowthMask(Stage):
                     module.register_forward_hook(mask.on_output)
         return parts
 
-    def before_step(self, parts: ModelParts, step: int) -> None:
-        opening = self.transition.opening(step)
+    def before_step(self, parts: ModelParts, context: BuildContext) -> None:
+        assert context.transition is not None
+        opening = context.transition.opening(context.step)
         for part in parts:
             for module in part.modules():
                 for buffer in (INPUT, OUTPUT):

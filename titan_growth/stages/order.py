@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from titan_growth.config.messages import suggestion
-from titan_growth.config.plugins import PLUGINS_KEY, origin_of, register_table, same_origin
+from titan_growth.config.plugins import PLUGINS_KEY, origin_of, register_table
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.stages.base import Stage
+from titan_growth.stages.flaws import flaws
 from titan_growth.tools.errors import ConfigError, Problem
 
 OWN = (
@@ -37,7 +37,7 @@ def register_stage(stage: type[Any]) -> type[Any]:
     Raises:
         ConfigError: with everything that keeps the class from being a stage; nothing is registered.
     """
-    if problems := list(_flaws(stage)):
+    if problems := _flaws(stage):
         raise ConfigError(problems)
     if stage.settings is not None:
         register_table(stage.table, stage.settings)
@@ -45,41 +45,13 @@ def register_stage(stage: type[Any]) -> type[Any]:
     return stage
 
 
-def _flaws(stage: type[Any]) -> Iterator[Problem]:
+def _flaws(stage: type[Any]) -> list[Problem]:
     """What is wrong with a would-be stage, for the plugin's author."""
     if not isinstance(stage, type):
-        yield Problem("register_stage", f"takes a class, got {stage!r}", "Write @register_stage above a class")
-        return
-    where = origin_of(stage)
-    name, after = getattr(stage, "name", None), getattr(stage, "after", ())
-    if not (isinstance(name, str) and re.fullmatch("[a-z][a-z0-9_]*", name)):
-        message = f"needs a name of lower-case letters, digits and _, has {name!r}"
-        yield Problem(where, message, 'Write name = "my_stage"')
-        return
-    other = _REGISTRY.get(name)
-    if name in OWN and not _is_own(stage):
-        yield Problem(where, f"{name!r} is the name of a stage of titan_growth itself", "Give it another name")
-    elif other is not None and not same_origin(other, stage):
-        yield Problem(where, f"{origin_of(other)} is called {name!r} already", "Give one of the two another name")
-    if not (isinstance(after, tuple | list) and all(isinstance(item, str) for item in after)):
-        yield Problem(where, f"`after` must be a tuple of names, is {after!r}", 'Write after = ("pipeline",)')
-    if missing := _missing(stage):
-        yield Problem(where, f"lacks {', '.join(missing)}", "Derive it from Stage and write these methods")
-    elif not issubclass(stage, Stage):
-        hint = f"Write class {stage.__name__}(Stage)"
-        yield Problem(where, "is not derived from titan_growth.stages.base.Stage", hint)
-    table, settings = getattr(stage, "table", ""), getattr(stage, "settings", None)
-    if bool(table) != (settings is not None):
-        given, lacking = ("table", "settings") if table else ("settings", "table")
-        hint = "Give both: the name of the TOML table and its Section"
-        yield Problem(where, f"has `{given}` but no `{lacking}`", hint)
-
-
-def _missing(stage: type[Any]) -> list[str]:
-    """Stage methods that the class lacks or leaves abstract."""
-    wanted = [name for name in vars(Stage) if not name.startswith("_") and callable(getattr(Stage, name))]
-    abstract = getattr(stage, "__abstractmethods__", ())
-    return [name for name in wanted if name in abstract or not callable(getattr(stage, name, None))]
+        return [Problem("register_stage", f"takes a class, got {stage!r}", "Write @register_stage above a class")]
+    name = getattr(stage, "name", None)
+    other = _REGISTRY.get(name) if isinstance(name, str) else None
+    return list(flaws(stage, other, is_taken=name in OWN and not _is_own(stage)))
 
 
 def _is_own(stage: type[Any]) -> bool:

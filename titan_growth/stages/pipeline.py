@@ -45,17 +45,8 @@ class Pipeline(Stage):
     def enabled(self, context: PlanContext) -> bool:
         return context.mesh_shape.pp > 1
 
-    def layout(self, context: PlanContext) -> PipelineLayout:
-        """Which part holds what, on which rank. The recipe must have passed its checks."""
-        layout = self._plan(context, found := Findings())
-        assert layout is not None, f"the pipeline was not checked: {found.problems}"
-        return layout
-
-    def _plan(self, context: PlanContext, found: Findings) -> PipelineLayout | None:
-        return plan_pipeline(self.parallelism, context.model_config.num_layers, self.training.local_batch_size, found)
-
     def check(self, context: PlanContext) -> Iterator[Problem]:
-        layout = self._plan(context, found := Findings())
+        layout = _planned(self, context, found := Findings())
         yield from found.problems
         if layout is None or not layout.conditions.splits_backward:
             return
@@ -74,13 +65,13 @@ class Pipeline(Stage):
             yield Problem("activation_checkpoint.selective_ac_option", message, hint)
 
     def warnings(self, context: PlanContext) -> Iterator[Problem]:
-        self._plan(context, found := Findings())
+        _planned(self, context, found := Findings())
         yield from found.warnings
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         (whole,) = parts
         split = []
-        for part in self.layout(context).parts_of(context.mesh.rank_of("pp")):
+        for part in layout_of(self, context).parts_of(context.mesh.rank_of("pp")):
             module = copy.deepcopy(whole)
             for layer in list(module.layers):
                 if int(layer) not in part.layers:
@@ -94,14 +85,26 @@ class Pipeline(Stage):
 
     def after_backward(self, parts: ModelParts, context: BuildContext) -> None:
         if context.model_config.tie_word_embeddings:
-            _sum_tied_gradients(parts, self.layout(context), context)
+            _sum_tied_gradients(parts, layout_of(self, context), context)
 
     def describe(self, context: PlanContext) -> str:
-        layout = self.layout(context)
+        layout = layout_of(self, context)
         return (
             f"pipeline: {context.mesh_shape.pp} ranks, {len(layout.parts)} parts, {layout.schedule}, "
             f"{layout.num_microbatches} microbatches"
         )
+
+
+def layout_of(stage: Pipeline, context: PlanContext) -> PipelineLayout:
+    """Which part holds what, on which rank. The recipe must have passed its checks."""
+    layout = _planned(stage, context, found := Findings())
+    assert layout is not None, f"the pipeline was not checked: {found.problems}"
+    return layout
+
+
+def _planned(stage: Pipeline, context: PlanContext, found: Findings) -> PipelineLayout | None:
+    num_layers, batch = context.model_config.num_layers, stage.training.local_batch_size
+    return plan_pipeline(stage.parallelism, num_layers, batch, found)
 
 
 def _sum_tied_gradients(parts: ModelParts, layout: PipelineLayout, context: BuildContext) -> None:

@@ -82,6 +82,15 @@ def remove_folder(folder: Path) -> None:
         folder.rmdir()
 
 
+def free_name(path: Path) -> Path:
+    """The path, or the first of `name-2`, `name-3`, ... that nothing has."""
+    target, number = path, 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}-{number}")
+    return target
+
+
 def move_folder(folder: Path, target: Path) -> None:
     """Renames a folder of files. By URL the files are copied, then removed, and an OSError may come in between."""
     if not is_remote(folder):

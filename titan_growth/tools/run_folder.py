@@ -28,8 +28,16 @@ class RunFolder:
         self.path = Path(path).expanduser().absolute()
         self._lock: IO[str] | None = None
 
+    def require_no_file(self) -> None:
+        """Raises RunFolderError when a file is where the folder, or one of its parents, has to be."""
+        for path in (self.path, *self.path.parents):
+            if os.path.isfile(path):  # False where that cannot be told: `create` says why
+                which = "it" if path == self.path else str(path)
+                raise self._error(f"{which} is a file. Remove it, or name another folder")
+
     def create(self) -> None:
         """Makes the folder. Raises RunFolderError when it cannot be made or written to."""
+        self.require_no_file()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe-{os.getpid()}"

@@ -16,6 +16,22 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
 
 
+def sources(layers: Sequence[int | None], num_shown: int = 40) -> str:
+    """`0 1 1 2`, `0 new 1 new`: the source of each layer. In a long list, runs are drawn together: `0-31 0-31`."""
+    words: list[str] = []
+    at = 0
+    while at < len(layers):
+        first, end = layers[at], at + 1
+        while first is not None and end < len(layers) and layers[end] == first + end - at:
+            end += 1
+        end = end if end - at >= 4 and len(layers) > 24 else at + 1
+        words.append("new" if first is None else str(first) if end == at + 1 else f"{first}-{layers[end - 1]}")
+        at = end
+    if len(words) > num_shown:
+        words = [*words[: num_shown - 4], "...", *words[-4:]]
+    return " ".join(words)
+
+
 def one_line(text: str, max_length: int = 2000) -> str:
     """Untrusted text as one printable line, without control characters."""
     shown = "".join(

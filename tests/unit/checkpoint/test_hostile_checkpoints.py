@@ -30,7 +30,7 @@ from titan_growth.checkpoint.folder import open_step, root_of
 from titan_growth.checkpoint.manager import CheckpointManager
 from titan_growth.checkpoint.rewind import RollBackError
 from titan_growth.checkpoint.search import find_checkpoint
-from titan_growth.commands.check import main as preflight_main
+from titan_growth.commands.check import preflight as preflight_main
 from titan_growth.commands.lineage import main as lineage_main
 from titan_growth.commands.source import open_source
 from titan_growth.commands.verify import main as verify_main
@@ -325,7 +325,7 @@ def test_plugins_that_a_checkpoint_names_are_not_imported(
     signed(step)
     assert confined(found_by_resume, recipe) == (4, [])
     assert confined(verified, step)[0] == 0
-    with pytest.raises(TitanGrowthError, match=r"--plugins: .* was written with plugins.*--plugins evil"):
+    with pytest.raises(TitanGrowthError, match=r"plugins: .* was written with the plugin evil, .*add --plugins evil"):
         open_source(step)
     run_ranks(train, 1, 1, recipe)
     assert not (tmp_path / "exploded").exists()

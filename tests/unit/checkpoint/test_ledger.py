@@ -60,6 +60,12 @@ def test_what_stands_in_the_place_of_the_ledger_is_kept(tmp_path: Path) -> None:
     LedgerFile(tmp_path).begin([], started_fresh=False)
     assert read_ledger(tmp_path) == Ledger()
     assert (tmp_path / "damaged-ledger.json" / "x").read_text() == "somebody's"
+    (tmp_path / "ledger.json").unlink()
+    (tmp_path / "ledger.json").mkdir()
+    (tmp_path / "ledger.json" / "x").write_text("somebody else's")
+    LedgerFile(tmp_path).begin([], started_fresh=False)
+    assert (tmp_path / "damaged-ledger.json" / "x").read_text() == "somebody's"
+    assert (tmp_path / "damaged-ledger.json-2" / "x").read_text() == "somebody else's"
 
 
 def _lose(path: Path, how: str) -> None:

@@ -14,10 +14,10 @@ from titan_growth.commands.args import CommandLine, positive
 
 OWN = {
     "grow": "--from --to --operator --factor --layer-map --n-layers --dim --n-heads --n-kv-heads --hidden-dim --noise "
-    "--optimizer-state --optimizer-step --options --seed --plugins",
+    "--optimizer-state --optimizer-step --options --seed --recipe --plugins",
     "import": "--from --to",
-    "export": "--from --to --dtype --plugins",
-    "verify": "FOLDER",
+    "export": "--from --to --dtype --recipe --plugins",
+    "verify": "--recipe --plugins FOLDER",
     "lineage": "STEP_FOLDER",
     "probe": "--from --operator --stage --steps --num-ranks --to --plugins --factor --layer-map --n-layers --dim "
     "--n-heads --n-kv-heads --hidden-dim --noise --optimizer-state --optimizer-step --options --mask-steps --lr-policy "

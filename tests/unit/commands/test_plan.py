@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -337,13 +338,30 @@ def test_all_problems_together(capsys: Any) -> None:
             "optimizer.groups.0: is frozen, so lr_factor and weight_decay_factor have no meaning",
         ),
         (["--device", "cpu", "--profiling.enable_memory_snapshot"], "memory snapshots exist on CUDA only"),
+        (
+            ["--growth.stages", '[{at = "3 steps", factor = 2, seq_len = 262144}]', "--checkpoint.enable"],
+            "error: growth.stages.0.seq_len: 262144 is more than model.max_seq_len = 131072. Shorten it",
+        ),
+        (["--job.dump_folder", f"{__file__}/run"], f"{__file__} is a file. Remove it, or name another folder"),
     ],
 )
 def test_a_problem_is_said_in_one_line(words: list[str], message: str, capsys: Any) -> None:
     assert main(["plan", *words]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 2 - ("is a file" in message)
     assert message in lines[0]
+
+
+def test_a_growth_whose_time_is_wrong_is_checked_all_the_same(capsys: Any) -> None:
+    """Its operator is not known either; and nothing is said of the time that stood in for its own."""
+    words = ["--checkpoint.enable", "--growth.stages", '[{at = "3 stps", operator = "stac", factor = 2}]']
+    assert main(["plan", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in lines[:-1]] == ["growth.stages.0.at", "growth.stages.0.operator"]
+    stages = '[{at = "3 stps", factor = 2}, {at = "5 steps", factor = 2}, {at = "4 stps", factor = 2}]'
+    assert main(["plan", "--checkpoint.enable", "--model.n_layers=8", "--growth.stages", stages]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in lines[:-1]] == ["growth.stages.0.at", "growth.stages.2.at"]
 
 
 def test_what_this_machine_lacks_is_only_warned_about(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -379,8 +397,20 @@ def test_a_pipeline_is_shown_at_every_depth(capsys: Any) -> None:
 def test_help(capsys: Any) -> None:
     assert main(["plan", "--help"]) == 0
     assert "--world-size" in capsys.readouterr().out
+    assert main(["launch", "--help"]) == 0
+    assert "NGPU" in (text := capsys.readouterr().out)
+    assert "train --help lists every key" in text
     assert main([]) == 0
     assert "\n  plan " in capsys.readouterr().out
+
+
+def test_the_help_names_every_flavor() -> None:
+    """It is plain text, because the families import torch."""
+    text = ModelConfig.model_fields["flavor"].description or ""
+    for family in FAMILIES:
+        listed = re.search(rf"{family}: ([^:]*)\.(?: |$)", " ".join(text.split()))
+        assert listed is not None, family
+        assert listed[1].split(", ") == [one for one in family_module(family).FLAVORS if one != "custom"]
 
 
 def test_405b_on_512_ranks_takes_seconds() -> None:

@@ -107,7 +107,10 @@ def test_the_checkpoint_of_a_candidate_links_to_the_shards_and_writes_nothing_th
         ("--from SOURCE --stage operator=stack", "--stage: is no TOML"),
         ("--from SOURCE --stage factor=2", "--stage: names no operator"),
         ("--from SOURCE --stage operator='stack',num_ranks=2", "--stage num_ranks: is no setting of a candidate"),
-        ("--from SOURCE/.. --operator stack --factor 2", "refused: it has no manifest, so it was never committed"),
+        (
+            "--from SOURCE/.. --operator stack --factor 2",
+            "refused: it is a folder of checkpoints. Name one of its",
+        ),
         ("--from none --operator stack --factor 2", "--from: none: no such folder"),
         ("--from SOURCE --operator stack --factor 2 --to SOURCE/../..", "is not empty"),
         ("--from SOURCE --operator stack --factor 2 --to SOURCE/mine", "is inside the source"),
@@ -218,7 +221,7 @@ def test_plugins_of_a_checkpoint_are_named_and_not_imported(
     files = {**step.manifest.files, "recipe.toml": file_entry(tmp_path / "step-6" / "recipe.toml")}
     write_manifest(tmp_path / "step-6", replace(step.manifest, files=files))
     assert probe_main(["--from", str(tmp_path / "step-6"), "--operator", "stack", "--factor", "2"]) == 2
-    assert "If you trust them, give --plugins not_there" in capsys.readouterr().out
+    assert "If you trust it, add --plugins not_there" in capsys.readouterr().out
 
 
 def outcome(name: str, loss: float, **more: object) -> Outcome:

@@ -16,7 +16,15 @@ from tests.harness import run_ranks
 from tests.runs import make_recipe, train
 from titan_growth.checkpoint.folder import file_entry, open_step, write_manifest
 from titan_growth.checkpoint.reader import SafeReader
+from titan_growth.checkpoint.search import find_checkpoint
+from titan_growth.commands.export import main as export_main
 from titan_growth.commands.verify import main as verify_main
+from titan_growth.config import plugins
+from titan_growth.config.schema.recipe import CheckpointConfig
+from titan_growth.growth.operators import base
+from titan_growth.growth.operators.base import operators
+from titan_growth.run.vet import problem_of
+from titan_growth.tools.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +105,58 @@ def test_damage_is_named(
     assert "step-2: step 2" in printed, "the others are checked all the same"
 
 
+def with_plugin(folder: Path, name: str) -> None:
+    """As if the growth behind the checkpoint were by the operator of a plugin."""
+    text = (folder / "recipe.toml").read_text()
+    assert 'operator = "stack"' in text
+    assert "plugins = []" in text
+    text = text.replace('operator = "stack"', f'operator = "{name}"').replace("plugins = []", f'plugins = ["{name}"]')
+    (folder / "recipe.toml").write_text(text)
+    signed(folder)
+
+
+def test_a_good_checkpoint_of_a_plugin_is_not_called_damaged(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not imported either; the message has the words to add, those that were given included."""
+    marks = tmp_path / "imported"
+    (tmp_path / "doubling.py").write_text(
+        f"open({str(marks)!r}, 'w').close()\n"
+        "from titan_growth.growth.operators.base import register_operator\n"
+        "from titan_growth.growth.operators.depth import Stack\n"
+        "register_operator('doubling')(type('Doubling', (Stack,), {'__module__': __name__}))\n"
+    )
+    (tmp_path / "other_plugin.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(base, "_OPERATORS", dict(operators()))
+    monkeypatch.setattr(plugins, "_LOADED", {})
+    shutil.copytree(root / "step-3", step := tmp_path / "step-3")
+    with_plugin(step, "doubling")
+    advice = (
+        f"error: plugins: {step} was written with the plugin doubling, and its recipe means nothing without. Nothing "
+        "that a checkpoint names is imported by itself. If you trust it, add --plugins "
+    )
+    assert verify_main([str(step), str(root / "step-2")]) == 2
+    printed = capsys.readouterr().out
+    assert f"{advice}doubling\n" in printed
+    assert "refused" not in printed
+    assert "step-2: step 2" in printed, "the others are checked all the same"
+    assert not marks.exists()
+    assert verify_main([str(step), "--plugins", "other_plugin"]) == 2
+    assert capsys.readouterr().out == f"{advice}other_plugin,doubling\n"
+    section = CheckpointConfig(enable=True)
+    with pytest.raises(ConfigError, match="add --plugins other_plugin,doubling"):
+        find_checkpoint(section, tmp_path, problem_of)
+    assert export_main(["--from", str(step), "--to", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().out == f"{advice}other_plugin,doubling\n"
+    assert verify_main([str(step), "--plugins", "doubling"]) == 0
+    assert "1 growth behind it" in capsys.readouterr().out
+    assert marks.exists()
+
+
 def test_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert verify_main(["--help"]) == 0
-    assert verify_main([]) == 2
+    assert verify_main([]) == 0, "the help"
     assert verify_main(["--deep"]) == 2
     capsys.readouterr()
     assert verify_main([str(tmp_path / "none")]) == 1

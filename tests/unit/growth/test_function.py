@@ -84,16 +84,27 @@ MORE_QUERIES = {"n_heads": 10}
 
 def masked(model: nn.Module, case: str, growth: GrowthMap, step: int) -> nn.Module:
     """The model under the mask of a growth at step 100 that opens over 10 steps, as it is at a step."""
-    family, _ = CONFIGS[case]
-    transition = Transition(growth, 10, 100)
-    context = BuildContext(
-        growth.after, MeshShape(), "cpu", SEQ_LEN, family_module(family), transition, mesh=Mesh(MeshShape(), "cpu")
-    )
-    stage = GrowthMask()
+    stage, context = GrowthMask(), mask_context(case, growth, step)
     assert stage.enabled(context)
     stage.apply([model], context)
-    stage.before_step([model], step)
+    stage.before_step([model], context)
     return model
+
+
+def mask_context(case: str, growth: GrowthMap, step: int) -> BuildContext:
+    """The context of such a step."""
+    family, _ = CONFIGS[case]
+    transition = Transition(growth, 10, 100)
+    return BuildContext(
+        growth.after,
+        MeshShape(),
+        "cpu",
+        SEQ_LEN,
+        family_module(family),
+        transition,
+        mesh=Mesh(MeshShape(), "cpu"),
+        step=step,
+    )
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -103,11 +114,9 @@ def test_random_depth_is_exact_while_its_mask_is_closed(case: str, sizes: dict[s
     assert growth.tolerance == 0.0
     unmasked = logits_of(large)
     assert torch.equal(logits_of(small), logits_of(masked(large, case, growth, 100)))
-    (stage,) = [GrowthMask()]
-    stage.transition = Transition(growth, 10, 100)
     distances = []
     for step in (101, 105, 110, 111):
-        stage.before_step([large], step)
+        GrowthMask().before_step([large], mask_context(case, growth, step))
         distances.append(float((logits_of(large) - unmasked).norm()))
     assert distances[0] > distances[1] > distances[2] == distances[3] == 0.0, "an open mask is no mask"
 

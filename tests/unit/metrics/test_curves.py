@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from titan_growth.commands.plot import main as plot_main
-from titan_growth.metrics.curves import Curve, Point, compare, read_curve, report, weights_of
+from titan_growth.metrics.curves import COSTS, Curve, Point, compare, read_curve, report, weights_of
 from titan_growth.tools.errors import ConfigError
 
 
@@ -80,6 +81,39 @@ def test_plot_draws_what_runs_have_written_and_prints_the_speedup(
         assert any(cost in line and f"+{speedup}" in line for line in printed.splitlines())
     read = read_curve("grown", grown)
     assert [(one.step, one.from_layers, one.to_layers) for one in read.growths] == [(10, 3, 12)]
+
+
+def test_the_picture_says_what_it_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ring of a growth is on its curve in seconds too; numbers in one notation; what is cut off is counted."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    points = {10: 9.0, **{step: 4.0 - step / 200 for step in range(20, 220, 10)}}
+    run = write_run(tmp_path / "run", points, grows_at=40)
+    lines = run.joinpath("metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    for entry in entries:
+        if "event" in entry:
+            entry["seconds"] += 1000  # a growth takes its time
+    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert plot_main([f"a={run}", f"b={run}", "--to", str(tmp_path / "curves.png")]) == 0
+    (figure,) = drawn
+    curve = read_curve("a", run)
+    at_growth = next(point for point in curve.points if point.step == 40)
+    for cost, panel in zip(COSTS, figure.axes, strict=True):
+        rings = [line for line in panel.lines if line.get_marker() == "o"]
+        assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in rings] == [(at_growth.cost[cost], 3.8)] * 2
+        labels = [text for text in panel.texts if "layers" in text.get_text()]
+        assert [text.xy for text in labels] == [(at_growth.cost[cost], 1.0)] * 2, "above the panel, not on a curve"
+        assert len({text.xyann for text in labels}) == 2, "not on one another"
+        figure.canvas.draw()
+        assert panel.xaxis.get_offset_text().get_text() == ""
+        assert all("e" not in tick.get_text() for tick in panel.get_xticklabels())
+    assert "4 early validations above" in figure._supxlabel.get_text()
+    printed = capsys.readouterr().out
+    assert "(4 early validations above" in printed
+    assert "they compare runs that had the same machine to themselves" in printed
 
 
 def test_a_run_without_seconds_loses_only_that_panel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -201,7 +201,12 @@ def test_metrics_closing_summary_tells_what_the_run_did_and_where_to_look(clock:
         "curves: tensorboard --logdir 'out/my tb'",
         "last checkpoint: out/checkpoint/step-25",
         "effective recipe: out/recipe.toml",
+        "export to Hugging Face: titan_growth export --from out/checkpoint/step-25 --to exported",
+        "go on: the same command with a larger training.steps",
+        "plot: titan_growth plot out=out --to curves.png",
     ]
+    stopped = metrics.closing_summary(at(20), verb="stopped", checkpoint="out/checkpoint/step-20")
+    assert stopped[-1] == "last checkpoint: out/checkpoint/step-20", "it goes on by itself"
 
 
 def test_metrics_closing_summary_says_nothing_of_what_did_not_happen(clock: Clock) -> None:

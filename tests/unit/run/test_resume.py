@@ -129,7 +129,7 @@ PRINTED = [
 def test_other_changes_take_effect_and_are_printed(changes: dict[str, Any], line: str, tmp_path: Path) -> None:
     refused, lines = compare(saved(tmp_path, recipe(), growths=1), recipe(**changes))
     assert not refused
-    assert lines == [f"changed since step-30: {line}"]
+    assert [one for one in lines if not one.startswith("so the learning rate")] == [f"changed since step-30: {line}"]
 
 
 def test_names_and_places_are_not_worth_a_line(tmp_path: Path) -> None:
@@ -235,6 +235,54 @@ def test_newest_checkpoint_and_the_end(tmp_path: Path) -> None:
     assert newest is not None
     assert newest.step == 101
     assert not is_finished(recipe(), newest), "a growth is still to come"
+
+
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that has ended: its checkpoint holds texts only, which is all that is asked of it here."""
+    saved(tmp_path, recipe(), step=100, growths=len(STAGES), model_only=True)
+    monkeypatch.setattr("titan_growth.run.start.problem_of", lambda folder: None)
+    return tmp_path
+
+
+def ended(folder: Path, **changes: Any) -> Finished:
+    start = resolve(recipe(**changes), Site(RunFolder(folder), 2, "cpu"), lambda *_: False)
+    assert isinstance(start, Finished)
+    return start
+
+
+def test_what_changed_since_a_run_was_finished_is_named(finished: Path) -> None:
+    """With `nothing to do` alone, the user would take the new setting for what was trained."""
+    assert ended(finished).changes == ()
+    assert "without effect" not in ended(finished).message
+    left_open = {"debug__seed": None, "training__global_batch_size": -1, "training__mixed_precision_param": "auto"}
+    assert ended(finished, **left_open).changes == (), "what is left open is as the run has decided it"
+    assert "Changed since, without effect: optimizer.lr = 0.02 (was 0.0008). Raise training.steps" in (
+        ended(finished, optimizer__lr=0.02).message
+    )
+    with pytest.raises(ConfigError) as caught:
+        ended(finished, training__seq_len=128)
+    assert [str(problem) for problem in caught.value.problems] == [
+        "training.seq_len: step-100 was written with 64, the recipe says 128. "
+        "Name another job.dump_folder to start a new run"
+    ]
+
+
+def test_the_learning_rate_after_a_change_of_the_schedule_is_printed(tmp_path: Path) -> None:
+    """A longer run is decayed anew from its beginning, so the rate jumps at the next step."""
+    short = recipe(growth__stages=[], lr_scheduler__warmup_steps=0, optimizer__lr=0.1)
+    longer = with_values(short, {"training.steps": 200})
+    middle = saved(tmp_path / "middle", short, step=50)
+    assert compare(middle, longer)[1] == [
+        "changed since step-50: training.steps = 200 (was 100)",
+        "so the learning rate at step 51 is 7.500e-02, instead of 5.000e-02",
+    ]
+    last = saved(tmp_path / "last", short, step=100)
+    assert compare(last, longer)[1][-1] == (
+        "so the learning rate at step 101 is 5.000e-02, and was 1.000e-03 at step 100, the last one"
+    )
+    other = with_values(short, {"checkpoint.interval": 7})
+    assert compare(middle, other)[1] == ["changed since step-50: checkpoint.interval = 7 (was 500)"]
 
 
 def test_a_dry_run_leaves_nothing_behind() -> None:

@@ -109,13 +109,13 @@ def test_a_filter_on_one_layer_does_not_hide_the_others() -> None:
 
 def test_emulation_is_automatic_and_shown() -> None:
     stage, context = stage_and_context()
-    assert stage.emulates(context)
+    assert stage._emulates(context)
     assert stage.describe(context) == "float8: tensorwise, emulated"
     stage, context = stage_and_context("cuda")  # a plan for GPUs, made without one
-    assert not stage.emulates(context)
+    assert not stage._emulates(context)
     assert "emulated" not in stage.describe(context)
     stage, context = stage_and_context("cuda", quantize__linear__float8__emulate=True)
-    assert stage.emulates(context)
+    assert stage._emulates(context)
 
 
 def test_print_after_conversion(caplog: pytest.LogCaptureFixture) -> None:

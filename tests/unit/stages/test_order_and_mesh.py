@@ -205,7 +205,7 @@ class Table(Section):
 
 def new_stage(qualname: str = "Mine", without: tuple[str, ...] = (), **attributes: Any) -> type:
     """A complete plugin stage class, except for what is left out or changed."""
-    methods = {name: lambda *_: None for name in ("from_recipe", "enabled", "apply", "describe")}
+    methods = {name: lambda *_: True for name in ("from_recipe", "enabled", "apply", "describe")}
     body = {"name": "mine", "__module__": "my_plugin", "__qualname__": qualname, **methods, **attributes}
     return type("Mine", (Stage,), {key: value for key, value in body.items() if key not in without})
 

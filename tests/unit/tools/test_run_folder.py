@@ -24,9 +24,9 @@ def test_created_with_its_parents_and_left_empty(tmp_path: Path) -> None:
 
 def test_a_file_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("x")
-    with pytest.raises(RunFolderError, match=r"^job\.dump_folder .*/run: cannot be written to \(.+\)\. Name another"):
+    with pytest.raises(RunFolderError, match=r"^job\.dump_folder .*/run: it is a file\. Remove it, or name"):
         RunFolder(tmp_path / "run").create()
-    with pytest.raises(RunFolderError, match="cannot be written to"):
+    with pytest.raises(RunFolderError, match=r"run/inner: .*/run is a file\. Remove it"):
         RunFolder(tmp_path / "run" / "inner").create()
 
 

@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from titan_growth.commands.args import CommandLine, positive
+from titan_growth.commands.described import is_foreign
 from titan_growth.commands.growth_args import add_settings, settings_of
 from titan_growth.commands.probe.candidates import SHARED, candidates_of, doubts, key_problems
 from titan_growth.commands.probe.report import Outcome, report
 from titan_growth.commands.probe.runs import carried_out, prepared, work_folder
 from titan_growth.commands.source import open_source
 from titan_growth.config.plugins import load_plugins
-from titan_growth.tools.errors import ConfigError
+from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.text import many
 
 _LINE = CommandLine(
@@ -67,7 +68,11 @@ def _probe(args: Namespace, keys: list[str]) -> int:
     if problems := list(key_problems(keys)):
         raise ConfigError(problems)
     load_plugins(args.plugins)
-    source = open_source(Path(args.source), args.plugins)
+    path = Path(args.source)
+    if path.is_dir() and is_foreign(path):
+        hint = "Train from it for a step or more with checkpoint.initial_load_path, and probe a checkpoint of that run"
+        raise ConfigError([Problem("--from", f"{path} is of another program, and a probe needs moments", hint)])
+    source = open_source(path)
     candidates = candidates_of(args.operator, args.stage, settings_of(args, SHARED), source)
     outcomes: list[Outcome] = []
     with work_folder(args.to, source) as folder:

@@ -36,9 +36,11 @@ class ModelConfig(Section):
     """The model that the run ends with. Growth derives the smaller ones from it."""
 
     name: str = "llama3"
-    """Model family."""
+    """Model family: llama3 or qwen3."""
     flavor: str = "debugmodel"
-    """Named sizes, or "custom" if all sizes are given here. A size key overrides the flavor's."""
+    """Named sizes, or "custom" if all sizes are given here. A size key overrides the flavor's. llama3: debugmodel,
+    debugmodel_wide, 8B, 70B, 405B, gstack_410M, gstack_1.1B, gstack_3B, gstack_7B. qwen3: debugmodel, 0.6B, 1.7B, 4B,
+    8B, 14B, 32B."""
     hf_assets_path: str | None = None
     """Folder or URL with tokenizer.json (or tokenizer.model). Default: none (torchtitan: its own test tokenizer)."""
     converters: list[str] = []

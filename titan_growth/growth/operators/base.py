@@ -48,11 +48,6 @@ class GrowthMap:
     """Largest relative change of the loss: 0 for a model that computes bit for bit the same, a small number for one
     that does up to rounding, None for an operator that does not preserve the function."""
 
-    def __post_init__(self) -> None:
-        assert len(self.layers) == self.after.num_layers, "one source for each layer of the grown model"
-        for layer in self.layers:
-            assert layer is None or 0 <= layer < self.before.num_layers, f"there is no layer {layer} to copy"
-
     @cached_property
     def is_original_layer(self) -> tuple[bool, ...]:
         """Whether a layer is the first one with its source; the others are copies, or new."""
@@ -82,10 +77,13 @@ class GrowthMap:
 
 
 class Operator(Protocol):
-    """What an operator provides."""
+    """What an operator provides. `checked.py` asks it, and checks what it answers."""
 
     grows: frozenset[str]
     """What it changes: "depth", "width" or both."""
+    # Two more that may be left out:
+    # options: frozenset[str], the names that [growth.stages.options] may have;
+    # sets_size: bool, whether the operator itself says how large the model becomes.
 
     def base(self, after: DecoderConfig, planned: PlannedGrowth) -> DecoderConfig | str:
         """The model that the growth must start from to end at `after`; or why it cannot be derived."""
@@ -148,6 +146,9 @@ def _flaws(name: str, kind: type) -> Iterator[Problem]:
     if not (isinstance(options, Set) and all(isinstance(option, str) for option in options)):
         hint = 'Write options = frozenset({"my_option"}), or leave it out'
         yield Problem(where, f"`options` must be a set of names, is {options!r}", hint)
+    sets_size: object = getattr(kind, "sets_size", False)
+    if not isinstance(sets_size, bool):
+        yield Problem(where, f"`sets_size` must be True or False, is {sets_size!r}")
     yield from _method_flaws(where, kind)
 
 
