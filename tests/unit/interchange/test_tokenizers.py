@@ -121,7 +121,7 @@ def test_added_tokens_travel_from_a_folder_of_nothing_but_a_tokenizer(tmp_path: 
     data = {"tokenizer": ours.fingerprint()[:16]}
     manifest = Manifest(Progress(), 1, 1, "", model_only=True, permanent=False, metrics_offset=0, data=data)
     recipe = make_recipe(tmp_path / "run", data__tokenizer="auto", data__tokenizer_path=str(assets))
-    exported = tokenizer_of(StepFolder(tmp_path, manifest), recipe)
+    exported = tokenizer_of(StepFolder(tmp_path, manifest), recipe, 64)
     assert exported.tokens == {"bos_token_id": 2002, "eos_token_id": 2003}
     for name in ("out", "imported"):
         (tmp_path / name).mkdir()
