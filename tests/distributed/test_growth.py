@@ -54,7 +54,7 @@ def just_grown(rank: int, num_ranks: int, recipe: Any) -> dict[str, torch.Tensor
         return found
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_ranks", [1, *(pytest.param(many, marks=pytest.mark.slow) for many in (2, 4))])
 @pytest.mark.parametrize("moments", [pytest.param("reset", marks=pytest.mark.slow), "copy"])
 def test_every_layer_is_bitwise_its_source(num_ranks: int, moments: str, tmp_path: Path) -> None:
     """12 layers from 3; the moments too with `copy`, zero with `reset`."""
