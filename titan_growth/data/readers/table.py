@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +18,6 @@ _QUOTES = "Quote fields that hold quotes or line breaks, and double the quotes i
 
 def read_table(stream: BufferedReader, delimiter: str, rule: TextRule, place: Place) -> Iterator[Row]:
     """The rows below the header; blank lines do not count. Raises UnusableError."""
-    csv.field_size_limit(LONGEST_RECORD_BYTES)  # of the process; Python's own of 128 KiB is no property of files
     texts = _Texts(Lines(stream, place))
     # Strict, for without it a quote in the wrong place silently joins or cuts fields.
     rows = csv.reader(iter(texts), delimiter=delimiter, strict=True)
@@ -25,7 +25,8 @@ def read_table(stream: BufferedReader, delimiter: str, rule: TextRule, place: Pl
     while True:
         first_line = place.line + 1
         try:
-            values = next(rows, None)
+            with _long_fields():
+                values = next(rows, None)
         except csv.Error as error:
             place.line = first_line
             raise UnusableError(f"the row that begins here is broken ({error})", _QUOTES) from error
@@ -41,6 +42,16 @@ def read_table(stream: BufferedReader, delimiter: str, rule: TextRule, place: Pl
         elif values:
             yield Row(partial(_record, header, values, problem))
         place.line = last_line
+
+
+@contextlib.contextmanager
+def _long_fields() -> Iterator[None]:
+    """Python's limit of 128 KiB is no property of files. It is one of the process, so it is put back."""
+    before = csv.field_size_limit(LONGEST_RECORD_BYTES)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 class _Texts:
