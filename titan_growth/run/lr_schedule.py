@@ -114,7 +114,8 @@ class LRSchedule:
             return step / segment.warmup_steps
         decay_steps = segment.num_steps - segment.warmup_steps
         if section.decay_ratio is not None:
-            decay_steps = min(decay_steps, round(segment.num_steps * section.decay_ratio))
+            # Of the run, not of what a growth has left of it: a grown run anneals as long as one that never grows.
+            decay_steps = min(decay_steps, round(self.total_steps * section.decay_ratio))
         stable_until = segment.num_steps + 1 - decay_steps
         if step < stable_until or decay_steps == 0:
             return 1.0

@@ -89,6 +89,18 @@ def test_restart_is_a_schedule_of_its_own_to_the_runs_end(kind: str) -> None:
     assert 0 < found(100, [40]) < PEAK / 49
 
 
+@pytest.mark.parametrize(("at", "decays"), [(45, 20), (80, 19), (85, 14), (99, 0)])
+def test_restart_anneals_as_long_as_the_ungrown_run(at: int, decays: int) -> None:
+    """Warmup-stable-decay: the last fifth of the run, whenever it grew, as far as the warmup leaves room."""
+    section = {"warmup_steps": 1, "decay_ratio": 0.2, "decay_type": "sqrt"}
+    found, ungrown = schedule(growth=growth({"at": f"{at} steps"}), **section), schedule(**section)
+    curve = [found(step, [at]) for step in range(1, 101)]
+    below_peak = [step for step in range(at + 1, 101) if curve[step - 1] < PEAK]
+    assert len(below_peak) == max(0, decays - 1), "the first step of a decay is still at the peak"
+    if at <= 79:
+        assert curve[80:] == [ungrown(step) for step in range(81, 101)]
+
+
 def test_restart_begins_where_the_growth_really_was() -> None:
     """A growth given in tokens happens at a step that only the lineage knows."""
     found = schedule(growth=growth({"at": "1M tokens"}), warmup_steps=10)
