@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli
 
@@ -74,6 +74,19 @@ class Curve:
         return None
 
 
+class Factors(NamedTuple):
+    """Why one run needs fewer FLOPs than another: it learns more from a token, or its tokens are cheaper.
+
+    With r FLOPs per token of the small model over those of the large one, and tau of T tokens before the growth, the
+    second factor is 1 / (1 - (1 - r) tau / T): it is certain, and the first one is what growth has done to learning.
+    """
+
+    tokens: float
+    """Tokens of the baseline over those of the other run."""
+    cheaper: float
+    """FLOPs per token of the baseline over those of the other run, on average until then."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two runs at equal loss."""
@@ -89,6 +102,13 @@ class Comparison:
         """As a fraction: 0.5 means the baseline costs 1.5 times as much."""
         baseline, other = self.costs[cost]
         return baseline / other - 1.0
+
+    def factors(self) -> Factors | None:
+        """What the ratio of the FLOPs is the product of; None for a run without tokens or FLOPs."""
+        if not {"flops", "tokens"} <= self.costs.keys() or min(self.costs["tokens"]) <= 0:
+            return None
+        (flops, other_flops), (tokens, other_tokens) = self.costs["flops"], self.costs["tokens"]
+        return Factors(tokens / other_tokens, (flops / tokens) / (other_flops / other_tokens))
 
 
 def compare(baseline: Curve, other: Curve) -> Comparison:
@@ -160,6 +180,11 @@ def report(comparisons: Sequence[Comparison]) -> list[str]:
             show = {"flops": "{:.3e}", "tokens": "{:,.0f}", "seconds": "{:,.1f}"}[cost].format
             label = {"flops": "FLOPs"}.get(cost, cost)
             lines.append(f"  {label:8} {show(baseline):>14} -> {show(other):>14}   speedup {one.speedup(cost):+7.1%}")
+        if factors := one.factors():
+            total = one.costs["flops"][0] / one.costs["flops"][1]
+            lines.append(
+                f"  x{total:.2f} in FLOPs = x{factors.tokens:.2f} in tokens, x{factors.cheaper:.2f} by cheaper tokens"
+            )
         ends = [f"{curve.name} {curve.points[-1].loss:.4f}" for curve in (one.baseline, one.other)]
         lines.append(f"  last validation loss: {', '.join(ends)}")
     return lines

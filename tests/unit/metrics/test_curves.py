@@ -65,6 +65,27 @@ def test_speedup_is_at_the_lowest_loss_that_both_reach() -> None:
     assert "speedup +233.3%" in "\n".join(report([found]))
 
 
+def test_a_speedup_has_two_factors() -> None:
+    """A grown run: a quarter of the FLOPs per token for the first 400 of its 1,000 tokens; the baseline needs 1,080."""
+    small, large = 1.0, 4.0
+    baseline = Curve("a", points_of((0, 0.0), (1080, 1080 * large)), ())
+    grown = Curve("b", points_of((400, 400 * small), (1000, 400 * small + 600 * large)), ())
+    found = compare(baseline, grown)
+    factors = found.factors()
+    assert factors is not None
+    assert factors.tokens == pytest.approx(1.08)
+    assert factors.cheaper == pytest.approx(1 / (1 - (1 - small / large) * 400 / 1000))
+    assert factors.tokens * factors.cheaper == pytest.approx(1 + found.speedup("flops"))
+    assert "  x1.54 in FLOPs = x1.08 in tokens, x1.43 by cheaper tokens" in report([found])
+
+
+def points_of(*costs: tuple[float, float]) -> tuple[Point, ...]:
+    """Validations at (tokens, FLOPs), the last of which is the best."""
+    return tuple(
+        Point(step, 5.0 - step, {"tokens": tokens, "flops": flops}) for step, (tokens, flops) in enumerate(costs)
+    )
+
+
 def test_plot_draws_what_runs_have_written_and_prints_the_speedup(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
