@@ -56,10 +56,10 @@ def crash(rank: int, num_ranks: int, recipe: Any, step: int) -> None:
         trainer.fit()
 
 
+# By default: `test_a_store`, and that a file:// URL is a path.
 @pytest.mark.parametrize(
     ("mode", "kills"),
     [
-        ("async", (5,)),
         pytest.param("async", (3, 5, 7), marks=pytest.mark.slow),
         pytest.param("disabled", (3, 5, 7), marks=pytest.mark.slow),
     ],

@@ -28,6 +28,7 @@ from titan_growth.tools.findings import Findings
 from titan_growth.train import main as train_main
 
 
+@pytest.mark.slow  # the default suite plans and loads it, below
 def test_the_debug_recipe_trains_where_torchtitans_files_are_missing(tmp_path: Path) -> None:
     """Two steps and two validations of the recipe as it is but for sizes, in a folder without any data."""
     table = merged(

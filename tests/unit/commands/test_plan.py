@@ -413,6 +413,7 @@ def test_the_help_names_every_flavor() -> None:
         assert listed[1].split(", ") == [one for one in family_module(family).FLAVORS if one != "custom"]
 
 
+@pytest.mark.slow  # its plan is compared with a golden one by default
 def test_405b_on_512_ranks_takes_seconds() -> None:
     """As a user starts it, with all imports; in CPU seconds, which other processes do not lengthen much."""
     recipe = ROOT / "train_configs" / "llama3_405b.toml"

@@ -115,6 +115,7 @@ def test_metrics_trace_on_a_full_disk_is_a_warning(tmp_path: Path, caplog: pytes
     assert "rank2_trace.json: profile not written: the file ends early" in caplog.text
 
 
+@pytest.mark.slow
 def test_metrics_profiler_is_quiet_about_starting_a_second_cycle(tmp_path: Path) -> None:
     # In a process of its own, because PyTorch gives this warning once per process.
     code = (
