@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,9 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
     before, name, done = recipe_of(checkpoint), checkpoint.path.name, num_growths_of(checkpoint)
     found = Findings()
     old, new = (dict(_flat(each.model_dump())) for each in (before, recipe))
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    keys = sorted(old.keys() | new.keys())
+    # A list that was or becomes empty is told by its items.
+    changed = [key for key in keys if old.get(key) != new.get(key) and not any(one.startswith(f"{key}.") for one in keys)]
     old_model, new_model = (model_config_of(each.model, Findings()) for each in (before, recipe))
     fixed = {key: (old.get(key), new.get(key)) for key in _FIXED if key in changed}
     if (before.model.name, old_model) != (recipe.model.name, new_model):
@@ -141,7 +144,7 @@ def _learning_rate_change(checkpoint: StepFolder, before: Recipe, recipe: Recipe
 
 def _model_changes(old: DecoderConfig | None, new: DecoderConfig | None) -> dict[str, tuple[Any, Any]]:
     """The sizes that differ. A family or flavor that this version no longer knows has none to compare."""
-    before, now = (vars(model) if model is not None else {} for model in (old, new))
+    before, now = (dict(_flat(asdict(model))) if model is not None else {} for model in (old, new))
     names = [name for name in before if before[name] != now.get(name)] or ["name"]
     return {f"model ({name})": (before.get(name), now.get(name)) for name in names}
 

@@ -123,6 +123,10 @@ def test_the_base_may_be_named() -> None:
             recipe({"operator": "split_width", "factor": 2, "rescale_to_depth": True}),
             "growth.stages.0.rescale_to_depth: has no meaning for 'split_width': no copied layer",
         ),
+        (
+            recipe({"operator": "learn", "factor": 2, "rescale_to_depth": True}),
+            "growth.stages.0: rescale_to_depth has no meaning: nothing is a copy",
+        ),
         (recipe({"operator": "random_depth", "factor": 2}), "growth.stages.0.mask_steps: is missing: over how many"),
         (recipe({"factor": 2, "options": {"x": 1}}), "growth.stages.0.options.x: is no option of 'stack'. Remove it"),
         (recipe({"operator": "zero_width", "hidden_dim": 48}, n_heads=3), "growth.base.n_kv_heads: 2 key"),

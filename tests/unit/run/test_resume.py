@@ -64,6 +64,7 @@ REFUSED = [
     ({"model__n_layers": 16}, ["model (num_layers)"]),
     ({"model__dim": 512}, ["model (dim)", "model (head_dim)", "model (hidden_dim)"]),
     ({"model__rope_theta": 1e4}, ["model (rope_theta)"]),
+    ({"model__init__scheme": "small", "model__init__head_std": 0.1}, ["model (init.scheme)", "model (init.head_std)"]),
     ({"training__seq_len": 128}, ["training.seq_len"]),
     ({"training__dtype": "bfloat16"}, ["training.dtype"]),
     ({"debug__seed": 6}, ["debug.seed"]),
@@ -130,6 +131,17 @@ def test_other_changes_take_effect_and_are_printed(changes: dict[str, Any], line
     refused, lines = compare(saved(tmp_path, recipe(), growths=1), recipe(**changes))
     assert not refused
     assert [one for one in lines if not one.startswith("so the learning rate")] == [f"changed since step-30: {line}"]
+
+
+def test_groups_that_come_or_go_are_told_by_their_keys(tmp_path: Path) -> None:
+    """And not as `optimizer.groups = none` besides."""
+    grouped = recipe(optimizer__groups=[{"pattern": "*norm.weight", "weight_decay_factor": 0.0}])
+    _, came = compare(saved(tmp_path / "without", recipe(), growths=1), grouped)
+    _, went = compare(saved(tmp_path / "with", grouped, growths=1), recipe())
+    pattern = "changed since step-30: optimizer.groups.0.pattern"
+    assert f'{pattern} = "*norm.weight" (was none)' in came
+    assert f'{pattern} = none (was "*norm.weight")' in went
+    assert not any("optimizer.groups = " in line for line in (*came, *went))
 
 
 def test_names_and_places_are_not_worth_a_line(tmp_path: Path) -> None:

@@ -52,4 +52,6 @@ def _options_problem(planned: PlannedGrowth) -> str | None:
     if planned.optimizer_state != "reset":
         state = planned.optimizer_state
         return f"optimizer_state = '{state}': moments cannot be carried through maps that are learned"
+    if planned.rescale_to_depth:
+        return "rescale_to_depth has no meaning: nothing is a copy"
     return "noise has no meaning: nothing is a copy" if planned.noise else None
