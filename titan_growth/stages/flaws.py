@@ -69,27 +69,29 @@ def _half_a_table(where: str, stage: type[Any]) -> Iterator[Problem]:
 def _missing(stage: type[Any]) -> list[str]:
     """Stage methods that the class lacks or leaves abstract."""
     abstract = getattr(stage, "__abstractmethods__", ())
-    return [name for name in METHODS if name in abstract or not callable(getattr(stage, name, None))]
+    others = sorted(name for name in abstract if name not in METHODS)
+    return [name for name in METHODS if name in abstract or not callable(getattr(stage, name, None))] + others
 
 
 def _strange_names(where: str, stage: type[Stage]) -> Iterator[Problem]:
-    """Public methods that override nothing, and attributes that are spelled almost like a stage's."""
+    """Public methods that override nothing, and attributes that are spelled almost like one that is not beside them."""
+    mixed_in = {name for kind in stage.__mro__ if not issubclass(kind, Stage) for name in vars(kind)}
     own = {
-        name: value
+        name: (value, vars(kind))
         for kind in stage.__mro__
         if kind is not Stage and issubclass(kind, Stage)
         for name, value in vars(kind).items()
-        if not name.startswith("_") and name not in (*METHODS, *_ATTRIBUTES)
+        if not name.startswith("_") and name not in (*METHODS, *_ATTRIBUTES, *mixed_in)
     }
     fields = getattr(stage, "__dataclass_fields__", {})
-    for name, value in own.items():
+    for name, (value, beside) in own.items():
         is_method = isinstance(value, FunctionType | staticmethod | classmethod)
         near = get_close_matches(name, METHODS if is_method else (*METHODS, *_ATTRIBUTES), n=1, cutoff=0.6)
         if is_method:
             meant = f"Did you mean {near[0]}? A" if near else "A"
             message = f"{name} is no hook of a stage, so nothing would call it"
             yield Problem(where, message, f"{meant} helper of your own begins with _: _{name}")
-        elif near and name not in fields and get_close_matches(name, near, cutoff=0.8):
+        elif near and near[0] not in beside and name not in fields and get_close_matches(name, near, cutoff=0.8):
             message = f"{name} is no attribute of a stage, so it would have no effect"
             yield Problem(where, message, f"Did you mean {near[0]}? One of your own begins with _: _{name}")
 
@@ -101,9 +103,10 @@ def _strange_methods(where: str, stage: type[Stage]) -> Iterator[Problem]:
         if function == getattr(Stage, name):
             continue
         wanted = [one for one in inspect.signature(getattr(Stage, name)).parameters if one != "self"]
-        if not _takes(function, wanted):
+        is_bound = not isinstance(inspect.getattr_static(stage, name), FunctionType)
+        if not _takes(function, wanted, is_bound=is_bound):
             hint = f"Write def {name}({', '.join(['self', *wanted])})"
-            message = f"{name}{inspect.signature(function)} must take {' and '.join(wanted)}"
+            message = f"{name}{_signature(function)} must take {' and '.join(wanted)}"
             if name == "before_step":
                 hint += "; the step is context.step"
             yield Problem(where, message, hint)
@@ -111,17 +114,32 @@ def _strange_methods(where: str, stage: type[Stage]) -> Iterator[Problem]:
             yield Problem(where, f"{name} returns nothing", f"End it with a `return`: {_wanted(name)}")
 
 
-def _takes(function: Any, wanted: list[str]) -> bool:
-    """Whether a method takes these arguments, in this order and under these names: (parts, step) is not (parts,
-    context), and would compare a context with a number for ever."""
+def _takes(function: Any, wanted: list[str], *, is_bound: bool) -> bool:
+    """Whether a method takes these arguments in this order. They may have other names, but not those of something else:
+    (parts, step) is not (parts, context), and would compare a context with a number for ever."""
     try:
         signature = inspect.signature(function)
-        signature.bind(*(["self"] if "self" in signature.parameters else []), *wanted)
+        first = 0 if is_bound and "self" not in signature.parameters else 1
+        signature.bind(*["self"][:first], *wanted)
     except (TypeError, ValueError):
         return False
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    named = [name for name, one in signature.parameters.items() if one.kind in plain and name != "self"]
-    return all(name.strip("_") in (one, "") for name, one in zip(named, wanted, strict=False))
+    named = [name for name, one in signature.parameters.items() if one.kind in plain][first:]
+    return not any(_is_another(name, one) for name, one in zip(named, wanted, strict=False))
+
+
+def _is_another(name: str, wanted: str) -> bool:
+    """Whether an argument is named after something else than what is wanted; one with _ in front is not used."""
+    if name.startswith("_") or name == wanted:
+        return False
+    return name in ("parts", "context", "microbatch", "recipe") or "step" in name or "iter" in name
+
+
+def _signature(function: Any) -> str:
+    try:
+        return str(inspect.signature(function))
+    except (TypeError, ValueError):
+        return ""
 
 
 def _answers_nothing(function: Any) -> bool:

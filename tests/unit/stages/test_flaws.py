@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from torch import nn
 
+from titan_growth.config.section import Section
 from titan_growth.engine.build import BuiltModel
 from titan_growth.layout.mesh import Mesh
 from titan_growth.layout.mesh_shape import MeshShape
@@ -90,6 +93,9 @@ def nothing(self, parts, context):
     pass
 
 
+abstract = with_()
+abstract.__abstractmethods__ = frozenset({"_patch"})
+
 STRANGE: list[tuple[str, type, str]] = [
     (
         "misspelt hook",
@@ -120,6 +126,28 @@ STRANGE: list[tuple[str, type, str]] = [
         "step is context.step",
     ),
     (
+        "the step under another name",
+        with_(before_step=lambda self, model, step_number: None),
+        "before_step(self, model, step_number) must take parts and context. Write def before_step(self, parts, "
+        "context); the step is context.step",
+    ),
+    (
+        "the wrong way round",
+        with_(after_backward=lambda self, context, parts: None),
+        "after_backward(self, context, parts) must take parts and context. Write def after_backward(self, parts, "
+        "context)",
+    ),
+    (
+        "no signature",
+        with_(describe=str),
+        "describe must take context. Write def describe(self, context)",
+    ),
+    (
+        "abstract",
+        abstract,
+        "lacks _patch. Derive it from Stage and write these methods",
+    ),
+    (
         "too few arguments",
         with_(after_optimizer_step=lambda self, parts: None),
         "after_optimizer_step(self, parts) must take parts and context. Write def after_optimizer_step(self, parts, "
@@ -146,6 +174,38 @@ STRANGE: list[tuple[str, type, str]] = [
 @pytest.mark.parametrize(("kind", "message"), [case[1:] for case in STRANGE], ids=[case[0] for case in STRANGE])
 def test_a_class_that_would_not_do_what_it_says(kind: type, message: str) -> None:
     assert flaws_of(kind) == [f"mine.Mine: {message}"]
+
+
+def two(this, batch, ctx):
+    return batch
+
+
+def one(this, ctx):
+    return "text"
+
+
+class Mixin:
+    def patch(self, part):
+        raise NotImplementedError
+
+    def enabled(self, context):
+        return True
+
+
+ORDINARY: list[tuple[str, type]] = [
+    ("a nested table", with_(Settings=type("Settings", (Section,), {}), settings=None, table="")),
+    ("beside what they are spelled like", with_(name="mine", names=("a",), named=property(one))),
+    ("arguments of other names", with_(apply=two, prepare_microbatch=two, describe=one)),
+    ("arguments that are not used", with_(before_step=lambda self, _parts, _step: None)),
+    ("without self", with_(enabled=staticmethod(lambda context: True), describe=classmethod(one))),
+    ("decorated", with_(apply=torch.no_grad()(two), describe=functools.wraps(one)(lambda *words: "text"))),
+    ("what a mixin brings", type("Mine", (Mixin, Good), {"patch": nothing})),
+]
+
+
+@pytest.mark.parametrize("kind", [case[1] for case in ORDINARY], ids=[case[0] for case in ORDINARY])
+def test_a_class_that_is_written_in_another_way_passes(kind: type) -> None:
+    assert flaws_of(kind) == []
 
 
 def test_a_base_class_of_the_author_is_looked_at_too() -> None:
