@@ -82,7 +82,9 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
     old, new = (dict(_flat(each.model_dump())) for each in (before, recipe))
     keys = sorted(old.keys() | new.keys())
     # A list that was or becomes empty is told by its items.
-    changed = [key for key in keys if old.get(key) != new.get(key) and not any(one.startswith(f"{key}.") for one in keys)]
+    changed = [
+        key for key in keys if old.get(key) != new.get(key) and not any(one.startswith(f"{key}.") for one in keys)
+    ]
     old_model, new_model = (model_config_of(each.model, Findings()) for each in (before, recipe))
     fixed = {key: (old.get(key), new.get(key)) for key in _FIXED if key in changed}
     if (before.model.name, old_model) != (recipe.model.name, new_model):
