@@ -18,7 +18,7 @@ from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.checkpoint.steps import is_step_name, step_of
 from titan_growth.commands.described import is_foreign
-from titan_growth.commands.source import NeverRun, Source, open_any
+from titan_growth.commands.source import NeverRun, Source, open_any, whole_tensor
 from titan_growth.config.loader import inspect_recipe, with_values
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import Chain
@@ -85,7 +85,20 @@ def open_foreign(path: Path, recipe_file: str) -> ForeignSource:
         raise CheckpointError(f"{wrong[0]}. Give a --recipe with its model in [model]")
     chunks = reader.chunks()
     reader.check_chunks(chunk for name in wanted for chunk in chunks.get(name, ()))
+    for copy, original in config.tied.items():
+        _require_one_value(SafeReader(path), copy, original)
     return opened
+
+
+def _require_one_value(stored: SafeReader, copy: str, original: str) -> None:
+    """Raises CheckpointError if a tied parameter is stored twice with two values: one would be left out in silence."""
+    chunks, entries = stored.chunks(), stored.tensor_entries()
+    if copy not in chunks:
+        return
+    one, other = (whole_tensor(stored, chunks[name], tuple(entries[name].size)) for name in (copy, original))
+    if one.dtype != other.dtype or not torch.equal(one, other):
+        why = f"{copy} is not {original}, though the recipe has model.tie_word_embeddings = true"
+        raise stored.refused(f"{why}. Say false there if the head was trained apart")
 
 
 def _recipe(recipe_file: str) -> Recipe:

@@ -37,7 +37,9 @@ def main(args: Namespace) -> int:
 
 def lineage_lines(path: Path) -> Iterator[str]:
     """The lines of the report. Raises CheckpointError when there is no checkpoint, or its lineage cannot be read."""
-    if path.is_dir() and is_foreign(path):
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder. Name a step-N folder")
+    if is_foreign(path):
         yield f"{path}: written by another program, such as torchtitan: no growths and no counters are known"
         return
     folder = open_step(path)

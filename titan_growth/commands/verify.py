@@ -22,7 +22,7 @@ from titan_growth.commands.source import committed
 from titan_growth.config.plugins import load_plugins
 from titan_growth.models.roles import OPTIMIZER_PREFIX
 from titan_growth.run.vet import problem_of, whole_problem
-from titan_growth.tools.errors import CheckpointError, ConfigError, TitanGrowthError, print_error
+from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, TitanGrowthError, print_error
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.text import gib, many, one_line
 
@@ -41,7 +41,7 @@ _LINE.words("FOLDER", "A step folder, or a folder of them to check them all.", d
 def main(args: Namespace) -> int:
     """Checks the folders; returns the exit status."""
     load_plugins(args.plugins)
-    status = 0
+    status = num_foreign = 0
     for word in args.folders:
         try:
             path = folder_at(word)
@@ -49,6 +49,7 @@ def main(args: Namespace) -> int:
         except TitanGrowthError as error:
             status = print_error(error)
             continue
+        num_foreign += sum(is_foreign(folder) for folder in folders)
         for folder in folders:
             try:
                 print("\n".join(verified(folder, args.recipe_file)), flush=True)
@@ -58,6 +59,9 @@ def main(args: Namespace) -> int:
                 place = f" (in {path.parent})" if len(args.folders) > 1 else ""
                 print(f"error: {one_line(str(error))}{place}", flush=True)
                 status = status or 1
+    if args.recipe_file is not None and status == 0 and num_foreign == 0:
+        message = "was not looked at: the folders say themselves which model they hold"
+        status = print_error(ConfigError([Problem("--recipe", message, "Leave it out")]))
     return status
 
 

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.runs import BASE, make_recipe
 from titan_growth.__main__ import main
+from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.commands.described import described
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.models.registry import family_module, model_config_of
@@ -79,6 +80,8 @@ def test_it_is_grown_with_a_recipe(theirs: Path, tmp_path: Path, capsys: pytest.
 def test_lineage_and_probe_say_what_there_is(theirs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, text = said(capsys, "lineage", theirs / "step-3")
     assert (status, "written by another program, such as torchtitan: no growths" in text) == (0, True)
+    assert main(["lineage", str(theirs / "step-9")]) == 1
+    assert capsys.readouterr().err.endswith("step-9: no such folder. Name a step-N folder\n")
     status, text = said(capsys, "probe", "--from", theirs / "step-3", "--operator", "stack", "--factor", "2")
     assert (status, "Train from it for a step or more with checkpoint.initial_load_path" in text) == (2, True)
 
@@ -102,6 +105,42 @@ def test_what_is_wrong_is_one_line(theirs: Path, tmp_path: Path, capsys: pytest.
     status, text = said(capsys, "verify", broken, "--recipe", theirs / "recipe.toml")
     assert status == 1
     assert text.startswith("error: step-3 refused: ")
+
+
+def test_a_head_beside_a_tied_embedding_is_not_dropped_in_silence(
+    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchtitan stores both names of tied weights, so their values decide."""
+    recipe = tmp_path / "tied.toml"
+    recipe.write_text(RECIPE.replace("[model]", "[model]\ntie_word_embeddings = true"))
+    for words in (("verify", theirs / "step-3"), ("export", "--from", theirs / "step-3", "--to", tmp_path / "out")):
+        status, text = said(capsys, *words, "--recipe", recipe)
+        assert status == 1
+        assert (
+            "step-3 refused: output.weight is not tok_embeddings.weight, though the recipe has "
+            "model.tie_word_embeddings = true. Say false there if the head was trained apart"
+        ) in text
+    reader = SafeReader(theirs / "step-3")
+    state = {
+        name: reader.read_chunk(chunks[0])
+        for name, chunks in reader.chunks().items()
+        if "." in name and "state" not in name
+    }
+    state["output.weight"] = state["tok_embeddings.weight"].clone()
+    dcp.save(state, checkpoint_id=tmp_path / "step-4", no_dist=True)
+    assert said(capsys, "export", "--from", tmp_path / "step-4", "--to", tmp_path / "out", "--recipe", recipe)[0] == 0
+
+
+def test_a_recipe_that_is_not_looked_at_is_said(
+    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--from", theirs / "step-3", "--to", tmp_path / "step-3", "--operator", "stack", "--factor", "2")
+    assert said(capsys, "grow", *words, "--recipe", theirs / "recipe.toml")[0] == 0
+    status, text = said(capsys, "verify", tmp_path / "step-3", "--recipe", theirs / "none.toml")
+    assert status == 2
+    assert "--recipe: was not looked at: the folders say themselves which model they hold. Leave it out" in text
+    both = (tmp_path / "step-3", theirs / "step-3", "--recipe", theirs / "recipe.toml")
+    assert said(capsys, "verify", *both)[0] == 0
 
 
 def test_other_folders_are_described(theirs: Path, tmp_path: Path) -> None:
