@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import multiprocessing
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 
 import torch
 from torch import Tensor
@@ -91,6 +93,7 @@ class BatchLoader:
                 snapshot_every_n_steps=_NEVER,
             )
         self._iterator: Iterator[dict[str, Tensor]] | None = None
+        self._workers: list[BaseProcess] = []
 
     @property
     def cursor(self) -> int:
@@ -105,7 +108,9 @@ class BatchLoader:
         if self._loader is None:
             raise RuntimeError("the loader is closed")
         if self._iterator is None:
+            others = multiprocessing.active_children()
             self._iterator = iter(self._loader)
+            self._workers = [one for one in multiprocessing.active_children() if one not in others]
         try:
             microbatches = [next(self._iterator) for _ in range(self._num_microbatches)]
         except (ConnectionError, EOFError) as error:  # it died with samples on their way
@@ -117,6 +122,10 @@ class BatchLoader:
         """Stop the workers. The cursor can still be read."""
         self._iterator = None
         self._loader = None
+        for worker in self._workers:
+            if worker.is_alive():  # stuck in a read. It ignores torch's SIGTERM, and Python's exit would wait for it.
+                worker.kill()
+        self._workers = []
 
 
 class ValidationBatches:

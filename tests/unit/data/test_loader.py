@@ -144,6 +144,20 @@ def test_close_stops_the_workers(blocks: BlockDataset, persistent: bool) -> None
         helped.next_batch()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_close_ends_a_worker_that_is_stuck(blocks: BlockDataset) -> None:
+    """PyTorch waits 5 seconds for it, then sends the SIGTERM that workers ignore."""
+    before = set(children(os.getpid()))
+    helped = loader(blocks, num_workers=1)
+    helped.next_batch()
+    workers = [pid for pid in children(os.getpid()) if pid not in before]
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    helped.close()
+    assert not wait_until_gone(workers, seconds=3)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text\n" * 5000)
