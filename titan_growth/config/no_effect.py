@@ -102,6 +102,7 @@ IDLE = (
         lambda recipe: not recipe.stability.acts,
         "stability.nonfinite and stability.spike neither skip nor roll back",
     ),
+    _while("optimizer.weight_decay", 0, "optimizer", "weight_decay_on"),
     _while("data.on_bad_row", "stop", "data", "max_bad_rows"),
     _while("compile.enable", False, "compile", "components", "backend"),
     Idle("model", ("print_after_conversion",), lambda recipe: not recipe.model.converters, "model.converters is empty"),

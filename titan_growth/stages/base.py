@@ -95,7 +95,7 @@ class Stage(ABC):
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Stage:
         """The stage with its tables; it keeps nothing else of the recipe."""
-        return cls(**{table.name: table_of(recipe, table.name) for table in fields(cls)})
+        return cls(**{table.name: table_of(recipe, table.name) for table in fields(cls) if table.init})
 
     @abstractmethod
     def enabled(self, context: PlanContext) -> bool:

@@ -10,11 +10,14 @@ import dis
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from difflib import get_close_matches
 from types import FunctionType
 from typing import Any
 
-from titan_growth.config.plugins import origin_of, same_origin
+from titan_growth.config.messages import suggestion
+from titan_growth.config.plugins import origin_of, recipe_class, same_origin
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.stages.base import PlanContext, Stage
 from titan_growth.tools.errors import Problem
 from titan_growth.tools.findings import Findings
@@ -53,6 +56,7 @@ def flaws(stage: type[Any], other: type[Any] | None, *, is_taken: bool) -> Itera
         hint = f"Write class {stage.__name__}(Stage)"
         yield Problem(where, "is not derived from titan_growth.stages.base.Stage", hint)
     else:
+        yield from _strange_fields(where, stage)
         yield from _strange_names(where, stage)
         yield from _strange_methods(where, stage)
     yield from _half_a_table(where, stage)
@@ -73,6 +77,28 @@ def _missing(stage: type[Any]) -> list[str]:
     return [name for name in METHODS if name in abstract or not callable(getattr(stage, name, None))] + others
 
 
+def _strange_fields(where: str, stage: type[Stage]) -> Iterator[Problem]:
+    """Class attributes that @dataclass has made fields, and fields of a class without it."""
+    names = [one.name for one in fields(stage)]
+    for name in (one for one in _ATTRIBUTES if one in names):
+        hint = f"Leave out its annotation, or write {name}: ClassVar[...]"
+        yield Problem(where, f"{name} is a field of the dataclass, and fields are tables of the recipe", hint)
+    for name in vars(stage).get("__annotations__", ()):
+        if name in (stage.table, *Recipe.model_fields) and name not in names and not hasattr(stage, name):
+            message = f"{name} is no field, because the class is no dataclass"
+            yield Problem(where, message, "Write @dataclass below @register_stage")
+
+
+def unknown_tables(stage: type[Stage], recipe: Recipe) -> Iterator[Problem]:
+    """Fields that `Stage.from_recipe` could not fill. A plugin may fill those of its stages itself."""
+    if getattr(stage.from_recipe, "__func__", None) is not getattr(Stage.from_recipe, "__func__", None):
+        return
+    tables = type(recipe).model_fields.keys() | recipe_class().model_fields.keys()
+    for name in (one.name for one in fields(stage) if one.init and one.name not in tables):
+        hint = suggestion(name, tables) or "A value of its own is a ClassVar, or has no annotation"
+        yield Problem(origin_of(stage), f"its field {name} is no table of the recipe", hint)
+
+
 def _strange_names(where: str, stage: type[Stage]) -> Iterator[Problem]:
     """Public methods that override nothing, and attributes that are spelled almost like one that is not beside them."""
     mixed_in = {name for kind in stage.__mro__ if not issubclass(kind, Stage) for name in vars(kind)}
@@ -83,7 +109,7 @@ def _strange_names(where: str, stage: type[Stage]) -> Iterator[Problem]:
         for name, value in vars(kind).items()
         if not name.startswith("_") and name not in (*METHODS, *_ATTRIBUTES, *mixed_in)
     }
-    fields = getattr(stage, "__dataclass_fields__", {})
+    names = {one.name for one in fields(stage)}
     for name, (value, beside) in own.items():
         is_method = isinstance(value, FunctionType | staticmethod | classmethod)
         near = get_close_matches(name, METHODS if is_method else (*METHODS, *_ATTRIBUTES), n=1, cutoff=0.6)
@@ -91,7 +117,7 @@ def _strange_names(where: str, stage: type[Stage]) -> Iterator[Problem]:
             meant = f"Did you mean {near[0]}? A" if near else "A"
             message = f"{name} is no hook of a stage, so nothing would call it"
             yield Problem(where, message, f"{meant} helper of your own begins with _: _{name}")
-        elif near and near[0] not in beside and name not in fields and get_close_matches(name, near, cutoff=0.8):
+        elif near and near[0] not in beside and name not in names and get_close_matches(name, near, cutoff=0.8):
             message = f"{name} is no attribute of a stage, so it would have no effect"
             yield Problem(where, message, f"Did you mean {near[0]}? One of your own begins with _: _{name}")
 

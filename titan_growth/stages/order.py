@@ -11,7 +11,7 @@ from titan_growth.config.messages import suggestion
 from titan_growth.config.plugins import PLUGINS_KEY, origin_of, register_table
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.stages.base import Stage
-from titan_growth.stages.flaws import flaws
+from titan_growth.stages.flaws import flaws, unknown_tables
 from titan_growth.tools.errors import ConfigError, Problem
 
 OWN = (
@@ -106,6 +106,12 @@ def resolve_order(stages: Mapping[str, type[Any]]) -> list[str]:
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
-    """All registered stages with their settings from the recipe, in order of application."""
+    """All registered stages with their settings from the recipe, in order of application.
+
+    Raises:
+        ConfigError: when the stages have no order, or the field of one is no table of the recipe.
+    """
     known = registered_stages()
+    if problems := [problem for stage in known.values() for problem in unknown_tables(stage, recipe)]:
+        raise ConfigError(problems)
     return [known[name].from_recipe(recipe) for name in resolve_order(known)]

@@ -177,6 +177,7 @@ WITHOUT_EFFECT: list[tuple[dict[str, object], str, object, str]] = [
         ["output"],
         'activation_checkpoint.mode is not "selective" with selective_ac_option = "op"',
     ),
+    ({"optimizer.weight_decay": 0.0}, "optimizer.weight_decay_on", "matrices", "optimizer.weight_decay is 0"),
     ({}, "data.max_bad_rows", 5, 'data.on_bad_row is "stop"'),
     ({}, "compile.components", ["loss"], "compile.enable is false"),
     ({}, "compile.backend", "aot_eager", "compile.enable is false"),

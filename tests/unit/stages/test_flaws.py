@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.section import Section
 from titan_growth.engine.build import BuiltModel
 from titan_growth.layout.mesh import Mesh
@@ -20,7 +21,7 @@ from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.models import llama
 from titan_growth.models.config import DecoderConfig
 from titan_growth.stages.base import BuildContext, PlanContext, Stage
-from titan_growth.stages.flaws import METHODS, ask, flaws
+from titan_growth.stages.flaws import METHODS, ask, flaws, unknown_tables
 from titan_growth.stages.order import registered_stages
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.findings import Findings
@@ -126,6 +127,17 @@ STRANGE: list[tuple[str, type, str]] = [
         "step is context.step",
     ),
     (
+        "an attribute that is a field",
+        dataclass(with_(name="good", __annotations__={"name": str})),
+        "name is a field of the dataclass, and fields are tables of the recipe. Leave out its annotation, or write "
+        "name: ClassVar[...]",
+    ),
+    (
+        "no dataclass",
+        with_(__annotations__={"training": object, "handles": list}),
+        "training is no field, because the class is no dataclass. Write @dataclass below @register_stage",
+    ),
+    (
         "the step under another name",
         with_(before_step=lambda self, model, step_number: None),
         "before_step(self, model, step_number) must take parts and context. Write def before_step(self, parts, "
@@ -206,6 +218,25 @@ ORDINARY: list[tuple[str, type]] = [
 @pytest.mark.parametrize("kind", [case[1] for case in ORDINARY], ids=[case[0] for case in ORDINARY])
 def test_a_class_that_is_written_in_another_way_passes(kind: type) -> None:
     assert flaws_of(kind) == []
+
+
+def test_a_field_that_is_no_table_is_named() -> None:
+    trainig = dataclass(
+        with_(
+            __annotations__={"trainig": object, "scale": float, "kept": list},
+            trainig=None,
+            scale=2.0,
+            kept=field(default_factory=list, init=False),
+        )
+    )
+    assert [str(problem) for problem in unknown_tables(trainig, Recipe())] == [
+        "mine.Mine: its field table_of_mine is no table of the recipe. A value of its own is a ClassVar, or has no "
+        "annotation",
+        "mine.Mine: its field trainig is no table of the recipe. Did you mean 'training'?",
+        "mine.Mine: its field scale is no table of the recipe. A value of its own is a ClassVar, or has no annotation",
+    ]
+    own = with_(from_recipe=classmethod(lambda cls, recipe: cls(3)))
+    assert list(unknown_tables(own, Recipe())) == []
 
 
 def test_a_base_class_of_the_author_is_looked_at_too() -> None:
