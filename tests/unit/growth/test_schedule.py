@@ -135,6 +135,16 @@ def test_an_operator_that_is_registered_without_a_name() -> None:
         register_operator(new_operator())  # type: ignore[arg-type]
 
 
+def test_an_operator_may_say_things_by_properties(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators_module, "_OPERATORS", dict(operators()))
+    said = {"grows": frozenset({"depth"}), "options": frozenset({"x"}), "sets_size": True}
+    kind = new_operator(**{name: property(lambda self, value=value: value) for name, value in said.items()})
+    register_operator("new")(kind)
+    assert {name: getattr(operators()["new"], name) for name in said} == said
+    with pytest.raises(ConfigError, match="`grows` must say what the operator changes, is 3"):
+        register_operator("other")(new_operator(grows=property(lambda self: 3)))
+
+
 def test_all_flaws_of_an_operator_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         register_operator("stack")(new_operator(without=("grow", "grows", "base")))

@@ -138,18 +138,25 @@ def _flaws(name: str, kind: type) -> Iterator[Problem]:
     elif name in _OPERATORS and not same_origin(type(_OPERATORS[name]), kind):
         other = origin_of(type(_OPERATORS[name]))
         yield Problem(where, f"{other} is called {name!r} already", "Give one of the two another name")
-    grows: object = getattr(kind, "grows", None)
-    options: object = getattr(kind, "options", frozenset())
+    grows, options = _given(kind, "grows", None), _given(kind, "options", frozenset())
     if not (isinstance(grows, Set) and grows and grows <= {"depth", "width"}):
         hint = 'Write grows = frozenset({"depth"}), {"width"} or both'
         yield Problem(where, f"`grows` must say what the operator changes, is {grows!r}", hint)
     if not (isinstance(options, Set) and all(isinstance(option, str) for option in options)):
         hint = 'Write options = frozenset({"my_option"}), or leave it out'
         yield Problem(where, f"`options` must be a set of names, is {options!r}", hint)
-    sets_size: object = getattr(kind, "sets_size", False)
+    sets_size = _given(kind, "sets_size", False)
     if not isinstance(sets_size, bool):
         yield Problem(where, f"`sets_size` must be True or False, is {sets_size!r}")
     yield from _method_flaws(where, kind)
+
+
+def _given(kind: type, name: str, default: object) -> object:
+    """What a class says about itself; a property says it of an instance."""
+    value: object = getattr(kind, name, default)
+    if not isinstance(value, property | cached_property):
+        return value
+    return getattr(kind(), name, default) if _takes(kind, ()) and not inspect.isabstract(kind) else default
 
 
 def _method_flaws(where: str, kind: type) -> Iterator[Problem]:
