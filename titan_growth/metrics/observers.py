@@ -117,6 +117,8 @@ class Observers:
             tensorboard_folder=self.folder.path / self.recipe.metrics.save_tb_folder if tensorboard else None,
             checkpoint=last_saved.path if last_saved is not None else None,
             recipe=self.folder.path / RECIPE_FILE if self.jsonl is not None else None,
+            only_weights=last_saved is not None and last_saved.manifest.model_only,
+            plugins=self.recipe.plugins,
         )
 
     def close(self) -> None:

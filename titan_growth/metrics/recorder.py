@@ -106,8 +106,14 @@ class Recorder:
         tensorboard_folder: str | Path | None = None,
         checkpoint: str | Path | None = None,
         recipe: str | Path | None = None,
+        only_weights: bool = False,
+        plugins: Sequence[str] = (),
     ) -> list[str]:
         """What the run did, one fact a line; paths that are None are left out.
+
+        Args:
+            only_weights: the checkpoint has no moments, so that the run cannot go on from it.
+            plugins: of the recipe, without which the checkpoint means nothing.
 
         Speed, wall-clock and phases are of this process; the rest is of the whole run if `summary.load` was called.
         """
@@ -133,16 +139,27 @@ class Recorder:
             "curves": curves,
             "last checkpoint": checkpoint,
             "effective recipe": recipe,
-            **(self._next_steps(checkpoint, metrics_path) if verb == "finished" else {}),
         }
+        if verb == "finished":
+            places |= self._next_steps(checkpoint, metrics_path, only_weights=only_weights, plugins=plugins)
         return lines + [f"{name}: {place}" for name, place in places.items() if place is not None]
 
-    def _next_steps(self, checkpoint: str | Path | None, metrics_path: str | Path | None) -> dict[str, str]:
+    def _next_steps(
+        self,
+        checkpoint: str | Path | None,
+        metrics_path: str | Path | None,
+        *,
+        only_weights: bool,
+        plugins: Sequence[str],
+    ) -> dict[str, str]:
         """What can be done with a run that is finished, as commands."""
         steps = {}
         if checkpoint is not None:
-            steps["export to Hugging Face"] = f"titan_growth export --from {shlex.quote(str(checkpoint))} --to exported"
-            steps["go on"] = "the same command with a larger training.steps"
+            words = ["export", "--from", str(checkpoint), "--to", "exported"]
+            words += ["--plugins", ",".join(plugins)] if plugins else []
+            steps["export to Hugging Face"] = f"titan_growth {shlex.join(words)}"
+            if not only_weights:
+                steps["go on"] = "the same command with a larger training.steps"
         if metrics_path is not None and len(self.summary.validations) > 1:
             folder = Path(metrics_path).parent
             steps["plot"] = f"titan_growth plot {shlex.quote(f'{folder.name}={folder}')} --to curves.png"

@@ -205,6 +205,10 @@ def test_metrics_closing_summary_tells_what_the_run_did_and_where_to_look(clock:
         "go on: the same command with a larger training.steps",
         "plot: titan_growth plot out=out --to curves.png",
     ]
+    weights = metrics.closing_summary(at(25), checkpoint="step-25", only_weights=True, plugins=["mine", "other"])
+    assert weights[-1] == (
+        "export to Hugging Face: titan_growth export --from step-25 --to exported --plugins mine,other"
+    ), "it cannot go on from weights alone"
     stopped = metrics.closing_summary(at(20), verb="stopped", checkpoint="out/checkpoint/step-20")
     assert stopped[-1] == "last checkpoint: out/checkpoint/step-20", "it goes on by itself"
 
