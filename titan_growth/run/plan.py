@@ -253,7 +253,7 @@ def _check_groups(recipe: Recipe, target: DecoderConfig, found: Findings) -> Non
         message = f"no parameter of the model is called '{pattern}', or an earlier group has all that are"
         hint = f"Names are like {parameters[0].name} and {parameters[len(parameters) // 2].name}"
         found.problem(f"optimizer.groups.{number}.pattern", message, hint)
-    if all(treatment_of(section, one.name, len(one.shape)).frozen for one in parameters):
+    if all(treatment_of(section, one.name, len(one.shape)).lr_factor == 0 for one in parameters):
         found.problem("optimizer.groups", "freezes every parameter", "Leave some to train")
 
 

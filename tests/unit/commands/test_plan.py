@@ -332,6 +332,7 @@ def test_all_problems_together(capsys: Any) -> None:
             "optimizer.groups.0.pattern: no parameter of the model is called '*norm', or an earlier group has all that",
         ),
         (["--optimizer.groups", '[{pattern = "*", frozen = true}]'], "optimizer.groups: freezes every parameter"),
+        (["--optimizer.groups", '[{pattern = "*", lr_factor = 0.0}]'], "optimizer.groups: freezes every parameter"),
         (["--optimizer.groups", '[{pattern = "*"}]'], "optimizer.groups.0: changes nothing"),
         (
             ["--optimizer.groups", '[{pattern = "*", frozen = true, lr_factor = 2.0}]'],
