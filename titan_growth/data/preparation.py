@@ -179,6 +179,8 @@ class _Job:
                 why = self.account.why_nothing()
                 raise DataError(f"{self.corpus.describe()}: holds no text to train on{why}. Use another corpus")
             if open_corpus(self.corpus_spec).fingerprint(self.hashes.renewed()) != self.facts["corpus"]:
+                # Should the files be put back, nothing may go on from tokens of what stood in their place.
+                (self.folder / _JOURNAL_NAME).unlink(missing_ok=True)
                 raise DataError(f"{self.corpus.describe()}: the corpus changed while it was prepared. Start again")
             self._commit({name: writer.finish() for name, writer in writers.items()})
         finally:
@@ -230,13 +232,14 @@ class _Job:
             if (journal["shard_tokens"], journal["rule"]) != (self.shard_tokens, repr(self.rule)):
                 return None
             writers = {name: self._writer(name, journal["splits"][name]) for name in self._split_names}
-            self.at = Position(**journal["position"])
+            at = Position(**journal["position"])
             self.account.restore(journal["account"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("the interrupted preparation in %s cannot be continued (%s)", self.folder, error)
             return None
+        self.at = at
         logger.info("continuing an interrupted preparation at document %d", self.at.document)
         return writers
 

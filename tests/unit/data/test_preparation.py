@@ -319,6 +319,26 @@ def test_corpus_that_changes_meanwhile_is_refused(tmp_path: Path, cache: Path) -
     assert not list(cache.glob("prepared/*/meta.json"))
 
 
+def test_nothing_goes_on_from_what_stood_in_place_of_a_corpus(tmp_path: Path, cache: Path) -> None:
+    spec = write_corpus(tmp_path / "c", ["short"] * 5000)
+    last = tmp_path / "c" / "last.jsonl"
+    last.write_text('{"text": "true"}\n' * 5000)
+    expected = prepared(spec).train.read(0, 60_000)
+
+    class Changing(BytesTokenizer):
+        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+            last.write_text('{"text": "else"}\n' * 5000)
+            return super().encode_batch(texts)
+
+    settings = {"bos": True, "eos": True, "validation_fraction": 0.0, "shard_tokens": 20_000}
+    with pytest.raises(DataError, match="the corpus changed while it was prepared"):
+        prepare(spec, Changing(), cache_dir=tmp_path / "second", **settings)  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("second/prepared/*/*"))
+    last.write_text('{"text": "true"}\n' * 5000)
+    again = prepare(spec, BytesTokenizer(), cache_dir=tmp_path / "second", **settings)  # type: ignore[arg-type]
+    assert np.array_equal(again.train.read(0, 60_000), expected)
+
+
 def test_unwritable_cache_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TITAN_GROWTH_CACHE", str(tmp_path / "file" / "cache"))
