@@ -6,6 +6,7 @@ documents count without end, or twice, and is left out by name. Hidden entries (
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 HIDDEN = "hidden"
 NOT_REGULAR = "no regular files"
+FOLDERS = "folders (a glob reads what is in those that it matches if /** ends it)"
 DANGLING = "links to nothing"
 LOOP = "links back to a folder that they lie in"
 AGAIN = "links to what is in the corpus already"
@@ -88,7 +90,9 @@ class Search:
                 self.left_out.append((DANGLING, name))
             elif os.path.isfile(path):
                 self._take_file(name, os.path.realpath(path), real_root)
-            elif not os.path.isdir(path):
+            elif os.path.isdir(path):
+                self.left_out.append((FOLDERS, name))
+            else:
                 self.left_out.append((NOT_REGULAR, name))
 
     def without_copies(self, is_wanted: Callable[[Candidate], bool]) -> list[Candidate]:
@@ -138,8 +142,10 @@ class Search:
         except (FileNotFoundError, NotADirectoryError):
             self.left_out.append((DANGLING, name))
             return
-        except OSError:  # a link that leads to itself
-            self.left_out.append((LOOP, name))
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            self.left_out.append((LOOP, name))  # it leads to itself
             return
         real_path, real_root = os.path.realpath(path), os.path.realpath(self.root)
         if stat.S_ISREG(mode):
