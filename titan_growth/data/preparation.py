@@ -35,6 +35,7 @@ from titan_growth.data.prepared import (
     META_NAME,
     DamagedError,
     PreparedCorpus,
+    as_of_now,
     open_prepared,
     say_if_prepared_before,
 )
@@ -92,10 +93,10 @@ def prepare(
         facts = {"format_version": FORMAT_VERSION, "corpus": content, **_facts_of_tokens(made_of, settings)}
         folder = root / "prepared" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         if not rehash and (found := _open_or_none(folder, report_damage=False)):
-            return found
+            return as_of_now(found, corpus, corpus_spec)
         with exclusive(folder.with_suffix(".lock"), "preparing the corpus"):
             if found := _open_or_none(folder, report_damage=True, checksums=rehash):
-                return found
+                return as_of_now(found, corpus, corpus_spec)
             trusted, hashes = hashes.took_on_trust, hashes.renewed()
             if trusted and corpus.fingerprint(hashes) != content:
                 continue  # known by what its files hold now

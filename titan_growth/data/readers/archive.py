@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, cast
 
-from titan_growth.data.account import Account
+from titan_growth.data.account import OTHER_MEMBERS, SECOND_TEXTS, Account
 from titan_growth.data.readers.files import JSON, PARQUET, TAR, TEXT, kind_of
 from titan_growth.data.readers.place import Place, UnusableError
 from titan_growth.data.readers.utf8 import LONGEST_RECORD_BYTES, too_long
@@ -27,8 +27,6 @@ _EXTENDED_HEADERS = (
     tarfile.SOLARIS_XHDTYPE,
 )
 _FIX = "Copy it or write it again"
-OTHER_MEMBERS = "members of archives that hold no text"
-SECOND_TEXTS = "JSON beside a text of the same sample"
 
 
 class _Member(tarfile.TarInfo):
