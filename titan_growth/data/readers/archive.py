@@ -1,7 +1,7 @@
 """Tar archives, webdataset shards among them, read as a stream from beginning to end.
 
 A member is read as a file of its extension. Members whose names agree up to the first dot are one sample, as webdataset
-has it, and a sample is one document: its plain text if it has one, else its JSON.
+has it, whose JSON describes its plain text, if it has some, and is read only if it has none.
 """
 
 from __future__ import annotations
