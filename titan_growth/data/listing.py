@@ -20,6 +20,7 @@ from titan_growth.tools.text import some
 
 OTHER_KINDS = "of no known kind"
 MARKUP = f"HTML or XML ({MARKUP_FIX})"
+EMPTY = "empty, as no whole file of its kind is (0 bytes)"
 CARDS = 'dataset cards (dataset = "text", or a glob that names them, reads them)'
 _CARD_NAMES = frozenset(
     f"{stem}{suffix}"
@@ -151,6 +152,8 @@ def _usable(path: Path | Remote, found: FoundFiles, choice: _Choice) -> FoundFil
             f"{path}: no file of a known kind ({_reasons(found)}). Known are {KNOWN}. "
             'With dataset = "text", "json", "csv", "tsv", "tar" or "parquet" a file or a glob is read as such'
         )
+    # What a download that failed leaves behind.
+    found.left_out += [(EMPTY, file.name) for file in found.files if not file.size_bytes and file.has_frame]
     if sum(file.size_bytes for file in found.files) == 0:
         raise DataError(f"{path}: empty (0 bytes in {len(found.files)} files). Set dataset_path to a corpus with text")
     return found

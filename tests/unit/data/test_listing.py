@@ -12,7 +12,7 @@ import pytest
 from tests.unit.data.readers.reading import account_of, refusal_of, texts_of
 from titan_growth.data.corpora import open_corpus
 from titan_growth.data.corpus import CorpusSpec
-from titan_growth.data.listing import CARDS, MARKUP, OTHER_KINDS, find_files
+from titan_growth.data.listing import CARDS, EMPTY, MARKUP, OTHER_KINDS, find_files
 from titan_growth.data.walk import AGAIN, DANGLING, FOLDERS, HIDDEN, LOOP, NOT_REGULAR, Search
 from titan_growth.tools.errors import DataError
 
@@ -113,6 +113,14 @@ def test_a_link_that_cannot_be_followed_is_no_loop(tmp_path: Path) -> None:
     (tmp_path / "corpus" / "far").symlink_to("x" * 300)  # a name that no file system has
     message = refusal_of(tmp_path / "corpus")
     assert message == "corpus: cannot be read (File name too long). Check the file and its disk"
+
+
+def test_files_of_no_bytes_that_should_have_some(tmp_path: Path) -> None:
+    put(tmp_path, "a.txt")
+    for name in ("b.txt", "c.jsonl", "d.csv", "e.parquet", "f.tar", "g.jsonl.zst"):
+        (tmp_path / name).touch()
+    assert texts_of(tmp_path) == ["a.txt", ""]
+    assert left_out(tmp_path) == {EMPTY: ["e.parquet", "f.tar", "g.jsonl.zst"]}
 
 
 PATTERNS = ["**", "**/*.txt", "*/**/*.txt", "**/b*/*", "**/.h/*.txt", "**/**", "sub/**", "**/x", "s*/**/c.t[xy]t"]
