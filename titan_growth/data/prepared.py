@@ -126,9 +126,9 @@ def open_prepared(folder: Path, *, checksums: bool = False) -> PreparedCorpus | 
 
 
 def as_of_now(found: PreparedCorpus, corpus: Corpus, spec: CorpusSpec) -> PreparedCorpus:
-    """What was prepared before, with what lies beside the corpus now. Raises DataError for more bad rows than allowed.
+    """What was prepared before, with where the corpus lies now, and what beside it.
 
-    Neither changes its tokens, so neither is in the folder's name.
+    None of it changes its tokens or the folder's name; nor does the limit of bad rows. Raises DataError beyond it.
     """
     account = with_listing(found.meta["account"], corpus.account())
     num_bad_rows = sum(entry["count"] for entry in account["left_out"] if entry["reason"] == BAD_ROWS)
@@ -138,12 +138,14 @@ def as_of_now(found: PreparedCorpus, corpus: Corpus, spec: CorpusSpec) -> Prepar
             f"{corpus.describe()}: holds {num_bad_rows:,} rows without text, and data.max_bad_rows is {limit:,}. "
             "Repair them, or raise data.max_bad_rows"
         )
-    return replace(found, meta={**found.meta, "account": account})
+    return replace(found, description=corpus.describe(), meta={**found.meta, "account": account})
 
 
 def say_if_prepared_before(folder: Path, facts: dict[str, Any], description: str) -> None:
     """Work that is done once more is not done in silence: the content is another, or was not known by then."""
     for path in sorted(folder.parent.glob(f"*/{META_NAME}")):
+        if path.parent == folder:
+            continue  # damaged, as has been said
         try:
             meta = json.loads(path.read_bytes())
             is_older = meta["format_version"] < FORMAT_VERSION

@@ -192,7 +192,8 @@ def test_a_moved_corpus_and_one_with_other_times_is_found_prepared(tmp_path: Pat
     folder = prepared(spec).folder
     (tmp_path / "c").rename(tmp_path / "moved")
     os.utime(tmp_path / "moved" / "corpus.jsonl", ns=(1, 1))
-    assert prepared(CorpusSpec("json", str(tmp_path / "moved"))).folder == folder
+    moved = prepared(CorpusSpec("json", str(tmp_path / "moved")))
+    assert (moved.folder, moved.description) == (folder, f"{tmp_path / 'moved'} (1 files, 0.0 MB)")
 
 
 def test_what_an_earlier_version_prepared_is_made_again_and_that_is_said(
@@ -272,8 +273,10 @@ def test_damage_is_reported_once_and_mended(tmp_path: Path, damage: str, caplog:
         (corpus.folder / "tokenizer.bytes").unlink()
     else:
         (corpus.folder / "meta.json").write_text("{")
+    caplog.set_level(logging.INFO, "titan_growth")
     again = prepared(spec)
     assert documents_of(again.train) == expected
+    assert "was prepared before" not in caplog.text
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert "is damaged" in warnings[0]
