@@ -123,6 +123,16 @@ def test_files_of_no_bytes_that_should_have_some(tmp_path: Path) -> None:
     assert left_out(tmp_path) == {EMPTY: ["e.parquet", "f.tar", "g.jsonl.zst"]}
 
 
+def test_links_between_many_folders(tmp_path: Path) -> None:
+    for one in range(8):
+        put(tmp_path, f"{one}/a.txt")
+        for other in {*range(8)} - {one}:
+            (tmp_path / f"{one}/{other}").symlink_to(f"../{other}")
+    assert len(texts_of(tmp_path)) == 8
+    with pytest.raises(DataError, match="links lead to one folder on over 100 ways; name a folder, no glob"):
+        texts_of(Path(f"{tmp_path}/**/*.txt"))
+
+
 PATTERNS = ["**", "**/*.txt", "*/**/*.txt", "**/b*/*", "**/.h/*.txt", "**/**", "sub/**", "**/x", "s*/**/c.t[xy]t"]
 
 
