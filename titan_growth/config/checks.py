@@ -86,6 +86,9 @@ def _urls(recipe: Recipe, found: Findings) -> None:
         "model.hf_assets_path": recipe.model.hf_assets_path if data.tokenizer_path is None else None,
     }
     for key, place in places.items():
+        if place == "" and key.endswith("dataset_path"):
+            message = "is empty, which would be the folder that the run is started in"
+            found.problem(key, message, 'Name a path or URL ("." is that folder), or leave the key out')
         try:
             location(place or "")
         except LocationError as error:

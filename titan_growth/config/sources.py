@@ -21,6 +21,7 @@ from titan_growth.config.plugins import PLUGINS_KEY, import_plugins, recipe_clas
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.findings import Findings
+from titan_growth.tools.location import local_path
 
 CONFIG_FILE_KEY = "job.config_file"
 
@@ -98,7 +99,7 @@ def load_named_plugins(argv: list[str]) -> None:
 def _read_file_and_plugins(flags: list[_Flag], sources: Sources) -> None:
     given = {key: text for key, text in flags if text is not None}
     if CONFIG_FILE_KEY in given:
-        _read_file(Path(given[CONFIG_FILE_KEY]).expanduser(), sources)
+        _read_file(local_path(given[CONFIG_FILE_KEY]), sources)
     if PLUGINS_KEY in given:
         _set(sources, Recipe, PLUGINS_KEY, parse_text(given[PLUGINS_KEY], list[str]))
     names = sources.values.get(PLUGINS_KEY, [])

@@ -10,6 +10,12 @@ from typing import Any
 from titan_growth.tools.logs import logger
 from titan_growth.tools.text import many, one_line
 
+BAD_ROWS = "rows without text"
+OTHER_MEMBERS = "members of archives that hold no text"
+SECOND_TEXTS = "JSON beside a text of the same sample"
+UNREADABLE = "unreadable or not UTF-8"
+_INSIDE_OF_FILES = (BAD_ROWS, OTHER_MEMBERS, SECOND_TEXTS, UNREADABLE)
+"""Why something is left out that only reading shows. All other reasons are seen in a listing."""
 _NUM_NAMES = 5
 
 
@@ -94,6 +100,18 @@ class Account:
         kinds = [{"kind": kind, **vars(self.amounts[kind])} for kind in sorted(self.amounts)]
         left_out = [{"reason": reason, **vars(self.left_out[reason])} for reason in sorted(self.left_out)]
         return {"kinds": kinds, "left_out": left_out, "followed_links": vars(self.followed)}
+
+
+def with_listing(account: Mapping[str, Any], now: Account) -> dict[str, Any]:
+    """The account of an earlier preparation, but with what by now lies beside the files that it read.
+
+    Args:
+        now: of the corpus, unread.
+    """
+    listing = now.to_json()
+    read = [entry for entry in account["left_out"] if entry["reason"] in _INSIDE_OF_FILES]
+    left_out = sorted([*read, *listing["left_out"]], key=lambda entry: str(entry["reason"]))
+    return {**account, "left_out": left_out, "followed_links": listing["followed_links"]}
 
 
 def _add(named: Named, name: str) -> None:

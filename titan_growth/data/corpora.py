@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_growth.data import hub
-from titan_growth.data.account import Account
+from titan_growth.data.account import UNREADABLE, Account
 from titan_growth.data.content import ContentHashes, marked
 from titan_growth.data.corpus import STDLIB, Corpus, CorpusSpec
 from titan_growth.data.listing import FoundFiles, find_files, find_remote_files
@@ -146,7 +146,7 @@ class StdlibCorpus(Corpus):
             try:
                 text = (self._root / name).read_bytes().decode("utf-8")
             except (OSError, UnicodeDecodeError):
-                account.leave_out("unreadable or not UTF-8", name)
+                account.leave_out(UNREADABLE, name)
             else:
                 yield (text,)
 

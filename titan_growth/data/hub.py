@@ -137,7 +137,9 @@ def load_saved(spec: CorpusSpec, path: Path) -> Corpus:
         raise DataError(f"{path}: damaged saved dataset ({_first_line(error)}). Save it again") from error
     if isinstance(dataset, datasets.DatasetDict):
         if spec.split not in dataset:
-            raise DataError(f"{path}: no split {spec.split!r}; it has: {', '.join(dataset)}. Set split to one of them")
+            raise DataError(
+                f"{path}: no split {spec.split!r}; it has: {', '.join(dataset)}. Set data.split to one of them"
+            )
         dataset = dataset[spec.split]
     return HubCorpus(str(path), dataset, spec.rules, f"saved-{spec.split}")
 

@@ -14,12 +14,13 @@ from titan_growth.data.hub import is_saved_dataset
 from titan_growth.data.readers.files import KNOWN, MARKUP_FIX, TEXT, SourceFile, is_markup, kind_of
 from titan_growth.data.readers.place import reading
 from titan_growth.data.remote import Remote, list_remote
-from titan_growth.data.walk import HIDDEN, Search
+from titan_growth.data.walk import FOLDERS, HIDDEN, Search
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.text import some
 
 OTHER_KINDS = "of no known kind"
 MARKUP = f"HTML or XML ({MARKUP_FIX})"
+EMPTY = "empty, as no whole file of its kind is (0 bytes)"
 CARDS = 'dataset cards (dataset = "text", or a glob that names them, reads them)'
 _CARD_NAMES = frozenset(
     f"{stem}{suffix}"
@@ -72,6 +73,7 @@ def find_files(path: Path, forced_kind: str | None) -> FoundFiles:
             search.take([path] if exists else map(Path, glob.glob(str(path))))
         if not (is_folder or search.candidates):
             what = "the glob matches no file" if glob.has_magic(str(path)) else "does not exist"
+            what += f" ({_reasons(FoundFiles(left_out=search.left_out))})" if search.left_out else ""
             what = "no regular file" if search.left_out and exists else what
             raise DataError(f"{path}: {what}. Set dataset_path to a file, a folder or a glob that exists")
         choice = _Choice(forced_kind, is_folder)
@@ -96,6 +98,7 @@ def find_remote_files(place: Remote, forced_kind: str | None) -> FoundFiles:
         raise DataError(f"{place}: a saved dataset is read from a disk only. Copy it to one, or write it as parquet")
     if not entries and not is_folder:
         what = "the glob matches no file" if glob.has_magic(place.url.path) else "does not exist"
+        what += f" ({FOLDERS}: {some(listing.folders)})" if listing.folders else ""
         raise DataError(f"{place}: {what}. Name a file, a folder or a glob that exists")
     choice = _Choice(forced_kind, is_folder)
     found = FoundFiles()
@@ -103,7 +106,7 @@ def find_remote_files(place: Remote, forced_kind: str | None) -> FoundFiles:
         if choice.wants(entry.path, entry.name):
             facts = (entry.path, entry.name, choice.kinds[entry.name], entry.size_bytes, entry.mark)
             found.files.append(SourceFile(*facts, entry.is_versioned))
-    found.left_out = [(HIDDEN, name) for name in listing.hidden]
+    found.left_out = [(HIDDEN, name) for name in listing.hidden] + [(FOLDERS, name) for name in listing.folders]
     return _usable(place, found, choice)
 
 
@@ -149,6 +152,8 @@ def _usable(path: Path | Remote, found: FoundFiles, choice: _Choice) -> FoundFil
             f"{path}: no file of a known kind ({_reasons(found)}). Known are {KNOWN}. "
             'With dataset = "text", "json", "csv", "tsv", "tar" or "parquet" a file or a glob is read as such'
         )
+    # What a download that failed leaves behind.
+    found.left_out += [(EMPTY, file.name) for file in found.files if not file.size_bytes and file.has_frame]
     if sum(file.size_bytes for file in found.files) == 0:
         raise DataError(f"{path}: empty (0 bytes in {len(found.files)} files). Set dataset_path to a corpus with text")
     return found

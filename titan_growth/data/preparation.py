@@ -35,6 +35,7 @@ from titan_growth.data.prepared import (
     META_NAME,
     DamagedError,
     PreparedCorpus,
+    as_of_now,
     open_prepared,
     say_if_prepared_before,
 )
@@ -92,10 +93,10 @@ def prepare(
         facts = {"format_version": FORMAT_VERSION, "corpus": content, **_facts_of_tokens(made_of, settings)}
         folder = root / "prepared" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         if not rehash and (found := _open_or_none(folder, report_damage=False)):
-            return found
+            return as_of_now(found, corpus, corpus_spec)
         with exclusive(folder.with_suffix(".lock"), "preparing the corpus"):
             if found := _open_or_none(folder, report_damage=True, checksums=rehash):
-                return found
+                return as_of_now(found, corpus, corpus_spec)
             trusted, hashes = hashes.took_on_trust, hashes.renewed()
             if trusted and corpus.fingerprint(hashes) != content:
                 continue  # known by what its files hold now
@@ -179,6 +180,8 @@ class _Job:
                 why = self.account.why_nothing()
                 raise DataError(f"{self.corpus.describe()}: holds no text to train on{why}. Use another corpus")
             if open_corpus(self.corpus_spec).fingerprint(self.hashes.renewed()) != self.facts["corpus"]:
+                # Should the files be put back, nothing may go on from tokens of what stood in their place.
+                (self.folder / _JOURNAL_NAME).unlink(missing_ok=True)
                 raise DataError(f"{self.corpus.describe()}: the corpus changed while it was prepared. Start again")
             self._commit({name: writer.finish() for name, writer in writers.items()})
         finally:
@@ -230,13 +233,14 @@ class _Job:
             if (journal["shard_tokens"], journal["rule"]) != (self.shard_tokens, repr(self.rule)):
                 return None
             writers = {name: self._writer(name, journal["splits"][name]) for name in self._split_names}
-            self.at = Position(**journal["position"])
+            at = Position(**journal["position"])
             self.account.restore(journal["account"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("the interrupted preparation in %s cannot be continued (%s)", self.folder, error)
             return None
+        self.at = at
         logger.info("continuing an interrupted preparation at document %d", self.at.document)
         return writers
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from titan_growth.data.account import table
+from titan_growth.data.account import BAD_ROWS, table, with_listing
+from titan_growth.data.corpus import Corpus, CorpusSpec
 from titan_growth.data.splitting import TRAIN, VALIDATION
 from titan_growth.data.tokenizers import Tokenizer, load_tokenizer
 from titan_growth.tools.errors import DataError
@@ -124,9 +125,27 @@ def open_prepared(folder: Path, *, checksums: bool = False) -> PreparedCorpus | 
         raise DataError(f"prepared data {folder}: cannot be read ({error.strerror}). Check its permissions") from error
 
 
+def as_of_now(found: PreparedCorpus, corpus: Corpus, spec: CorpusSpec) -> PreparedCorpus:
+    """What was prepared before, with where the corpus lies now, and what beside it.
+
+    None of it changes its tokens or the folder's name; nor does the limit of bad rows. Raises DataError beyond it.
+    """
+    account = with_listing(found.meta["account"], corpus.account())
+    num_bad_rows = sum(entry["count"] for entry in account["left_out"] if entry["reason"] == BAD_ROWS)
+    limit = spec.rules.max_bad_rows
+    if limit is not None and num_bad_rows > limit:
+        raise DataError(
+            f"{corpus.describe()}: holds {num_bad_rows:,} rows without text, and data.max_bad_rows is {limit:,}. "
+            "Repair them, or raise data.max_bad_rows"
+        )
+    return replace(found, description=corpus.describe(), meta={**found.meta, "account": account})
+
+
 def say_if_prepared_before(folder: Path, facts: dict[str, Any], description: str) -> None:
     """Work that is done once more is not done in silence: the content is another, or was not known by then."""
     for path in sorted(folder.parent.glob(f"*/{META_NAME}")):
+        if path.parent == folder:
+            continue  # damaged, as has been said
         try:
             meta = json.loads(path.read_bytes())
             is_older = meta["format_version"] < FORMAT_VERSION
@@ -136,7 +155,10 @@ def say_if_prepared_before(folder: Path, facts: dict[str, Any], description: str
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         if is_same:
-            reason = "from other content, or an earlier version that went by names, sizes and times"
+            reason = (
+                "from other content, by other rules (data.text_key, data.on_bad_row), or by an earlier version that "
+                "went by names, sizes and times"
+            )
             if is_older:
                 reason = (
                     "by an earlier version, whose tokens differ where it cut documents or a text spells special tokens"

@@ -93,6 +93,8 @@ class Listing(NamedTuple):
     entries: list[RemoteEntry]
     hidden: list[str]
     """Names of files that are left out because they, or a folder on the way, begin with a dot."""
+    folders: list[str]
+    """Names of folders that a glob matches."""
 
 
 def list_remote(place: Remote) -> Listing:
@@ -106,25 +108,27 @@ def list_remote(place: Remote) -> Listing:
     fs, info = place.url.fs, place.info()
     path = fs._strip_protocol(place.url.path).rstrip("/")
     if info is not None and info["type"] != "directory":
-        return Listing(False, _marked([_entry(place, path.rsplit("/", 1)[-1], info)]), [])
+        return Listing(False, _marked([_entry(place, path.rsplit("/", 1)[-1], info)]), [], [])
     if info is not None:
         base, found, hidden_too = path, fs.find(path, detail=True), False
     else:
         base = "/".join(itertools.takewhile(lambda part: not glob.has_magic(part), path.split("/")[:-1]))
         found = fs.glob(path, detail=True) if glob.has_magic(path) else {}
         hidden_too = "/." in path[len(base) :]
-    entries, hidden = [], []
+    entries, hidden, folders = [], [], []
     for where, facts in found.items():
         name = where[len(base) :].lstrip("/")
         # A name that ends with a slash is the empty object with which some tools mark a folder.
         if facts["type"] == "directory" or where.endswith("/"):
+            if facts["type"] == "directory" and info is None and "**" not in path:
+                folders.append(name)
             continue
         if not hidden_too and any(part.startswith(".") for part in name.split("/")):
             hidden.append(name)
             continue
         url = UPath(fs.unstrip_protocol(where))
         entries.append(_entry(Remote(place.key, url), name, facts))
-    return Listing(info is not None, _marked(entries), hidden)
+    return Listing(info is not None, _marked(entries), hidden, folders)
 
 
 def _marked(entries: list[RemoteEntry]) -> list[RemoteEntry]:

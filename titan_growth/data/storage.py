@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from titan_growth.tools.errors import DataError
-from titan_growth.tools.location import is_remote
+from titan_growth.tools.location import is_remote, local_path
 from titan_growth.tools.logs import logger
 
 CACHE_VARIABLE = "TITAN_GROWTH_CACHE"
@@ -31,8 +31,7 @@ def cache_root(cache_dir: Path | None = None) -> Path:
         place = f"{CACHE_VARIABLE}: {variable}"
         raise DataError(f"{place} is a URL, but prepared data is memory-mapped from a disk. Name a folder")
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "titan_growth")
-    # Not Path.expanduser, which fails where there is no home.
-    root = Path(os.path.expanduser(cache_dir or variable or default)).absolute()
+    root = local_path(cache_dir or variable or default).absolute()
     with writing(root):
         root.mkdir(parents=True, exist_ok=True)
     return root

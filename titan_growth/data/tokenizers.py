@@ -22,6 +22,7 @@ from titan_growth.data.tokenizer import BYTES_NAME, BytesTokenizer, Tokenizer
 from titan_growth.data.tokenizer_training import TRAINER_VERSION, train_sentencepiece
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
+from titan_growth.tools.location import local_path
 from titan_growth.tools.logs import logger
 
 _NAMES_IN_FOLDER = {
@@ -58,7 +59,7 @@ class TokenizerSpec:
 def load_tokenizer(path: str | Path, kind: str = "auto", *, allow_special_tokens: bool = False) -> Tokenizer:
     """The tokenizer in a file or folder; "auto" goes by file names. Raises DataError."""
     _check_kind(kind)
-    path = Path(path).expanduser()
+    path = local_path(path)
     with reading(path):
         is_folder, exists = path.is_dir(), path.exists()
     if not exists:

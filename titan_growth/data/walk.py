@@ -6,8 +6,10 @@ documents count without end, or twice, and is left out by name. Hidden entries (
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,9 +19,12 @@ from typing import NamedTuple
 
 HIDDEN = "hidden"
 NOT_REGULAR = "no regular files"
+FOLDERS = "folders (a glob reads what is in those that it matches if /** ends it)"
 DANGLING = "links to nothing"
 LOOP = "links back to a folder that they lie in"
 AGAIN = "links to what is in the corpus already"
+_MOST_WAYS = 100
+"""To one folder, that a recursive glob goes: links between many folders make more than can be counted."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Search:
     _hidden_too: bool = False
     _often: bool = False
     """Whether a folder may be found on several ways."""
-    _visited: set[str] = field(default_factory=set)
+    _visited: Counter[str] = field(default_factory=Counter)
+    """How often each folder has been read."""
     _links: list[_Link] = field(default_factory=list)
     """A heap, so that which of two links to one thing is followed depends on their names alone."""
 
@@ -88,7 +94,9 @@ class Search:
                 self.left_out.append((DANGLING, name))
             elif os.path.isfile(path):
                 self._take_file(name, os.path.realpath(path), real_root)
-            elif not os.path.isdir(path):
+            elif os.path.isdir(path):
+                self.left_out.append((FOLDERS, name))
+            else:
                 self.left_out.append((NOT_REGULAR, name))
 
     def without_copies(self, is_wanted: Callable[[Candidate], bool]) -> list[Candidate]:
@@ -114,7 +122,11 @@ class Search:
             if real_folder in self._visited and not self._often:
                 self.left_out.append((AGAIN, f"{name}/"))
                 continue
-            self._visited.add(real_folder)
+            self._visited[real_folder] += 1
+            if self._visited[real_folder] > _MOST_WAYS:
+                raise OSError(
+                    errno.ELOOP, f"links lead to one folder on over {_MOST_WAYS} ways; name a folder, no glob"
+                )
             with os.scandir(self.root / name) as entries:
                 for entry in entries:
                     entry_name, real_path = f"{name}/{entry.name}".lstrip("/"), f"{real_folder}/{entry.name}"
@@ -138,8 +150,10 @@ class Search:
         except (FileNotFoundError, NotADirectoryError):
             self.left_out.append((DANGLING, name))
             return
-        except OSError:  # a link that leads to itself
-            self.left_out.append((LOOP, name))
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            self.left_out.append((LOOP, name))  # it leads to itself
             return
         real_path, real_root = os.path.realpath(path), os.path.realpath(self.root)
         if stat.S_ISREG(mode):

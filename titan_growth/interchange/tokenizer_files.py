@@ -27,6 +27,7 @@ from titan_growth.interchange.folder import CONFIG
 from titan_growth.interchange.safetensors_file import parse_json
 from titan_growth.interchange.tokenizer_json import of_bytes, of_sentencepiece
 from titan_growth.tools.errors import CheckpointError, DataError, RefusedCheckpointError
+from titan_growth.tools.location import local_path
 
 TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 ASSETS = (
@@ -143,11 +144,11 @@ def _find(recipe: Recipe, wanted: str | None) -> _Found | None:
     if data.tokenizer == "bytes":
         return _Found(BytesTokenizer())
     named = data.tokenizer_path or recipe.model.hf_assets_path
-    if named is not None and (data.tokenizer_path is not None or Path(named).expanduser().exists()):
-        path = Path(named).expanduser()
+    if named is not None and (data.tokenizer_path is not None or local_path(named).exists()):
+        path = local_path(named)
         tokenizer = load_tokenizer(path, data.tokenizer, allow_special_tokens=data.allow_special_tokens)
         return _Found(tokenizer, path)
-    root = cache_root(Path(data.cache_dir).expanduser() if data.cache_dir else None) / "tokenizers"
+    root = cache_root(local_path(data.cache_dir) if data.cache_dir else None) / "tokenizers"
     if wanted is not None:
         for path in sorted(root.glob("*.model")):
             tokenizer = SentencePieceTokenizer(path)

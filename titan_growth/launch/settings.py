@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titan_growth.tools.findings import Findings
+from titan_growth.tools.location import local_path
 
 CONFIG_OPTION = "--job.config_file"
 DEFAULT_CONFIG = "train_configs/debug_model.toml"
@@ -164,7 +165,7 @@ def _recipe_args(argv: list[str], reader: _Reader, checkout: Path) -> tuple[str,
     name = CONFIG_OPTION if given is not None else "CONFIG_FILE"
     path = given if given is not None else reader.text("CONFIG_FILE", DEFAULT_CONFIG)
     # The caller's recipes come before those of the checkout.
-    candidates = [Path(path).expanduser(), checkout / path]
+    candidates = [local_path(path), checkout / path]
     file = next((candidate for candidate in candidates if path and candidate.is_file()), None)
     if file is None:
         message = "no such file: " + " or ".join(dict.fromkeys(str(candidate.absolute()) for candidate in candidates))

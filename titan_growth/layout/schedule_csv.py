@@ -16,10 +16,10 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 from titan_growth.tools.findings import Findings
+from titan_growth.tools.location import local_path
 
 KEY = "parallelism.pipeline_parallel_schedule_csv"
 
@@ -105,7 +105,7 @@ def _read(path: str, pp_degree: int, found: Findings) -> list[_Row]:
 
 def _cells(path: str, found: Findings) -> dict[int, list[str]]:
     """Line number -> its cells."""
-    file_path = Path(path).expanduser()
+    file_path = local_path(path)
     cells: dict[int, list[str]] = {}
     if not file_path.is_file():
         what = "is not a file" if file_path.exists() else "does not exist"

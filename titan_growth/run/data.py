@@ -31,7 +31,7 @@ from titan_growth.models.registry import vocab_size_of
 from titan_growth.run.inputs import input_hashes
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.findings import Findings
-from titan_growth.tools.location import is_remote
+from titan_growth.tools.location import is_remote, local_path
 from titan_growth.tools.logs import logger
 
 C4_TEST = "c4_test"
@@ -114,7 +114,7 @@ def prepare_run_data(recipe: Recipe, vocab_size: int, *, progress: bool, rehash:
     for warning in found.warnings if progress else []:
         logger.warning("%s", warning)
     data, training, validation = recipe.data, recipe.training, recipe.validation
-    cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else None
+    cache_dir = local_path(data.cache_dir) if data.cache_dir else None
     settings: dict[str, Any] = {
         "bos": data.bos,
         "eos": data.eos,
@@ -169,7 +169,7 @@ def planned_tokenizer(recipe: Recipe) -> list[str]:
     spec = _tokenizer_spec(recipe.data, recipe.model.hf_assets_path, vocab_size)
     if spec.source is not None and is_remote(spec.source):
         return [f"tokenizer: {spec.source} is not looked at"]
-    if spec.source is not None and not Path(spec.source).expanduser().exists():
+    if spec.source is not None and not local_path(spec.source).exists():
         return [f"tokenizer: {spec.source} is not here, and not looked at"]
     tokenizer = load_named(spec, None)
     if tokenizer is None:
@@ -216,7 +216,7 @@ def with_stand_ins(recipe: Recipe, found: Findings) -> Recipe:
         found.warn("training.dataset", message, "training.dataset_path names another one")
     assets, data = recipe.model.hf_assets_path, recipe.data
     trains_its_own = data.tokenizer_path is None and data.tokenizer in ("auto", "sentencepiece")
-    if assets is not None and trains_its_own and not is_remote(assets) and not Path(assets).expanduser().exists():
+    if assets is not None and trains_its_own and not is_remote(assets) and not local_path(assets).exists():
         values["model.hf_assets_path"] = None
         message = f"{assets} does not exist, so a tokenizer is trained on the corpus"
         found.warn("model.hf_assets_path", message, "data.tokenizer_path names another one")

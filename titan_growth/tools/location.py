@@ -7,6 +7,7 @@ Credentials and endpoints do not belong in a recipe: every fsspec package reads 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -29,11 +30,16 @@ def is_remote(place: str | Path | UPath) -> bool:
     return not isinstance(place, Path)
 
 
+def local_path(text: str | Path) -> Path:
+    """A path, with ~ expanded. A ~ without a home stays, and names nothing: Path.expanduser would fail."""
+    return Path(os.path.expanduser(text))
+
+
 def location(text: str) -> Path | UPath:
     """A Path, with ~ expanded, or for a URL a UPath. Raises LocationError when the URL cannot be used."""
     match = _URL.match(text)
     if match is None:
-        return Path(text).expanduser()
+        return local_path(text)
     scheme = match[1]
     for module in ("fsspec", "upath"):
         if problem := missing_package("", module):

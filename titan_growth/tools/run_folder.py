@@ -15,6 +15,7 @@ from typing import IO
 
 from titan_growth.tools.errors import RunFolderError
 from titan_growth.tools.files import write_atomic
+from titan_growth.tools.location import local_path
 from titan_growth.tools.text import gib
 
 RECIPE_FILE = "recipe.toml"
@@ -25,7 +26,7 @@ class RunFolder:
     """A run's `job.dump_folder`."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser().absolute()
+        self.path = local_path(path).absolute()
         self._lock: IO[str] | None = None
 
     def require_no_file(self) -> None:

@@ -31,6 +31,12 @@ PRECOMPUTE = "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp"
 RECIPE = "quantize.linear.float8.recipe_name"
 
 REFUSED = [
+    ({"training.dataset_path": ""}, "training.dataset_path", "is empty, which would be the folder that the run is"),
+    (
+        {"validation.enable": True, "validation.dataset_path": ""},
+        "validation.dataset_path",
+        "is empty, which would be the folder that the run is started in",
+    ),
     (
         {"profiling.enable_profiling": True, "profiling.profile_freq": 3},
         "profiling.profile_freq",

@@ -10,6 +10,7 @@ import pytest
 
 from titan_growth.data.account import Account, table
 from titan_growth.data.corpus import CorpusSpec
+from titan_growth.data.listing import OTHER_KINDS
 from titan_growth.data.preparation import prepare
 from titan_growth.data.prepared import PreparedCorpus
 from titan_growth.data.shard_writer import SplitWriter
@@ -111,6 +112,24 @@ def test_a_corpus_without_a_good_row_says_why(tmp_path: Path) -> None:
         match=rf"holds no text to train on \(left out, rows without text: {first}, {second}\)\. Use another",
     ):
         prepared(tmp_path / "a.jsonl", tmp_path / "cache", **ROWS)
+
+
+def test_a_table_of_before_names_what_is_left_out_now(corpus: Path, tmp_path: Path) -> None:
+    before = prepared(corpus, tmp_path / "cache", **ROWS).meta["account"]
+    for name in "abcdefg":
+        (corpus / f"{name}.png").unlink()
+    (corpus / "new.pdf").touch()
+    after = prepared(corpus, tmp_path / "cache", **ROWS).meta["account"]
+    changed = {"reason": OTHER_KINDS, "count": 1, "names": ["new.pdf"]}
+    assert after["left_out"] == [changed if entry["reason"] == OTHER_KINDS else entry for entry in before["left_out"]]
+    assert after == {**before, "left_out": after["left_out"]}
+
+
+def test_a_lower_limit_of_bad_rows_holds_for_what_is_prepared_already(corpus: Path, tmp_path: Path) -> None:
+    before = prepared(corpus, tmp_path / "cache", **ROWS)
+    assert prepared(corpus, tmp_path / "cache", **ROWS, max_bad_rows=6).folder == before.folder
+    with pytest.raises(DataError, match=r"corpus .*: holds 6 rows without text, and data\.max_bad_rows is 5\. Repair"):
+        prepared(corpus, tmp_path / "cache", **ROWS, max_bad_rows=5)
 
 
 def test_counts_of_another_listing_are_not_taken_over() -> None:

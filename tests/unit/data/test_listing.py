@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.unit.data.readers.reading import account_of, refusal_of, texts_of
-from titan_growth.data.listing import CARDS, MARKUP, OTHER_KINDS, find_files
-from titan_growth.data.walk import AGAIN, DANGLING, HIDDEN, LOOP, NOT_REGULAR, Search
+from titan_growth.data.corpora import open_corpus
+from titan_growth.data.corpus import CorpusSpec
+from titan_growth.data.listing import CARDS, EMPTY, MARKUP, OTHER_KINDS, find_files
+from titan_growth.data.walk import AGAIN, DANGLING, FOLDERS, HIDDEN, LOOP, NOT_REGULAR, Search
+from titan_growth.tools.errors import DataError
 
 
 def put(folder: Path, *names: str) -> None:
@@ -91,6 +94,43 @@ def test_a_folder_with_nothing_to_read_says_what_there_is(tmp_path: Path) -> Non
     )
     os.mkfifo(tmp_path / "pipe.txt")
     assert refusal_of(tmp_path / "pipe.txt").startswith("pipe.txt: no regular file. ")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_folders_that_a_glob_matches_are_left_out_by_name(scheme: str, tmp_path: Path) -> None:
+    put(tmp_path, "a.txt", "sub/b.txt")
+    spec = CorpusSpec("by extension", f"{scheme}{tmp_path}/*")
+    assert list(open_corpus(spec).documents()) == ["a.txt"]
+    assert {reason: entry.names for reason, entry in open_corpus(spec).account().left_out.items()} == {FOLDERS: ["sub"]}
+    assert list(open_corpus(CorpusSpec("by extension", f"{scheme}{tmp_path}/*/**")).documents())[-1] == "sub/b.txt"
+    with pytest.raises(DataError) as caught:
+        open_corpus(CorpusSpec("by extension", f"{scheme}{tmp_path}/s*"))
+    assert f"{tmp_path}/s*: the glob matches no file ({FOLDERS}: sub). " in str(caught.value)
+
+
+def test_a_link_that_cannot_be_followed_is_no_loop(tmp_path: Path) -> None:
+    put(tmp_path, "corpus/a.txt")
+    (tmp_path / "corpus" / "far").symlink_to("x" * 300)  # a name that no file system has
+    message = refusal_of(tmp_path / "corpus")
+    assert message == "corpus: cannot be read (File name too long). Check the file and its disk"
+
+
+def test_files_of_no_bytes_that_should_have_some(tmp_path: Path) -> None:
+    put(tmp_path, "a.txt")
+    for name in ("b.txt", "c.jsonl", "d.csv", "e.parquet", "f.tar", "g.jsonl.zst"):
+        (tmp_path / name).touch()
+    assert texts_of(tmp_path) == ["a.txt", ""]
+    assert left_out(tmp_path) == {EMPTY: ["e.parquet", "f.tar", "g.jsonl.zst"]}
+
+
+def test_links_between_many_folders(tmp_path: Path) -> None:
+    for one in range(8):
+        put(tmp_path, f"{one}/a.txt")
+        for other in {*range(8)} - {one}:
+            (tmp_path / f"{one}/{other}").symlink_to(f"../{other}")
+    assert len(texts_of(tmp_path)) == 8
+    with pytest.raises(DataError, match="links lead to one folder on over 100 ways; name a folder, no glob"):
+        texts_of(Path(f"{tmp_path}/**/*.txt"))
 
 
 PATTERNS = ["**", "**/*.txt", "*/**/*.txt", "**/b*/*", "**/.h/*.txt", "**/**", "sub/**", "**/x", "s*/**/c.t[xy]t"]

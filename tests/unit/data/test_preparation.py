@@ -192,7 +192,8 @@ def test_a_moved_corpus_and_one_with_other_times_is_found_prepared(tmp_path: Pat
     folder = prepared(spec).folder
     (tmp_path / "c").rename(tmp_path / "moved")
     os.utime(tmp_path / "moved" / "corpus.jsonl", ns=(1, 1))
-    assert prepared(CorpusSpec("json", str(tmp_path / "moved"))).folder == folder
+    moved = prepared(CorpusSpec("json", str(tmp_path / "moved")))
+    assert (moved.folder, moved.description) == (folder, f"{tmp_path / 'moved'} (1 files, 0.0 MB)")
 
 
 def test_what_an_earlier_version_prepared_is_made_again_and_that_is_said(
@@ -209,7 +210,10 @@ def test_what_an_earlier_version_prepared_is_made_again_and_that_is_said(
     caplog.clear()
     after = prepared(spec)
     assert after.meta["splits"] == before.meta["splits"]
-    assert "was prepared before from other content, or an earlier version" in caplog.text
+    assert (
+        "was prepared before from other content, by other rules (data.text_key, data.on_bad_row), or by an earlier"
+        in caplog.text
+    )
 
 
 def pretend_remembered(cache: Path, corpus: Path) -> None:
@@ -269,8 +273,10 @@ def test_damage_is_reported_once_and_mended(tmp_path: Path, damage: str, caplog:
         (corpus.folder / "tokenizer.bytes").unlink()
     else:
         (corpus.folder / "meta.json").write_text("{")
+    caplog.set_level(logging.INFO, "titan_growth")
     again = prepared(spec)
     assert documents_of(again.train) == expected
+    assert "was prepared before" not in caplog.text
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert "is damaged" in warnings[0]
@@ -317,6 +323,26 @@ def test_corpus_that_changes_meanwhile_is_refused(tmp_path: Path, cache: Path) -
     with pytest.raises(DataError, match=r"the corpus changed while it was prepared\. Start again"):
         prepare(spec, Changing(), bos=True, eos=True, validation_fraction=0.0)
     assert not list(cache.glob("prepared/*/meta.json"))
+
+
+def test_nothing_goes_on_from_what_stood_in_place_of_a_corpus(tmp_path: Path, cache: Path) -> None:
+    spec = write_corpus(tmp_path / "c", ["short"] * 5000)
+    last = tmp_path / "c" / "last.jsonl"
+    last.write_text('{"text": "true"}\n' * 5000)
+    expected = prepared(spec).train.read(0, 60_000)
+
+    class Changing(BytesTokenizer):
+        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+            last.write_text('{"text": "else"}\n' * 5000)
+            return super().encode_batch(texts)
+
+    settings = {"bos": True, "eos": True, "validation_fraction": 0.0, "shard_tokens": 20_000}
+    with pytest.raises(DataError, match="the corpus changed while it was prepared"):
+        prepare(spec, Changing(), cache_dir=tmp_path / "second", **settings)  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("second/prepared/*/*"))
+    last.write_text('{"text": "true"}\n' * 5000)
+    again = prepare(spec, BytesTokenizer(), cache_dir=tmp_path / "second", **settings)  # type: ignore[arg-type]
+    assert np.array_equal(again.train.read(0, 60_000), expected)
 
 
 def test_unwritable_cache_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

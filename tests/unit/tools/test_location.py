@@ -26,6 +26,7 @@ def test_a_path_stays_a_path(text: str) -> None:
 def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert location("~/corpus") == tmp_path / "corpus"
+    assert location("~nobody-here/corpus") == Path("~nobody-here/corpus")
 
 
 @pytest.mark.parametrize("text", ["memory://bucket/a.txt", "file:///tmp/a.txt", "memory://b/*.txt"])

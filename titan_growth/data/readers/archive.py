@@ -1,7 +1,7 @@
 """Tar archives, webdataset shards among them, read as a stream from beginning to end.
 
 A member is read as a file of its extension. Members whose names agree up to the first dot are one sample, as webdataset
-has it, and a sample is one document: its plain text if it has one, else its JSON.
+has it, whose JSON describes its plain text, if it has some, and is read only if it has none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, cast
 
-from titan_growth.data.account import Account
+from titan_growth.data.account import OTHER_MEMBERS, SECOND_TEXTS, Account
 from titan_growth.data.readers.files import JSON, PARQUET, TAR, TEXT, kind_of
 from titan_growth.data.readers.place import Place, UnusableError
 from titan_growth.data.readers.utf8 import LONGEST_RECORD_BYTES, too_long
@@ -27,8 +27,6 @@ _EXTENDED_HEADERS = (
     tarfile.SOLARIS_XHDTYPE,
 )
 _FIX = "Copy it or write it again"
-OTHER_MEMBERS = "members of archives that hold no text"
-SECOND_TEXTS = "JSON beside a text of the same sample"
 
 
 class _Member(tarfile.TarInfo):
@@ -82,9 +80,9 @@ class Archive:
         self._stream = stream
         self._place = place
         self._account = account
-        self._json: tuple[str, PurePosixPath, bytes] | None = None
-        """A sample's JSON (sample, name, content), held back until it is clear that no plain text comes."""
-        self._sample_with_text = ""
+        self._json: list[tuple[PurePosixPath, bytes]] = []
+        """The JSON of a sample (name, content), held back until it is clear that no plain text comes."""
+        self._sample_with_json = self._sample_with_text = ""
 
     def members(self) -> Iterator[Member]:
         """Raises UnusableError for a damaged or truncated archive."""
@@ -99,46 +97,57 @@ class Archive:
     def _documents_of(self, archive: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[Member]:
         """What of a member, and of a sample that it ends, is read."""
         name = PurePosixPath(info.name)
-        sample = str(name.parent / name.name.split(".", 1)[0])
-        if self._json is not None and self._json[0] != sample:
-            yield from self._held_back()
         kind = kind_of(name)
-        is_hidden = any(part.startswith(".") for part in name.parts if part not in (".", ".."))
-        if kind in (None, PARQUET, TAR) or is_hidden or not info.isreg():
+        if any(part.startswith(".") for part in name.parts if part not in (".", "..")):
+            self._leave_out(OTHER_MEMBERS, name)  # a Mac puts such a file before each member, so it ends no sample
+            return
+        sample = str(name.parent / name.name.split(".", 1)[0])
+        if sample != self._sample_with_json:
+            yield from self._held_back()
+        if kind in (None, PARQUET, TAR) or not info.isreg():
             self._leave_out(OTHER_MEMBERS, name)
-        elif name.suffix.lower() == ".json":
-            self._hold_back(archive, info, sample, name)
+        elif kind == JSON and ".json" in (suffix.lower() for suffix in name.suffixes[-2:]):
+            yield from self._hold_back(archive, info, sample, name)
         else:
             if kind == TEXT:
                 self._sample_with_text = sample
                 self._drop_json()
             self._place.enter(info.name)
-            stream = archive.extractfile(info)
-            assert stream is not None, "a regular member has content"
-            yield Member(str(kind), name.suffix, cast(io.BufferedReader, stream))
+            yield Member(str(kind), name.suffix, _content(archive, info))
 
-    def _hold_back(self, archive: tarfile.TarFile, info: tarfile.TarInfo, sample: str, name: PurePosixPath) -> None:
+    def _hold_back(
+        self, archive: tarfile.TarFile, info: tarfile.TarInfo, sample: str, name: PurePosixPath
+    ) -> Iterator[Member]:
         self._place.enter(info.name)
         if sample == self._sample_with_text:
             self._leave_out(SECOND_TEXTS, name)
             return
         if info.size > LONGEST_RECORD_BYTES:
             raise too_long("a .json member")
-        stream = archive.extractfile(info)
-        assert stream is not None, "a regular member has content"
-        self._json = (sample, name, stream.read())
+        # Files such as part.0.json, part.1.json are one sample by their names; memory does not hold all of many.
+        if sum(len(content) for _, content in self._json) + info.size > LONGEST_RECORD_BYTES:
+            yield from self._held_back()
+            self._place.enter(info.name)
+        self._sample_with_json = sample
+        self._json.append((name, _content(archive, info).read()))
 
     def _held_back(self) -> Iterator[Member]:
         """The JSON of a sample without plain text."""
-        if self._json is not None:
-            (_, name, content), self._json = self._json, None
+        held, self._json = self._json, []
+        for name, content in held:
             self._place.enter(str(name))
             yield Member(JSON, name.suffix, io.BufferedReader(cast(io.RawIOBase, io.BytesIO(content))))
 
     def _drop_json(self) -> None:
-        if self._json is not None:
-            self._leave_out(SECOND_TEXTS, self._json[1])
-            self._json = None
+        for name, _ in self._json:
+            self._leave_out(SECOND_TEXTS, name)
+        self._json = []
 
     def _leave_out(self, reason: str, name: PurePosixPath) -> None:
         self._account.leave_out(reason, f"{self._place.name}: {name}")
+
+
+def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> io.BufferedReader:
+    stream = archive.extractfile(info)
+    assert stream is not None, "a regular member has content"
+    return cast(io.BufferedReader, stream)

@@ -21,7 +21,6 @@ from titan_growth.data.streams import CHUNK_BYTES, buffered
 from titan_growth.tools.memory import available_bytes
 from titan_growth.tools.text import gib, one_line
 
-_LIBRARY_READERS: dict[str, Callable[[Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _ZSTD_INPUT_BYTES = 2048
 """A block of 4 bytes can stand for 128 KiB, so this much gives at most 64 MiB at once."""
 _ZSTD_HEADER_BYTES = 18
@@ -38,27 +37,52 @@ def open_bytes(path: Path | Remote) -> Iterator[io.BufferedReader]:
 
 def decompressed(stored: io.BufferedReader, suffix: str) -> io.BufferedReader:
     """A stream, decompressed if the extension says that it is compressed."""
-    compression = compression_of(suffix)
-    if compression is None:
-        return stored
-    return buffered(_unzstd(stored) if compression == ".zst" else _unpack(stored, _LIBRARY_READERS[compression]))
+    match compression_of(suffix):
+        case ".gz":
+            return buffered(_ungzip(stored))
+        case ".bz2":
+            return buffered(_streams(stored, bz2.BZ2Decompressor))
+        case ".xz":
+            return buffered(_streams(stored, lzma.LZMADecompressor))
+        case ".zst":
+            return buffered(_unzstd(stored))
+    return stored
 
 
-def _unpack(stored: BinaryIO, open_library: Callable[[Any], Any]) -> Generator[bytes]:
-    """What a library of Python's own reads, with one error for all that it says of damage."""
-    with open_library(stored) as stream:
+def _ungzip(stored: BinaryIO) -> Generator[bytes]:
+    """The library's own reader, which notices whatever follows a stream and is none."""
+    with gzip.open(stored) as stream:
         while True:
             try:
                 chunk = stream.read(CHUNK_BYTES)
-            except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise _damaged(error) from error
-            except OSError as error:
-                if "Invalid data stream" in str(error):  # bz2 says so in an OSError, and storage may raise others
-                    raise _damaged(error) from error
-                raise
             if not chunk:
                 return
             yield chunk
+
+
+def _streams(stored: BinaryIO, new: Callable[[], Any]) -> Generator[bytes]:
+    """Stream after stream of bz2 or xz. The libraries' files would take a damaged one for the end.
+
+    new: makes a decompressor of one stream.
+    """
+    stream, compressed = None, b""
+    while compressed := compressed or stored.read(CHUNK_BYTES):
+        if stream is None:
+            compressed = compressed.lstrip(b"\0")  # with which xz may pad; no stream begins so
+            stream = new() if compressed else None
+            continue
+        try:
+            yield stream.decompress(compressed, CHUNK_BYTES)
+            while not (stream.eof or stream.needs_input):
+                yield stream.decompress(b"", CHUNK_BYTES)
+        except (OSError, ValueError, lzma.LZMAError) as error:
+            raise _damaged(error) from error
+        compressed = stream.unused_data if stream.eof else b""
+        stream = None if stream.eof else stream
+    if stream is not None:
+        raise _damaged(EOFError("it ends in the middle of a stream"))
 
 
 def _unzstd(stored: BinaryIO) -> Generator[bytes]:

@@ -39,6 +39,11 @@ class SourceFile:
     """Whether the mark is a version that the storage gives, and no mere time."""
 
     @property
+    def has_frame(self) -> bool:
+        """Whether even without a text a whole file has bytes."""
+        return self.kind in (PARQUET, TAR) or compression_of(self.path.suffix) is not None
+
+    @property
     def approximate_text_bytes(self) -> int:
         """Size of the text in bytes, guessed for compressed files."""
         compressed = compression_of(self.path.suffix) or self.kind == PARQUET

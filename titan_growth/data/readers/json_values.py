@@ -33,7 +33,7 @@ def _lines(stream: BufferedReader, place: Place) -> Iterator[Row]:
     """One row a line; blank lines do not count."""
     lines = Lines(stream, place)
     for line in lines:
-        if not line.isspace():
+        if line and not line.isspace():  # empty after a byte order mark with nothing behind it
             yield Row(partial(_record, lines, line), b"\\u" in line)
 
 

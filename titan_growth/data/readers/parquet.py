@@ -60,6 +60,9 @@ class _Column:
         self.name = name
         self.path = [name] if name in schema.names else name.split(".")
         pa = import_module("pyarrow")
+        if schema.names.count(self.path[0]) > 1:
+            reason = f"it has {schema.names.count(self.path[0])} columns {self.path[0]!r}"
+            raise UnusableError(reason, "Give each column its own name")
         try:
             kind = schema.field(self.path[0]).type
             for part in self.path[1:]:

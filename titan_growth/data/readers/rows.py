@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from titan_growth.data.account import Account
+from titan_growth.data.account import BAD_ROWS, Account
 from titan_growth.data.readers.place import BadRowError, Place, UnusableError
 from titan_growth.data.readers.text_rule import TextRule
-
-BAD_ROWS = "rows without text"
 
 
 class Row(NamedTuple):

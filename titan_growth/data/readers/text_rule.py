@@ -87,8 +87,9 @@ def names_in(record: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 def missing(name: str, names: Sequence[str], kind: type[UnusableError] = UnusableError) -> UnusableError:
     """The error for a field that is not there; lists those that are."""
-    shown = ", ".join(str(one)[:100] for one in names[:_NUM_SHOWN]) if names else "none"
-    return kind(f"no field {name!r}; it has: {shown}", f"Set {KEY} to the one that holds the text")
+    # In quotes where a blank at an end could not be seen.
+    shown = [str(one)[:100] if str(one) == str(one).strip() else repr(one)[:100] for one in names[:_NUM_SHOWN]]
+    return kind(f"no field {name!r}; it has: {', '.join(shown) or 'none'}", f"Set {KEY} to the one that holds the text")
 
 
 def _type_name(value: Any) -> str:

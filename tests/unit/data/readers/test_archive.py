@@ -13,16 +13,17 @@ import pytest
 import zstandard
 
 from tests.unit.data.readers.reading import account_of, refusal_of, texts_of
+from titan_growth.data.readers import archive
 
 
 def tar(members: Mapping[str, bytes], file_format: int = tarfile.PAX_FORMAT) -> bytes:
     """An archive of these members, in their order."""
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=file_format) as archive:
+    with tarfile.open(fileobj=file, mode="w", format=file_format) as opened:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+            opened.addfile(info, io.BytesIO(content))
     return file.getvalue()
 
 
@@ -87,6 +88,35 @@ def test_a_sample_of_webdataset_is_one_document(tmp_path: Path) -> None:
             "shard.tar: ._0004.txt",
         ],
     }
+
+
+def test_files_that_agree_up_to_the_first_dot_are_all_read(tmp_path: Path) -> None:
+    """They are one sample by their names. Without a text, none of its JSON is left out; with one, all is."""
+    path = tmp_path / "a.tar"
+    parts = {f"part.{number}.json": line(f"p{number}") for number in range(3)}
+    path.write_bytes(tar({**parts, "other.txt": b"other"}))
+    for start in range(5):
+        assert texts_of(path, start=start) == ["p0", "p1", "p2", "other"][start:]
+    path.write_bytes(tar({**parts, "part.txt": b"text", "part.3.json": line("p3")}))
+    assert texts_of(path) == ["text"]
+    assert account_of(path).left_out["JSON beside a text of the same sample"].count == 4
+
+
+def test_many_files_of_one_sample_are_not_all_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "LONGEST_RECORD_BYTES", 50)
+    (tmp_path / "a.tar").write_bytes(tar({f"part.{number}.json": line(f"p{number}") for number in range(9)}))
+    assert texts_of(tmp_path / "a.tar") == [f"p{number}" for number in range(9)]
+
+
+def test_neither_files_of_a_mac_nor_compression_part_a_sample(tmp_path: Path) -> None:
+    members = {"._1.json": b"of a Mac", "1.json": line("metadata"), "._1.txt": b"of a Mac", "1.txt": b"caption 1"}
+    members |= {
+        "2.json.gz": gzip.compress(line("metadata")),
+        "2.txt": b"caption 2",
+        "3.JSON.gz": gzip.compress(line("3")),
+    }
+    (tmp_path / "a.tar").write_bytes(tar(members))
+    assert texts_of(tmp_path / "a.tar") == ["caption 1", "caption 2", "3"]
 
 
 def test_errors_name_the_member(tmp_path: Path) -> None:

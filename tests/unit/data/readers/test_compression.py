@@ -67,3 +67,21 @@ def test_streams_one_after_the_other_are_one_text(suffix: str, tmp_path: Path) -
     assert texts_of(path) == ["one two"]
     path.write_bytes(BOMBS[suffix](b"one ") + BOMBS[suffix](b"two" * 100)[:-3])
     assert "the compressed data is truncated or damaged" in refusal_of(path)
+
+
+@pytest.mark.parametrize("suffix", BOMBS)
+def test_a_damaged_second_stream_is_not_the_end(suffix: str, tmp_path: Path) -> None:
+    """Parallel compressors write many streams. The library's readers of bz2 and xz would leave out the rest."""
+    path = tmp_path / f"a.txt{suffix}"
+    first, second = BOMBS[suffix](b"one "), BOMBS[suffix](b"two")
+    path.write_bytes(first + second)
+    assert texts_of(path) == ["one two"]
+    for rest in (b"\xff" + second[1:], second[:2], second[:-3], b"garbage"):
+        path.write_bytes(first + rest)
+        assert "the compressed data is truncated or damaged (" in refusal_of(path)
+
+
+def test_xz_may_be_padded(tmp_path: Path) -> None:
+    content = lzma.compress(b"one ") + bytes(8) + lzma.compress(b"two") + bytes(4)
+    (tmp_path / "a.txt.xz").write_bytes(content)
+    assert texts_of(tmp_path / "a.txt.xz") == ["one two"]

@@ -80,6 +80,11 @@ def test_a_record_without_an_end_is_not_held_in_memory(tmp_path: Path, monkeypat
     assert refusal_of(array).startswith("a.json.gz: element 2: an element of a JSON array of more than 1 MiB. ")
 
 
+def test_a_byte_order_mark_alone_is_no_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf")
+    assert texts_of(tmp_path / "a.jsonl") == []
+
+
 def test_lines_end_where_json_lines_end(tmp_path: Path) -> None:
     """Other line ends of Unicode are text."""
     text = "a\u2028b\x85c\x0bd"

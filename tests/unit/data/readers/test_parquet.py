@@ -54,6 +54,13 @@ def test_columns_that_hold_none(path: Path) -> None:
     assert "no field 'string.x'" in refusal_of(path, text_key="string.x")
 
 
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet"
+    )
+    assert refusal_of(tmp_path / "a.parquet") == "a.parquet: it has 2 columns 'text'. Give each column its own name"
+
+
 def test_rows_without_text(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     values = pa.array([{"text": b"a"}, {"text": None}, None, {"text": b"\xff"}, {"text": b"b"}])

@@ -30,6 +30,7 @@ def test_a_field_may_be_longer_than_the_library_allows(tmp_path: Path) -> None:
 
 BROKEN = {
     "id,body\n1,a\n": ":1: no field 'text'; it has: id, body. Set data.text_key to the one that holds the text",
+    "id, text\n1,a\n": ":1: no field 'text'; it has: id, ' text'. Set data.text_key to the one that holds the text",
     "text,text\na,b\n": ":1: the header has 'text' 2 times. Give each column its own name",
     "id,text\n1,a\n\n2,b,c\n": ":4: 3 fields where the header has 2. Quote fields",
     'id,text\n1,a\n2,"b\n3,c\n': ":3: the row that begins here is broken (unexpected end of data). Quote fields",
