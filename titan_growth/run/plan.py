@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from titan_growth.checkpoint.history import Progress
 from titan_growth.config.duration import Duration
 from titan_growth.config.schema.growth import GrowthConfig, PlannedGrowth
+from titan_growth.config.schema.optimizer import OptimizerConfig
 from titan_growth.config.schema.recipe import (
     CheckpointConfig,
     DataConfig,
@@ -160,7 +161,7 @@ def plan_run(
     target = model_config_of(recipe.model, own)
     if target is not None:
         _check_lengths(recipe.training, recipe.growth, recipe.validation.seq_len, target, own)
-        _check_groups(recipe, target, own)
+        _check_groups(recipe.optimizer, recipe.model.name, target, own)
     chain = chain_of(recipe.growth, target, own)
     steps, lr = recipe.training.steps, recipe.optimizer.lr
     schedule = LRSchedule(recipe.lr_scheduler, lr=lr, steps=steps, growth=recipe.growth)
@@ -242,12 +243,11 @@ def _check_lengths(
             found.problem(key, f"{length} is more than model.max_seq_len = {target.max_seq_len}", hint)
 
 
-def _check_groups(recipe: Recipe, target: DecoderConfig, found: Findings) -> None:
+def _check_groups(section: OptimizerConfig, family: str, target: DecoderConfig, found: Findings) -> None:
     """Every parameter group has parameters, and something is left to train."""
-    section = recipe.optimizer
     if not section.groups:
         return
-    parameters = list(ModelShards(target, family_module(recipe.model.name), MeshShape()).parameters())
+    parameters = list(ModelShards(target, family_module(family), MeshShape()).parameters())
     for number in unmatched(section, (parameter.name for parameter in parameters)):
         pattern = section.groups[number].pattern
         message = f"no parameter of the model is called '{pattern}', or an earlier group has all that are"

@@ -24,6 +24,7 @@ from titan_growth.data.splitting import cut, split_rule
 from titan_growth.data.storage import cache_root
 from titan_growth.data.tokenizers import BytesTokenizer, TokenizerSpec
 from titan_growth.tools.errors import DataError
+from titan_growth.tools.files import write_atomic
 from titan_growth.tools.sealed import sealed
 
 BOS, EOS = 256, 257
@@ -333,7 +334,8 @@ def test_nothing_goes_on_from_what_stood_in_place_of_a_corpus(tmp_path: Path, ca
 
     class Changing(BytesTokenizer):
         def encode_batch(self, texts: list[str]) -> list[list[int]]:
-            last.write_text('{"text": "else"}\n' * 5000)
+            # In one go, because another batch may be read at this moment.
+            write_atomic(last, b'{"text": "else"}\n' * 5000)
             return super().encode_batch(texts)
 
     settings = {"bos": True, "eos": True, "validation_fraction": 0.0, "shard_tokens": 20_000}
