@@ -121,7 +121,7 @@ CORPUS = [
     ),
     Case(
         "corpus link in a circle",
-        r"loop\.txt: does not exist\. Set",
+        r"loop\.txt: does not exist \(links to nothing: loop\.txt\)\. Set",
         flags="--training.dataset_path loop.txt",
         setup=_loop,
     ),
