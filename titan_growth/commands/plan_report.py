@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.engine.parameter_groups import Named, treatments
+from titan_growth.engine.parameter_groups import treatments
 from titan_growth.layout.pipeline_layout import part_table, plan_pipeline
 from titan_growth.layout.pipeline_parts import Part
 from titan_growth.layout.shards import EMBEDDING, HEAD, LAYER, NORM, ModelShards
@@ -86,9 +86,8 @@ def _parameter_groups(plan: RunPlan, shards: ModelShards) -> list[str]:
     section = plan.recipe.optimizer
     if not section.groups and section.weight_decay_on == "all":
         return []
-    named = (Named(one.name, len(one.shape), one.numel) for one in shards.parameters())
     lines = [f"parameter groups (lr {section.lr:g}, weight decay {section.weight_decay:g}):"]
-    for how, ones in treatments(section, named).items():
+    for how, ones in treatments(section, shards.parameters()).items():
         names = ", ".join(dict.fromkeys(bare_name(one.name) for one in ones))
         lines.append(f"  {how}: {sum(one.numel for one in ones):,} parameters in {many(len(ones), 'tensor')}: {names}")
     return lines

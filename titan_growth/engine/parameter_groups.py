@@ -11,8 +11,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from titan_growth.config.schema.optimizer import OptimizerConfig, ParameterGroupConfig
-
-EMBEDDING = "tok_embeddings.weight"
+from titan_growth.layout.shards import EMBEDDING, Parameter
 
 
 class Treatment(NamedTuple):
@@ -31,14 +30,6 @@ class Treatment(NamedTuple):
 FROZEN = Treatment(0.0, 0.0, frozen=True)
 
 
-class Named(NamedTuple):
-    """A parameter as its group sees it."""
-
-    name: str
-    num_dims: int
-    numel: int
-
-
 def group_of(section: OptimizerConfig, name: str) -> ParameterGroupConfig | None:
     """The first group whose pattern matches the name."""
     return next((group for group in section.groups if fnmatchcase(name, group.pattern)), None)
@@ -46,7 +37,7 @@ def group_of(section: OptimizerConfig, name: str) -> ParameterGroupConfig | None
 
 def treatment_of(section: OptimizerConfig, name: str, num_dims: int) -> Treatment:
     """What the recipe says about a parameter; a tied copy goes by the name of its original."""
-    decays = section.weight_decay_on == "all" or (num_dims > 1 and name != EMBEDDING)
+    decays = section.weight_decay_on == "all" or (num_dims > 1 and name != f"{EMBEDDING}.weight")
     group = group_of(section, name)
     if group is None:
         return Treatment(1.0, float(decays))
@@ -56,11 +47,11 @@ def treatment_of(section: OptimizerConfig, name: str, num_dims: int) -> Treatmen
     return Treatment(group.lr_factor, decay)
 
 
-def treatments(section: OptimizerConfig, parameters: Iterable[Named]) -> Mapping[Treatment, list[Named]]:
+def treatments(section: OptimizerConfig, parameters: Iterable[Parameter]) -> Mapping[Treatment, list[Parameter]]:
     """The parameters by how they are treated, each list in the order given."""
-    found: dict[Treatment, list[Named]] = {}
+    found: dict[Treatment, list[Parameter]] = {}
     for parameter in parameters:
-        found.setdefault(treatment_of(section, parameter.name, parameter.num_dims), []).append(parameter)
+        found.setdefault(treatment_of(section, parameter.name, len(parameter.shape)), []).append(parameter)
     return found
 
 

@@ -21,7 +21,7 @@ from titan_growth.config.schema.recipe import (
     Recipe,
     TrainingConfig,
 )
-from titan_growth.engine.parameter_groups import treatment_of, unmatched
+from titan_growth.engine.parameter_groups import treatments, unmatched
 from titan_growth.growth.chain import Chain, chain_of
 from titan_growth.growth.schedule import GrowthPlan, plan_growth
 from titan_growth.layout.mesh_shape import MeshShape, resolve_batch, resolve_mesh
@@ -253,7 +253,7 @@ def _check_groups(section: OptimizerConfig, family: str, target: DecoderConfig, 
         message = f"no parameter of the model is called '{pattern}', or an earlier group has all that are"
         hint = f"Names are like {parameters[0].name} and {parameters[len(parameters) // 2].name}"
         found.problem(f"optimizer.groups.{number}.pattern", message, hint)
-    if all(treatment_of(section, one.name, len(one.shape)).lr_factor == 0 for one in parameters):
+    if all(how.lr_factor == 0 for how in treatments(section, parameters)):
         found.problem("optimizer.groups", "freezes every parameter", "Leave some to train")
 
 
