@@ -22,6 +22,15 @@ from tests.harness import WarmRanks
 torch.set_num_threads(1)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the default suite, which keeps one and a third cores busy; none more for a chosen few tests.
+
+    The slow tests fill two cores with their ranks.
+    """
+    chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.option.keyword
+    return 0 if chosen or config.option.markexpr != "not slow and not gpu" else 2
+
+
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One prepared-data cache for all tests that train."""

@@ -36,6 +36,7 @@ from titan_growth.liveness.exit_report import (
     caused_by_peer,
     lost_worker,
     process_status,
+    stop_watching_workers,
 )
 from titan_growth.liveness.hang import end_processes
 from titan_growth.tools.errors import ConfigError, TitanGrowthError
@@ -167,6 +168,7 @@ def run(recipe: Recipe, folder: RunFolder, report: ExitReport) -> Outcome:
             heartbeat.last_checkpoint = session.last_checkpoint
             return session.run(start)
     finally:
+        stop_watching_workers()
         folder.unlock()
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()

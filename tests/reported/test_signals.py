@@ -17,7 +17,7 @@ from tests.harness import run_ranks
 from tests.reported.corpora import Epochs
 from tests.runs import BASE, argv_of, read_metrics, write_corpus
 from tests.unit.data.test_loader import children
-from titan_growth.liveness.exit_report import caused_by_peer, lost_worker
+from titan_growth.liveness.exit_report import caused_by_peer, lost_worker, stop_watching_workers
 from titan_growth.liveness.stop_signal import STOP_SIGNALS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -54,9 +54,12 @@ def _with_a_killed_worker(rank: int, epochs: Epochs) -> tuple[str | None, bool]:
     loader = epochs.loader(num_workers=1)
     epochs.numbers(loader, 1)
     try:
-        os.kill(children(os.getpid())[0], signal.SIGKILL)
-        epochs.numbers(loader, 20)
-        time.sleep(10)
+        try:
+            os.kill(children(os.getpid())[0], signal.SIGKILL)
+            epochs.numbers(loader, 20)
+            time.sleep(10)
+        finally:
+            stop_watching_workers()
     except RuntimeError as error:
         return lost_worker(error), caused_by_peer(error)
     return None, False

@@ -104,6 +104,14 @@ def lost_worker(error: BaseException) -> str | None:
     return found[0].strip(" .") if found and isinstance(error, RuntimeError) else None
 
 
+def stop_watching_workers() -> None:
+    """Call when a run has ended, so that its report is not lost to a second error.
+
+    PyTorch answers the end of a loader's worker with an error wherever the program happens to be.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def timed_out(error: BaseException) -> bool:
     """Whether an error is a collective's timeout."""
     text = str(error).lower()
