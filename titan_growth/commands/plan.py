@@ -128,6 +128,5 @@ def start_lines(start: RunStart) -> list[str]:
         step, steps = manifest.progress.step, start.plan.recipe.training.steps
         done = f"step {step:,} of {steps:,}, {many(manifest.num_layers, 'layer')}"
         lines = [f"goes on from {start.checkpoint.path.name}: {done}", *start.changes]
-    if start.precision.reason:
-        lines.append(str(start.precision))
+    lines += start.decided
     return [*lines, *planned_tokenizer(start.plan.recipe)]

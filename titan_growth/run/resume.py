@@ -23,6 +23,8 @@ from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.run.fresh import earlier_recipe
 from titan_growth.run.lr_schedule import LRSchedule
+from titan_growth.run.rotary import KEY as ROPE_KEY
+from titan_growth.run.rotary import is_left_open
 from titan_growth.run.vet import recipe_of
 from titan_growth.tools.errors import CheckpointError, Problem
 from titan_growth.tools.findings import Findings
@@ -124,6 +126,8 @@ def as_decided(checkpoint: StepFolder, recipe: Recipe) -> Recipe:
         values["training.global_batch_size"] = before.training.global_batch_size
     if recipe.training.mixed_precision_param == "auto":
         values["training.mixed_precision_param"] = before.training.mixed_precision_param
+    if is_left_open(recipe.model):
+        values[ROPE_KEY] = before.model.rope_scaling_factor
     return with_values(recipe, values)
 
 

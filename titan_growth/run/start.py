@@ -25,6 +25,8 @@ from titan_growth.run.inputs import changes_since
 from titan_growth.run.plan import ResumePoint, RunPlan, plan_run
 from titan_growth.run.precision import Precision, decide_precision
 from titan_growth.run.resume import ONLY_WEIGHTS_KEY, as_decided, compare, decided_before, num_growths_of
+from titan_growth.run.rotary import KEY as ROPE_KEY
+from titan_growth.run.rotary import RopeScaling, decide_rope_scaling
 from titan_growth.run.vet import problem_of
 from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem
@@ -86,6 +88,13 @@ class RunStart:
     """A line for each setting that takes effect and that the checkpoint was not written with."""
     precision: Precision
     """The type of the computation."""
+    rope_scaling: RopeScaling
+    """What the rotary frequencies are divided by."""
+
+    @property
+    def decided(self) -> list[str]:
+        """A line for each thing that the recipe leaves open and that nobody would guess."""
+        return [str(one) for one in (self.precision, self.rope_scaling) if one.reason]
 
     def log(self) -> None:
         """Says what is worth a line about this start."""
@@ -95,8 +104,8 @@ class RunStart:
             logger.warning("%s", warning)
         for line in self.changes:
             logger.info("%s", line)
-        if self.precision.reason:
-            logger.info("%s", self.precision)
+        for line in self.decided:
+            logger.info("%s", line)
 
     def back_to(self, checkpoint: StepFolder) -> RunStart:
         """The start of the same run from an earlier checkpoint."""
@@ -177,7 +186,11 @@ def start_from(
         ConfigError: as `resolve`.
     """
     decisions = on_rank0(lambda: decide(recipe, site, checkpoint, fresh=fresh))
-    decided = {"debug.seed": decisions.seed, "training.mixed_precision_param": decisions.precision.param}
+    decided = {
+        "debug.seed": decisions.seed,
+        "training.mixed_precision_param": decisions.precision.param,
+        ROPE_KEY: decisions.rope_scaling.factor,
+    }
     plan = plan_run(
         with_values(recipe, decided),
         found := Findings(),
@@ -209,6 +222,7 @@ def start_from(
         warnings=tuple(found.warnings),
         changes=tuple(changes),
         precision=decisions.precision,
+        rope_scaling=decisions.rope_scaling,
     )
 
 
@@ -218,6 +232,7 @@ class Decisions:
 
     seed: int
     precision: Precision
+    rope_scaling: RopeScaling
     global_batch_size: int | None
     """What -1 stands for; None when it is still to be derived."""
     num_growths: int = 0
@@ -225,7 +240,7 @@ class Decisions:
 
 
 def decide(recipe: Recipe, site: Site, checkpoint: StepFolder | None, *, fresh: bool = False) -> Decisions:
-    """Seed, batch size and precision of the run: the recipe's, else those of its earlier start, else new ones.
+    """Seed, batch size, precision, rotary scaling: the recipe's, else those of its earlier start, else new ones.
 
     Args:
         fresh: an earlier start in the folder was of another run.
@@ -235,9 +250,17 @@ def decide(recipe: Recipe, site: Site, checkpoint: StepFolder | None, *, fresh: 
     if seed is None and before is not None:
         seed = before.debug.seed
     batch = before.training.global_batch_size if before is not None else -1
+    growths = recipe.growth.active_stages
+    lengths = (recipe.training.seq_len, recipe.validation.seq_len, *(growth.seq_len for growth in growths))
     return Decisions(
         seed=secrets.randbelow(2**31) if seed is None else seed,
         precision=decide_precision(recipe.training, site.device_type, before.training if before is not None else None),
+        rope_scaling=decide_rope_scaling(
+            recipe.model,
+            before=before.model if before is not None else None,
+            longest_seq_len=max(length for length in lengths if length is not None),
+            initial_path=recipe.checkpoint.initial_load_path if recipe.checkpoint.enable else None,
+        ),
         global_batch_size=None if batch == -1 else batch,
         num_growths=num_growths_of(checkpoint) if checkpoint is not None else 0,
     )

@@ -18,6 +18,7 @@ from titan_growth.config.loader import dry_run_of, recipe_from_toml, to_toml, wi
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.run.precision import Precision
 from titan_growth.run.resume import compare, decided_before
+from titan_growth.run.rotary import RopeScaling
 from titan_growth.run.start import (
     Decisions,
     Finished,
@@ -175,9 +176,11 @@ def test_a_seed_is_drawn_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(secrets, "randbelow", lambda limit: next(drawn))
     site = Site(folder, 1, "cpu")
     first = decide(unseeded, site, None)
-    assert first == Decisions(111, BFLOAT16, None)
+    assert first == Decisions(111, BFLOAT16, first.rope_scaling, None)
     folder.write_text("recipe.toml", to_toml(with_values(unseeded, {"debug.seed": first.seed})))
-    assert decide(unseeded, site, None) == Decisions(111, BFLOAT16, 16), "the seed of the folder was drawn again"
+    assert decide(unseeded, site, None) == Decisions(111, BFLOAT16, RopeScaling(), 16), (
+        "the seed of the folder was drawn again"
+    )
     # a checkpoint says more than the folder
     assert decide(unseeded, site, saved(tmp_path, recipe(debug__seed=9))).seed == 9
     # the user's own comes first
@@ -198,7 +201,7 @@ def test_a_derived_batch_size_is_kept_on_other_meshes(tmp_path: Path) -> None:
     first = start_from(None, derived, Site(folder, 2, "cpu")).plan
     assert first.recipe.training.global_batch_size == 8
     checkpoint = saved(tmp_path, first.recipe)
-    assert decide(derived, Site(folder, 1, "cpu"), checkpoint) == Decisions(first.seed, BFLOAT16, 8)
+    assert decide(derived, Site(folder, 1, "cpu"), checkpoint) == Decisions(first.seed, BFLOAT16, RopeScaling(1.0), 8)
     again = start_from(checkpoint, derived, Site(folder, 1, "cpu")).plan
     assert again.recipe.training.global_batch_size == 8
     assert again.phase.num_accumulation_steps == 2

@@ -72,7 +72,8 @@ class ModelConfig(Section):
     rope_theta: float | None = Field(None, gt=0)
     """Base of the rotary frequencies. Default: 500000 (10000 in the gstack flavors)."""
     rope_scaling_factor: float | None = Field(None, ge=1)
-    """Llama 3.1 frequency scaling; 1 switches it off. Default: 8 (1 in the gstack flavors)."""
+    """Llama 3.1 frequency scaling; 1 switches it off. Default: 8 (1 in the gstack flavors), and 1 in a new run whose
+    sequences are all shorter than the original context; weights from elsewhere keep theirs."""
     rope_low_freq_factor: float | None = Field(None, gt=0)
     """Llama 3.1 scaling: wavelengths above original / this are stretched by the full factor. Default: 1."""
     rope_high_freq_factor: float | None = Field(None, gt=0)
