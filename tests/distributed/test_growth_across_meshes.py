@@ -25,6 +25,7 @@ from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import Rules
 from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.models.roles import OPTIMIZER_PREFIX
+from titan_growth.optimizers.base import state_of
 from titan_growth.tools.findings import Findings
 
 MESHES: dict[str, Case] = {
@@ -47,6 +48,14 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "random_width": {"operator": "random_width", "factor": 2, "mask_steps": 4},
     "random_depth": {"operator": "random_depth", "factor": 2, "mask_steps": 4},
 }
+UNDER_MUON: dict[str, dict[str, Any]] = {
+    "stack, Muon": {"operator": "stack", "factor": 2},
+    "stack asymmetric, Muon": {"operator": "stack", "factor": 2, "optimizer_state": "asymmetric"},
+    "random_width asymmetric, Muon": {**OPERATORS["random_width"], "optimizer_state": "asymmetric"},
+    "split_width scaled, Muon": {**OPERATORS["split_width"], "optimizer_state": "copy_scaled"},
+}
+"""Trained in test_muon.py."""
+MUON = {"optimizer__name": "Muon", "optimizer__lr": 5e-3}
 DEPTH = ("stack", "interpose", "zero_depth", "random_depth")
 QUICK = [("hsdp 2x2", "tp2", "stack")]
 EVERYWHERE = ("stack", "interpose", "zero_depth")
@@ -64,15 +73,15 @@ BASE = {"n_layers": 7, "dim": 32, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 9
 
 def recipe_of(folder: Path, source: Case, target: Case, operator: str) -> Any:
     """A run that starts on one mesh and continues on another from step 3."""
-    wanted = OPERATORS[operator]
+    wanted = {**OPERATORS, **UNDER_MUON}[operator]
     factor = wanted.get("factor", 1)
-    grows = [key for key in BASE if (key == "n_layers") == (operator in DEPTH)]
+    grows = [key for key in BASE if (key == "n_layers") == (wanted["operator"] in DEPTH)]
     sizes = {key: wanted.get(key, size * factor) if key in grows else size for key, size in BASE.items()}
     layout = {key: value for key, value in target.layout.items() if key.startswith("parallelism")}
     stage = {
         "at": f"{STEPS} steps",
-        **wanted,
         "optimizer_state": "copy",
+        **wanted,
         "lr_policy": "continue",
         "num_ranks": target.num_ranks,
         "local_batch_size": target.layout["training__local_batch_size"],
@@ -81,6 +90,7 @@ def recipe_of(folder: Path, source: Case, target: Case, operator: str) -> Any:
     }
     return make_recipe(
         folder,
+        **(MUON if operator in UNDER_MUON else {}),
         **source.layout,
         **{f"model__{key}": size for key, size in sizes.items()},
         **{f"growth__base__{key}": BASE[key] for key in grows},
@@ -138,9 +148,8 @@ def grown_on_paper(checkpoint: Path, recipe: Any, path: Path, number: int = 0) -
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.state_dict(keep_vars=True).items():
         tensors[name] = torch.empty(parameter.shape)
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{OPTIMIZER_PREFIX}{name}.{key}"] = torch.zeros(parameter.shape)
-        tensors[f"{OPTIMIZER_PREFIX}{name}.step"] = torch.zeros(())
+        for kept in state_of(recipe.optimizer, name, parameter.dim()):
+            tensors[f"{OPTIMIZER_PREFIX}{name}.{kept.name}"] = torch.zeros(parameter.shape if kept.power else ())
     rules = Rules(growth, stage, module)
     seed = recipe.debug.seed + 1_000_003 * (number + 1)
     read_grown(SafeReader(checkpoint), tensors, rules, seed=seed)

@@ -134,10 +134,12 @@ def plain(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> di
     return lines
 
 
-def assert_trains(names: tuple[str, ...], folder: Path, warm_ranks: WarmRanks, plain: dict[bool, Lines]) -> None:
+def assert_trains(
+    names: tuple[str, ...], folder: Path, warm_ranks: WarmRanks, plain: dict[bool, Lines], **more: Any
+) -> None:
     """All stages are active, the first step is the plain model's, and the second has a smaller loss."""
     case = together(*names)
-    settings = {**MODEL, **case.layout}
+    settings = {**MODEL, **case.layout, **more}
     if refused_by(names) == "quantize.linear.float8.filter_fqns":
         settings[f"{FLOAT8}filter_fqns"] = ["output"]  # as the problem advises
     active = set.intersection(
@@ -164,6 +166,13 @@ def refused_by(names: tuple[str, ...]) -> str | None:
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_alone(name: str, warm_ranks: WarmRanks, plain: dict[bool, Lines], tmp_path: Path) -> None:
     assert_trains((name,), tmp_path / "run", warm_ranks, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_a_stage_under_muon(name: str, warm_ranks: WarmRanks, plain: dict[bool, Lines], tmp_path: Path) -> None:
+    muon = {"optimizer__name": "Muon", "optimizer__lr": 5e-3}
+    assert_trains((name,), tmp_path / "run", warm_ranks, plain, **muon)
 
 
 ELSEWHERE = [

@@ -68,15 +68,16 @@ class Resumed:
 
 
 class Elastic:
-    """Runs of the matrix, each made once."""
+    """Runs of the matrix, each made once; `settings` are for all of them."""
 
-    def __init__(self, folder: Path, ranks: WarmRanks) -> None:
+    def __init__(self, folder: Path, ranks: WarmRanks, **settings: Any) -> None:
         self.folder = folder
         self.ranks = ranks
+        self.settings = {**COMMON, **settings}
 
     def train(self, folder: Path, name: str, steps: int) -> None:
         case = MESHES[name]
-        recipe = make_recipe(folder, **COMMON, **case.layout, training__steps=steps)
+        recipe = make_recipe(folder, **self.settings, **case.layout, training__steps=steps)
         self.ranks(train, case.num_ranks, case.num_ranks, recipe, timeout_seconds=180)
 
     def saved(self, name: str) -> Path:

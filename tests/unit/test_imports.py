@@ -15,6 +15,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("tools",),
     ("config", "liveness"),
     ("models", "data"),
+    ("optimizers",),
     ("checkpoint",),
     ("growth", "interchange"),
     ("layout",),

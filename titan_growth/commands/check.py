@@ -13,7 +13,10 @@ from titan_growth.checkpoint.folder import StepFolder, root_of
 from titan_growth.commands.args import CommandLine
 from titan_growth.config.loader import dry_run_of, inspect_recipe
 from titan_growth.config.schema.recipe import Recipe
+from titan_growth.layout.mesh_shape import MeshShape
+from titan_growth.layout.shards import ModelShards
 from titan_growth.liveness.exit_report import DONE, NOTHING_TO_DO
+from titan_growth.models.registry import family_module
 from titan_growth.run.plan import RunPlan, plan_run
 from titan_growth.tools.errors import ConfigError, Problem, RunFolderError, TitanGrowthError
 from titan_growth.tools.findings import Findings
@@ -194,8 +197,10 @@ def _check_space(folder: RunFolder, plan: RunPlan) -> None:
     section = plan.recipe.checkpoint
     if not section.enable or section.load_only or is_remote(root_of(section.folder, folder.path)):
         return
-    num_bytes = (2 if plan.recipe.training.dtype == "bfloat16" else 4) * plan.target.num_params
+    size = 2 if plan.recipe.training.dtype == "bfloat16" else 4
+    shards = ModelShards(plan.target, family_module(plan.recipe.model.name), MeshShape())
     if section.last_save_model_only and section.interval >= plan.recipe.training.steps:
-        folder.require_space(num_bytes, "a checkpoint (weights)")
+        folder.require_space(size * shards.num_stored, "a checkpoint (weights)")
     else:
-        folder.require_space(3 * num_bytes, "a checkpoint (weights and moments)")
+        num_moments = shards.moments(plan.recipe.optimizer).num_stored
+        folder.require_space(size * (shards.num_stored + num_moments), "a checkpoint (weights and moments)")

@@ -35,14 +35,16 @@ from titan_growth.commands.target import commit, new_folder, require_new, save_t
 from titan_growth.config.loader import with_values
 from titan_growth.config.plugins import load_plugins
 from titan_growth.config.schema.growth import PlannedGrowth
+from titan_growth.config.schema.optimizer import OptimizerConfig
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.read import read_grown
-from titan_growth.growth.rules import MOMENTS, Rules
+from titan_growth.growth.rules import Rules
 from titan_growth.growth.verify import verify_growth
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.models.roles import OPTIMIZER_PREFIX
+from titan_growth.optimizers.base import state_of
 from titan_growth.run.phases import recipe_in_phase
 from titan_growth.tools.errors import ConfigError, GrowthError, Problem
 from titan_growth.tools.findings import Findings
@@ -106,7 +108,8 @@ def grow_checkpoint(
     rules = Rules(growth, planned, module)
     with_state = planned.optimizer_state != "reset" and not folder.manifest.model_only
     stored = opened.reader()
-    tensors = _meta_tensors(module, growth.after, getattr(torch, recipe.training.dtype), with_state)
+    dtype, optimizer = getattr(torch, recipe.training.dtype), recipe.optimizer if with_state else None
+    tensors = _meta_tensors(module, growth.after, dtype, optimizer)
     tensors = _as_stored(tensors, rules, stored)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     reader = _OneSourceReader(stored)
@@ -138,16 +141,18 @@ def _map(before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap:
     return growth
 
 
-def _meta_tensors(module: Any, config: DecoderConfig, dtype: torch.dtype, with_state: bool) -> dict[str, Tensor]:
-    """Every tensor of the grown model's checkpoint, without values."""
+def _meta_tensors(
+    module: Any, config: DecoderConfig, dtype: torch.dtype, optimizer: OptimizerConfig | None
+) -> dict[str, Tensor]:
+    """Every tensor of the grown model's checkpoint, without values; `optimizer` where that has its state too."""
     with torch.device("meta"):
         model = module.Decoder(config, 8).to(dtype)
         tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-        if with_state:
+        if optimizer is not None:
             for name, weight in list(tensors.items()):
-                for key in MOMENTS:
-                    tensors[f"{OPTIMIZER_PREFIX}{name}.{key}"] = torch.empty_like(weight)
-                tensors[f"{OPTIMIZER_PREFIX}{name}.step"] = torch.empty((), dtype=torch.float32)
+                for kept in state_of(optimizer, config.tied.get(name, name), weight.dim()):
+                    like = torch.empty_like(weight) if kept.power else torch.empty((), dtype=torch.float32)
+                    tensors[f"{OPTIMIZER_PREFIX}{name}.{kept.name}"] = like
     return tensors
 
 

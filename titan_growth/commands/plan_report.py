@@ -14,9 +14,10 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.engine.parameter_groups import treatments
 from titan_growth.layout.pipeline_layout import part_table, plan_pipeline
 from titan_growth.layout.pipeline_parts import Part
-from titan_growth.layout.shards import EMBEDDING, HEAD, LAYER, NORM, ModelShards
+from titan_growth.layout.shards import EMBEDDING, HEAD, LAYER, NORM, ModelShards, Parameter
 from titan_growth.models.registry import family_module
 from titan_growth.models.roles import bare_name
+from titan_growth.optimizers.base import optimizer_named
 from titan_growth.run.phases import Phase
 from titan_growth.run.plan import RunPlan, stage_lines
 from titan_growth.tools.findings import Findings
@@ -84,12 +85,19 @@ def _batch(plan: RunPlan) -> list[str]:
 def _parameter_groups(plan: RunPlan, shards: ModelShards) -> list[str]:
     """How many parameters the optimizer treats in which way; nothing when it treats all alike."""
     section = plan.recipe.optimizer
-    if not section.groups and section.weight_decay_on == "all":
+    kind = optimizer_named(section.name)
+    if not section.groups and section.weight_decay_on == "all" and len(kind.rules) == 1:
         return []
-    lines = [f"parameter groups (lr {section.lr:g}, weight decay {section.weight_decay:g}):"]
+    alike: dict[str, list[Parameter]] = {}
     for how, ones in treatments(section, shards.parameters()).items():
+        for one in ones:
+            rule = f"{kind.rule_of(one.name, len(one.shape)).name}, " if len(kind.rules) > 1 else ""
+            alike.setdefault(f"{rule}{how}", []).append(one)
+    lines = [f"parameter groups (lr {section.lr:g}, weight decay {section.weight_decay:g}):"]
+    for described, ones in alike.items():
         names = ", ".join(dict.fromkeys(bare_name(one.name) for one in ones))
-        lines.append(f"  {how}: {sum(one.numel for one in ones):,} parameters in {many(len(ones), 'tensor')}: {names}")
+        count = f"{sum(one.numel for one in ones):,} parameters in {many(len(ones), 'tensor')}"
+        lines.append(f"  {described}: {count}: {names}")
     return lines
 
 
@@ -157,6 +165,7 @@ def _ranks(phase: Phase, shards: ModelShards) -> list[str]:
     """Which ranks hold which parts of the model of one phase, and how many bytes that is."""
     config, shape, recipe = shards.config, phase.mesh_shape, phase.recipe
     table, parts_of = _pipeline(phase)
+    moments, size = shards.moments(recipe.optimizer), _bytes_per_value(recipe)
     rows: list[tuple[str, ...]] = [
         ("pp", "ranks", "layers", "parameters of a rank", "weights", "gradients", "moments", "sum")
     ]
@@ -164,12 +173,13 @@ def _ranks(phase: Phase, shards: ModelShards) -> list[str]:
     each = shape.num_ranks // shape.pp
     for place, parts in enumerate(parts_of):
         held = shards.held(parts)
-        largest = max(largest, held.most)
         share = f"{held.most:,}" if held.least == held.most else f"{held.least:,} to {held.most:,}"
         ranks = f"{place * each}-{(place + 1) * each - 1}" if each > 1 else str(place)
         num_layers = sum(len(part.layers) for part in parts)
-        num_bytes = [held.most * size for size in _sizes(recipe)]
-        rows.append((str(place), ranks, str(num_layers), share, *(_gib(number) for number in num_bytes)))
+        num_bytes = [held.most * size, held.most * size, moments.held(parts).most * size]
+        largest = max(largest, sum(num_bytes))
+        cells = (_gib(number) for number in (*num_bytes, sum(num_bytes)))
+        rows.append((str(place), ranks, str(num_layers), share, *cells))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     dtype = recipe.training.dtype
     where = " in host memory" if recipe.training.enable_cpu_offload else ""
@@ -177,14 +187,8 @@ def _ranks(phase: Phase, shards: ModelShards) -> list[str]:
         f"ranks at {many(config.num_layers, 'layer')} (GiB of {dtype}{where} on the ranks that hold most):",
         *table,
         *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
-        f"  largest: {_gib(sum(_sizes(recipe)[:-1]) * largest)} GiB; activations and gathered parameters come on top",
+        f"  largest: {_gib(largest)} GiB; activations and gathered parameters come on top",
     ]
-
-
-def _sizes(recipe: Recipe) -> tuple[int, int, int, int]:
-    """Bytes per parameter: weights, gradients, the two moments, and all together."""
-    size = _bytes_per_value(recipe)
-    return size, size, 2 * size, 4 * size
 
 
 def _pipeline(phase: Phase) -> tuple[list[str], list[tuple[Part, ...]]]:
@@ -205,11 +209,12 @@ def _pipeline(phase: Phase) -> tuple[list[str], list[tuple[Part, ...]]]:
 
 
 def _checkpoints(plan: RunPlan, depths: list[ModelShards]) -> list[str]:
-    """What a checkpoint takes on disk: weights and both moments, in the type that they are trained in."""
+    """What a checkpoint takes on disk: weights and moments, in the type that they are trained in."""
     section, size = plan.recipe.checkpoint, _bytes_per_value(plan.recipe)
     if not section.enable or section.load_only:
         return ["checkpoints: none are saved"]
-    sizes = " -> ".join(_gib(3 * size * shards.num_stored) for shards in depths)
+    stored = [shards.num_stored + shards.moments(plan.recipe.optimizer).num_stored for shards in depths]
+    sizes = " -> ".join(_gib(size * numel) for numel in stored)
     last = _gib(size * depths[-1].num_stored)
     kept = f"the newest {section.keep_latest_k} are kept" if section.keep_latest_k else "all are kept"
     and_growths = ", and those of growths" if plan.growth_plan.planned and section.keep_latest_k else ""

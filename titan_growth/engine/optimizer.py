@@ -18,16 +18,16 @@ from torch.distributed.tensor import DTensor
 from titan_growth.config.schema.optimizer import OptimizerConfig
 from titan_growth.engine.build import BuiltModel
 from titan_growth.engine.parameter_groups import Treatment, treatment_of
+from titan_growth.optimizers.base import Site, StateTensor, UpdateRule, optimizer_named
 from titan_growth.tools.gradients import reduced
 from titan_growth.tools.torch_private import foreach_norm
 
-STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
-
 
 class Optimizer:
-    """Adam or AdamW over the parameters of all parts.
+    """The recipe's optimizer over the parameters of all parts.
 
     Args:
+        site: where it works, and with whom; by default on this rank's CPU alone.
         tied: copies of parameters -> the name of the original. A copy on another pipeline part has its own moments,
             which stay equal; one in the same part is not a parameter, and its moments go by both names.
         pipeline_group: the ranks that hold the other parts.
@@ -39,6 +39,7 @@ class Optimizer:
         section: OptimizerConfig,
         *,
         max_norm: float,
+        site: Site | None = None,
         tied: Mapping[str, str] | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
     ) -> None:
@@ -56,37 +57,38 @@ class Optimizer:
             name: treatment_of(section, self.tied.get(name, name), parameter.dim())
             for name, parameter in self.parameters.items()
         }
-        fused = section.implementation == "fused"
-        kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[section.name]
-        self.inner = kind(
-            self._groups(section.weight_decay),
-            lr=section.lr,
-            betas=(section.beta1, section.beta2),
-            eps=section.eps,
-            weight_decay=section.weight_decay,
-            fused=fused,
-            foreach=section.implementation == "foreach",
-        )
-        for parameter in self.parameters.values():
-            self.inner.state[parameter] = {
-                # PyTorch keeps one step counter per tensor; the fused kernels want it on the parameter's device.
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu"),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        self.rules = {
+            name: optimizer_named(section.name).rule_of(self.tied.get(name, name), parameter.dim())
+            for name, parameter in self.parameters.items()
+        }
+        self.inners = [
+            rule.make(self._groups(rule, section.weight_decay), section, site or Site(torch.device("cpu")))
+            for rule in dict.fromkeys(self.rules.values())
+        ]
+        self.states: dict[str, dict[str, Tensor]] = {}
+        """What is kept of each parameter, by name; the live tensors."""
+        inner_of = {each: inner for inner in self.inners for group in inner.param_groups for each in group["params"]}
+        for name, parameter in self.parameters.items():
+            self.states[name] = {
+                kept.name: _zeros(kept, parameter, fused=section.implementation == "fused")
+                for kept in self.rules[name].state
             }
+            inner_of[parameter].state[parameter] = self.states[name]
 
     @classmethod
     def of(cls, model: BuiltModel, section: OptimizerConfig, *, max_norm: float) -> Optimizer:
         """The optimizer for a built model."""
         mesh, tied = model.context.mesh, model.context.model_config.tied
         group = mesh.group_of("pp") if mesh.shape.pp > 1 else None
-        return cls(model.parts, section, max_norm=max_norm, tied=tied, pipeline_group=group)
+        site = Site(torch.device(model.context.device_type), mesh.part_group)
+        return cls(model.parts, section, max_norm=max_norm, site=site, tied=tied, pipeline_group=group)
 
-    def _groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """PyTorch's parameter groups; only one when the recipe treats all parameters alike."""
+    def _groups(self, rule: UpdateRule, weight_decay: float) -> list[dict[str, Any]]:
+        """PyTorch's parameter groups of a rule; only one when the recipe treats all parameters alike."""
         alike: dict[Treatment, list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
-            alike.setdefault(self.treatments[name], []).append(parameter)
+            if self.rules[name] == rule:
+                alike.setdefault(self.treatments[name], []).append(parameter)
         return [
             {"params": parameters, "weight_decay": weight_decay * how.weight_decay_factor, "lr_factor": how.lr_factor}
             for how, parameters in alike.items()
@@ -94,13 +96,13 @@ class Optimizer:
 
     def named_state(self) -> Iterator[tuple[str, str, Tensor]]:
         """(parameter name, state key, tensor) of all state; the live tensors, to save from or load into."""
-        named = dict(self.parameters)
+        named = dict(self.states)
         for copy, name in self.tied.items():
-            if name in self.parameters and self.pipeline_group is None:
-                named.setdefault(copy, self.parameters[name])
-        for name, parameter in named.items():
-            for key in STATE_KEYS:
-                yield name, key, self.inner.state[parameter][key]
+            if name in self.states and self.pipeline_group is None:
+                named.setdefault(copy, self.states[name])
+        for name, state in named.items():
+            for key, tensor in state.items():
+                yield name, key, tensor
 
     def clip(self) -> Tensor:
         """Clips the gradients to `max_norm`; returns their global norm before clipping, a float32 scalar."""
@@ -125,21 +127,32 @@ class Optimizer:
         Args:
             fresh_share: fraction of the learning rate for the elements in `fresh`.
         """
-        for group in self.inner.param_groups:
-            group["lr"] = lr * group["lr_factor"]
+        for inner in self.inners:
+            for group in inner.param_groups:
+                group["lr"] = lr * group["lr_factor"]
         names = self.fresh if fresh_share != 1.0 else ()
         before = {name: _local(self.parameters[name]).clone() for name in names}
-        self.inner.step()
+        for inner in self.inners:
+            inner.step()
         for name, old in before.items():
-            # An Adam step, weight decay included, is linear in the learning rate, so a fraction of the rate is a
-            # fraction of the step: old + share * (new - old).
+            # A step, weight decay included, is linear in the learning rate, so a fraction of the rate is a fraction of
+            # the step: old + share * (new - old).
             local = _local(self.parameters[name])
             local.copy_(torch.where(self.fresh[name], torch.lerp(old, local, fresh_share), local))
         self.drop()
 
     def drop(self) -> None:
         """Drops the gradients. Parameters, moments and step counters are unchanged."""
-        self.inner.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+
+def _zeros(kept: StateTensor, parameter: Tensor, *, fused: bool) -> Tensor:
+    """What a rule keeps of a parameter, at the start."""
+    if kept.power is not None:
+        return torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    # PyTorch keeps one step counter per tensor; the fused kernels want it on the parameter's device.
+    return torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
 
 
 def _local(tensor: Tensor) -> Tensor:

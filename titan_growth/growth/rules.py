@@ -20,9 +20,7 @@ from titan_growth.growth.axes import NEW
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.models.initial_values import InitialValues
 from titan_growth.models.roles import OPTIMIZER_PREFIX, RESIDUAL, Role, layer_of, role_of, with_layer
-
-MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}
-"""State of a parameter -> the power of the gradient that it is a mean of."""
+from titan_growth.optimizers.base import state_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,16 +158,15 @@ class Rules:
         updates are up to 6.6 times the learning rate at beta2 = 0.999. So where a tensor keeps its counter, new second
         moments are seeded with those of the elements that they were copied from, or would have been.
         """
-        policy, role = self.planned.optimizer_state, self._role(parameter)
+        policy, role, power = self.planned.optimizer_state, self._role(parameter), state_named(key).power
         source, copied = self._source(parameter)
         starts_over = copied and (policy == "asymmetric" or self.keeps_layer_silent(role))
-        if policy == "reset" or source is None or starts_over or (key == "step" and not self.planned.keeps_step):
+        if policy == "reset" or source is None or starts_over or (power is None and not self.planned.keeps_step):
             return Rule(parameter=parameter, source=None)
         stored = f"{OPTIMIZER_PREFIX}{source}.{key}"
-        if key == "step":
+        if power is None:
             return Rule(parameter=parameter, source=stored)
         axes = self.growth_map.axes_of(role)
-        power = MOMENTS[key]
         seeded = power == 2 and self.planned.keeps_step
         indices = tuple(None if axis is None else axis.nearest if seeded else axis.source for axis in axes)
         if policy == "asymmetric" and not seeded:

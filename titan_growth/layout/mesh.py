@@ -60,6 +60,18 @@ class Mesh:
             sharded = flattened(self.device_mesh["dp_shard", "cp"], "fsdp")
         return sharded if self.shape.dp_replicate == 1 else concatenated([self.device_mesh["dp_replicate"], sharded])
 
+    @cached_property
+    def part_group(self) -> ProcessGroup | None:
+        """The ranks with shards of the same pipeline parts as this one; None where it is alone.
+
+        Asked for the first time, the group is made: all ranks must ask together.
+        """
+        if self.shape.num_ranks == self.shape.pp:
+            return None
+        if self.shape.pp == 1:
+            return dist.group.WORLD
+        return flattened(self.device_mesh["dp_replicate", "dp_shard", "cp", "tp"], "part").get_group()
+
     @property
     def dp_rank(self) -> int:
         """This rank's index among those that see different sequences."""

@@ -10,17 +10,19 @@ All layers are alike, so one layer on the meta device gives the shapes of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import product
 from math import prod
 from types import ModuleType
 
+from titan_growth.config.schema.optimizer import OptimizerConfig
 from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.layout.pipeline_parts import Part
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.roles import with_layer
+from titan_growth.optimizers.base import state_of
 
 EMBEDDING, LAYER, NORM, HEAD = "tok_embeddings", "layers", "norm", "output"
 """The units that a pipeline assigns, by the first component of their parameters' names."""
@@ -64,16 +66,37 @@ class Held:
 
 
 class ModelShards:
-    """The parameters of a model at one depth, and each rank's shards of them on a mesh."""
+    """The parameters of a model at one depth, and each rank's shards of them on a mesh.
 
-    def __init__(self, config: DecoderConfig, family: ModuleType, mesh: MeshShape) -> None:
+    Args:
+        weight: how often each parameter counts.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        family: ModuleType,
+        mesh: MeshShape,
+        weight: Callable[[Parameter], int] = lambda parameter: 1,
+    ) -> None:
         self.config = config
+        self.family = family
         self.mesh = mesh
+        self.weight = weight
         self.pieces = _pieces(replace(config, num_layers=1), family)
 
     def numel(self, piece: str) -> int:
         """Elements of the embedding, one layer, the norm or the head."""
-        return sum(parameter.numel for parameter in self.pieces[piece])
+        return sum(self.weight(parameter) * parameter.numel for parameter in self.pieces[piece])
+
+    def moments(self, section: OptimizerConfig) -> ModelShards:
+        """The same of what an optimizer keeps: each parameter counts as often as it has moments."""
+
+        def num_moments(parameter: Parameter) -> int:
+            kept = state_of(section, parameter.name, len(parameter.shape))
+            return sum(one.power is not None for one in kept)
+
+        return ModelShards(self.config, self.family, self.mesh, num_moments)
 
     def parameters(self) -> Iterator[Parameter]:
         """Every parameter of the model; a tied head is none."""
@@ -119,7 +142,10 @@ class ModelShards:
         """(tp rank, fsdp rank) -> elements of each piece on that rank."""
         return {
             (tp_rank, fsdp_rank): {
-                piece: sum(parameter.local_numel(self.mesh, tp_rank, fsdp_rank) for parameter in parameters)
+                piece: sum(
+                    self.weight(parameter) * parameter.local_numel(self.mesh, tp_rank, fsdp_rank)
+                    for parameter in parameters
+                )
                 for piece, parameters in self.pieces.items()
             }
             for tp_rank, fsdp_rank in product(range(self.mesh.tp), range(self.mesh.fsdp_degree))

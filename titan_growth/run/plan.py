@@ -28,6 +28,7 @@ from titan_growth.layout.mesh_shape import MeshShape, resolve_batch, resolve_mes
 from titan_growth.layout.shards import ModelShards
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module, model_config_of
+from titan_growth.optimizers.base import check_optimizer
 from titan_growth.run.lr_schedule import LRSchedule
 from titan_growth.run.phases import Phase, phases_of
 from titan_growth.tools.errors import Problem
@@ -161,6 +162,7 @@ def plan_run(
     target = model_config_of(recipe.model, own)
     if target is not None:
         _check_lengths(recipe.training, recipe.growth, recipe.validation.seq_len, target, own)
+        check_optimizer(recipe.optimizer, own)
         _check_groups(recipe.optimizer, recipe.model.name, target, own)
     chain = chain_of(recipe.growth, target, own)
     steps, lr = recipe.training.steps, recipe.optimizer.lr

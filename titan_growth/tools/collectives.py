@@ -122,7 +122,7 @@ def on_rank0(work: Callable[[], Result], group: dist.ProcessGroup | None = None)
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's (picklable) value, in rank order, on every rank."""
-    num_ranks = place()[1]
+    num_ranks = place()[1] if group is None else dist.get_world_size(group)
     if num_ranks == 1:
         return [value]
     values: list[Any] = [None] * num_ranks

@@ -141,9 +141,7 @@ def _built_numel(rank: int, values: dict[str, Any], num_ranks: int) -> tuple[tup
         seed=None,
     )
     optimizer = Optimizer.of(model, plan.recipe.optimizer, max_norm=1.0)
-    moments = [
-        state for parameter in optimizer.inner.state.values() for name, state in parameter.items() if "exp" in name
-    ]
+    moments = [tensor for kept in optimizer.states.values() for key, tensor in kept.items() if "exp" in key]
     fsdp_rank = mesh.rank_of("dp_shard") * plan.phase.mesh_shape.cp + mesh.rank_of("cp")
     place = mesh.rank_of("pp"), mesh.rank_of("tp"), fsdp_rank
     return place, _local_numel(part for parts in model.parts for part in parts.parameters()), _local_numel(moments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -35,8 +35,8 @@ class ParameterGroupConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer; its hyper-parameters always come from the recipe, never from a checkpoint."""
 
-    name: Literal["Adam", "AdamW"] = "AdamW"
-    """Adam or AdamW."""
+    name: str = "AdamW"
+    """Adam, AdamW, or Muon: for the matrices of the layers, with AdamW for everything else. Plugins add others."""
     lr: float = Field(8e-4, gt=0)
     """Peak learning rate."""
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -51,5 +51,8 @@ class OptimizerConfig(Section):
     """all parameters, as torchtitan does; or matrices only: no decay on norms, biases and the embedding."""
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How PyTorch runs the update."""
+    options: dict[str, Any] = {}
+    """What else the optimizer takes. Muon: momentum (0.95), nesterov (true), ns_steps (5) and adjust_lr_fn
+    ("match_rms_adamw", or "original"), as in torch.optim.Muon."""
     groups: list[ParameterGroupConfig] = []
     """See [[optimizer.groups]]: learning rate and weight decay by name of the parameter."""

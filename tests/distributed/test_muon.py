@@ -1,0 +1,90 @@
+"""Runs under Muon: every mesh computes what one rank does, through growths over depth and width, and on resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.distributed.meshes import GLOBAL_BATCH, MESHES
+from tests.distributed.test_growth_across_meshes import MESHES as GROWN_MESHES
+from tests.distributed.test_growth_across_meshes import MUON, UNDER_MUON, Matrix, assert_same
+from tests.distributed.test_parity import Trained, assert_agrees_with_one_rank
+from tests.faults.elastic import MESHES as ELASTIC_MESHES
+from tests.faults.elastic import QUICK, TOLERANCE, Elastic
+from tests.harness import WarmRanks
+
+SETTINGS = {**MUON, "training__steps": 3, "model__n_layers": 3}
+SOME = ("fsdp2", "tp2", "pp2 x fsdp2", "hsdp 2x2")
+
+
+def some(names: Any, quick: Any) -> list[Any]:
+    """Parameters of which only a few are in the default suite."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", some(MESHES, SOME))
+def test_meshes_agree_with_one_rank(name: str, trained: Trained) -> None:
+    """Losses to 1e-5 at three steps: gathering rounds nothing, so only the last bits of gradients differ."""
+    settings = {key: value for key, value in SETTINGS.items() if key not in MESHES[name].model}
+    lines = assert_agrees_with_one_rank(MESHES[name], trained, **settings)
+    expected = trained(1, **settings, **MESHES[name].model, training__local_batch_size=GLOBAL_BATCH)
+    for line, reference in zip(lines, expected, strict=True):
+        assert line["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+
+
+def test_it_is_another_optimizer(trained: Trained) -> None:
+    """Beside AdamW: the same first loss, and others from then on."""
+    layout = {"training__local_batch_size": GLOBAL_BATCH}
+    muon = trained(1, **SETTINGS, **layout)
+    adamw = trained(1, **SETTINGS | {"optimizer__name": "AdamW"}, **layout)
+    assert muon[0]["loss"] == adamw[0]["loss"]
+    assert muon[2]["loss"] != pytest.approx(adamw[2]["loss"], rel=1e-4)
+
+
+# ---- growth ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
+    ranks = WarmRanks()
+    yield Matrix(tmp_path_factory.mktemp("matrix"), ranks)
+    ranks.close()
+
+
+GROWTHS = [
+    (source, target, operator)
+    for row, source in enumerate(GROWN_MESHES)
+    for number, operator in enumerate(UNDER_MUON)
+    for column, target in enumerate(GROWN_MESHES)
+    if (row + column + number) % 4 == 0
+]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "operator"),
+    [
+        ("tp2", "fsdp2", "random_width asymmetric, Muon"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in GROWTHS),
+    ],
+)
+def test_growths_are_those_of_one_rank(source: str, target: str, operator: str, matrix: Matrix) -> None:
+    """Weights, momentum and AdamW's moments bit for bit, three more steps to 1e-5."""
+    assert_same(matrix, source, target, operator)
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def elastic(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Elastic:
+    return Elastic(tmp_path_factory.mktemp("elastic"), warm_ranks, **MUON)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "target"), [*QUICK, *zip(ELASTIC_MESHES, reversed(ELASTIC_MESHES), strict=True)])
+def test_a_run_resumes_on_another_mesh(source: str, target: str, elastic: Elastic) -> None:
+    resumed = elastic.resumed(source, target)
+    assert resumed.one_sequence
+    assert resumed.difference <= TOLERANCE
