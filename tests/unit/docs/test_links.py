@@ -14,7 +14,7 @@ LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 DOCS_PATH = re.compile(r"(?<![\w/.])docs/[\w./-]*\w")
 SOURCES = (".py", ".toml", ".sh", ".md", ".c", ".yml", ".yaml")
 WIDTH = 120
-WRITTEN = {"recipe.toml", "logit_cap.py", "sandwich.py", "config.json"}
+WRITTEN = {"recipe.toml", "logit_cap.py", "sandwich.py", "lion.py", "config.json"}
 """Files of a run, and the examples of plugins."""
 
 
