@@ -50,7 +50,7 @@ class OptimizerConfig(Section):
     weight_decay_on: Literal["all", "matrices"] = "all"
     """all parameters, as torchtitan does; or matrices only: no decay on norms, biases and the embedding."""
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """How PyTorch runs the update."""
+    """How PyTorch runs Adam's update."""
     options: dict[str, Any] = {}
     """What else the optimizer takes. Muon: momentum (0.95), nesterov (true), ns_steps (5) and adjust_lr_fn
     ("match_rms_adamw", or "original"), as in torch.optim.Muon."""
