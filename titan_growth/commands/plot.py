@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from titan_growth.commands.args import CommandLine, given
+from titan_growth.commands.pictures import COLORS, LABELS, SUFFIXES, figure_of, without_frame
+from titan_growth.commands.plot_frontier import draw_frontier
 from titan_growth.metrics.curves import COSTS, Curve, compare, read_curve, report, weights_of
+from titan_growth.metrics.frontier import Side, frontier_report, not_annealed
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.packages import missing_package
 from titan_growth.tools.text import many
 
-SUFFIXES = (".png", ".svg", ".pdf")
-LABELS = {"flops": "training FLOPs", "tokens": "training tokens", "seconds": "wall-clock seconds"}
 SCALES = {1: "", 10**3: "thousands", 10**6: "millions", 10**9: "billions", 10**12: "trillions"}
-# Okabe and Ito's colours, distinct to the colour-blind.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,11 @@ _LINE.words(
     missing=Problem("", "no run is named", "Name at least one, as NAME=FOLDER"),
 )
 _LINE.option("--to", "FILE", f"Draw the curves into a {', '.join(SUFFIXES)}, with growths marked.", _picture)
+_LINE.switch(
+    "--frontier",
+    """Compare the ends of runs: those of one NAME are a side, each run an annealed budget. Prints the horizontal
+    distances between the lines through them.""",
+)
 _LINE.option("--title", "TEXT", "Printed above the picture.")
 
 
@@ -68,8 +72,12 @@ _LINE.option("--title", "TEXT", "Printed above the picture.")
 def main(args: Namespace) -> int:
     """Compares the runs; returns the exit status."""
     runs = [_run(word) for word in args.runs]
+    if args.frontier:
+        return _frontier(runs, args.to, args.title or "")
     if twice := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
-        raise ConfigError([Problem(name, "is given twice") for name in twice])
+        raise ConfigError(
+            [Problem(name, "is given twice", "With --frontier, runs of one name are a side") for name in twice]
+        )
     curves = [read_curve(run.name, run.path) for run in runs]
     lines = report([compare(curves[0], other) for other in curves[1:]])
     if len(curves) > 1 and all(curve.has("seconds") for curve in curves):
@@ -83,6 +91,23 @@ def main(args: Namespace) -> int:
     if args.to is not None:
         left_out = draw(curves, args.to, args.title or "")
         lines.append(f"drawn: {args.to}{f' ({left_out})' if left_out else ''}")
+    print("\n".join(lines))
+    return 0
+
+
+def _frontier(runs: Sequence[Run], target: Path | None, title: str) -> int:
+    """Compares sides of annealed ends."""
+    curves: dict[str, list[Curve]] = {}
+    notes = []
+    for run in runs:
+        curve = read_curve(run.name, run.path)
+        curves.setdefault(run.name, []).append(curve)
+        notes += [note] if (note := not_annealed(curve, run.path)) else []
+    sides = [Side.of(name, ones) for name, ones in curves.items()]
+    lines = [*frontier_report(sides), *notes]
+    if target is not None:
+        draw_frontier(sides, target, title)
+        lines.append(f"drawn: {target}")
     print("\n".join(lines))
     return 0
 
@@ -103,45 +128,24 @@ def draw(curves: Sequence[Curve], target: Path, title: str = "") -> str:
     Raises:
         ConfigError: when the picture cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     costs = [cost for cost in COSTS if all(curve.has(cost) for curve in curves)]
-    figure, panels = pyplot.subplots(
-        1, len(costs), figsize=(4.4 * len(costs), 3.8), sharey=True, squeeze=False, layout="constrained"
-    )
-    for cost, panel in zip(costs, panels[0], strict=True):
-        row = 0
-        for curve, color in zip(curves, cycle(COLORS), strict=False):
-            row += _panel(panel, curve, cost, color, row)
-        _x_axis(panel, cost, max(point.cost[cost] for curve in curves for point in curve.points))
-        panel.grid(alpha=0.25)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
-    panels[0][0].set_ylabel("validation loss")
     low, high = _range(curves)
-    panels[0][0].set_ylim(low, high)
-    panels[0][-1].legend(frameon=False)
     above = sum(point.loss > high for curve in curves for point in curve.points)
     left_out = f"{many(above, 'early validation')} above {high:.2f} not shown" if above else ""
-    if left_out:
-        figure.supxlabel(left_out, fontsize=8, x=0.99, ha="right")
-    if title:
-        figure.suptitle(title, fontsize=11)
-    try:
-        _save(figure, target)
-    finally:
-        pyplot.close(figure)
+    with figure_of(costs, target, title) as (figure, panels):
+        for cost, panel in panels.items():
+            row = 0
+            for curve, color in zip(curves, cycle(COLORS), strict=False):
+                row += _panel(panel, curve, cost, color, row)
+            _x_axis(panel, cost, max(point.cost[cost] for curve in curves for point in curve.points))
+            panel.grid(alpha=0.25)
+            without_frame(panel)
+        panels[costs[0]].set_ylabel("validation loss")
+        panels[costs[0]].set_ylim(low, high)
+        panels[costs[-1]].legend(frameon=False)
+        if left_out:
+            figure.supxlabel(left_out, fontsize=8, x=0.99, ha="right")
     return left_out
-
-
-def _save(figure: Any, target: Path) -> None:
-    try:
-        figure.savefig(target, dpi=130)
-    except OSError as error:
-        raise ConfigError([Problem("--to", f"{target}: {error.strerror or error}")]) from None
 
 
 def _x_axis(panel: Any, cost: str, largest: float) -> None:

@@ -1,8 +1,9 @@
 """Is Llama 3.1's scaling of the rotary frequencies on? What `model.rope_scaling_factor` stands for when it is left out.
 
 The scaling stretches a trained model's context. For a model that only ever sees sequences shorter than the context it
-would stretch, all it does is to slow the low frequencies: at 256 tokens a 3-layer model learns worse with it
-(docs/log.md). So a new run leaves it off there. Weights that were trained elsewhere keep what they were trained with,
+would stretch, it does nothing but slow the low frequencies: no gain and no loss that can be measured at 256 tokens
+(benchmarks/results/initial_weights.md), and an export that claims what the model cannot do. So a new run leaves it off
+there. Weights that were trained elsewhere keep what they were trained with,
 and a run keeps what it was started with.
 """
 

@@ -22,7 +22,7 @@ OWN = {
     "probe": "--from --operator --stage --steps --num-ranks --to --plugins --factor --layer-map --n-layers --dim "
     "--n-heads --n-kv-heads --hidden-dim --noise --rescale-to-depth --optimizer-state --optimizer-step --options "
     "--mask-steps --lr-policy --lr --warmup-steps --global-batch-size --local-batch-size --seq-len",
-    "plot": "NAME=RUN --to --title",
+    "plot": "NAME=RUN --to --frontier --title",
     "plan": "--world-size --device --job.config_file --section.key",
     "check": "--rehash --job.config_file --section.key",
 }
