@@ -25,6 +25,7 @@ def draw_frontier(sides: Sequence[Side], target: Path, title: str = "") -> None:
                 line, span = side.line(cost), (min(xs), max(xs))
                 panel.plot(span, [line.loss_at(x) for x in span], color=color, linewidth=1.2)
             panel.set_xscale("log")
+            panel.tick_params(axis="x", which="minor", labelsize=6)
             panel.set_xlabel(LABELS[cost])
             panel.grid(alpha=0.25, which="both")
             without_frame(panel)

@@ -300,7 +300,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny = f"{shlex.join(TINY)} --training.steps 90"
     run(folder, f"./run_train.sh {tiny}")
     run(folder, f"./run_train.sh --growth.enable false --job.dump_folder outputs/scratch {tiny}")
-    run(folder, "titan_growth export --from outputs/debug_model/checkpoint/step-80 --to Llama-3.2-1B")
+    run(folder, "titan_growth export --from outputs/debug_model/checkpoint/step-160 --to Llama-3.2-1B")
     return folder
 
 
