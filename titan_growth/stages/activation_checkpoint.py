@@ -74,7 +74,7 @@ class ActivationCheckpoint(Stage):
 
     def warnings(self, context: PlanContext) -> Iterator[Problem]:
         num_layers = context.model_config.num_layers
-        if self.every > num_layers:
+        if self.every > num_layers > 0:
             message = f"{self.every} recomputes nothing in a model of {num_layers} layers"
             yield Problem("activation_checkpoint.selective_ac_option", message)
 

@@ -106,7 +106,7 @@ def test_an_axis_that_is_missing_or_too_much() -> None:
         (None, "base returned None, neither a DecoderConfig nor a sentence"),
         ((BEFORE,), "base returned (DecoderConfig("),
         (replace(BEFORE, num_layers=1.0), "base returned a model whose n_layers is 1.0"),
-        (replace(BEFORE, num_layers=0), "base returned a model whose n_layers is 0"),
+        (replace(BEFORE, num_layers=-1), "base returned a model whose n_layers is -1"),
     ],
 )
 def test_a_base_that_is_no_model(answer: Any, message: str) -> None:

@@ -48,7 +48,8 @@ class PlannedGrowth(SizesConfig):
     factor: int | None = Field(None, ge=2)
     """How many times as many layers, or how many times as wide, as before. Or give the sizes after this growth."""
     layer_map: list[int] | None = None
-    """Depth operators: the source of each layer of the grown model, counted from 0, such as [0, 1, 1, 2]."""
+    """Depth operators: the source of each layer of the grown model, counted from 0, such as [0, 1, 1, 2]. Under "map",
+    -1 is a new layer, from its initial distribution."""
     noise: float = Field(0.0, ge=0, le=10)
     """Noise added to copies, as a share of the standard deviation of the tensor's initialisation."""
     rescale_to_depth: bool = False
@@ -90,8 +91,8 @@ class PlannedGrowth(SizesConfig):
     @field_validator("layer_map")
     @classmethod
     def _layer_map_lists_layers(cls, value: list[int] | None) -> list[int] | None:
-        if value is not None and (not value or min(value) < 0):
-            raise BadValueError("must list source layers, counted from 0", "For example [0, 1, 1, 2]")
+        if value is not None and (not value or min(value) < -1):
+            raise BadValueError("must list source layers, counted from 0, or -1 for a new one", "Such as [0, 1, 1, 2]")
         return value
 
     @model_validator(mode="after")
@@ -129,6 +130,8 @@ class GrowthBase(SizesConfig):
     A size that is not given is that of [model], divided by the factors of the stages if all have one.
     """
 
+    n_layers: int | None = Field(None, ge=0)
+    """Transformer blocks. 0: only embedding, norm and head."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate before the first growth. Default: optimizer.lr."""
     warmup_steps: int | None = Field(None, ge=0)

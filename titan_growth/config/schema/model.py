@@ -49,8 +49,8 @@ class ModelConfig(Section):
     """Log the model's modules after the converters."""
     dim: int | None = Field(None, ge=1)
     """Width of the residual stream."""
-    n_layers: int | None = Field(None, ge=1)
-    """Transformer blocks of the final model."""
+    n_layers: int | None = Field(None, ge=0)
+    """Transformer blocks of the final model; 0 leaves embedding, norm and head."""
     n_heads: int | None = Field(None, ge=1)
     """Query heads; must divide dim unless head_dim is given."""
     n_kv_heads: int | None = Field(None, ge=1)

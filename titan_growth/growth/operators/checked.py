@@ -69,7 +69,7 @@ def _shown(value: object) -> str:
 
 def _wrong_sizes(config: DecoderConfig) -> Iterator[str]:
     for key, size in config.sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < (0 if key == "n_layers" else 1):
             yield f"{key} is {_shown(size)}"
 
 

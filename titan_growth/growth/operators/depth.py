@@ -6,9 +6,11 @@ operators are called direct, zero, random and learn there.
     stack         0 1 2 0 1 2   G_direct over depth, alias G_stack: M_target = M o M o ... o M (Alg. 1)
     interpose     0 0 1 1 2 2   each layer followed by its copies ("interposition", better for converged models)
     middle        0 1 1 2       the middle block once more (gradual stacking as in MIDAS)
-    map           as you write  any list of source layers
+    map           as you write  any list of source layers; -1 is a new one
     zero_depth    0 0'1 1'2 2'  G_zero: the copies' writing projections are zero, so each adds exactly nothing
     random_depth  0 - 1 - 2 -   G_random: new layers from their initial distribution, under a mask that opens
+
+From a base without layers only `random_depth` and `map` lead on: there is nothing to copy.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from titan_growth.config.schema.growth import PlannedGrowth
+from titan_growth.growth.axes import NEW
 from titan_growth.growth.operators.base import GrowthMap, register_operator
 from titan_growth.models.config import DecoderConfig
 
@@ -35,6 +38,10 @@ class DepthOperator(ABC):
     grows = frozenset({"depth"})
     keeps_order = False
     """Whether every old layer must stay, in the old order, as preserving the function requires."""
+    makes_new = False
+    """Whether its `layer_map` may name new layers."""
+    copies = True
+    """Whether it needs layers to copy."""
 
     def base(self, after: DecoderConfig, planned: PlannedGrowth) -> DecoderConfig | str:
         if planned.factor is None:
@@ -43,7 +50,13 @@ class DepthOperator(ABC):
 
     def grow(self, before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap | str:
         num_layers = before.num_layers
+        if num_layers == 0 and self.copies:
+            return "copies layers, and the model has none by then. Use random_depth with n_layers, or map"
+        if num_layers == 0 and planned.factor is not None:
+            return f"factor = {planned.factor} of 0 layers are 0. Give n_layers instead"
         if planned.layer_map is not None:
+            if NEW in planned.layer_map and not self.makes_new:
+                return "layer_map has -1, a new layer, which only the operator map makes"
             if beyond := [layer for layer in planned.layer_map if layer >= num_layers]:
                 return f"layer_map names layer {beyond[0]}, but the model has only {num_layers} layers by then"
             if len(planned.layer_map) <= num_layers:
@@ -99,13 +112,20 @@ class Middle(DepthOperator):
 
 @register_operator("map")
 class Map(DepthOperator):
-    """The sources as the stage's `layer_map` lists them."""
+    """The sources as the stage's `layer_map` lists them. Not function preserving: new layers add to the stream at once."""
+
+    makes_new = True
+    copies = False
 
     def base(self, after: DecoderConfig, planned: PlannedGrowth) -> DecoderConfig | str:
         return "needs growth.base.n_layers, because a layer_map does not tell how many layers there were"
 
     def pattern(self, num_layers: int, target: int) -> Sequence[int] | str:
         return "needs a layer_map"
+
+    def map_of(self, before: DecoderConfig, sources: Sequence[int]) -> GrowthMap:
+        known = super().map_of(before, sources)
+        return replace(known, layers=tuple(None if source == NEW else source for source in sources))
 
 
 @register_operator("zero_depth")
@@ -131,9 +151,15 @@ class RandomDepth(Interpose):
     """
 
     keeps_order = True
+    copies = False
+
+    def pattern(self, num_layers: int, target: int) -> Sequence[int] | str:
+        return super().pattern(num_layers, target) if num_layers else [NEW] * target
 
     def map_of(self, before: DecoderConfig, sources: Sequence[int]) -> GrowthMap:
         known = super().map_of(before, sources)
+        if not before.num_layers:
+            return replace(known, layers=(None,) * len(sources), masked=True, tolerance=0.0)
         layers = tuple(
             source if original else None for source, original in zip(sources, known.is_original_layer, strict=True)
         )

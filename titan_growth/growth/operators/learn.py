@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from titan_growth.config.schema.growth import PlannedGrowth
-from titan_growth.growth.axes import appended, axis_maps
+from titan_growth.growth.axes import NEW, appended, axis_maps
 from titan_growth.growth.operators.base import GrowthMap, register_operator
 from titan_growth.growth.operators.depth import shallower
 from titan_growth.growth.operators.width import widened
@@ -28,8 +28,12 @@ class Learn:
         return shallower(after, planned.factor)
 
     def grow(self, before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap | str:
+        if not before.num_layers:
+            return "combines layers, and the model has none by then. Use random_depth with n_layers, or map"
         num_layers = planned.n_layers or before.num_layers * (planned.factor or 1)
         layers = planned.layer_map or [layer % before.num_layers for layer in range(num_layers)]
+        if NEW in layers:
+            return "layer_map has -1, a new layer, which only the operator map makes"
         if beyond := [layer for layer in layers if layer >= before.num_layers]:
             return f"layer_map names layer {beyond[0]}, but the model has only {before.num_layers} layers by then"
         if len(layers) < before.num_layers:
