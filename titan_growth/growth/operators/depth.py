@@ -112,7 +112,7 @@ class Middle(DepthOperator):
 
 @register_operator("map")
 class Map(DepthOperator):
-    """The sources as the stage's `layer_map` lists them. Not function preserving: new layers add to the stream at once."""
+    """The sources as the stage's `layer_map` lists them. Not function preserving: new layers count at once."""
 
     makes_new = True
     copies = False
