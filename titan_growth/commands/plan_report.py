@@ -16,7 +16,7 @@ from titan_growth.layout.pipeline_layout import part_table, plan_pipeline
 from titan_growth.layout.pipeline_parts import Part
 from titan_growth.layout.shards import EMBEDDING, HEAD, LAYER, NORM, ModelShards, Parameter
 from titan_growth.models.config import DecoderConfig
-from titan_growth.models.parametrization import branch_scale, output_scale, query_scale
+from titan_growth.models.parametrization import Factors
 from titan_growth.models.registry import family_module
 from titan_growth.models.roles import bare_name
 from titan_growth.optimizers.base import optimizer_named
@@ -75,13 +75,9 @@ def _parametrization(config: DecoderConfig) -> list[str]:
     """The factors of the forward pass; nothing under the standard parametrisation."""
     if config.mup is None:
         return []
-    base, factors = config.mup, [f"logits x {output_scale(config):g}", f"queries x {query_scale(config):g}"]
-    depth = ""
-    if base.num_layers is not None:
-        depth = f", {many(base.num_layers, 'layer')}"
-        factors.append(f"branches x {branch_scale(config):g}")
-    name = "muP" if base.num_layers is None else "CompleteP"
-    return [f"  {name} from dim {base.dim:g}{depth}: {', '.join(factors)}"]
+    depth = config.mup.num_layers
+    name = "muP" if depth is None else f"CompleteP from {many(depth, 'layer')},"
+    return [f"  {name} from dim {config.mup.dim}: {Factors.of(config)}"]
 
 
 def _batch(plan: RunPlan) -> list[str]:

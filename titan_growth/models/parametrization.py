@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.roles import Role, axis_lengths, bare_name, layer_of, role_of
@@ -53,6 +54,22 @@ def branch_scale(config: DecoderConfig) -> float:
 def query_scale(config: DecoderConfig) -> float:
     """Factor on the queries, whose products with keys are divided by sqrt(head_dim)."""
     return 1.0 if config.mup is None else math.sqrt(config.mup.head_dim / config.head_dim)
+
+
+class Factors(NamedTuple):
+    """The factors of a model's forward pass."""
+
+    logits: float = 1.0
+    queries: float = 1.0
+    branches: float = 1.0
+
+    @classmethod
+    def of(cls, config: DecoderConfig) -> Factors:
+        """Those of a model."""
+        return cls(output_scale(config), query_scale(config), branch_scale(config))
+
+    def __str__(self) -> str:
+        return f"logits x {self.logits:g}, queries x {self.queries:g}, branches x {self.branches:g}"
 
 
 def init_depth(config: DecoderConfig, layer: int) -> int:
