@@ -56,6 +56,21 @@ UNDER_MUON: dict[str, dict[str, Any]] = {
 }
 """Trained in test_muon.py."""
 MUON = {"optimizer__name": "Muon", "optimizer__lr": 5e-3}
+UNDER_COMPLETEP: dict[str, dict[str, Any]] = {
+    "zero_depth scaled, CompleteP": {**OPERATORS["zero_depth"], "optimizer_state": "copy_scaled"},
+    "stack, CompleteP": OPERATORS["stack"],
+    "zero_width, CompleteP": OPERATORS["zero_width"],
+    "split_width scaled, CompleteP": {**OPERATORS["split_width"], "optimizer_state": "copy_scaled"},
+}
+"""Trained in test_completep.py."""
+COMPLETEP = {
+    "model__parametrization": "completep",
+    "model__mup__base_dim": 16,
+    "model__mup__base_n_layers": 2,
+    "model__mup__base_head_dim": 4,
+    "model__mup__base_hidden_dim": 45,
+}
+"""All factors are other than 1."""
 DEPTH = ("stack", "interpose", "zero_depth", "random_depth")
 QUICK = [("hsdp 2x2", "tp2", "stack")]
 EVERYWHERE = ("stack", "interpose", "zero_depth")
@@ -73,7 +88,7 @@ BASE = {"n_layers": 7, "dim": 32, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 9
 
 def recipe_of(folder: Path, source: Case, target: Case, operator: str) -> Any:
     """A run that starts on one mesh and continues on another from step 3."""
-    wanted = {**OPERATORS, **UNDER_MUON}[operator]
+    wanted = {**OPERATORS, **UNDER_MUON, **UNDER_COMPLETEP}[operator]
     factor = wanted.get("factor", 1)
     grows = [key for key in BASE if (key == "n_layers") == (wanted["operator"] in DEPTH)]
     sizes = {key: wanted.get(key, size * factor) if key in grows else size for key, size in BASE.items()}
@@ -90,7 +105,7 @@ def recipe_of(folder: Path, source: Case, target: Case, operator: str) -> Any:
     }
     return make_recipe(
         folder,
-        **(MUON if operator in UNDER_MUON else {}),
+        **(MUON if operator in UNDER_MUON else COMPLETEP if operator in UNDER_COMPLETEP else {}),
         **source.layout,
         **{f"model__{key}": size for key, size in sizes.items()},
         **{f"growth__base__{key}": BASE[key] for key in grows},

@@ -27,6 +27,7 @@ from titan_growth.interchange.reader import in_halves
 from titan_growth.interchange.safetensors_file import total_bytes, write_file
 from titan_growth.interchange.tokenizer_files import tokenizer_of
 from titan_growth.models.hugging_face import parameter_shapes
+from titan_growth.models.parametrization import folded
 from titan_growth.models.registry import family_module
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem
 from titan_growth.tools.files import write_atomic
@@ -76,9 +77,14 @@ class _Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     group: int | None
+    factor: float
+    """The model's factor of muP or CompleteP; `transformers` has none."""
 
     def made(self, reader: SafeReader) -> Tensor:
-        return in_halves(whole_tensor(reader, self.chunks, self.shape), self.group).to(self.dtype)
+        values = in_halves(whole_tensor(reader, self.chunks, self.shape), self.group)
+        if self.factor != 1.0:
+            values = values.to(torch.promote_types(values.dtype, torch.float32)) * self.factor
+        return values.to(self.dtype)
 
 
 def export_folder(
@@ -136,9 +142,10 @@ def export_folder(
 def _weights(opened: Source, reader: SafeReader, dtype: str | None) -> dict[str, _Weight]:
     """Name there -> what it is made of. A head tied to the embedding is not written twice."""
     config, family = opened.config, opened.recipe.model.name
+    roles = family_module(family).ROLES
     layout, chunks, entries = layout_of(family), reader.chunks(), reader.tensor_entries()
     weights = {}
-    for parameter, shape in parameter_shapes(config, family_module(family).ROLES):
+    for parameter, shape in parameter_shapes(config, roles):
         if parameter in config.tied:
             continue
         if parameter not in chunks:
@@ -150,6 +157,7 @@ def _weights(opened: Source, reader: SafeReader, dtype: str | None) -> dict[str,
             shape,
             entries[parameter].properties.dtype if dtype is None else getattr(torch, dtype),
             layout.group_of(parameter, config),
+            folded(config, roles, parameter),
         )
     return weights
 

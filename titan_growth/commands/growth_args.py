@@ -19,6 +19,7 @@ from titan_growth.growth.chain import check_planned, nothing_to_rescale
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.growth.operators.checked import map_of
 from titan_growth.models.config import DecoderConfig
+from titan_growth.models.registry import base_keys
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.findings import Findings
 
@@ -78,8 +79,8 @@ def growth_map(before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap:
     growth = map_of(known[planned.operator], before, planned)
     if isinstance(growth, str):
         raise ConfigError([Problem("--operator", f"{planned.operator}: {growth}")])
-    if planned.rescale_to_depth and not growth.copies_write:
-        raise ConfigError([Problem("--rescale-to-depth", nothing_to_rescale(planned), "Remove it")])
+    if planned.rescale_to_depth and (why := nothing_to_rescale(planned, growth)):
+        raise ConfigError([Problem("--rescale-to-depth", why, "Remove it")])
     return growth
 
 
@@ -87,6 +88,7 @@ def model_keys(config: DecoderConfig) -> dict[str, Any]:
     """Recipe keys that make a model of these sizes out of another one."""
     return {
         **{f"model.{key}": size for key, size in config.sizes.items()},
+        **({f"model.mup.{key}": size for key, size in base_keys(config.mup).items()} if config.mup else {}),
         "model.head_dim": config.head_dim,
         "model.multiple_of": None,
         "model.ffn_dim_multiplier": None,

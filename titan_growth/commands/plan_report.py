@@ -11,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.engine.parameter_groups import treatments
+from titan_growth.engine.parameter_groups import SizedModel, treatments
 from titan_growth.layout.pipeline_layout import part_table, plan_pipeline
 from titan_growth.layout.pipeline_parts import Part
 from titan_growth.layout.shards import EMBEDDING, HEAD, LAYER, NORM, ModelShards, Parameter
+from titan_growth.models.config import DecoderConfig
+from titan_growth.models.parametrization import Factors
 from titan_growth.models.registry import family_module
 from titan_growth.models.roles import bare_name
 from titan_growth.optimizers.base import optimizer_named
@@ -65,7 +67,17 @@ def _model(plan: RunPlan, shards: ModelShards) -> list[str]:
         f"    = embedding {shards.numel(EMBEDDING):,} + {config.num_layers} layers x {shards.numel(LAYER):,} "
         f"+ norm {shards.numel(NORM):,} + {head}",
         f"  FLOPs per token: {config.flops_per_token(seq_len):,} (forward and backward, {seq_len} tokens a sequence)",
+        *_parametrization(config),
     ]
+
+
+def _parametrization(config: DecoderConfig) -> list[str]:
+    """The factors of the forward pass; nothing under the standard parametrisation."""
+    if config.mup is None:
+        return []
+    depth = config.mup.num_layers
+    name = "muP" if depth is None else f"CompleteP from {many(depth, 'layer')},"
+    return [f"  {name} from dim {config.mup.dim}: {Factors.of(config)}"]
 
 
 def _batch(plan: RunPlan) -> list[str]:
@@ -86,10 +98,12 @@ def _parameter_groups(plan: RunPlan, shards: ModelShards) -> list[str]:
     """How many parameters the optimizer treats in which way; nothing when it treats all alike."""
     section = plan.recipe.optimizer
     kind = optimizer_named(section.name)
-    if not section.groups and section.weight_decay_on == "all" and len(kind.rules) == 1:
+    plain = not section.groups and section.weight_decay_on == "all" and shards.config.mup is None
+    if plain and len(kind.rules) == 1:
         return []
+    model = SizedModel(shards.config, family_module(plan.recipe.model.name).ROLES)
     alike: dict[str, list[Parameter]] = {}
-    for how, ones in treatments(section, shards.parameters()).items():
+    for how, ones in treatments(section, shards.parameters(), model).items():
         for one in ones:
             rule = f"{kind.rule_of(one.name, len(one.shape)).name}, " if len(kind.rules) > 1 else ""
             alike.setdefault(f"{rule}{how}", []).append(one)

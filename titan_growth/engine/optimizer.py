@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_growth.config.schema.optimizer import OptimizerConfig
 from titan_growth.engine.build import BuiltModel
-from titan_growth.engine.parameter_groups import Treatment, treatment_of
+from titan_growth.engine.parameter_groups import SizedModel, Treatment, treatment_of
 from titan_growth.optimizers.base import Site, StateTensor, UpdateRule, optimizer_named
 from titan_growth.tools.gradients import reduced
 from titan_growth.tools.torch_private import foreach_norm
@@ -31,6 +31,7 @@ class Optimizer:
         tied: copies of parameters -> the name of the original. A copy on another pipeline part has its own moments,
             which stay equal; one in the same part is not a parameter, and its moments go by both names.
         pipeline_group: the ranks that hold the other parts.
+        model: what the parts are of; needed under muP and CompleteP.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Optimizer:
         site: Site | None = None,
         tied: Mapping[str, str] | None = None,
         pipeline_group: dist.ProcessGroup | None = None,
+        model: SizedModel | None = None,
     ) -> None:
         self.max_norm = max_norm
         self.tied = dict(tied or {})
@@ -54,7 +56,7 @@ class Optimizer:
                 assert name not in self.parameters, f"two parts hold {name}"
                 self.parameters[name] = parameter
         self.treatments = {
-            name: treatment_of(section, self.tied.get(name, name), parameter.dim())
+            name: treatment_of(section, self.tied.get(name, name), parameter.dim(), model)
             for name, parameter in self.parameters.items()
         }
         self.rules = {
@@ -62,7 +64,7 @@ class Optimizer:
             for name, parameter in self.parameters.items()
         }
         self.inners = [
-            rule.make(self._groups(rule, section.weight_decay), section, site or Site(torch.device("cpu")))
+            rule.make(self._groups(rule, section), section, site or Site(torch.device("cpu")))
             for rule in dict.fromkeys(self.rules.values())
         ]
         self.states: dict[str, dict[str, Tensor]] = {}
@@ -81,16 +83,22 @@ class Optimizer:
         mesh, tied = model.context.mesh, model.context.model_config.tied
         group = mesh.group_of("pp") if mesh.shape.pp > 1 else None
         site = Site(torch.device(model.context.device_type), mesh.part_group)
-        return cls(model.parts, section, max_norm=max_norm, site=site, tied=tied, pipeline_group=group)
+        sized = SizedModel(model.context.model_config, model.context.family.ROLES)
+        return cls(model.parts, section, max_norm=max_norm, site=site, tied=tied, pipeline_group=group, model=sized)
 
-    def _groups(self, rule: UpdateRule, weight_decay: float) -> list[dict[str, Any]]:
+    def _groups(self, rule: UpdateRule, section: OptimizerConfig) -> list[dict[str, Any]]:
         """PyTorch's parameter groups of a rule; only one when the recipe treats all parameters alike."""
         alike: dict[Treatment, list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
             if self.rules[name] == rule:
                 alike.setdefault(self.treatments[name], []).append(parameter)
         return [
-            {"params": parameters, "weight_decay": weight_decay * how.weight_decay_factor, "lr_factor": how.lr_factor}
+            {
+                "params": parameters,
+                "weight_decay": section.weight_decay * how.weight_decay_factor,
+                "lr_factor": how.lr_factor,
+                "eps": section.eps * how.eps_factor,
+            }
             for how, parameters in alike.items()
         ]
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.growth import SIZES, WIDTHS, GrowthConfig, PlannedGrowth
-from titan_growth.growth.operators.base import GrowthMap, Operator, operators
+from titan_growth.growth.multipliers import is_exact
+from titan_growth.growth.operators.base import ROUNDING, GrowthMap, Operator, operators
 from titan_growth.growth.operators.checked import NoAnswer, base_of, map_of
 from titan_growth.models.config import DecoderConfig
+from titan_growth.models.parametrization import branch_scale
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.text import many
 
@@ -141,18 +143,24 @@ def _maps(section: GrowthConfig, base: DecoderConfig, found: Findings) -> list[G
             hint = "For example 1000" if growth_map.masked else "Only random_depth and random_width have a mask"
             found.problem(key, f"{message} for '{planned.operator}'", hint)
             break
-        if planned.rescale_to_depth and not growth_map.copies_write:
-            found.problem(f"growth.stages.{index}.rescale_to_depth", nothing_to_rescale(planned), "Remove it")
+        if planned.rescale_to_depth and (why := nothing_to_rescale(planned, growth_map)):
+            found.problem(f"growth.stages.{index}.rescale_to_depth", why, "Remove it")
             break
+        if growth_map.tolerance == 0.0 and not is_exact(growth_map):
+            growth_map = replace(growth_map, tolerance=ROUNDING)
         differs = planned.rescale_to_depth or (planned.noise and not growth_map.silent_copies)
         maps.append(replace(growth_map, tolerance=None) if differs else growth_map)
         config = growth_map.after
     return maps
 
 
-def nothing_to_rescale(planned: PlannedGrowth) -> str:
-    """Why `rescale_to_depth` would change nothing."""
-    return f"has no meaning for '{planned.operator}': no copied layer adds anything yet"
+def nothing_to_rescale(planned: PlannedGrowth, growth_map: GrowthMap) -> str:
+    """Why `rescale_to_depth` has no meaning; empty when it has one."""
+    if branch_scale(growth_map.before) != branch_scale(growth_map.after):
+        return "has no meaning under CompleteP, where the branches of a deeper model have a smaller factor"
+    return (
+        "" if growth_map.copies_write else f"has no meaning for '{planned.operator}': no copied layer adds anything yet"
+    )
 
 
 def _where(index: int, config: DecoderConfig, section: GrowthConfig) -> str:

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_growth.checkpoint.reader import SafeReader
+from titan_growth.growth.multipliers import carried
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.models.initial_values import InitialValues
 from titan_growth.models.initialize import draw, local_and_offset
@@ -179,7 +180,7 @@ class LearnedGrowth:
                 shard.local.copy_(self._made(shard))
 
     def _made(self, shard: Shard) -> Tensor:
-        values = self._mixed(shard)
+        values = self._mixed(shard) * carried(self.growth_map, shard.role, shard.name)
         rows = self._expansion(shard, 0)
         values = values if rows is None else rows @ values
         if len(shard.role.dims) == 2 and (columns := self._expansion(shard, 1)) is not None:
@@ -197,7 +198,8 @@ class LearnedGrowth:
             if gradient is None or not shard.local.numel() or not shard.share:
                 continue
             local, _ = local_and_offset(reduced(gradient, shard.parameter))
-            self._backward(shard, local.to(self.device, torch.float32) * shard.share, widths, depths)
+            share = shard.share * carried(self.growth_map, shard.role, shard.name)
+            self._backward(shard, local.to(self.device, torch.float32) * share, widths, depths)
         found = [*widths.values(), *depths.values()]
         if dist.get_world_size() > 1:
             for gradient in found:

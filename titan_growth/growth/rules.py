@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.growth.axes import NEW
+from titan_growth.growth.multipliers import carried
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.models.initial_values import InitialValues
 from titan_growth.models.roles import OPTIMIZER_PREFIX, RESIDUAL, Role, layer_of, role_of, with_layer
@@ -101,7 +102,7 @@ class Rules:
             source=source,
             indices=tuple(None if axis is None else axis.source for axis in axes),
             scales=self._shares(parameter, role, reading=True),
-            scale=self._scale(role, copied),
+            scale=self._scale(role, copied) * carried(self.growth_map, role, parameter),
             initial=self._starts_random(role),
             originals=tuple(None if axis is None else axis.is_original for axis in axes),
             **common,
@@ -177,10 +178,12 @@ class Rules:
                 for axis in axes
             )
         scaled = policy in ("copy_scaled", "asymmetric")
+        factor = carried(self.growth_map, role, parameter)
+        factor *= self.growth_map.norm_scale if role.dims == (RESIDUAL,) else 1.0
         return Rule(
             parameter=parameter,
             source=stored,
             indices=indices,
             scales=self._shares(parameter, role, reading=False, power=power) if scaled else (),
-            scale=self.growth_map.norm_scale**-power if scaled and role.dims == (RESIDUAL,) else 1.0,
+            scale=factor**-power if scaled else 1.0,
         )

@@ -11,6 +11,19 @@ from titan_growth.models.initial_values import TORCHTITAN, InitScheme
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseSizes:
+    """The sizes that hyper-parameters were tuned at (models/parametrization.py)."""
+
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    num_layers: int | None = None
+    """None leaves the depth alone: muP. Otherwise it is scaled too: CompleteP."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """Sizes of a Llama-style decoder. Frozen, so a grown model is always a new config."""
 
@@ -35,6 +48,8 @@ class DecoderConfig:
     """Normalise queries and keys per head (RMSNorm over the head's channels)."""
     qk_norm_eps: float | None = None
     """Epsilon of those norms; None for `norm_eps`. Width growth scales `norm_eps` and keeps this one."""
+    mup: BaseSizes | None = None
+    """What muP or CompleteP scales from; None for the standard parametrisation."""
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_growth.models.config import DecoderConfig
+from titan_growth.models.parametrization import output_scale
 from titan_growth.models.roles import Role
 from titan_growth.tools.labels import IGNORE_INDEX
 
@@ -164,6 +165,7 @@ class Decoder(nn.Module):
         self.tok_embeddings: nn.Embedding | None = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(layer): self.block(config) for layer in range(config.num_layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output_scale = output_scale(config)
         self.output: nn.Linear | LossHead | None = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tie_weights()
         self.rope_cos: Tensor
@@ -198,6 +200,8 @@ class Decoder(nn.Module):
         x_BSD = self.norm(x_BSD) if self.norm is not None else x_BSD
         if self.output is None:
             return x_BSD
+        if self.output_scale != 1.0:
+            x_BSD = x_BSD * self.output_scale  # here and not on the logits, which are larger and may never exist
         if labels_BS is None:
             return self.output(x_BSD)
         if isinstance(self.output, LossHead):

@@ -58,7 +58,7 @@ class InitScheme:
     readers_std: float | None = None
     writers_std: float | None = None
 
-    def values(self, group: Group, *, dim: int, fan_in: int, depth: int | None, tied: bool) -> InitialValues:
+    def values(self, group: Group, *, dim: float, fan_in: float, depth: int | None, tied: bool) -> InitialValues:
         """The initial values of a parameter.
 
         Args:
@@ -75,7 +75,7 @@ class InitScheme:
         shrinks = depth is not None and not uniform
         return InitialValues(std / math.sqrt(2 * (depth or 1)) if shrinks else std, uniform)
 
-    def _std(self, group: Group, dim: int, fan_in: int) -> float:
+    def _std(self, group: Group, dim: float, fan_in: float) -> float:
         if self.scheme == "gstack":
             return 1.0 if group == "embedding" else 1 / math.sqrt(3 * fan_in)
         if self.scheme == "normal":

@@ -20,7 +20,8 @@ from titan_growth.models.config import DecoderConfig
 from titan_growth.models.decoder import SequenceContext, Split, fsdp_units
 from titan_growth.models.hugging_face import HuggingFaceLayout
 from titan_growth.models.initial_values import Group, InitialValues, InitScheme
-from titan_growth.models.roles import Role
+from titan_growth.models.parametrization import branch_scale, init_depth, query_scale, ratio
+from titan_growth.models.roles import Role, axis_lengths
 
 __all__ = ["DEFAULTS", "FLAVORS", "HUGGING_FACE", "ROLES", "Decoder", "fsdp_units", "init_rule", "tensor_parallel_plan"]
 
@@ -65,6 +66,7 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.query_scale = query_scale(config)
         self.wq = nn.Linear(config.dim, config.num_heads * config.head_dim, bias=False)
         self.wk = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
@@ -72,12 +74,16 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
         # -1 for the heads: under tensor parallelism each rank holds only some of them.
-        q_BSNH = self.wq(x_BSD).unflatten(-1, (-1, self.head_dim))
+        q_BSNH = self.scaled(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)))
         k_BSKH = self.wk(x_BSD).unflatten(-1, (-1, self.head_dim))
         v_BSKH = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
         q_BSNH = apply_rope(q_BSNH, context.cos, context.sin)
         k_BSKH = apply_rope(k_BSKH, context.cos, context.sin)
         return self.wo(context.attend(q_BSNH, k_BSKH, v_BSKH))
+
+    def scaled(self, q_BSNH: Tensor) -> Tensor:
+        """Queries for which kernels that divide by sqrt(head_dim) compute the parametrisation's attention."""
+        return q_BSNH if self.query_scale == 1.0 else q_BSNH * self.query_scale
 
 
 class FeedForward(nn.Module):
@@ -100,12 +106,17 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
+        self.branch_scale = branch_scale(config)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context=context)
-        return x_BSD + self.feed_forward(self.ffn_norm(x_BSD))
+        x_BSD = self.plus(x_BSD, self.attention(self.attention_norm(x_BSD), context=context))
+        return self.plus(x_BSD, self.feed_forward(self.ffn_norm(x_BSD)))
+
+    def plus(self, x_BSD: Tensor, branch_BSD: Tensor) -> Tensor:
+        """The residual stream with what a branch adds."""
+        return x_BSD + branch_BSD if self.branch_scale == 1.0 else x_BSD + self.branch_scale * branch_BSD
 
 
 class Decoder(decoder.Decoder):
@@ -180,13 +191,20 @@ def init_rule(config: DecoderConfig, name: str) -> InitialValues | None:
     if "norm" in leaf:
         return None
     tied = config.tie_word_embeddings
+    dim = config.dim / ratio(config, "dim")
     if leaf in ("tok_embeddings", "output"):
         group: Group = "embedding" if leaf == "tok_embeddings" else "head"
-        return config.init.values(group, dim=config.dim, fan_in=config.dim, depth=None, tied=tied)
+        return config.init.values(group, dim=dim, fan_in=dim, depth=None, tied=tied)
     writes = leaf in ("wo", "w2")
-    fan_in = {"wo": config.num_heads * config.head_dim, "w2": config.hidden_dim}.get(leaf, config.dim)
-    depth = int(name.split(".")[1]) + 1 if config.depth_init else config.num_layers
+    reads = {"wo": "heads", "w2": "hidden_dim"}.get(leaf, "dim")
+    wider = ratio(config, reads)
+    depth = init_depth(config, int(name.split(".")[1]))
     shrinks = writes or (leaf == "w3" and config.init.scheme in ("torchtitan", "small"))
-    return config.init.values(
-        "writers" if writes else "readers", dim=config.dim, fan_in=fan_in, depth=depth if shrinks else None, tied=tied
+    at_base = config.init.values(
+        "writers" if writes else "readers",
+        dim=dim,
+        fan_in=axis_lengths(config)[reads] / wider,
+        depth=depth if shrinks else None,
+        tied=tied,
     )
+    return at_base.times(wider**-0.5)

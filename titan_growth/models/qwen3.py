@@ -87,7 +87,7 @@ class Attention(llama.Attention):
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
         # -1 for the heads: under tensor parallelism each rank holds only some of them.
-        q_BSNH = self.q_norm(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim)))
+        q_BSNH = self.scaled(self.q_norm(self.wq(x_BSD).unflatten(-1, (-1, self.head_dim))))
         k_BSKH = self.k_norm(self.wk(x_BSD).unflatten(-1, (-1, self.head_dim)))
         v_BSKH = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
         q_BSNH = apply_rope(q_BSNH, context.cos, context.sin)

@@ -12,8 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from titan_growth.config.messages import suggestion
-from titan_growth.config.schema.model import ModelConfig, ModelInitConfig
-from titan_growth.models.config import DecoderConfig, swiglu_hidden_dim
+from titan_growth.config.schema.model import ModelConfig, ModelInitConfig, MupConfig
+from titan_growth.models.config import BaseSizes, DecoderConfig, swiglu_hidden_dim
 from titan_growth.models.initial_values import InitScheme
 from titan_growth.tools.errors import ConfigError
 from titan_growth.tools.findings import Findings
@@ -24,7 +24,16 @@ FAMILIES: dict[str, str] = {"llama3": "titan_growth.models.llama", "qwen3": "tit
 _DEFAULTS = {entry.name: entry.default for entry in fields(DecoderConfig) if entry.default is not MISSING}
 """Defaults of the sizes that have one; their keys in table, flavor and family are the names in `DecoderConfig`."""
 
-_NOT_SIZES = {"name", "flavor", "hf_assets_path", "converters", "print_after_conversion", "init"}
+_NOT_SIZES = {
+    "name",
+    "flavor",
+    "hf_assets_path",
+    "converters",
+    "print_after_conversion",
+    "init",
+    "parametrization",
+    "mup",
+}
 
 SIZE_KEYS = ("dim", "n_layers", "n_heads", "vocab_size")
 """Keys that a custom flavor must set."""
@@ -58,8 +67,12 @@ def model_config_of(section: ModelConfig, found: Findings) -> DecoderConfig | No
     own = Findings()
     _check_sizes(values, own, explicit=given)
     values["init"] = _init_scheme(section.init, values, own, explicit=given)
+    _check_mup(section, own, explicit=given)
     found.extend(own)
-    return None if own.problems else _config(values, explicit=given)
+    if own.problems:
+        return None
+    config = _config(values, explicit=given)
+    return config if section.parametrization == "standard" else replace(config, mup=_base_sizes(section.mup, config))
 
 
 def vocab_size_of(section: ModelConfig) -> int:
@@ -109,6 +122,51 @@ def _init_scheme(
         message = "has no meaning for model.init.scheme 'gstack', which does not know the depth"
         found.problem("model.depth_init", message, "Remove it, or choose another scheme")
     return scheme
+
+
+def _check_mup(section: ModelConfig, found: Findings, *, explicit: dict[str, Any]) -> None:
+    """The base sizes that the parametrisation needs are there, and no others."""
+    name, given = section.parametrization, section.mup.model_dump(exclude_none=True)
+    needs = {"standard": (), "mup": ("base_dim",), "completep": ("base_dim", "base_n_layers")}[name]
+    for key in needs:
+        if key not in given:
+            message = f"is missing: model.parametrization = '{name}' scales from the size of a base model"
+            found.problem(f"model.mup.{key}", message, "Give that of the model the learning rate was tuned at")
+    for key in given:
+        if name == "standard" or (name == "mup" and key == "base_n_layers"):
+            hint = 'Set model.parametrization = "completep"' + (' or "mup"' if name == "standard" else "")
+            found.problem(f"model.mup.{key}", f"has no meaning for model.parametrization = '{name}'", hint)
+    if name == "completep" and "depth_init" in explicit:
+        message = "has no meaning for model.parametrization = 'completep', which starts every depth as the base's"
+        found.problem("model.depth_init", message, "Remove it")
+
+
+def _base_sizes(section: MupConfig, config: DecoderConfig) -> BaseSizes:
+    """The base sizes of a model, with those that are left open in the model's own proportions."""
+    dim = section.base_dim
+    assert dim is not None, "the base width is required"
+    head_dim, share = section.base_head_dim or config.head_dim, dim / config.dim
+    heads = section.base_n_heads or max(1, round(share * config.num_heads * config.head_dim / head_dim))
+    return BaseSizes(
+        dim=dim,
+        num_heads=heads,
+        num_kv_heads=section.base_n_kv_heads or max(1, round(heads * config.num_kv_heads / config.num_heads)),
+        head_dim=head_dim,
+        hidden_dim=section.base_hidden_dim or max(1, round(share * config.hidden_dim)),
+        num_layers=section.base_n_layers,
+    )
+
+
+def base_keys(base: BaseSizes) -> dict[str, int | None]:
+    """The keys of `[model.mup]` that say all of a base's sizes."""
+    return {
+        "base_dim": base.dim,
+        "base_n_layers": base.num_layers,
+        "base_n_heads": base.num_heads,
+        "base_n_kv_heads": base.num_kv_heads,
+        "base_head_dim": base.head_dim,
+        "base_hidden_dim": base.hidden_dim,
+    }
 
 
 def _num_kv_heads(values: dict[str, Any]) -> int:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from titan_growth.models.config import DecoderConfig
+from titan_growth.models.config import BaseSizes, DecoderConfig
 
 RESIDUAL = "dim"
 
@@ -42,7 +42,7 @@ class Role:
         return len(self.dims) == 1
 
 
-def axis_lengths(config: DecoderConfig) -> dict[str, int]:
+def axis_lengths(config: DecoderConfig | BaseSizes) -> dict[str, int]:
     """The length of each axis that can grow."""
     return {
         "dim": config.dim,

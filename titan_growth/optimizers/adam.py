@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from titan_growth.config.schema.optimizer import OptimizerConfig
-from titan_growth.optimizers.base import Site, StateTensor, register_optimizer
+from titan_growth.optimizers.base import Site, StateTensor, elementwise_width_factor, register_optimizer
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class AdamRule:
     name: str
     kind: type[torch.optim.Adam]
     state = (StateTensor("exp_avg", 1), StateTensor("exp_avg_sq", 2), StateTensor("step", None))
+    width_factor = staticmethod(elementwise_width_factor)
 
     def make(self, groups: list[dict[str, Any]], section: OptimizerConfig, site: Site) -> torch.optim.Optimizer:
         """Everything is elementwise, so PyTorch's own works on shards."""

@@ -66,6 +66,10 @@ class UpdateRule(Protocol):
         """
         ...
 
+    # One more that may be left out:
+    # width_factor(shape, base_shape, reads, section) -> float, the factor on the learning rate of a hidden matrix under
+    # muP. Without it, the update is taken to be like Adam's: of elements whose size does not depend on the width.
+
 
 class OptimizerKind(Protocol):
     """What `optimizer.name` names."""
@@ -196,3 +200,25 @@ def check_optimizer(section: OptimizerConfig, found: Findings) -> None:
         wrong = True
     if not wrong and (problem := kind.problem(options_of(section))):
         found.problem("optimizer.options", problem)
+
+
+def width_factor(
+    section: OptimizerConfig, name: str, shape: Sequence[int], base_shape: Sequence[int], reads: int
+) -> float:
+    """Factor on the learning rate of a hidden matrix under muP: as its rule says, or Adam's.
+
+    Args:
+        base_shape: of the matrix at the base size.
+        reads: the dimension that a product sums over.
+    """
+    rule = optimizer_named(section.name).rule_of(name, len(shape))
+    own: Callable[..., float] = getattr(rule, "width_factor", elementwise_width_factor)
+    return own(shape, base_shape, reads, section)
+
+
+def elementwise_width_factor(
+    shape: Sequence[int], base_shape: Sequence[int], reads: int, section: OptimizerConfig
+) -> float:
+    """1 / n. Elements of Adam's update are about as large at every width, and a product sums n of them, which the
+    gradient has aligned with the input (Yang et al., 2022)."""
+    return base_shape[reads] / shape[reads]

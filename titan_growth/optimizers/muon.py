@@ -219,6 +219,18 @@ class MuonRule:
         """See `Muon`."""
         return Muon(groups, section, options_of(section), site)
 
+    def width_factor(
+        self, shape: Sequence[int], base_shape: Sequence[int], reads: int, section: OptimizerConfig
+    ) -> float:
+        """Under muP a matrix's update has a spectral norm in proportion to sqrt(outputs / inputs) (Yang et al., 2023).
+
+        Here it is `lr_factor`, since singular values are near 1. For matrices that keep their proportions the target is
+        that of the base, so "original" needs no factor, and "match_rms_adamw" the root of Adam's.
+        """
+        adjust = options_of(section)["adjust_lr_fn"]
+        wanted = math.sqrt(shape[1 - reads] / shape[reads] * base_shape[reads] / base_shape[1 - reads])
+        return wanted * lr_factor(adjust, base_shape) / lr_factor(adjust, shape)
+
 
 @register_optimizer("Muon")
 class MuonAndAdamW:

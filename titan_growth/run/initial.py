@@ -19,10 +19,11 @@ from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.interchange.folder import is_hugging_face
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.models.config import DecoderConfig
+from titan_growth.models.parametrization import Factors
 from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.run.plan import RunPlan
 from titan_growth.run.resume import check_same_growths
-from titan_growth.run.vet import listing_problem, recipe_of
+from titan_growth.run.vet import history_of, listing_problem, recipe_of
 from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.errors import CheckpointError
 from titan_growth.tools.findings import Findings
@@ -175,6 +176,7 @@ def check_initial(plan: RunPlan) -> None:
     wanted = model.to(getattr(torch, plan.recipe.training.dtype)).state_dict()
     if wrong := misfits(reader, wanted, casts=plan.recipe.checkpoint.initial_load_model_only):
         raise CheckpointError(f"checkpoint.initial_load_path: {wrong[0]}. Name a checkpoint of this model")
+    _require_same_factors(path, config)
     if is_hugging_face(path):
         return  # its files hold no archives, and have been checked
     folder = open_step(path)
@@ -182,3 +184,17 @@ def check_initial(plan: RunPlan) -> None:
         raise folder.refused(problem)
     chunks = reader.chunks()
     reader.check_chunks(chunk for name in wanted for chunk in chunks.get(name, ()))
+
+
+def _require_same_factors(path: Path, config: DecoderConfig) -> None:
+    """Raises CheckpointError if weights would compute something else under the factors of muP or CompleteP here."""
+    there, here = Factors(), Factors.of(config)
+    folder = None if is_hugging_face(path) else open_step(path)
+    if folder is not None and recipe_of(folder).model.parametrization != "standard":
+        there = Factors.of(history_of(folder).config)
+    if here != there:
+        raise CheckpointError(
+            f"checkpoint.initial_load_path: {path.name} was trained with {there}, and this model has {here}. Give "
+            "model.parametrization and model.mup as there; or, for weights of the standard parametrisation, the sizes "
+            "of their model as those of [model.mup]"
+        )

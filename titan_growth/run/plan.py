@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from titan_growth.checkpoint.history import Progress
 from titan_growth.config.duration import Duration
 from titan_growth.config.schema.growth import GrowthConfig, PlannedGrowth
-from titan_growth.config.schema.optimizer import OptimizerConfig
 from titan_growth.config.schema.recipe import (
     CheckpointConfig,
     DataConfig,
@@ -21,14 +20,13 @@ from titan_growth.config.schema.recipe import (
     Recipe,
     TrainingConfig,
 )
-from titan_growth.engine.parameter_groups import treatments, unmatched
 from titan_growth.growth.chain import Chain, chain_of
 from titan_growth.growth.schedule import GrowthPlan, plan_growth
-from titan_growth.layout.mesh_shape import MeshShape, resolve_batch, resolve_mesh
-from titan_growth.layout.shards import ModelShards
+from titan_growth.layout.mesh_shape import resolve_batch, resolve_mesh
 from titan_growth.models.config import DecoderConfig
-from titan_growth.models.registry import family_module, model_config_of
+from titan_growth.models.registry import model_config_of
 from titan_growth.optimizers.base import check_optimizer
+from titan_growth.run.check_treatments import check_treatments
 from titan_growth.run.lr_schedule import LRSchedule
 from titan_growth.run.phases import Phase, phases_of
 from titan_growth.tools.errors import Problem
@@ -163,7 +161,7 @@ def plan_run(
     if target is not None:
         _check_lengths(recipe.training, recipe.growth, recipe.validation.seq_len, target, own)
         check_optimizer(recipe.optimizer, own)
-        _check_groups(recipe.optimizer, recipe.model.name, target, own)
+        check_treatments(recipe.optimizer, recipe.model.name, target, own)
     chain = chain_of(recipe.growth, target, own)
     steps, lr = recipe.training.steps, recipe.optimizer.lr
     schedule = LRSchedule(recipe.lr_scheduler, lr=lr, steps=steps, growth=recipe.growth)
@@ -243,20 +241,6 @@ def _check_lengths(
         if length is not None and length > target.max_seq_len:
             hint = "Shorten it, or raise model.max_seq_len"
             found.problem(key, f"{length} is more than model.max_seq_len = {target.max_seq_len}", hint)
-
-
-def _check_groups(section: OptimizerConfig, family: str, target: DecoderConfig, found: Findings) -> None:
-    """Every parameter group has parameters, and something is left to train."""
-    if not section.groups:
-        return
-    parameters = list(ModelShards(target, family_module(family), MeshShape()).parameters())
-    for number in unmatched(section, (parameter.name for parameter in parameters)):
-        pattern = section.groups[number].pattern
-        message = f"no parameter of the model is called '{pattern}', or an earlier group has all that are"
-        hint = f"Names are like {parameters[0].name} and {parameters[len(parameters) // 2].name}"
-        found.problem(f"optimizer.groups.{number}.pattern", message, hint)
-    if all(how.lr_factor == 0 for how in treatments(section, parameters)):
-        found.problem("optimizer.groups", "freezes every parameter", "Leave some to train")
 
 
 def _warn_of_growths(growth: GrowthConfig, seq_len: int, data: DataConfig, found: Findings, *, held_out: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from torch import Tensor, nn
 
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.config.schema.growth import PlannedGrowth
+from titan_growth.growth.multipliers import is_exact
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.growth.read import read_grown
 from titan_growth.growth.rules import Rules
 from titan_growth.growth.verify import verify_growth
 from titan_growth.layout.mesh import Mesh
 from titan_growth.layout.mesh_shape import MeshShape
-from titan_growth.models.config import DecoderConfig
+from titan_growth.models.config import BaseSizes, DecoderConfig
+from titan_growth.models.initial_values import InitScheme
 from titan_growth.models.initialize import init_weights
+from titan_growth.models.parametrization import Factors
 from titan_growth.models.registry import family_module
 from titan_growth.models.roles import layer_of, with_layer
 from titan_growth.stages.base import BuildContext, Transition
@@ -32,6 +36,12 @@ CONFIGS = {
     "qwen3": ("qwen3", DecoderConfig(vocab_size=131, qk_norm=True, **SIZES)),
     "qwen3 tied": ("qwen3", DecoderConfig(vocab_size=131, qk_norm=True, tie_word_embeddings=True, **SIZES)),
 }
+BASE = BaseSizes(dim=24, num_heads=3, num_kv_heads=1, head_dim=4, hidden_dim=40, num_layers=2)
+SCALED = {
+    f"{name} completep": (family, replace(config, mup=BASE, init=InitScheme(readers_std=0.2, writers_std=0.2)))
+    for name, (family, config) in CONFIGS.items()
+}
+"""All factors of the forward pass are other than 1 and change with the size. Branches add something all the same."""
 SEQ_LEN = 40
 
 
@@ -62,7 +72,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def grown(folder: Path, case: str, **settings: Any) -> tuple[nn.Module, nn.Module, GrowthMap]:
     """(the small model, the grown one, the map between them); the growth is verified as a run verifies it."""
-    family, config = CONFIGS[case]
+    family, config = (CONFIGS | SCALED)[case]
     module = family_module(family)
     stage = PlannedGrowth.model_validate({"at": "1 step", **settings})
     growth = operators()[stage.operator].grow(config, stage)
@@ -93,7 +103,7 @@ def masked(model: nn.Module, case: str, growth: GrowthMap, step: int) -> nn.Modu
 
 def mask_context(case: str, growth: GrowthMap, step: int) -> BuildContext:
     """The context of such a step."""
-    family, _ = CONFIGS[case]
+    family, _ = (CONFIGS | SCALED)[case]
     transition = Transition(growth, 10, 100)
     return BuildContext(
         growth.after,
@@ -222,3 +232,79 @@ def test_everything_new_learns(operator: str, tmp_path: Path) -> None:
     read = {name: parameter.grad.abs().sum(dim=0) > 0 for name, parameter in large.named_parameters()}
     for name in ("layers.1.feed_forward.w2.weight", "layers.1.attention.wo.weight"):
         assert read[name].all(), f"{name}: what new channels add gets no gradient"
+
+
+# ---- factors of muP and CompleteP that change with the size ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", SCALED)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"operator": "zero_depth", "factor": 2},
+        {"operator": "zero_depth", "n_layers": 4},
+        {"operator": "random_depth", "factor": 2, "mask_steps": 10},
+        {"operator": "zero_width", "factor": 2},
+        {"operator": "zero_width", **UNEVEN},
+        {"operator": "random_width", "factor": 2, "mask_steps": 10},
+        {"operator": "split_width", "factor": 2},
+        {"operator": "split_width", "factor": 3},
+    ],
+)
+def test_factors_that_change_are_taken_by_weights(case: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """The function is preserved although the factors change; without `carried` it would not be."""
+    small, large, growth = grown(tmp_path, case, **settings)
+    assert Factors.of(growth.before) != Factors.of(growth.after)
+    if growth.masked:
+        masked(large, case, growth, 100)
+    assert deviation(small, large) < (1e-6 if is_exact(growth) else 2e-6)
+    if growth.tolerance == 0.0 and is_exact(growth):
+        assert torch.equal(logits_of(small), logits_of(large))
+    plain = family_module(SCALED[case][0]).Decoder(replace(growth.after, mup=None), SEQ_LEN)
+    plain.materialized(torch.device("cpu"))
+    plain.load_state_dict(large.state_dict(), strict=False)
+    assert deviation(small, plain) > 1e-2, "the factors do not matter here"
+
+
+@pytest.mark.parametrize("case", ["llama3", "qwen3"])
+def test_copies_share_what_their_layer_added(case: str, tmp_path: Path) -> None:
+    """Under CompleteP, G_stack and interposition copy weights unchanged; they change the function less."""
+    changes = {}
+    for kind in (case, f"{case} completep"):
+        for operator in ("stack", "interpose"):
+            small, large, growth = grown(tmp_path / kind / operator, kind, operator=operator, factor=2)
+            before, after = state_of(small), state_of(large)
+            assert all(torch.equal(after[f"layers.{layer}.attention.wo.weight"],
+                                   before[f"layers.{source}.attention.wo.weight"])
+                       for layer, source in enumerate(growth.layers))  # fmt: skip
+            changes[kind, operator] = deviation(small, large)
+    for operator in ("stack", "interpose"):
+        assert changes[f"{case} completep", operator] < changes[case, operator]
+
+
+def test_uneven_copies_add_as_much_as_their_source(tmp_path: Path) -> None:
+    """3 -> 4 layers: the factor of all branches falls by 3 / 4; one layer is there twice, the others once."""
+    small, large, _ = grown(tmp_path, "llama3 completep", operator="map", layer_map=[0, 1, 1, 2])
+    before, after = state_of(small), state_of(large)
+    for layer, source, factor in ((0, 0, 4 / 3), (1, 1, 2 / 3), (2, 1, 2 / 3), (3, 2, 4 / 3)):
+        for name in ("attention.wo.weight", "feed_forward.w2.weight"):
+            expected = before[f"layers.{source}.{name}"] * factor
+            torch.testing.assert_close(after[f"layers.{layer}.{name}"], expected)
+
+
+def test_moments_follow_the_factors() -> None:
+    """A parameter times s under a factor of 1 / s has a gradient of 1 / s."""
+    family, config = SCALED["llama3 completep"]
+    stage = PlannedGrowth.model_validate(
+        {"at": "1 step", "operator": "zero_depth", "factor": 2, "optimizer_state": "copy_scaled"}
+    )
+    growth = operators()["zero_depth"].grow(config, stage)
+    assert isinstance(growth, GrowthMap)
+    rules = Rules(growth, stage, family_module(family))
+    name = "layers.0.attention.wo.weight"
+    assert rules.of(name).scale == 2.0
+    assert rules.of(f"optimizer.state.{name}.exp_avg").scale == 0.5
+    assert rules.of(f"optimizer.state.{name}.exp_avg_sq").scale == 0.25
+    assert rules.of("optimizer.state.layers.0.attention.wq.weight.exp_avg").scale == 1.0
+    copied = stage.model_copy(update={"optimizer_state": "copy"})
+    assert Rules(growth, copied, family_module(family)).of(f"optimizer.state.{name}.exp_avg").scale == 1.0

@@ -157,13 +157,24 @@ def test_small_pieces_are_the_same_tensors(
 ROPE = {"model__rope_theta": 1e4, "model__rope_original_max_seq_len": 16}
 
 
+COMPLETEP = {
+    "model__parametrization": "completep",
+    "model__mup__base_dim": 16,
+    "model__mup__base_n_layers": 2,
+    "model__mup__base_head_dim": 4,
+}
+"""Three factors, none of them 1."""
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "settings"),
     [
         (2, {"parallelism__tensor_parallel_degree": 2, **ROPE}),
         (1, {"model__name": "qwen3", "model__tie_word_embeddings": True, "model__head_dim": 16, **ROPE}),
+        (1, {**COMPLETEP, **ROPE}),
+        (1, {"model__name": "qwen3", "model__tie_word_embeddings": True, "model__head_dim": 16, **COMPLETEP, **ROPE}),
     ],
-    ids=["llama tp2", "qwen3 tied"],
+    ids=["llama tp2", "qwen3 tied", "llama CompleteP", "qwen3 tied CompleteP"],
 )
 def test_a_run_comes_out(
     num_ranks: int, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

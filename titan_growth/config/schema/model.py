@@ -32,6 +32,24 @@ class ModelInitConfig(Section):
     """Standard deviation of the projections that write to it, before the division for depth: wo, w2."""
 
 
+class MupConfig(Section):
+    """The model that the hyper-parameters were tuned at. A model of this size trains as under "standard"."""
+
+    base_dim: int | None = Field(None, ge=1)
+    """Its width. Required."""
+    base_n_layers: int | None = Field(None, ge=1)
+    """Its transformer blocks. Required for "completep", without meaning for "mup"."""
+    base_n_heads: int | None = Field(None, ge=1)
+    """Its query heads. Default: so many that the channels of all heads together are as many times base_dim as here."""
+    base_n_kv_heads: int | None = Field(None, ge=1)
+    """Its key/value heads. Default: as many for each query head as here."""
+    base_head_dim: int | None = Field(None, ge=2)
+    """The width of its heads. Default: that of this model, whose attention is then as under "standard"."""
+    base_hidden_dim: int | None = Field(None, ge=1)
+    """Its SwiGLU width. Default: as many times base_dim as here. Give it to compare models whose SwiGLU widths are not
+    in proportion to their dims, as after rounding up to multiple_of."""
+
+
 class ModelConfig(Section):
     """The model that the run ends with. Growth derives the smaller ones from it."""
 
@@ -87,6 +105,11 @@ class ModelConfig(Section):
     (true, default) or by the number of layers."""
     tie_word_embeddings: bool | None = None
     """Use the embedding as output head. Default: false."""
+    parametrization: Literal["standard", "mup", "completep"] = "standard"
+    """How initial weights, learning rates, weight decay and the factors of the forward pass depend on the size. mup:
+    one learning rate for all widths (Yang et al., 2022); completep: for all depths too (Dey et al., 2025)."""
+    mup: MupConfig = MupConfig()
+    """See [model.mup]."""
     init: ModelInitConfig = ModelInitConfig()
     """See [model.init]."""
 

@@ -23,6 +23,9 @@ from titan_growth.models.config import DecoderConfig
 from titan_growth.models.roles import Role
 from titan_growth.tools.errors import ConfigError, Problem
 
+ROUNDING = 1e-6
+"""The tolerance of a growth that preserves the function up to the order of sums, or the rounding of a factor."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthMap:

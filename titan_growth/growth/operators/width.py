@@ -19,11 +19,8 @@ from typing import Any
 
 from titan_growth.config.schema.growth import WIDTHS, PlannedGrowth
 from titan_growth.growth.axes import appended, axis_maps, repeated, width_problem
-from titan_growth.growth.operators.base import GrowthMap, register_operator
+from titan_growth.growth.operators.base import ROUNDING, GrowthMap, register_operator
 from titan_growth.models.config import DecoderConfig
-
-ROUNDING = 1e-6
-"""What function preservation means where sums are taken in another order."""
 
 
 def widened(before: DecoderConfig, planned: PlannedGrowth, factor: int, num_layers: int) -> DecoderConfig | str:
