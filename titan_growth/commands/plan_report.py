@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.engine.parameter_groups import SizedModel, treatments
+from titan_growth.growth.schedule import ends_of_phases
 from titan_growth.layout.pipeline_layout import part_table, plan_pipeline
 from titan_growth.layout.pipeline_parts import Part
 from titan_growth.layout.shards import EMBEDDING, HEAD, LAYER, NORM, ModelShards, Parameter
@@ -20,6 +21,7 @@ from titan_growth.models.parametrization import Factors
 from titan_growth.models.registry import family_module
 from titan_growth.models.roles import bare_name
 from titan_growth.optimizers.base import optimizer_named
+from titan_growth.run.batch_schedule import batch_lines, rate_lines
 from titan_growth.run.phases import Phase
 from titan_growth.run.plan import RunPlan, stage_lines
 from titan_growth.tools.findings import Findings
@@ -90,7 +92,9 @@ def _batch(plan: RunPlan) -> list[str]:
         f"{plan.phase.tokens_per_step:,} tokens",
         f"  = {many(shape.dp_degree, 'data-parallel rank')} x local batch {training.local_batch_size} x "
         f"{many(steps, 'accumulation step')}",
+        *batch_lines(training),
         f"run: {many(training.steps, 'step')}, {fewer}{last.tokens:,} tokens, {fewer}{last.flops:.4e} FLOPs",
+        *rate_lines(training, plan.schedule, [stretch.last_step for _, stretch in timeline(plan)][:-1]),
     ]
 
 
@@ -135,19 +139,10 @@ def timeline(plan: RunPlan) -> Iterator[tuple[Phase, Stretch]]:
 
     One that waits for a slope is taken to come as early as it can.
     """
-    now = {"steps": 0, "tokens": 0, "FLOPs": 0}
-    for phase, end in zip(plan.phases, [*plan.growth_plan.points, None], strict=True):
-        tokens = phase.tokens_per_step
-        rate = {"steps": 1, "tokens": tokens}
-        rate["FLOPs"] = tokens * phase.config.flops_per_token(phase.recipe.training.seq_len)
-        if end is None:
-            num_steps = plan.recipe.training.steps - now["steps"]
-        elif end.unit == "slope":
-            num_steps = end.window
-        else:
-            num_steps = -(-(end.count - now[end.unit]) // rate[end.unit])
-        now = {unit: count + num_steps * rate[unit] for unit, count in now.items()}
-        yield phase, Stretch(now["steps"], now["tokens"], now["FLOPs"])
+    paces = [phase.pace for phase in plan.phases]
+    ends = ends_of_phases(plan.growth_plan.points, paces, plan.recipe.training.steps)
+    for phase, end in zip(plan.phases, ends, strict=True):
+        yield phase, Stretch(end.step, end.tokens, end.flops)
 
 
 def _growth(plan: RunPlan) -> list[str]:

@@ -12,7 +12,7 @@ import itertools
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 
 import torch
@@ -27,17 +27,26 @@ from titan_growth.tools.labels import IGNORE_INDEX
 _NEVER = 2**62  # the cursor is the state; StatefulDataLoader's snapshots are not used
 
 
-def _microbatches(first: int, chunk: int, local_batch_size: int, global_batch_size: int) -> Iterator[list[int]]:
-    """The sample indices of each microbatch of one rank, without end; chunk is its share of a global batch."""
-    for start in itertools.count(first, global_batch_size):
-        for sample in range(start, start + chunk, local_batch_size):
-            yield list(range(sample, sample + local_batch_size))
+def _microbatches(
+    sample: int, size_of: Callable[[int], int], dp_rank: int, dp_degree: int, local_batch_size: int
+) -> Iterator[list[int]]:
+    """The sample indices of each microbatch of one rank, without end.
+
+    sample: first of the first global batch. size_of: samples of the n-th global batch.
+    """
+    for number in itertools.count():
+        chunk = size_of(number) // dp_degree
+        start = sample + dp_rank * chunk
+        for first in range(start, start + chunk, local_batch_size):
+            yield list(range(first, first + local_batch_size))
+        sample += size_of(number)
 
 
 class BatchLoader:
     """This rank's part of each global batch.
 
     global_batch_size: samples per step over all ranks; a multiple of dp_degree * local_batch_size.
+    size_of: samples of the n-th global batch handed out, from 0, each such a multiple; default: all the same.
     local_batch_size: samples per microbatch.
     cursor: (base) blocks consumed before the first step. If samples cover m > 1 base blocks, a cursor within a sample
         moves up to the next one.
@@ -55,6 +64,7 @@ class BatchLoader:
         dp_rank: int,
         dp_degree: int,
         cursor: int,
+        size_of: Callable[[int], int] | None = None,
         num_workers: int = 0,
         persistent_workers: bool = False,
         pin_memory: bool = False,
@@ -70,16 +80,16 @@ class BatchLoader:
             )
         sample = -(-cursor // blocks.blocks_per_sample)
         self._cursor = sample * blocks.blocks_per_sample
-        self._advance = global_batch_size * blocks.blocks_per_sample
-        self._num_microbatches = global_batch_size // (dp_degree * local_batch_size)
-        chunk = global_batch_size // dp_degree
-        first = sample + dp_rank * chunk
+        self._blocks_per_sample = blocks.blocks_per_sample
+        self._size_of = size_of or (lambda number: global_batch_size)
+        self._samples_of_microbatch = dp_degree * local_batch_size
+        self._num_batches = 0
         with warnings.catch_warnings():
             # torchdata calls a function that torch has deprecated; nothing the user could change.
             warnings.filterwarnings("ignore", message=".*set_vital")
             self._loader: StatefulDataLoader | None = StatefulDataLoader(
                 blocks,
-                batch_sampler=_microbatches(first, chunk, local_batch_size, global_batch_size),
+                batch_sampler=_microbatches(sample, self._size_of, dp_rank, dp_degree, local_batch_size),
                 num_workers=num_workers,
                 collate_fn=stack,
                 # These two are accepted only with workers.
@@ -111,11 +121,14 @@ class BatchLoader:
             others = multiprocessing.active_children()
             self._iterator = iter(self._loader)
             self._workers = [one for one in multiprocessing.active_children() if one not in others]
+        size = self._size_of(self._num_batches)
+        assert size % self._samples_of_microbatch == 0, f"{size} samples do not divide into microbatches of all ranks"
         try:
-            microbatches = [next(self._iterator) for _ in range(self._num_microbatches)]
+            microbatches = [next(self._iterator) for _ in range(size // self._samples_of_microbatch)]
         except (ConnectionError, EOFError) as error:  # it died with samples on their way
             raise RuntimeError("DataLoader worker (pid(s) unknown) exited unexpectedly") from error
-        self._cursor += self._advance
+        self._cursor += size * self._blocks_per_sample
+        self._num_batches += 1
         return microbatches
 
     def close(self) -> None:

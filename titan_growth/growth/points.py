@@ -75,19 +75,19 @@ def advise(target: DecoderConfig, run_tokens: int, clamp_tokens: int | None = No
     return Advice(max(1, round(min(max(law, low), high))), law, num_params, flops)
 
 
-def resolved(at: Duration, target: DecoderConfig, *, steps: int, tokens_per_step: int, run_tokens: int) -> Duration:
+def resolved(at: Duration, target: DecoderConfig, *, steps: int, clamp_tokens: int, run_tokens: int) -> Duration:
     """A point as a count of steps, tokens or FLOPs; a slope stays what it is.
 
     Args:
         target: the last model of the run.
         steps: training.steps.
-        tokens_per_step: before the growth.
+        clamp_tokens: tokens of all steps at the batch before the growth.
         run_tokens: tokens of all steps at the last model's batch.
     """
     if at.unit == "percent":
         return Duration(max(1, round(float(at.value) / 100 * steps)), "steps")
     if at.unit == "auto":
-        return Duration(advise(target, run_tokens, steps * tokens_per_step).tokens, "tokens")
+        return Duration(advise(target, run_tokens, clamp_tokens).tokens, "tokens")
     return at
 
 

@@ -6,10 +6,11 @@ plan's only state is the lineage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from titan_growth.checkpoint.history import Lineage, Progress
+from titan_growth.config.batch_sizes import BatchSizes
 from titan_growth.config.duration import Duration
 from titan_growth.config.schema.growth import GrowthConfig, PlannedGrowth
 from titan_growth.growth.chain import Chain
@@ -73,41 +74,77 @@ def count_of(progress: Progress, unit: str) -> int:
     return {"steps": progress.step, "tokens": progress.tokens, "FLOPs": progress.flops}[unit]
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What the steps of a phase add to the counters; masked positions are counted as tokens."""
+
+    batches: BatchSizes
+    seq_len: int
+    flops_per_token: int
+
+    def tokens(self, step: int) -> int:
+        """Tokens of all steps up to this one, as if the whole run went at this pace."""
+        return self.batches.sequences(step) * self.seq_len
+
+    def after(self, now: Progress, num_steps: int) -> Progress:
+        """The counters some steps later; the cursor is left alone."""
+        tokens = self.tokens(now.step + num_steps) - self.tokens(now.step)
+        flops = tokens * self.flops_per_token
+        return replace(now, step=now.step + num_steps, tokens=now.tokens + tokens, flops=now.flops + flops)
+
+    def steps_to(self, now: Progress, point: Duration) -> int:
+        """Steps from here to the first one that reaches a count; not positive when it has been reached."""
+        missing = point.count - count_of(now, point.unit)
+        if point.unit == "steps" or missing <= 0:
+            return missing if point.unit == "steps" else 0
+        per_sequence = self.seq_len * (self.flops_per_token if point.unit == "FLOPs" else 1)
+        return self.batches.step_reaching(self.batches.sequences(now.step) - (-missing // per_sequence)) - now.step
+
+
+def ends_of_phases(points: Sequence[Duration], paces: Sequence[Pace], steps: int) -> Iterator[Progress]:
+    """The counters at the end of each phase of a run of `steps`: a growth comes after the first step at its count.
+
+    One that waits for a slope is taken to come as early as it can.
+    """
+    now = Progress()
+    for pace, end in zip(paces, [*points, None], strict=True):
+        if end is None:
+            now = pace.after(now, steps - now.step)
+        else:
+            now = pace.after(now, end.window if end.unit == "slope" else pace.steps_to(now, end))
+        yield now
+
+
 def plan_growth(
     section: GrowthConfig,
     chain: Chain,
     found: Findings,
     *,
     steps: int,
-    tokens_per_step: Sequence[int],
-    seq_lens: Sequence[int],
+    paces: Sequence[Pace],
     progress: Progress | None = None,
     num_growths: int = 0,
 ) -> GrowthPlan:
     """The growth plan of a recipe, from its models and batches.
 
     Args:
-        tokens_per_step, seq_lens: of each phase of the run.
+        paces: of each phase of the run.
         progress: counters of the run; None at its start.
         num_growths: past growths, which are not checked again.
     """
     growths = tuple(section.active_stages)
-    run_tokens = steps * tokens_per_step[-1]
+    run_tokens = paces[-1].tokens(steps)
     points = tuple(
-        resolved(planned.when, chain.target, steps=steps, tokens_per_step=rate, run_tokens=run_tokens)
-        for planned, rate in zip(growths, tokens_per_step, strict=False)
+        resolved(planned.when, chain.target, steps=steps, clamp_tokens=pace.tokens(steps), run_tokens=run_tokens)
+        for planned, pace in zip(growths, paces, strict=False)
     )
     growth_plan = GrowthPlan(chain, growths, points)
     for index, planned in enumerate(growths):
-        half = steps * tokens_per_step[index]
-        if planned.when.unit == "auto" and (doubts := advise(chain.target, run_tokens, half).doubts):
+        if planned.when.unit == "auto" and (
+            doubts := advise(chain.target, run_tokens, paces[index].tokens(steps)).doubts
+        ):
             found.warn(f"growth.stages.{index}.at", f'"auto" comes to {points[index]}, but {doubts}')
-    flops_per_token = [config.flops_per_token(length) for config, length in zip(chain.configs, seq_lens, strict=True)]
-    rates = [
-        {"steps": 1, "tokens": tokens, "FLOPs": tokens * flops}
-        for tokens, flops in zip(tokens_per_step, flops_per_token, strict=True)
-    ]
-    _check_timing(growth_plan, found, steps=steps, rates=rates, now=progress or Progress(), num_growths=num_growths)
+    _check_timing(growth_plan, found, steps=steps, paces=paces, now=progress or Progress(), num_growths=num_growths)
     return growth_plan
 
 
@@ -116,33 +153,31 @@ def _check_timing(
     found: Findings,
     *,
     steps: int,
-    rates: Sequence[dict[str, int]],
+    paces: Sequence[Pace],
     now: Progress,
     num_growths: int,
 ) -> None:
     """Growths that would come too late or out of order.
 
     Args:
-        rates: of each phase, what a step adds to each counter. They include masked positions, so growths given in
-            tokens may come later than this says.
+        paces: of each phase. They include masked positions, so growths given in tokens may come later than this says.
     """
     plain = all(point.unit == "steps" for point in growth_plan.points)
     if plain and not any(planned.mask_steps for planned in growth_plan.planned):
         return  # checked before the batch is known (config/checks.py)
     resumed = now.step > 0
-    step, counts = now.step, {unit: count_of(now, unit) for unit in ("steps", "tokens", "FLOPs")}
-    previous = step - 1
+    previous = now.step - 1
     for index in range(num_growths, len(growth_plan.points)):
-        point, planned, rate = growth_plan.points[index], growth_plan.planned[index], rates[index]
-        if point.unit == "slope":
-            num_steps = 0 if resumed else point.window  # earlier losses count too
-        else:
-            num_steps = max(0, -(-(point.count - counts[point.unit]) // rate[point.unit]))
-        step += num_steps
-        counts = {unit: count + num_steps * rate[unit] for unit, count in counts.items()}
+        point, planned, pace = growth_plan.points[index], growth_plan.planned[index], paces[index]
+        if point.unit != "slope":
+            now = pace.after(now, max(0, pace.steps_to(now, point)))
+        elif not resumed:  # else earlier losses count too
+            now = pace.after(now, point.window)
+        step = now.step
         key = f"growth.stages.{index}.at"
         if step >= steps:
-            message = f'"{planned.at}" is not before the last step ({steps:,} steps of {rate["tokens"]:,} tokens)'
+            size = f"{pace.batches.size(max(1, step)) * pace.seq_len:,} tokens"
+            message = f'"{planned.at}" is not before the last step ({steps:,} steps of {size})'
             hint = "Grow earlier or train longer; growth.enable = false trains the target model from scratch"
             found.problem(key, message, hint)
         elif resumed:

@@ -48,7 +48,7 @@ def branch_scale(config: DecoderConfig) -> float:
     """Factor on what attention and SwiGLU add to the residual stream."""
     if config.mup is None or config.mup.num_layers is None:
         return 1.0
-    return config.mup.num_layers / config.num_layers
+    return config.mup.num_layers / max(1, config.num_layers)  # without layers there are no branches
 
 
 def query_scale(config: DecoderConfig) -> float:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from titan_growth.checkpoint.history import Progress
+from titan_growth.config.batch_sizes import BatchSizes
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.data import DataConfig
 from titan_growth.config.schema.recipe import Recipe
@@ -72,17 +74,22 @@ class RunData:
             **self.others,
         }
 
-    def loader(self, recipe: Recipe, mesh: Mesh, cursor: int, base_seq_len: int) -> BatchLoader:
-        """This rank's global batches from a cursor on, which counts blocks of `base_seq_len`, in the seed's order."""
+    def loader(self, recipe: Recipe, mesh: Mesh, progress: Progress, base_seq_len: int) -> BatchLoader:
+        """This rank's global batches from the next step on, in the seed's order.
+
+        progress: its cursor counts blocks of `base_seq_len`.
+        """
         training, data, seed = recipe.training, recipe.data, recipe.debug.seed
         assert seed is not None, "the seed has not been resolved"
+        batches, next_step = BatchSizes.of(training), progress.step + 1
         return BatchLoader(
             BlockDataset(self.corpus.train, training.seq_len, data.document_mask, seed, data.shuffle, base_seq_len),
-            global_batch_size=training.global_batch_size,
+            global_batch_size=batches.size(next_step),
+            size_of=lambda number: batches.size(next_step + number),
             local_batch_size=training.local_batch_size,
             dp_rank=mesh.dp_rank,
             dp_degree=mesh.shape.dp_degree,
-            cursor=cursor,
+            cursor=progress.samples,
             **training.dataloader.model_dump(),
         )
 

@@ -5,14 +5,19 @@ phase and a decay over a *segment* of the run. The run starts with one segment f
 never grow (the base of G_stack is grown un-annealed). A growth with
 `lr_policy = "restart"` opens a new segment from there to the end; "continue" changes at most the peak; "rewarm" is
 "continue" under a warmup, and "rewarm_new" one whose warmup is for what the growth has added alone (`fresh_share`).
+
+Progress is measured in steps. Under `[[training.batch_schedule]]` steps differ in size, so it is measured in sequences,
+which is in tokens: a warmup or a decay of N steps is that of the tokens of those N planned steps, and begins and ends
+where they do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from titan_growth.config.batch_sizes import STEPS, BatchSizes
 from titan_growth.config.schema.growth import GrowthBase, GrowthConfig
 from titan_growth.config.schema.recipe import LRSchedulerConfig
 from titan_growth.tools.findings import Findings
@@ -36,13 +41,22 @@ class LRSchedule:
         lr: peak learning rate, `optimizer.lr`.
         steps: length of the run, `training.steps`.
         growth: the `[growth]` table.
+        measure: what progress is counted in, `BatchSizes.measure_of`.
     """
 
-    def __init__(self, section: LRSchedulerConfig, *, lr: float, steps: int, growth: GrowthConfig) -> None:
+    def __init__(
+        self, section: LRSchedulerConfig, *, lr: float, steps: int, growth: GrowthConfig, measure: BatchSizes = STEPS
+    ) -> None:
         self.section = section
         self.lr = lr
         self.total_steps = section.total_steps or steps
         self.growth = growth
+        self.measure = measure
+
+    def measured_in(self, measure: BatchSizes) -> LRSchedule:
+        """The same schedule, its progress counted in something else."""
+        steps = self.total_steps
+        return LRSchedule(self.section, lr=self.lr, steps=steps, growth=self.growth, measure=measure)
 
     def __call__(self, step: int, grown_at: Sequence[int] = ()) -> float:
         """The learning rate of a step, counted from 1, after growths at the given steps."""
@@ -61,7 +75,17 @@ class LRSchedule:
             return 1.0
         planned, start = self.growth.active_stages[passed[-1]], grown_at[passed[-1]]
         warmup = min(self._warmup(planned.warmup_steps), max(0, self.total_steps - start))
-        return min(1.0, (step - start) / warmup) if planned.lr_policy == policy and warmup else 1.0
+        return (
+            min(1.0, self._between(start, step) / self._between(start, start + warmup))
+            if planned.lr_policy == policy and warmup
+            else 1.0
+        )
+
+    def segments(self, grown_at: Sequence[int]) -> Iterator[tuple[Segment, int]]:
+        """The segments of a run that grew at these steps, each with its last step."""
+        starts = sorted({self.segment(step, grown_at).start for step in (1, *(at + 1 for at in grown_at))})
+        for start, end in zip(starts, [*starts[1:], self.total_steps], strict=True):
+            yield self.segment(start + 1, grown_at), end
 
     def segment(self, step: int, grown_at: Sequence[int] = ()) -> Segment:
         """The segment that a step belongs to."""
@@ -110,19 +134,32 @@ class LRSchedule:
         section = self.section
         if step > segment.num_steps:
             return section.min_lr_factor
+        start = segment.start
         if step <= segment.warmup_steps:
-            return step / segment.warmup_steps
-        decay_steps = segment.num_steps - segment.warmup_steps
-        if section.decay_ratio is not None:
-            # Of the run, not of what a growth has left of it: a grown run anneals as long as one that never grows.
-            decay_steps = min(decay_steps, round(self.total_steps * section.decay_ratio))
-        stable_until = segment.num_steps + 1 - decay_steps
-        if step < stable_until or decay_steps == 0:
+            return self._between(start, start + step) / self._between(start, start + segment.warmup_steps)
+        stable = self.stable_steps(segment)
+        if step <= stable:
             return 1.0
-        progress = (step - stable_until) / decay_steps
+        decay = self._between(start + stable, start + segment.num_steps)
+        progress = self._between(start + stable, start + step - 1) / decay
         shape = {
             "linear": 1.0 - progress,
             "sqrt": 1.0 - math.sqrt(progress),
             "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
         }[section.decay_type]
         return section.min_lr_factor + (1.0 - section.min_lr_factor) * shape
+
+    def stable_steps(self, segment: Segment) -> int:
+        """Steps of a segment, warmup included, before its decay; all of them if it has none."""
+        ratio = self.section.decay_ratio
+        if ratio is None:
+            return segment.warmup_steps
+        # Of the run, not of what a growth has left of it: a grown run anneals as long as one that never grows.
+        decay = round(self.measure.sequences(self.total_steps) * ratio)
+        end = segment.start + segment.num_steps
+        first = self.measure.step_reaching(self.measure.sequences(end) - decay) - segment.start
+        return max(segment.warmup_steps, first)
+
+    def _between(self, first: int, last: int) -> int:
+        """Progress from the end of one step to the end of another."""
+        return self.measure.sequences(last) - self.measure.sequences(first)

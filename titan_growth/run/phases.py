@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from titan_growth.config.batch_sizes import BatchSizes
 from titan_growth.config.checks import check_recipe
 from titan_growth.config.schema.recipe import Recipe, TrainingConfig
 from titan_growth.growth.chain import Chain
 from titan_growth.growth.operators.base import GrowthMap
+from titan_growth.growth.schedule import Pace
 from titan_growth.layout.mesh_shape import BatchShape, MeshShape, resolve_batch, resolve_mesh
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module
@@ -43,8 +45,15 @@ class Phase:
 
     @property
     def tokens_per_step(self) -> int:
-        """Target positions of one optimizer step on all ranks together, masked ones included."""
+        """Target positions of one optimizer step on all ranks together, masked ones included; at first, under a
+        batch schedule."""
         return self.recipe.training.global_batch_size * self.recipe.training.seq_len
+
+    @property
+    def pace(self) -> Pace:
+        """What steps add to the run's counters in this phase."""
+        training = self.recipe.training
+        return Pace(BatchSizes.of(training), training.seq_len, self.config.flops_per_token(training.seq_len))
 
     def context(self, device_type: str) -> PlanContext:
         """The context that stages are checked and described in, without devices."""
@@ -131,6 +140,9 @@ def _batch_of(training: TrainingConfig, shape: MeshShape, derived: int | None, f
     size = derived if training.global_batch_size == -1 and derived else training.global_batch_size
     own = Findings()
     batch = resolve_batch(size, training.local_batch_size, shape, own)
+    if training.batch_schedule:  # which sizes a phase has to fit is known once its steps are: run/batch_schedule.py
+        per_step = training.local_batch_size * shape.dp_degree
+        return batch or BatchShape(size, max(1, size // per_step))
     if not found.problems:  # else the mesh does not exist
         hint = "It was derived at the run's first start: give it in the recipe, or name another job.dump_folder"
         given = size == training.global_batch_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from titan_growth.checkpoint.history import Progress
+from titan_growth.config.batch_sizes import BatchSizes
 from titan_growth.config.duration import Duration
 from titan_growth.config.schema.growth import GrowthConfig, PlannedGrowth
 from titan_growth.config.schema.recipe import (
@@ -26,6 +27,7 @@ from titan_growth.layout.mesh_shape import resolve_batch, resolve_mesh
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.optimizers.base import check_optimizer
+from titan_growth.run.batch_schedule import batch_lines, check_batch_schedule
 from titan_growth.run.check_treatments import check_treatments
 from titan_growth.run.lr_schedule import LRSchedule
 from titan_growth.run.phases import Phase, phases_of
@@ -87,6 +89,7 @@ class RunPlan:
             f"{self.target.num_params:,} parameters in the end",
             f"mesh: {phase.mesh_shape}; batch: {training.global_batch_size} sequences of {training.seq_len} tokens "
             f"({steps} accumulation step{'s' if steps > 1 else ''})",
+            *batch_lines(self.recipe.training),
             *stage_lines(phase, device_type),
             *self.growth_lines(),
         ]
@@ -214,8 +217,7 @@ def _lay_out(
             chain,
             timing,
             steps=recipe.training.steps,
-            tokens_per_step=[phase.tokens_per_step for phase in phases],
-            seq_lens=[phase.recipe.training.seq_len for phase in phases],
+            paces=[phase.pace for phase in phases],
             progress=at.progress,
             num_growths=at.num_growths,
         )
@@ -223,7 +225,9 @@ def _lay_out(
             break  # otherwise the recipe has moved the growth to a later point
     if recipe.comm.mode == "default" and not own.problems:
         own.extend(timing)
+    check_batch_schedule(phases, growth_plan, own, first_phase=first_phase, step=at.progress.step)
     found.extend(own)
+    schedule = schedule.measured_in(BatchSizes.measure_of(phases[0].recipe.training))
     return RunPlan(phases[0].recipe, chain.target, growth_plan, phases, first_phase, schedule)
 
 

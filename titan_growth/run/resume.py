@@ -15,8 +15,9 @@ from typing import Any
 
 from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import Lineage
+from titan_growth.config.batch_sizes import BatchSizes
 from titan_growth.config.loader import with_values
-from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.recipe import Recipe, TrainingConfig
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.schedule import GrowthPlan
 from titan_growth.models.config import DecoderConfig
@@ -102,6 +103,9 @@ def compare(checkpoint: StepFolder, recipe: Recipe) -> tuple[list[Problem], list
             f"{'growths that are left do' if done else 'growths do'} not lead to its model"
         )
         found.problem("growth.stages", message, _NEW_FOLDER)
+    if _other_batches(before.training, recipe.training, checkpoint.step):
+        message = f"is not what {name} was trained with up to step {checkpoint.step:,}"
+        found.problem("training.batch_schedule", message, f"Change later entries only. {_NEW_FOLDER}")
     if checkpoint.manifest.model_only:
         message = f"{name} holds only weights, so the run cannot go on from it"
         hint = "Start a new run with checkpoint.initial_load_path, or resume an earlier checkpoint.load_step"
@@ -134,7 +138,13 @@ def as_decided(checkpoint: StepFolder, recipe: Recipe) -> Recipe:
 def _learning_rate_change(checkpoint: StepFolder, before: Recipe, recipe: Recipe) -> str | None:
     """What changed keys make of the learning rate of the next step: a longer run is decayed anew from its start."""
     was, now = (
-        LRSchedule(one.lr_scheduler, lr=one.optimizer.lr, steps=one.training.steps, growth=one.growth)
+        LRSchedule(
+            one.lr_scheduler,
+            lr=one.optimizer.lr,
+            steps=one.training.steps,
+            growth=one.growth,
+            measure=BatchSizes.measure_of(one.training),
+        )
         for one in (before, recipe)
     )
     step, grown_at = checkpoint.step, checkpoint.lineage().grown_at
@@ -146,6 +156,17 @@ def _learning_rate_change(checkpoint: StepFolder, before: Recipe, recipe: Recipe
         return None
     instead = f"instead of {old:.3e}" if goes_on else f"and was {old:.3e} at step {step:,}, the last one"
     return f"so the learning rate at step {step + 1:,} is {new:.3e}, {instead}"
+
+
+def _other_batches(before: TrainingConfig, training: TrainingConfig, step: int) -> bool:
+    """Whether a batch schedule changes the sizes up to a step: the learning rate counts what has been trained on."""
+    if not (before.batch_schedule or training.batch_schedule):
+        return False
+    then, now = (
+        [(size, start) for size, start, _ in BatchSizes.of(one).stretches() if start < step]
+        for one in (before, training)
+    )
+    return then != now
 
 
 def _model_changes(old: DecoderConfig | None, new: DecoderConfig | None) -> dict[str, tuple[Any, Any]]:

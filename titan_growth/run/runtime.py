@@ -80,7 +80,7 @@ class PhaseRuntime:
 
     def loader(self, progress: Progress) -> BatchLoader:
         """The global batches of this phase that have not been trained on."""
-        return self.run_data.loader(self.recipe, self.mesh, progress.samples, self.plan.base_seq_len)
+        return self.run_data.loader(self.recipe, self.mesh, progress, self.plan.base_seq_len)
 
     def tensors(self, *, optimizer: bool) -> dict[str, Tensor]:
         """This rank's weights, and moments if wanted, by name; the tensors in use, so they can be loaded into."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def blocks(split: TokenSplit) -> BlockDataset:
     return BlockDataset(split, 64, document_mask=True, seed=1, shuffle=True)
 
 
-def loader(blocks: BlockDataset, rank: int = 0, degree: int = 1, local: int = 1, **values: int | bool) -> BatchLoader:
+def loader(blocks: BlockDataset, rank: int = 0, degree: int = 1, local: int = 1, **values: Any) -> BatchLoader:
     settings = {"global_batch_size": 16, "cursor": 0, **values}
     return BatchLoader(blocks, local_batch_size=local, dp_rank=rank, dp_degree=degree, **settings)  # type: ignore[arg-type]
 
@@ -53,6 +54,25 @@ def loader(blocks: BlockDataset, rank: int = 0, degree: int = 1, local: int = 1,
 def hashes(blocks: BlockDataset, degree: int, local: int, num_batches: int, cursor: int = 0) -> list[str]:
     ranks = [loader(blocks, rank, degree, local, cursor=cursor) for rank in range(degree)]
     return [batch_hash([sample_digests(rank.next_batch()) for rank in ranks]) for _ in range(num_batches)]
+
+
+def test_a_batch_that_changes_reads_every_sample_once(blocks: BlockDataset) -> None:
+    """Sizes 4, 4, 12, 8, ...: the samples of each step follow those of the step before, on any number of ranks."""
+    sizes = [4, 4, 12, 8, 8]
+    whole = loader(blocks, local=1, global_batch_size=36)
+    expected = sample_digests(whole.next_batch())
+    for degree, workers in ((1, 0), (2, 1), (4, 0)):
+        ranks = [
+            loader(blocks, rank, degree, global_batch_size=4, size_of=sizes.__getitem__, num_workers=workers)
+            for rank in range(degree)
+        ]
+        read: list[str] = []
+        for number in range(4):
+            read += [digest for rank in ranks for digest in sample_digests(rank.next_batch())]
+            assert {rank.cursor for rank in ranks} == {sum(sizes[: number + 1])} == {len(read)}
+        assert read == expected[:28]
+        for rank in ranks:
+            rank.close()
 
 
 def test_global_batches_are_independent_of_ranks_and_microbatches(blocks: BlockDataset) -> None:

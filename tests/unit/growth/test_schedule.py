@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress, RollBack
+from titan_growth.config.batch_sizes import BatchSizes
 from titan_growth.config.schema.growth import GrowthConfig, PlannedGrowth
 from titan_growth.growth import schedule
 from titan_growth.growth.chain import chain_of
@@ -15,7 +16,7 @@ from titan_growth.growth.operators import base as operators_module
 from titan_growth.growth.operators.base import GrowthMap, operators, register_operator
 from titan_growth.growth.operators.depth import DepthOperator
 from titan_growth.growth.points import advise, law_tokens
-from titan_growth.growth.schedule import GrowthPlan
+from titan_growth.growth.schedule import GrowthPlan, Pace
 from titan_growth.models.config import DecoderConfig
 from titan_growth.tools.errors import ConfigError, Problem, TrainingError
 from titan_growth.tools.findings import Findings
@@ -32,9 +33,8 @@ def plan_growth(
     chain = chain_of(section, target, found := Findings())
     if chain is None:
         return None, found.problems
-    phases = len(chain.configs)
-    rates = {"tokens_per_step": [tokens_per_step] * phases, "seq_lens": [10] * phases}
-    plan = schedule.plan_growth(section, chain, found, steps=steps, **rates, **more)
+    paces = [Pace(BatchSizes((tokens_per_step,)), 1, config.flops_per_token(10)) for config in chain.configs]
+    plan = schedule.plan_growth(section, chain, found, steps=steps, paces=paces, **more)
     return plan, found.problems
 
 
@@ -282,8 +282,8 @@ def test_the_law_is_the_papers(name: str, num_params: float, run_tokens: float, 
 def test_auto_is_clamped_and_says_when_it_was_not_fitted() -> None:
     chain = chain_of(growth({"at": "auto"}), TARGET, Findings())
     assert chain is not None
-    rates = {"tokens_per_step": [10, 10], "seq_lens": [10, 10]}
-    plan = schedule.plan_growth(growth({"at": "auto"}), chain, found := Findings(), steps=100, **rates)
+    paces = [Pace(BatchSizes((1,)), 10, config.flops_per_token(10)) for config in chain.configs]
+    plan = schedule.plan_growth(growth({"at": "auto"}), chain, found := Findings(), steps=100, paces=paces)
     assert not found.problems
     (warning,) = found.warnings
     assert str(plan.points[0]) == "500 tokens", "at most half of the run"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from titan_growth.config.duration import Duration
 from titan_growth.config.schema.data import DataConfig
 from titan_growth.config.schema.growth import GrowthConfig
 from titan_growth.config.schema.model import ModelConfig
@@ -17,7 +18,7 @@ from titan_growth.config.schema.optimizer import OptimizerConfig
 from titan_growth.config.schema.parallelism import ParallelismConfig
 from titan_growth.config.schema.stability import StabilityConfig
 from titan_growth.config.schema.techniques import ActivationCheckpointConfig, CompileConfig, QuantizeConfig
-from titan_growth.config.section import Section
+from titan_growth.config.section import BadValueError, Section
 
 
 class JobConfig(Section):
@@ -99,6 +100,27 @@ class DataloaderConfig(Section):
     """Batches each worker loads ahead; needs num_workers > 0."""
 
 
+class BatchSizeConfig(Section):
+    """A change of the batch: when, and to how many sequences."""
+
+    at: str
+    """The step or the tokens after which it holds, from the start of the run: "300 steps", "10M tokens"."""
+    global_batch_size: int = Field(ge=1)
+    """Sequences of a step from then on; a multiple of local_batch_size x data-parallel degree."""
+
+    @field_validator("at")
+    @classmethod
+    def _at_is_a_count(cls, value: str) -> str:
+        if Duration.parse(value).unit not in ("steps", "tokens"):
+            raise BadValueError(f"must be in steps or tokens, got '{value}'", 'For example "10M tokens"')
+        return value
+
+    @property
+    def when(self) -> Duration:
+        """The parsed `at`."""
+        return Duration.parse(self.at)
+
+
 class TrainingConfig(Section):
     """Length, batch and precision of the run, and its corpus."""
 
@@ -111,6 +133,9 @@ class TrainingConfig(Section):
     """Sequences per data-parallel rank in one forward pass."""
     global_batch_size: int = Field(-1, ge=-1)
     """Sequences per optimizer step, by gradient accumulation; -1 = local_batch_size x first data-parallel degree."""
+    batch_schedule: list[BatchSizeConfig] = []
+    """Later sizes of the batch, in their order, as [[training.batch_schedule]]. The learning rate then goes by tokens:
+    lr_scheduler's numbers mean the tokens of that many planned steps. Not a key of torchtitan."""
     seq_len: int = Field(2048, ge=1)
     """Tokens per sequence."""
     max_norm: float = Field(1.0, gt=0)

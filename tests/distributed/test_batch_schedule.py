@@ -1,0 +1,114 @@
+"""A batch schedule under warmup-stable-decay with a growth in tokens: plan against run, and resumes in each stretch."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import WarmRanks
+from tests.runs import make_recipe, read_metrics, train
+from titan_growth.commands.plan_report import report_lines
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.run.plan import plan_run
+from titan_growth.tools.findings import Findings
+
+PEAK = 1e-2
+SETTINGS = {
+    "training__steps": 12,
+    "training__batch_schedule__0__at": "1000 tokens",
+    "training__batch_schedule__0__global_batch_size": 32,
+    "lr_scheduler__decay_ratio": 0.3,
+    "growth__stages__0__at": "3000 tokens",
+    "growth__stages__0__factor": 2,
+    "growth__stages__0__optimizer_state": "copy",
+    "checkpoint__enable": True,
+    "checkpoint__interval": 1,
+    "checkpoint__keep_latest_k": 0,
+    "debug__log_batch_hash": True,
+}
+"""8 x 32 tokens for 4 steps, then 32 x 32; warmups of 2 steps, from step 1 and from the growth after step 6."""
+
+
+def recipe_of(folder: Path, **others: Any) -> Recipe:
+    return make_recipe(folder, **{**SETTINGS, **others})
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(folder) if "num_layers" in line]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    warm = WarmRanks()
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="module")
+def whole(ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on 2 ranks that was never interrupted."""
+    folder = tmp_path_factory.mktemp("batch") / "whole"
+    ranks(train, 2, 2, recipe_of(folder))
+    return folder
+
+
+def test_the_run_does_what_the_plan_says(whole: Path) -> None:
+    made = plan_run(recipe_of(whole), Findings(), num_ranks=2, device_type="cpu")
+    assert made is not None
+    lines = report_lines(made, "cpu")
+    found = lines[lines.index("learning rate (measured in tokens, masked positions included):") + 1 :][:2]
+    planned = [
+        [
+            (int(step), int(tokens.replace(",", "")))
+            for step, tokens in re.findall(r"step (\d+) \(([\d,]+) tokens\)", line)
+        ]
+        for line in found
+    ]
+    run = steps_of(whole)
+    at = [(line["step"], line["tokens"]) for line in run]
+    lr = [line["lr"] for line in run]
+    grown = next(line["step"] for line in run if line["num_layers"] == 4) - 1
+    first, second = lr[:grown], lr[grown:]
+    below = [number for number, rate in enumerate(second) if number > second.index(PEAK) and rate < PEAK]
+    # The first step of a decay is still at the peak: the decay begins at the end of the step before it.
+    decay = grown + below[0] - 2
+    assert planned == [[at[first.index(PEAK)], at[grown - 1]], [at[grown + second.index(PEAK)], at[decay], at[-1]]]
+    assert at[-1] == (12, 4 * 8 * 32 + 8 * 32 * 32)
+    assert first == pytest.approx([PEAK / 2, *[PEAK] * 5])
+    assert second == pytest.approx([PEAK / 2, PEAK, PEAK, PEAK, PEAK, PEAK / 2])
+
+
+def resumed(ranks: WarmRanks, whole: Path, folder: Path, step: int, num_ranks: int) -> list[dict[str, Any]]:
+    """The steps after a resume from one of the run's checkpoints."""
+    shutil.copytree(whole, folder)
+    local = {1: 8, 2: 2, 4: 2}[num_ranks]
+    recipe = recipe_of(folder, checkpoint__load_step=step, training__local_batch_size=local)
+    ranks(train, num_ranks, num_ranks, recipe)
+    lines = steps_of(folder)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    return lines
+
+
+def require_same(whole: Path, lines: list[dict[str, Any]], *, exact: bool) -> None:
+    expected = steps_of(whole)
+    for key in ("batch_hash", "tokens", "lr", "num_layers"):
+        assert [line[key] for line in lines] == [line[key] for line in expected], key
+    losses = [line["loss"] for line in expected]
+    assert [line["loss"] for line in lines] == (losses if exact else pytest.approx(losses, abs=2e-5))
+
+
+def test_a_resume_before_the_change_on_other_ranks(ranks: WarmRanks, whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_bytes((whole.parent / "corpus.txt").read_bytes())
+    require_same(whole, resumed(ranks, whole, tmp_path / "run", 3, 1), exact=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 6, 8, 11])
+def test_resumes_in_every_stretch(ranks: WarmRanks, whole: Path, tmp_path: Path, step: int, num_ranks: int) -> None:
+    (tmp_path / "corpus.txt").write_bytes((whole.parent / "corpus.txt").read_bytes())
+    require_same(whole, resumed(ranks, whole, tmp_path / "run", step, num_ranks), exact=num_ranks == 2)
