@@ -35,7 +35,8 @@ class Run:
     path: Path
 
 
-def _picture(text: str) -> Path:
+def picture_file(text: str) -> Path:
+    """The file of a picture, which can be drawn. Raises ValueError with the reason otherwise."""
     path = Path(given(text))
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}")
@@ -60,7 +61,7 @@ _LINE.words(
     many=True,
     missing=Problem("", "no run is named", "Name at least one, as NAME=FOLDER"),
 )
-_LINE.option("--to", "FILE", f"Draw the curves into a {', '.join(SUFFIXES)}, with growths marked.", _picture)
+_LINE.option("--to", "FILE", f"Draw the curves into a {', '.join(SUFFIXES)}, with growths marked.", picture_file)
 _LINE.option("--title", "TEXT", "Printed above the picture.")
 
 
@@ -103,15 +104,9 @@ def draw(curves: Sequence[Curve], target: Path, title: str = "") -> str:
     Raises:
         ConfigError: when the picture cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     costs = [cost for cost in COSTS if all(curve.has(cost) for curve in curves)]
-    figure, panels = pyplot.subplots(
-        1, len(costs), figsize=(4.4 * len(costs), 3.8), sharey=True, squeeze=False, layout="constrained"
-    )
+    panels = panels_of(1, len(costs), figsize=(4.4 * len(costs), 3.8), sharey=True)
+    figure = panels[0][0].figure
     for cost, panel in zip(costs, panels[0], strict=True):
         row = 0
         for curve, color in zip(curves, cycle(COLORS), strict=False):
@@ -130,14 +125,22 @@ def draw(curves: Sequence[Curve], target: Path, title: str = "") -> str:
         figure.supxlabel(left_out, fontsize=8, x=0.99, ha="right")
     if title:
         figure.suptitle(title, fontsize=11)
-    try:
-        _save(figure, target)
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, target)
     return left_out
 
 
-def _save(figure: Any, target: Path) -> None:
+def panels_of(num_rows: int, num_columns: int, **settings: Any) -> Any:
+    """The panels, in rows, of a new figure that needs no screen; matplotlib is loaded here."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=settings.pop("figsize"), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.subplots(num_rows, num_columns, squeeze=False, **settings)
+
+
+def save_figure(figure: Any, target: Path) -> None:
+    """Raises ConfigError when the picture cannot be written."""
     try:
         figure.savefig(target, dpi=130)
     except OSError as error:
