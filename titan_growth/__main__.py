@@ -19,6 +19,7 @@ COMMANDS = {
     "lineage": "show the history of a checkpoint: growths, sources, meshes, losses",
     "probe": "try several growths of a checkpoint for a few steps each, and rank them",
     "plot": "plot validation loss of runs against FLOPs, tokens and seconds; the speedup at equal loss",
+    "coordinate_check": "how activations depend on width and depth in the first steps (muP, CompleteP)",
     "launch": "what run_train.sh calls: check, start the ranks, report how it ended",
 }
 """Command -> its line in the help."""

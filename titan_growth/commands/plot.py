@@ -14,13 +14,12 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from titan_growth.commands.args import CommandLine, given
-from titan_growth.commands.pictures import COLORS, LABELS, SUFFIXES, figure_of, without_frame
+from titan_growth.commands.args import CommandLine
+from titan_growth.commands.pictures import COLORS, LABELS, SUFFIXES, figure_of, picture_file, without_frame
 from titan_growth.commands.plot_frontier import draw_frontier
 from titan_growth.metrics.curves import COSTS, Curve, compare, read_curve, report, weights_of
 from titan_growth.metrics.frontier import Side, frontier_report, not_annealed
 from titan_growth.tools.errors import ConfigError, Problem
-from titan_growth.tools.packages import missing_package
 from titan_growth.tools.text import many
 
 SCALES = {1: "", 10**3: "thousands", 10**6: "millions", 10**9: "billions", 10**12: "trillions"}
@@ -32,17 +31,6 @@ class Run:
 
     name: str
     path: Path
-
-
-def _picture(text: str) -> Path:
-    path = Path(given(text))
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent}")
-    if problem := missing_package("--to", "matplotlib", "leave it out"):
-        raise ValueError(f"{problem.message}. {problem.hint}")
-    return path
 
 
 _LINE = CommandLine(
@@ -59,7 +47,7 @@ _LINE.words(
     many=True,
     missing=Problem("", "no run is named", "Name at least one, as NAME=FOLDER"),
 )
-_LINE.option("--to", "FILE", f"Draw the curves into a {', '.join(SUFFIXES)}, with growths marked.", _picture)
+_LINE.option("--to", "FILE", f"Draw the curves into a {', '.join(SUFFIXES)}, with growths marked.", picture_file)
 _LINE.switch(
     "--frontier",
     """Compare the ends of runs: those of one NAME are a side, each run an annealed budget. Prints the horizontal

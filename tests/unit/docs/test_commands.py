@@ -28,6 +28,7 @@ from titan_growth.tools.errors import ConfigError
 VARIABLES = set(re.findall(r"\b[A-Z][A-Z_]{3,}\b", (ROOT / "run_train.sh").read_text())) | {"PYTHONPATH"}
 """What the header of run_train.sh names."""
 WORDS = ["train", "plan", "check", "grow", "import", "export", "verify", "lineage", "probe", "plot", "launch"]
+WORDS += ["coordinate_check"]
 DEFAULT = "train_configs/debug_model.toml"
 OTHER_PROGRAMS = {"vllm", "lm_eval", "ruff", "mypy", "pytest", "pip"}
 """Not ours: their arguments are not checked."""
@@ -51,7 +52,7 @@ class Command:
         program = self.program
         if program[0] == "./run_train.sh" or program[:2] == ["./setup.sh", "train"]:
             words = program[1 if program[0] == "./run_train.sh" else 2 :]
-        elif self.word in ("train", "plan", "check"):
+        elif self.word in ("train", "plan", "check", "coordinate_check"):
             words = self.rest
         elif program[0] == "torchrun" and " -m titan_growth" in self.text:
             words = program[program.index("-m") + 2 :]
