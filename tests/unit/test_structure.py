@@ -18,10 +18,10 @@ def package() -> Structure:
 
 def test_the_package_keeps_its_shape(package: Structure) -> None:
     assert len(package.top_modules) <= 8
-    # 5,000 above 25,000: more kinds of corpora and the account of what is left out, tokens of whole documents, special
+    # 6,000 above 25,000: more kinds of corpora and the account of what is left out, tokens of whole documents, special
     # tokens, initial weights, parameter groups, rotary scaling, optimizers, what plugins are told, folders
-    # of other programs.
-    assert sum(package.lines.values()) <= 30_000
+    # of other programs, schedules in tokens, cool-downs.
+    assert sum(package.lines.values()) <= 31_000
     assert package.long_files == []
     assert package.mean_length <= 9.7
     assert package.longest.length <= 57, package.longest

@@ -161,7 +161,7 @@ def test_warmups_that_are_clamped_are_told(
     steps: int, section: GrowthConfig, expected: list[tuple[str, int, int]]
 ) -> None:
     found = schedule(steps=steps, growth=section, warmup_steps=10)
-    found.warn_of_clamped_warmups(findings := Findings())
+    found.warn_of_lengths(findings := Findings())
     message = "{} is longer than the {} steps it is for, and is cut to that"
     assert findings.warnings == [Problem(key, message.format(given, length)) for key, given, length in expected]
     factors = [found(step) / PEAK for step in range(1, steps + 1)]

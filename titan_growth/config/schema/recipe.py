@@ -6,9 +6,9 @@ mesh or the model is checked in `run/plan.py`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from titan_growth.config.duration import Duration
 from titan_growth.config.schema.data import DataConfig
@@ -72,6 +72,16 @@ class MetricsConfig(Section):
     """Log to Weights & Biases too; needs the wandb extra."""
 
 
+LENGTHS = {"warmup": "warmup_steps", "decay": "decay_ratio", "total": "total_steps"}
+"""Lengths of a schedule with a unit -> torchtitan's key, which each stands in for."""
+
+
+def _in_steps_or_tokens(value: str) -> str:
+    if Duration.parse(value).unit not in ("steps", "tokens"):
+        raise BadValueError(f"must be in steps or tokens, got '{value}'", 'For example "10M tokens"')
+    return value
+
+
 class LRSchedulerConfig(Section):
     """Linear warmup, an optional stable phase, a decay; growth may restart it (growth.stages.lr_policy)."""
 
@@ -85,6 +95,32 @@ class LRSchedulerConfig(Section):
     """Shape of the decay."""
     min_lr_factor: float = Field(0.0, ge=0, le=1)
     """The decay ends at lr times this."""
+    warmup: str | None = None
+    """Instead of warmup_steps, with a unit: "2M tokens" or "300 steps". It ends with the step that reaches its tokens,
+    masked positions included. Not a key of torchtitan; nor are decay and total."""
+    decay: str | None = None
+    """Instead of decay_ratio: the last "20M tokens" or "500 steps" of the schedule, in whole steps."""
+    total: str | None = None
+    """Instead of total_steps: "1B tokens"."""
+
+    @field_validator(*LENGTHS)
+    @classmethod
+    def _is_a_count(cls, value: str | None) -> str | None:
+        return value if value is None else _in_steps_or_tokens(value)
+
+    @model_serializer(mode="wrap")
+    def _what_is_in_force(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """warmup_steps has a default, which would stand beside `warmup` in a saved recipe."""
+        table: dict[str, Any] = handler(self)
+        if self.warmup is not None:
+            table.pop("warmup_steps", None)
+        return table
+
+    @property
+    def in_tokens(self) -> list[str]:
+        """The keys of lengths given in tokens."""
+        lengths = {name: getattr(self, name) for name in LENGTHS}
+        return [name for name, text in lengths.items() if text is not None and Duration.parse(text).unit == "tokens"]
 
 
 class DataloaderConfig(Section):
@@ -111,9 +147,7 @@ class BatchSizeConfig(Section):
     @field_validator("at")
     @classmethod
     def _at_is_a_count(cls, value: str) -> str:
-        if Duration.parse(value).unit not in ("steps", "tokens"):
-            raise BadValueError(f"must be in steps or tokens, got '{value}'", 'For example "10M tokens"')
-        return value
+        return _in_steps_or_tokens(value)
 
     @property
     def when(self) -> Duration:
