@@ -15,6 +15,7 @@ from titan_growth.commands.args import CommandLine, given
 from titan_growth.config.fields import parse_text, suggestion, type_text, without_none
 from titan_growth.config.messages import problem_of
 from titan_growth.config.schema.growth import PlannedGrowth
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import check_planned, nothing_to_rescale
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.growth.operators.checked import map_of
@@ -91,3 +92,16 @@ def model_keys(config: DecoderConfig) -> dict[str, Any]:
         "model.multiple_of": None,
         "model.ffn_dim_multiplier": None,
     }
+
+
+def learning_rate_keys(recipe: Recipe, *, grows: bool) -> dict[str, Any]:
+    """Keys that keep the learning rate of a checkpoint's run: `[growth.base]` counts only in recipes that grow."""
+    base = recipe.growth.base
+    if grows and recipe.growth.active_stages:
+        return {}
+    if grows:
+        return {"growth.base.lr": None, "growth.base.warmup_steps": None}
+    if not recipe.growth.active_stages:
+        return {"growth.base": {}}
+    warmup = recipe.lr_scheduler.warmup_steps if base.warmup_steps is None else base.warmup_steps
+    return {"growth.base": {}, "optimizer.lr": base.lr or recipe.optimizer.lr, "lr_scheduler.warmup_steps": warmup}

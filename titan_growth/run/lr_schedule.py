@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from titan_growth.config.batch_sizes import STEPS, BatchSizes
 from titan_growth.config.duration import Duration
@@ -83,6 +84,15 @@ class LRSchedule:
             if planned.lr_policy == policy and warmup
             else 1.0
         )
+
+    def stands(self, step: int, grown_at: Sequence[int] = ()) -> Literal["warmup", "stable", "decay"]:
+        """Where the learning rate stands after a step: what the next one goes on with."""
+        step = max(step, 1)
+        segment = self.segment(step, grown_at)
+        warmed = [self._warming(policy, step, grown_at) for policy in ("rewarm", "rewarm_new")]
+        if step - segment.start < segment.warmup_steps or min(warmed) < 1.0:
+            return "warmup"
+        return "decay" if step - segment.start > self.stable_steps(segment) else "stable"
 
     def segments(self, grown_at: Sequence[int]) -> Iterator[tuple[Segment, int]]:
         """The segments of a run that grew at these steps, each with its last step."""

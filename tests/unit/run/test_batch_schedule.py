@@ -98,8 +98,8 @@ def test_the_plan_says_where(tmp_path: Path) -> None:
     start = lines.index("learning rate (measured in tokens, masked positions included):")
     assert lines[start + 1 : start + 3] == [
         "  from step 1: warmup to the end of step 2 (512 tokens), stable to the end of step 6 (3,072 tokens)",
-        "  from step 7: warmup to the end of step 8 (5,120 tokens), stable to the end of step 10 (7,168 tokens), decay to "
-        "the end of step 12 (9,216 tokens)",
+        "  from step 7: warmup to the end of step 8 (5,120 tokens), stable to the end of step 10 (7,168 tokens), "
+        "decay to the end of step 12 (9,216 tokens)",
     ]
     assert any("until step 6: 3,072 tokens" in line for line in lines)
     assert any("12 steps, 9,216 tokens" in line for line in lines)
@@ -108,7 +108,7 @@ def test_the_plan_says_where(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"training__batch_schedule__0__global_batch_size": 10}, "training.batch_schedule.0.global_batch_size: 10 is not"),
+        ({"training__batch_schedule__0__global_batch_size": 10}, "training.batch_schedule.0.global_batch_size: 10"),
         ({"training__global_batch_size": 6}, "training.global_batch_size: 6 is not a multiple"),
         (
             {"training__batch_schedule__1__at": "1025 tokens", "training__batch_schedule__1__global_batch_size": 64,

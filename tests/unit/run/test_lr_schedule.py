@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
+from titan_growth.config.batch_sizes import BatchSizes
 from titan_growth.config.schema.growth import GrowthConfig
 from titan_growth.config.schema.recipe import LRSchedulerConfig
 from titan_growth.run.lr_schedule import LRSchedule
@@ -166,6 +168,65 @@ def test_warmups_that_are_clamped_are_told(
     assert findings.warnings == [Problem(key, message.format(given, length)) for key, given, length in expected]
     factors = [found(step) / PEAK for step in range(1, steps + 1)]
     assert max(factors) == pytest.approx(1.0), "a clamped warmup still reaches the peak"
+
+
+EDGES = [
+    # section, growth after step, warmup of the growth -> factors of 10 steps
+    pytest.param({"warmup_steps": 0, "decay_ratio": 0.0}, None, 0, [1.0] * 10, id="neither-warmup-nor-decay"),
+    pytest.param({"warmup_steps": 0, "decay_ratio": 1.0}, None, 0, [1 - n / 10 for n in range(10)], id="all-decay"),
+    pytest.param(
+        {"warmup_steps": 2, "decay_ratio": 1.0}, None, 0, [0.5, 1.0, *(1 - n / 8 for n in range(8))], id="decay-1"
+    ),
+    pytest.param({"warmup_steps": 2, "decay_ratio": 0.0}, None, 0, [0.5] + [1.0] * 9, id="decay-0"),
+    pytest.param({"warmup_steps": 10, "decay_ratio": 0.5}, None, 0, [n / 10 for n in range(1, 11)], id="all-warmup"),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.3}, 6, 1, [1.0] * 8 + [2 / 3, 1 / 3], id="growth-on-the-last-stable-step"
+    ),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.3}, 7, 1, [1.0] * 7 + [1.0, 1.0, 1 / 2], id="growth-at-the-decays-start"
+    ),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.3}, 7, 0, [1.0] * 7 + [1.0, 2 / 3, 1 / 3], id="the-same-without-warmup"
+    ),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.3}, 9, 0, [1.0] * 8 + [2 / 3, 1.0], id="growth-before-the-last-step"
+    ),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.5, "total_steps": 8, "min_lr_factor": 0.2}, None, 0,
+        [1.0] * 5 + [0.8, 0.6, 0.4, 0.2, 0.2], id="total-steps-before-the-end",
+    ),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.25, "total_steps": 12}, None, 0, [1.0] * 10, id="total-steps-beyond"
+    ),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.5, "total_steps": 6, "min_lr_factor": 0.2}, 8, 1,
+        [1.0] * 4 + [0.7333333333333334, 0.4666666666666667] + [0.2] * 4, id="growth-beyond-total-steps",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "at", "warmup", "expected"), EDGES)
+@pytest.mark.parametrize("size", [None, 8])
+def test_edges(section: dict[str, Any], at: int | None, warmup: int, expected: list[float], size: int | None) -> None:
+    """In steps, and by tokens with steps of one size, which must come to the same."""
+    growths = growth({"at": f"{at} steps", "warmup_steps": warmup}) if at else growth()
+    found = schedule(steps=10, growth=growths, **section)
+    if size:
+        found = found.measured_in(BatchSizes((size, size), (0, 5)))
+    curve = [found(step, [at] if at else []) / PEAK for step in range(1, 11)]
+    assert curve == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, "warmup"), (1, "warmup"), (2, "stable"), (5, "stable"), (6, "warmup"), (7, "stable"), (8, "decay")],
+)
+def test_where_it_stands_after_a_step(step: int, expected: str) -> None:
+    """A growth after step 5 with a warmup of 2 steps, and a decay of the last 3 of 10."""
+    found = schedule(steps=10, growth=growth({"at": "5 steps"}), warmup_steps=2, decay_ratio=0.3)
+    assert found.stands(step, [5] if step > 5 else []) == expected
+    rewarm = growth({"at": "5 steps", "lr_policy": "rewarm_new", "warmup_steps": 2})
+    assert schedule(steps=10, growth=rewarm, warmup_steps=2, decay_ratio=0.3).stands(step, [5]) == expected
 
 
 def test_rewarm_is_the_ungrown_curve_under_a_warmup() -> None:

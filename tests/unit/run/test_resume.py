@@ -201,7 +201,9 @@ def test_a_derived_batch_size_is_kept_on_other_meshes(tmp_path: Path) -> None:
     first = start_from(None, derived, Site(folder, 2, "cpu")).plan
     assert first.recipe.training.global_batch_size == 8
     checkpoint = saved(tmp_path, first.recipe)
-    assert decide(derived, Site(folder, 1, "cpu"), checkpoint) == Decisions(first.seed, BFLOAT16, RopeScaling(1.0), 8)
+    assert decide(derived, Site(folder, 1, "cpu"), checkpoint) == Decisions(
+        first.seed, BFLOAT16, RopeScaling(1.0), 8, progress=checkpoint.manifest.progress
+    )
     again = start_from(checkpoint, derived, Site(folder, 1, "cpu")).plan
     assert again.recipe.training.global_batch_size == 8
     assert again.phase.num_accumulation_steps == 2
