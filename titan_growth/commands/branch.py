@@ -15,7 +15,7 @@ from typing import Any
 from titan_growth.checkpoint.folder import StepFolder, open_step, root_of
 from titan_growth.checkpoint.steps import committed_steps
 from titan_growth.commands.args import CommandLine, positive
-from titan_growth.commands.growth_args import learning_rate_keys, model_keys
+from titan_growth.commands.growth_args import learning_rate_keys, model_keys, schedule_of
 from titan_growth.commands.source import committed
 from titan_growth.commands.target import require_new
 from titan_growth.config.batch_sizes import BatchSizes
@@ -25,7 +25,6 @@ from titan_growth.config.plugins import load_plugins, require_plugins
 from titan_growth.config.schema.growth import SIZES
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.run.fresh import earlier_recipe
-from titan_growth.run.lr_schedule import LRSchedule
 from titan_growth.run.phases import recipe_in_phase
 from titan_growth.run.vet import History, history_of, plugins_of, problem_of
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, RefusedCheckpointError
@@ -71,7 +70,7 @@ def main(args: Namespace) -> int:
         write_atomic(path, to_toml(recipe))
     except OSError as error:
         raise ConfigError([Problem("--to", f"{target} cannot be written ({error.strerror or error})")]) from None
-    schedule = _schedule_of(recipe)
+    schedule = schedule_of(recipe)
     rates = [schedule(one, history.lineage.grown_at) for one in (step + 1, step + args.steps)]
     print(
         f"{path}: {many(args.steps, 'step')} from step {step:,} ({folder.manifest.progress.tokens:,} tokens) of "
@@ -118,12 +117,12 @@ def _branchable(folder: StepFolder) -> History:
     history = history_of(folder)
     if folder.manifest.model_only:
         raise folder.refused("it holds only weights, and a cool-down needs the moments too. Take an earlier step")
-    schedule, grown_at = _schedule_of(history.recipe), history.lineage.grown_at
+    schedule, grown_at = schedule_of(history.recipe), history.lineage.grown_at
     segment = schedule.segment(max(folder.step, 1), grown_at)
     stable = schedule.stable_steps(segment)
     if stable <= segment.warmup_steps:
         reason = "its learning rate has no stable phase: the decay follows the warmup"
-        raise folder.refused(f"{reason}. Train with an lr_scheduler.decay_ratio that leaves room for one")
+        raise folder.refused(f"{reason}. Train with an lr_scheduler.decay_ratio or decay that leaves room for one")
     stands = schedule.stands(folder.step, grown_at)
     if stands == "warmup":
         raise folder.refused("its learning rate is still warming up. Take a later step")
@@ -131,11 +130,6 @@ def _branchable(folder: StepFolder) -> History:
         last = segment.start + stable
         raise folder.refused(f"its learning rate is already decaying. Take step {last:,} or an earlier one")
     return history
-
-
-def _schedule_of(recipe: Recipe) -> LRSchedule:
-    lr, steps, measure = recipe.optimizer.lr, recipe.training.steps, BatchSizes.measure_of(recipe.training)
-    return LRSchedule(recipe.lr_scheduler, lr=lr, steps=steps, growth=recipe.growth, measure=measure)
 
 
 def _folders_of_parent(folder: StepFolder) -> list[Path]:
@@ -167,8 +161,6 @@ def branch_recipe(
     base = history.chain.configs[0]
     entries = zip(recipe.training.batch_schedule, BatchSizes.of(recipe.training).starts[1:], strict=True)
     schedule = [entry for entry, start in entries if start <= step]
-    measure = BatchSizes.measure_of(recipe.training.model_copy(update={"batch_schedule": schedule}))
-    whole = measure.sequences(step + steps)
     values: dict[str, Any] = {
         "plugins": sorted({*recipe.plugins, *plugins}),
         "job.dump_folder": str(target),
@@ -181,7 +173,9 @@ def branch_recipe(
         "training.steps": step + steps,
         **learning_rate_keys(recipe, grows=bool(stages)),
         "lr_scheduler.total_steps": None,
-        "lr_scheduler.decay_ratio": (whole - measure.sequences(step)) / whole,
+        "lr_scheduler.total": None,
+        "lr_scheduler.decay_ratio": None,
+        "lr_scheduler.decay": many(steps, "step"),
         "growth.enable": bool(stages),
         "growth.stages": [stage.model_dump(exclude_none=True) for stage in stages],
         **({f"growth.base.{key}": getattr(base, field) for key, field in SIZES.items()} if stages else {}),

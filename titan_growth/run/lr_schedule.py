@@ -191,12 +191,11 @@ class LRSchedule:
             length = Duration.parse(section.decay)
             if length.unit == "steps":
                 return self.total_steps - length.count
-            decay = self.measure.sequences_of(length)
-        elif section.decay_ratio is not None:
-            decay = round(whole * section.decay_ratio)
-        else:
-            return warm
-        return self.measure.step_reaching(whole - decay)
+            # The last step before it: a decay of fewer tokens than a step has is one of that step.
+            return max(0, self.measure.step_reaching(whole - self.measure.sequences_of(length) + 1) - 1)
+        if section.decay_ratio is not None:
+            return self.measure.step_reaching(whole - round(whole * section.decay_ratio))
+        return warm
 
     def _between(self, first: int, last: int) -> int:
         """Progress from the end of one step to the end of another."""

@@ -248,3 +248,34 @@ def test_rewarm_new_leaves_the_rate_and_warms_up_what_is_new() -> None:
     shares = [grown.fresh_share(step, [20, 40]) for step in range(19, 50)]
     expected = [1, 1, 0.25, 0.5, 0.75, 1, *[1] * 16, *[n / 8 for n in range(1, 9)], 1]
     assert shares == expected
+
+
+# ---- to the digit ----------------------------------------------------------------------------------------------------
+
+WSD = {"warmup_steps": 4, "decay_ratio": 0.25}
+"""Of 32 steps: 4 of warmup, 20 stable, 8 of decay."""
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        # The last step of the warmup and what surrounds it, the first steps of the decay, the last step.
+        (WSD, {1: 1 / 4, 3: 3 / 4, 4: 1, 5: 1, 24: 1, 25: 1, 26: 7 / 8, 32: 1 / 8}),
+        ({**WSD, "min_lr_factor": 0.5}, {3: 3 / 4, 4: 1, 25: 1, 26: 15 / 16, 32: 9 / 16}),
+        ({**WSD, "decay_type": "sqrt"}, {25: 1, 27: 1 / 2, 32: 1 - math.sqrt(7 / 8)}),
+        ({**WSD, "decay_type": "cosine"}, {25: 1, 32: 0.5 * (1 + math.cos(math.pi * 7 / 8))}),
+        ({**WSD, "warmup_steps": 0}, {1: 1, 25: 1, 26: 7 / 8, 32: 1 / 8}),
+        ({**WSD, "warmup_steps": 1}, {1: 1, 2: 1, 25: 1, 26: 7 / 8, 32: 1 / 8}),
+        ({**WSD, "decay_ratio": 1.0, "warmup_steps": 16}, {15: 15 / 16, 16: 1, 17: 1, 18: 15 / 16, 32: 1 / 16}),
+        ({**WSD, "total_steps": 16}, {4: 1, 13: 1, 14: 3 / 4, 16: 1 / 4, 17: 0, 32: 0}),
+        # The same with units.
+        ({"warmup": "4 steps", "decay": "8 steps"}, {1: 1 / 4, 4: 1, 5: 1, 25: 1, 26: 7 / 8, 32: 1 / 8}),
+        ({"warmup": "4 steps", "decay": "1 step"}, {4: 1, 31: 1, 32: 1}),
+        ({"warmup_steps": 16, "decay": "40 steps"}, {15: 15 / 16, 16: 1, 17: 1, 18: 15 / 16, 32: 1 / 16}),
+        ({**WSD, "total": "16 steps"}, {4: 1, 13: 1, 14: 3 / 4, 16: 1 / 4, 17: 0, 32: 0}),
+        ({"warmup": "4 steps", "total": "64 steps", "decay": "16 steps"}, {4: 1, 32: 1, 49: 1, 50: 15 / 16}),
+    ],
+)
+def test_to_the_digit(section: dict[str, Any], expected: dict[int, float]) -> None:
+    found = LRSchedule(LRSchedulerConfig(**section), lr=1.0, steps=32, growth=GrowthConfig())
+    assert {step: found(step) for step in expected} == expected

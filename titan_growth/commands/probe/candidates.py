@@ -13,7 +13,14 @@ from typing import Any
 
 import tomli
 
-from titan_growth.commands.growth_args import SETTINGS, growth_map, learning_rate_keys, model_keys, planned_growth
+from titan_growth.commands.growth_args import (
+    SETTINGS,
+    growth_map,
+    learning_rate_keys,
+    model_keys,
+    planned_growth,
+    schedule_of,
+)
 from titan_growth.commands.source import Source
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.growth import SIZES, PlannedGrowth
@@ -138,7 +145,8 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: 
         "parallelism": now.parallelism.model_dump(),
         "training.local_batch_size": now.training.local_batch_size,
         "training.steps": step + steps,
-        "lr_scheduler.total_steps": max(recipe.lr_scheduler.total_steps or recipe.training.steps, step + steps),
+        "lr_scheduler.total_steps": max(schedule_of(recipe).total_steps, step + steps),
+        "lr_scheduler.total": None,
         **learning_rate_keys(recipe, grows=bool(stages)),
         "growth.enable": bool(stages),
         "growth.stages": [stage.model_dump(exclude_none=True) for stage in stages],
@@ -174,8 +182,7 @@ def doubts(source: Source, candidates: Sequence[Candidate], steps: int) -> Itera
     for one in candidates:
         if one.planned is None:
             continue
-        warmup = one.planned.warmup_steps
-        warmup = source.recipe.lr_scheduler.warmup_steps if warmup is None else warmup
+        warmup = schedule_of(source.recipe).warmup_after(source.folder.step, one.planned.warmup_steps)
         if one.planned.lr_policy != "continue" and warmup >= steps:
             yield (
                 f"{one.name}: its warmup of {warmup} steps is longer than the probe, so it never learns at its full "
