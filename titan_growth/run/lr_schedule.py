@@ -167,8 +167,8 @@ class LRSchedule:
         # Of the run, not of what a growth has left of it: a grown run anneals as long as one that never grows.
         decay = round(self.measure.sequences(self.total_steps) * ratio)
         end = segment.start + segment.num_steps
-        first = self.measure.step_reaching(self.measure.sequences(end) - decay) - segment.start
-        return max(segment.warmup_steps, first)
+        begin = self.measure.step_nearest(self.measure.sequences(end) - decay)
+        return max(segment.warmup_steps, begin - segment.start)
 
     def _between(self, first: int, last: int) -> int:
         """Progress from the end of one step to the end of another."""
