@@ -74,7 +74,7 @@ def test_the_run_does_what_the_plan_says(whole: Path) -> None:
     assert planned == [[at[first.index(PEAK)], at[grown - 1]], [at[grown + second.index(PEAK)], at[decay], at[-1]]]
     assert at[-1] == (12, 4 * 8 * 32 + 8 * 32 * 32)
     assert first == pytest.approx([PEAK / 2, *[PEAK] * 5])
-    assert second == pytest.approx([PEAK / 2, PEAK, PEAK, PEAK, PEAK, PEAK / 2])
+    assert second == pytest.approx([PEAK / 2, PEAK, PEAK, PEAK, PEAK * 2 / 3, PEAK / 3])
 
 
 def resumed(ranks: WarmRanks, whole: Path, folder: Path, step: int, num_ranks: int) -> list[dict[str, Any]]:

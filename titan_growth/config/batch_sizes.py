@@ -71,6 +71,12 @@ class BatchSizes:
                 return step
         raise AssertionError("the last size has no end")
 
+    def step_nearest(self, num_sequences: int) -> int:
+        """The step whose end is nearest to so many sequences; of two, the earlier one."""
+        step = self.step_reaching(num_sequences)
+        over = self.sequences(step) - num_sequences
+        return step - 1 if step > 0 and over > 0 and self.size(step) - over <= over else step
+
     def stretches(self) -> Iterator[tuple[int, int, int | None]]:
         """(size, the step after which it holds, its last step) of each size; the last one has no end."""
         return zip(self.sizes, self.starts, (*self.starts[1:], None), strict=True)

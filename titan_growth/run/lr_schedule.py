@@ -191,10 +191,10 @@ class LRSchedule:
             length = Duration.parse(section.decay)
             if length.unit == "steps":
                 return self.total_steps - length.count
-            # The last step before it: a decay of fewer tokens than a step has is one of that step.
-            return max(0, self.measure.step_reaching(whole - self.measure.sequences_of(length) + 1) - 1)
+            # At least one step: a decay that was asked for does not vanish in a large batch.
+            return min(self.measure.step_nearest(whole - self.measure.sequences_of(length)), self.total_steps - 1)
         if section.decay_ratio is not None:
-            return self.measure.step_reaching(whole - round(whole * section.decay_ratio))
+            return self.measure.step_nearest(whole - round(whole * section.decay_ratio))
         return warm
 
     def _between(self, first: int, last: int) -> int:

@@ -34,8 +34,9 @@ def schedule(batches: BatchSizes, steps: int = 20, growth: GrowthConfig | None =
     ("batches", "section", "warm", "stable", "total"),
     [
         (EVEN, {"warmup": "1024 tokens", "decay": "1280 tokens"}, 4, 15, 20),
-        # Whole steps: a warmup ends with the step that reaches its tokens, a decay is not longer than asked for.
+        # Whole steps: a warmup ends with the step that reaches its tokens, a decay begins at the nearest end of one.
         (EVEN, {"warmup": "1025 tokens", "decay": "1279 tokens"}, 5, 15, 20),
+        (EVEN, {"warmup": "1025 tokens", "decay": "1409 tokens"}, 5, 14, 20),
         (EVEN, {"warmup": "1 token", "decay": "1 token"}, 1, 19, 20),
         (EVEN, {"warmup": "1k tokens", "decay_ratio": 0.25}, 4, 15, 20),
         (EVEN, {"warmup_steps": 4, "decay": "1280 tokens", "total": "4096 tokens"}, 4, 11, 16),
