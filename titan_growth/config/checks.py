@@ -6,7 +6,8 @@ Settings of a feature that is off are not checked; `no_effect.py` warns of them.
 from __future__ import annotations
 
 from titan_growth.config.no_effect import FLOAT8, warn_without_effect
-from titan_growth.config.schema.recipe import LENGTHS, LRSchedulerConfig, Recipe
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.schedules import LENGTHS, LRSchedulerConfig
 from titan_growth.tools.errors import LocationError
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import is_remote, location
