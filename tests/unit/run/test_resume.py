@@ -108,6 +108,31 @@ def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
     assert [problem.key for problem in refused] == ["checkpoint.last_save_model_only"]
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [
+        ([("10 steps", 32)], [("10 steps", 32), ("40 steps", 64)], False),
+        ([("10 steps", 32), ("40 steps", 64)], [("10 steps", 32), ("30 steps", 128)], False),
+        ([], [("30 steps", 32)], False),
+        ([("31744 tokens", 32)], [("31 steps", 32)], False),
+        ([("10 steps", 32)], [("11 steps", 32)], True),
+        ([("10 steps", 32)], [("10 steps", 64)], True),
+        ([], [("29 steps", 32)], True),
+        ([("10 steps", 32)], [], True),
+    ],
+)
+def test_batches_of_the_past_stay(
+    before: list[tuple[str, int]], now: list[tuple[str, int]], refused: bool, tmp_path: Path
+) -> None:
+    """The learning rate counts the tokens of all steps, so the 30 steps that have been taken keep their sizes."""
+    made = [
+        recipe(growth__stages=[], training__batch_schedule=[{"at": at, "global_batch_size": size} for at, size in one])
+        for one in (before, now)
+    ]
+    problems, _ = compare(saved(tmp_path, made[0], num_layers=8), made[1])
+    assert [problem.key for problem in problems] == (["training.batch_schedule"] if refused else [])
+
+
 PRINTED = [
     ({"optimizer__lr": 1e-4}, "optimizer.lr = 0.0001 (was 0.0008)"),
     ({"training__steps": 200}, "training.steps = 200 (was 100)"),
