@@ -17,6 +17,7 @@ from titan_growth.run.plan import plan_run
 from titan_growth.tools.findings import Findings
 
 PEAK = 1e-2
+POINT = re.compile(r"step (\d+) \(([\d,]+) tokens\)")
 SETTINGS = {
     "training__steps": 12,
     "training__batch_schedule__0__at": "1000 tokens",
@@ -26,7 +27,7 @@ SETTINGS = {
     "growth__stages__0__factor": 2,
     "growth__stages__0__optimizer_state": "copy",
     "checkpoint__enable": True,
-    "checkpoint__interval": 1,
+    "checkpoint__interval": 2,
     "checkpoint__keep_latest_k": 0,
     "debug__log_batch_hash": True,
 }
@@ -61,13 +62,7 @@ def test_the_run_does_what_the_plan_says(whole: Path) -> None:
     assert made is not None
     lines = report_lines(made, "cpu")
     found = lines[lines.index("learning rate (measured in tokens, masked positions included):") + 1 :][:2]
-    planned = [
-        [
-            (int(step), int(tokens.replace(",", "")))
-            for step, tokens in re.findall(r"step (\d+) \(([\d,]+) tokens\)", line)
-        ]
-        for line in found
-    ]
+    planned = [[(int(step), int(tokens.replace(",", ""))) for step, tokens in POINT.findall(line)] for line in found]
     run = steps_of(whole)
     at = [(line["step"], line["tokens"]) for line in run]
     lr = [line["lr"] for line in run]
@@ -79,7 +74,7 @@ def test_the_run_does_what_the_plan_says(whole: Path) -> None:
     assert planned == [[at[first.index(PEAK)], at[grown - 1]], [at[grown + second.index(PEAK)], at[decay], at[-1]]]
     assert at[-1] == (12, 4 * 8 * 32 + 8 * 32 * 32)
     assert first == pytest.approx([PEAK / 2, *[PEAK] * 5])
-    assert second == pytest.approx([PEAK / 2, PEAK, PEAK, PEAK, PEAK, PEAK / 2])
+    assert second == pytest.approx([PEAK / 2, PEAK, PEAK, PEAK, PEAK * 2 / 3, PEAK / 3])
 
 
 def resumed(ranks: WarmRanks, whole: Path, folder: Path, step: int, num_ranks: int) -> list[dict[str, Any]]:
@@ -103,12 +98,12 @@ def require_same(whole: Path, lines: list[dict[str, Any]], *, exact: bool) -> No
 
 def test_a_resume_before_the_change_on_other_ranks(ranks: WarmRanks, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_bytes((whole.parent / "corpus.txt").read_bytes())
-    require_same(whole, resumed(ranks, whole, tmp_path / "run", 3, 1), exact=False)
+    require_same(whole, resumed(ranks, whole, tmp_path / "run", 2, 1), exact=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("step", [1, 3, 4, 5, 6, 8, 11])
+@pytest.mark.parametrize("step", [2, 4, 6, 8, 10])
 def test_resumes_in_every_stretch(ranks: WarmRanks, whole: Path, tmp_path: Path, step: int, num_ranks: int) -> None:
     (tmp_path / "corpus.txt").write_bytes((whole.parent / "corpus.txt").read_bytes())
     require_same(whole, resumed(ranks, whole, tmp_path / "run", step, num_ranks), exact=num_ranks == 2)

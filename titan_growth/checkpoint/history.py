@@ -151,6 +151,8 @@ class Lineage:
     ancestors: tuple[GrowthEvent, ...] = ()
     """Growths before this run: on disk, and in the runs it descends from."""
     roll_backs: tuple[RollBack, ...] = ()
+    parents: tuple[Text, ...] = ()
+    """Step folders whose whole state a run has gone on from in a folder of its own, oldest first."""
 
     def grown(self, event: GrowthEvent) -> Lineage:
         """The lineage after one more growth."""
@@ -172,6 +174,8 @@ class Lineage:
     def to_json(self) -> str:
         """The text of `lineage.json`."""
         table = asdict(self)
+        if not self.parents:
+            del table["parents"]  # as before there were any
         return json.dumps({"ancestors": table.pop("ancestors"), **table}, indent=1) + "\n"
 
     @classmethod
@@ -179,11 +183,13 @@ class Lineage:
         """Raises RefusedError if the table is not a lineage."""
         if not isinstance(table, dict) or "events" not in table:
             raise RefusedError("it is not a lineage")
-        events, ancestors, roll_backs = (table.get(key, []) for key in ("events", "ancestors", "roll_backs"))
-        if not (isinstance(events, list) and isinstance(ancestors, list) and isinstance(roll_backs, list)):
+        lists = [table.get(key, []) for key in ("events", "ancestors", "roll_backs", "parents")]
+        events, ancestors, roll_backs, parents = lists
+        if not all(isinstance(one, list) for one in lists) or not all(isinstance(one, str) for one in parents):
             raise RefusedError("it is not a lineage")
         return cls(
             tuple(GrowthEvent.from_dict(event) for event in events),
             tuple(GrowthEvent.from_dict(event) for event in ancestors),
             tuple(from_json(RollBack, json.dumps(one)) for one in roll_backs),
+            tuple(parents),
         )

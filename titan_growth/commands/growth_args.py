@@ -12,14 +12,17 @@ from typing import Any, get_origin
 from pydantic import ValidationError
 
 from titan_growth.commands.args import CommandLine, given
+from titan_growth.config.batch_sizes import BatchSizes
 from titan_growth.config.fields import parse_text, suggestion, type_text, without_none
 from titan_growth.config.messages import problem_of
 from titan_growth.config.schema.growth import PlannedGrowth
+from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import check_planned, nothing_to_rescale
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.growth.operators.checked import map_of
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import base_keys
+from titan_growth.run.lr_schedule import LRSchedule
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.findings import Findings
 
@@ -93,3 +96,25 @@ def model_keys(config: DecoderConfig) -> dict[str, Any]:
         "model.multiple_of": None,
         "model.ffn_dim_multiplier": None,
     }
+
+
+def learning_rate_keys(recipe: Recipe, *, grows: bool) -> dict[str, Any]:
+    """Keys that keep the learning rate of a checkpoint's run: `[growth.base]` counts only in recipes that grow."""
+    base = recipe.growth.base
+    if grows and recipe.growth.active_stages:
+        return {}
+    if grows:
+        return {"growth.base.lr": None, "growth.base.warmup_steps": None}
+    if not recipe.growth.active_stages:
+        return {"growth.base": {}}
+    keys: dict[str, Any] = {"growth.base": {}, "optimizer.lr": base.lr or recipe.optimizer.lr}
+    if base.warmup_steps is not None:
+        keys |= {"lr_scheduler.warmup": None, "lr_scheduler.warmup_steps": base.warmup_steps}
+    return keys
+
+
+def schedule_of(recipe: Recipe) -> LRSchedule:
+    """The learning rate of a checkpoint's run; its batch has been resolved."""
+    lr, steps = recipe.optimizer.lr, recipe.training.steps
+    measure = BatchSizes.measure_of(recipe.training, recipe.lr_scheduler)
+    return LRSchedule(recipe.lr_scheduler, lr=lr, steps=steps, growth=recipe.growth, measure=measure)

@@ -13,7 +13,7 @@ from titan_growth.commands.args import CommandLine
 from titan_growth.commands.described import described, is_foreign
 from titan_growth.tools.errors import CheckpointError, TitanGrowthError
 from titan_growth.tools.location import folder_at
-from titan_growth.tools.text import many, sources
+from titan_growth.tools.text import many, one_line, sources
 
 _LINE = CommandLine(
     "lineage",
@@ -48,6 +48,8 @@ def lineage_lines(path: Path) -> Iterator[str]:
     lineage = folder.lineage()
     for event in lineage.ancestors:
         yield from _event(event, "before this run, ")
+    for parent in lineage.parents:
+        yield f"goes on from {one_line(parent)}"
     for number, growth in enumerate([*lineage.events, None]):
         for roll_back in lineage.roll_backs:
             if min(roll_back.growth, len(lineage.events)) == number:

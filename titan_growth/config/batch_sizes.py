@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from titan_growth.config.schema.recipe import TrainingConfig
+from titan_growth.config.duration import Duration
+from titan_growth.config.schema.recipe import LRSchedulerConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -21,21 +22,37 @@ class BatchSizes:
     """In their order; the last one holds to the end of the run, and beyond."""
     starts: tuple[int, ...] = (0,)
     """The step after which each size holds; the first is 0."""
+    seq_len: int = 1
+    """Tokens of a sequence."""
 
     @classmethod
     def of(cls, training: TrainingConfig) -> BatchSizes:
         """The sizes of a run; `global_batch_size` has been resolved. Entries may still be out of order."""
-        found = cls((training.global_batch_size,))
+        found = cls((training.global_batch_size,), seq_len=training.seq_len)
         for entry in training.batch_schedule:
             at = entry.when
-            start = at.count if at.unit == "steps" else found.step_reaching(-(-at.count // training.seq_len))
-            found = cls((*found.sizes, entry.global_batch_size), (*found.starts, start))
+            start = found.steps_of(at)
+            found = cls((*found.sizes, entry.global_batch_size), (*found.starts, start), training.seq_len)
         return found
 
     @classmethod
-    def measure_of(cls, training: TrainingConfig) -> BatchSizes:
-        """What the progress of a schedule is measured in: sequences under a batch schedule, else steps."""
-        return cls.of(training) if training.batch_schedule else STEPS
+    def measure_of(cls, training: TrainingConfig, schedule: LRSchedulerConfig | None = None) -> BatchSizes:
+        """What the progress of a learning rate is measured in.
+
+        Sequences under a batch schedule, or where a length is given in tokens; else steps.
+        """
+        in_tokens = schedule is not None and schedule.in_tokens
+        return cls.of(training) if training.batch_schedule or in_tokens else STEPS
+
+    def steps_of(self, length: Duration, start: int = 0) -> int:
+        """Steps that a length in steps or tokens takes after a step: all that begin before its tokens are reached."""
+        if length.unit == "steps":
+            return length.count
+        return self.step_reaching(self.sequences(start) + self.sequences_of(length)) - start
+
+    def sequences_of(self, length: Duration) -> int:
+        """The sequences of a length in tokens, rounded up."""
+        return -(-length.count // self.seq_len)
 
     def size(self, step: int) -> int:
         """Sequences of a step."""
@@ -53,6 +70,12 @@ class BatchSizes:
             if end is None or step <= end:
                 return step
         raise AssertionError("the last size has no end")
+
+    def step_nearest(self, num_sequences: int) -> int:
+        """The step whose end is nearest to so many sequences; of two, the earlier one."""
+        step = self.step_reaching(num_sequences)
+        over = self.sequences(step) - num_sequences
+        return step - 1 if step > 0 and over > 0 and self.size(step) - over <= over else step
 
     def stretches(self) -> Iterator[tuple[int, int, int | None]]:
         """(size, the step after which it holds, its last step) of each size; the last one has no end."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from titan_growth.config.no_effect import FLOAT8, warn_without_effect
 from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.schedules import LENGTHS, LRSchedulerConfig
 from titan_growth.tools.errors import LocationError
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import is_remote, location
@@ -57,10 +58,20 @@ def _training(recipe: Recipe, found: Findings) -> None:
         found.problem("training.mixed_precision_param", "float32 conflicts with training.dtype = bfloat16", hint)
     if recipe.data.tokenizer == "bytes" and recipe.data.tokenizer_path is not None:
         found.problem("data.tokenizer_path", "conflicts with data.tokenizer = 'bytes', which has no file")
-    total, steps = recipe.lr_scheduler.total_steps, training.steps
+    _lr_scheduler(recipe.lr_scheduler, training.steps, found)
+
+
+def _lr_scheduler(section: LRSchedulerConfig, steps: int, found: Findings) -> None:
+    total = section.total_steps
     if total is not None and total < steps:
         message = f"{total} is less than training.steps = {steps}; the rest runs at the floor"
         found.warn("lr_scheduler.total_steps", message)
+    for key, other in LENGTHS.items():
+        if getattr(section, key) is not None and other in section.model_fields_set:
+            value = getattr(section, other)
+            if value is not None:
+                message = f"conflicts with lr_scheduler.{other} = {value}, which says the same"
+                found.problem(f"lr_scheduler.{key}", message, "Give one of the two")
 
 
 def _validation(recipe: Recipe, found: Findings) -> None:

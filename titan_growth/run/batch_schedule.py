@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from titan_growth.config.batch_sizes import BatchSizes
-from titan_growth.config.schema.recipe import TrainingConfig
+from titan_growth.config.schema.growth import PlannedGrowth
+from titan_growth.config.schema.recipe import LRSchedulerConfig, TrainingConfig
 from titan_growth.growth.schedule import GrowthPlan, ends_of_phases
 from titan_growth.layout.mesh_shape import resolve_batch
 from titan_growth.run.lr_schedule import LRSchedule
@@ -32,11 +33,7 @@ def check_batch_schedule(
     batches = BatchSizes.of(training)
     _check_order(training, batches, found)
     for index, planned in enumerate(growth_plan.planned):
-        for key in ("global_batch_size", "seq_len"):
-            if getattr(planned, key) is not None:
-                message = f"changes the tokens of a step, and so does {KEY}"
-                hint = f"Leave it out; a change of the batch can be an entry of {KEY}"
-                found.problem(f"growth.stages.{index}.{key}", message, hint)
+        _check_pace(index, planned, f"and so does {KEY}", found)
         if growth_plan.chain.maps[index].learned:
             message = f"a learned growth reads batches between two steps, which have no place in {KEY}"
             found.problem(f"growth.stages.{index}.operator", message, "Choose another operator, or one batch size")
@@ -46,6 +43,24 @@ def check_batch_schedule(
     starts = [0, *(end.step for end in ends)]
     for phase, start in list(zip(phases, starts, strict=False))[first_phase:]:
         _check_sizes(phase, max(start, step), batches, found)
+
+
+def check_tokens_of_lengths(section: LRSchedulerConfig, growth_plan: GrowthPlan, found: Findings) -> None:
+    """Reports growths that change the tokens of a step under a learning rate with lengths in tokens.
+
+    Which step a number of tokens comes to would depend on when the run grows.
+    """
+    for index, planned in enumerate(growth_plan.planned if section.in_tokens else ()):
+        _check_pace(index, planned, f"which lr_scheduler.{section.in_tokens[0]} is given in", found)
+
+
+def _check_pace(index: int, planned: PlannedGrowth, why: str, found: Findings) -> None:
+    for key in ("global_batch_size", "seq_len"):
+        if getattr(planned, key) is not None:
+            hint = f"Leave it out; a change of the batch can be an entry of {KEY}"
+            if key == "seq_len":
+                hint = "Leave it out, or give steps"
+            found.problem(f"growth.stages.{index}.{key}", f"changes the tokens of a step, {why}", hint)
 
 
 def _check_order(training: TrainingConfig, batches: BatchSizes, found: Findings) -> None:
@@ -88,12 +103,13 @@ def batch_lines(training: TrainingConfig) -> list[str]:
 
 
 def rate_lines(training: TrainingConfig, schedule: LRSchedule, grown_at: Sequence[int]) -> Iterator[str]:
-    """Where warmups, stable phases and decays begin and end, in steps and tokens; nothing without a batch schedule.
+    """Where warmups, stable phases and decays begin and end, in steps and tokens; nothing if all are counted
+    in steps.
 
     Args:
         grown_at: the steps of the growths, as planned.
     """
-    if not training.batch_schedule:
+    if not (training.batch_schedule or schedule.section.in_tokens):
         return
     yield "learning rate (measured in tokens, masked positions included):"
     for segment, end in schedule.segments(grown_at):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -156,7 +156,9 @@ def initial_state(section: CheckpointConfig) -> Initial:
         )
     if folder.manifest.model_only:
         raise CheckpointError(only_weights)
-    return Initial(path, folder.manifest.progress, folder.lineage(), folder.manifest.seconds)
+    lineage = folder.lineage()
+    lineage = replace(lineage, parents=(*lineage.parents, str(path)))
+    return Initial(path, folder.manifest.progress, lineage, folder.manifest.seconds)
 
 
 def check_initial(plan: RunPlan) -> None:

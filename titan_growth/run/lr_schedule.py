@@ -8,7 +8,7 @@ never grow (the base of G_stack is grown un-annealed). A growth with
 
 Progress is measured in steps. Under `[[training.batch_schedule]]` steps differ in size, so it is measured in sequences,
 which is in tokens: a warmup or a decay of N steps is that of the tokens of those N planned steps, and begins and ends
-where they do.
+where they do. Lengths given in tokens take the steps that begin before those tokens are reached.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from titan_growth.config.batch_sizes import STEPS, BatchSizes
+from titan_growth.config.duration import Duration
 from titan_growth.config.schema.growth import GrowthBase, GrowthConfig
 from titan_growth.config.schema.recipe import LRSchedulerConfig
 from titan_growth.tools.findings import Findings
@@ -49,14 +51,16 @@ class LRSchedule:
     ) -> None:
         self.section = section
         self.lr = lr
-        self.total_steps = section.total_steps or steps
+        self.steps = steps
         self.growth = growth
         self.measure = measure
+        self.total_steps = section.total_steps or steps
+        if section.total is not None:
+            self.total_steps = measure.steps_of(Duration.parse(section.total))
 
     def measured_in(self, measure: BatchSizes) -> LRSchedule:
         """The same schedule, its progress counted in something else."""
-        steps = self.total_steps
-        return LRSchedule(self.section, lr=self.lr, steps=steps, growth=self.growth, measure=measure)
+        return LRSchedule(self.section, lr=self.lr, steps=self.steps, growth=self.growth, measure=measure)
 
     def __call__(self, step: int, grown_at: Sequence[int] = ()) -> float:
         """The learning rate of a step, counted from 1, after growths at the given steps."""
@@ -74,12 +78,21 @@ class LRSchedule:
         if not passed or passed[-1] >= len(self.growth.active_stages):
             return 1.0
         planned, start = self.growth.active_stages[passed[-1]], grown_at[passed[-1]]
-        warmup = min(self._warmup(planned.warmup_steps), max(0, self.total_steps - start))
+        warmup = min(self.warmup_after(start, planned.warmup_steps), max(0, self.total_steps - start))
         return (
             min(1.0, self._between(start, step) / self._between(start, start + warmup))
             if planned.lr_policy == policy and warmup
             else 1.0
         )
+
+    def stands(self, step: int, grown_at: Sequence[int] = ()) -> Literal["warmup", "stable", "decay"]:
+        """Where the learning rate stands after a step: what the next one goes on with."""
+        step = max(step, 1)
+        segment = self.segment(step, grown_at)
+        warmed = [self._warming(policy, step, grown_at) for policy in ("rewarm", "rewarm_new")]
+        if step - segment.start < segment.warmup_steps or min(warmed) < 1.0:
+            return "warmup"
+        return "decay" if step - segment.start > self.stable_steps(segment) else "stable"
 
     def segments(self, grown_at: Sequence[int]) -> Iterator[tuple[Segment, int]]:
         """The segments of a run that grew at these steps, each with its last step."""
@@ -102,28 +115,42 @@ class LRSchedule:
 
     def _segment(self, start: int, peak_lr: float, warmup_steps: int | None) -> Segment:
         num_steps = max(0, self.total_steps - start)
-        return Segment(start, num_steps, min(self._warmup(warmup_steps), num_steps), peak_lr)
+        return Segment(start, num_steps, min(self.warmup_after(start, warmup_steps), num_steps), peak_lr)
 
-    def _warmup(self, given: int | None) -> int:
+    def warmup_after(self, start: int, given: int | None = None) -> int:
+        """Steps of a warmup that begins after a step; `given` are those of a growth or base that has its own."""
+        if given is None and self.section.warmup is not None:
+            return self.measure.steps_of(Duration.parse(self.section.warmup), start)
         return self.section.warmup_steps if given is None else given
 
-    def warn_of_clamped_warmups(self, found: Findings) -> None:
-        """Warns of each warmup that is longer than its segment.
+    def warn_of_lengths(self, found: Findings) -> None:
+        """Warns of lengths that do not fit: warmups and decays that are cut, and steps beyond `total`.
 
         Growths given in tokens are left out: where they fall is not known from the recipe alone.
         """
-        asked = [("lr_scheduler.warmup_steps", 0, self.section.warmup_steps)]
+        default = "lr_scheduler.warmup_steps" if self.section.warmup is None else "lr_scheduler.warmup"
+        asked = [(default, 0, self.warmup_after(0))]
         if self.growth.active_stages and self.growth.base.warmup_steps is not None:
             asked = [("growth.base.warmup_steps", 0, self.growth.base.warmup_steps)]
         for index, planned in enumerate(self.growth.active_stages):
             if planned.lr_policy != "continue" and planned.when.unit == "steps":
                 given = planned.warmup_steps is not None
-                key = f"growth.stages.{index}.warmup_steps" if given else "lr_scheduler.warmup_steps"
-                asked.append((key, planned.when.count, self._warmup(planned.warmup_steps)))
+                key = f"growth.stages.{index}.warmup_steps" if given else default
+                asked.append((key, planned.when.count, self.warmup_after(planned.when.count, planned.warmup_steps)))
         for key, start, steps in asked:
             length = max(0, self.total_steps - start)
             if steps > length:
                 found.warn(key, f"{steps} is longer than the {length} steps it is for, and is cut to that")
+        if self.section.total is not None and self.total_steps < self.steps:
+            message = (
+                f"{self.total_steps} steps are less than training.steps = {self.steps}; the rest runs at the floor"
+            )
+            found.warn("lr_scheduler.total", message)
+        if self.section.decay is not None:
+            whole = self._segment(0, self.lr, None)
+            if (asked_for := self.total_steps - self._decay_start(0)) > (left := whole.num_steps - whole.warmup_steps):
+                message = f"{asked_for} steps are more than the {left} that the warmup leaves, and are cut to that"
+                found.warn("lr_scheduler.decay", message)
 
     def _factor(self, step: int, segment: Segment) -> float:
         """Share of the peak at a step of the segment, from 1.
@@ -151,14 +178,24 @@ class LRSchedule:
 
     def stable_steps(self, segment: Segment) -> int:
         """Steps of a segment, warmup included, before its decay; all of them if it has none."""
-        ratio = self.section.decay_ratio
-        if ratio is None:
-            return segment.warmup_steps
-        # Of the run, not of what a growth has left of it: a grown run anneals as long as one that never grows.
-        decay = round(self.measure.sequences(self.total_steps) * ratio)
-        end = segment.start + segment.num_steps
-        first = self.measure.step_reaching(self.measure.sequences(end) - decay) - segment.start
-        return max(segment.warmup_steps, first)
+        return max(segment.warmup_steps, self._decay_start(segment.start + segment.warmup_steps) - segment.start)
+
+    def _decay_start(self, warm: int) -> int:
+        """The step after which the decay begins, for a warmup that ends with a step.
+
+        Its length is one of the run, not of what a growth has left of it: a grown run anneals as long as one that never
+        grows.
+        """
+        section, whole = self.section, self.measure.sequences(self.total_steps)
+        if section.decay is not None:
+            length = Duration.parse(section.decay)
+            if length.unit == "steps":
+                return self.total_steps - length.count
+            # At least one step: a decay that was asked for does not vanish in a large batch.
+            return min(self.measure.step_nearest(whole - self.measure.sequences_of(length)), self.total_steps - 1)
+        if section.decay_ratio is not None:
+            return self.measure.step_nearest(whole - round(whole * section.decay_ratio))
+        return warm
 
     def _between(self, first: int, last: int) -> int:
         """Progress from the end of one step to the end of another."""

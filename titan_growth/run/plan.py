@@ -27,7 +27,7 @@ from titan_growth.layout.mesh_shape import resolve_batch, resolve_mesh
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import model_config_of
 from titan_growth.optimizers.base import check_optimizer
-from titan_growth.run.batch_schedule import batch_lines, check_batch_schedule
+from titan_growth.run.batch_schedule import batch_lines, check_batch_schedule, check_tokens_of_lengths
 from titan_growth.run.check_treatments import check_treatments
 from titan_growth.run.lr_schedule import LRSchedule
 from titan_growth.run.phases import Phase, phases_of
@@ -168,7 +168,6 @@ def plan_run(
     chain = chain_of(recipe.growth, target, own)
     steps, lr = recipe.training.steps, recipe.optimizer.lr
     schedule = LRSchedule(recipe.lr_scheduler, lr=lr, steps=steps, growth=recipe.growth)
-    schedule.warn_of_clamped_warmups(own)
     held_out = recipe.data.validation_fraction > 0 or recipe.validation.dataset_path is not None
     _warn_of_growths(recipe.growth, recipe.training.seq_len, recipe.data, own, held_out=held_out)
     if device_type != "cuda":
@@ -226,8 +225,11 @@ def _lay_out(
     if recipe.comm.mode == "default" and not own.problems:
         own.extend(timing)
     check_batch_schedule(phases, growth_plan, own, first_phase=first_phase, step=at.progress.step)
+    check_tokens_of_lengths(recipe.lr_scheduler, growth_plan, own)
+    schedule = schedule.measured_in(BatchSizes.measure_of(phases[0].recipe.training, recipe.lr_scheduler))
+    if not own.problems:
+        schedule.warn_of_lengths(own)
     found.extend(own)
-    schedule = schedule.measured_in(BatchSizes.measure_of(phases[0].recipe.training))
     return RunPlan(phases[0].recipe, chain.target, growth_plan, phases, first_phase, schedule)
 
 

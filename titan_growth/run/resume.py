@@ -143,7 +143,7 @@ def _learning_rate_change(checkpoint: StepFolder, before: Recipe, recipe: Recipe
             lr=one.optimizer.lr,
             steps=one.training.steps,
             growth=one.growth,
-            measure=BatchSizes.measure_of(one.training),
+            measure=BatchSizes.measure_of(one.training, one.lr_scheduler),
         )
         for one in (before, recipe)
     )

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from titan_growth.checkpoint.folder import StepFolder, root_of
+from titan_growth.checkpoint.folder import StepFolder, open_step, root_of
 from titan_growth.checkpoint.history import Progress
 from titan_growth.checkpoint.rewind import pending_fresh_start, pending_load_step
 from titan_growth.checkpoint.search import find_checkpoint
 from titan_growth.config.loader import with_values
-from titan_growth.config.schema.recipe import Recipe
+from titan_growth.config.schema.recipe import CheckpointConfig, Recipe
 from titan_growth.run.data import RunData
 from titan_growth.run.fresh import require_fresh
+from titan_growth.run.initial import initial_state
 from titan_growth.run.inputs import changes_since
 from titan_growth.run.plan import ResumePoint, RunPlan, plan_run
 from titan_growth.run.precision import Precision, decide_precision
@@ -197,7 +198,7 @@ def start_from(
         num_ranks=site.num_ranks,
         device_type=site.device_type,
         resume=ResumePoint(
-            progress=checkpoint.manifest.progress if checkpoint is not None else Progress(),
+            progress=decisions.progress,
             num_growths=decisions.num_growths,
             grows_at_once=checkpoint is not None and checkpoint.manifest.held_out_loss is not None,
             global_batch_size=decisions.global_batch_size,
@@ -237,6 +238,8 @@ class Decisions:
     """What -1 stands for; None when it is still to be derived."""
     num_growths: int = 0
     """Growths behind the checkpoint."""
+    progress: Progress = field(default_factory=Progress)
+    """Its counters. A run that takes over all state of another's checkpoint begins with that one's."""
 
 
 def decide(recipe: Recipe, site: Site, checkpoint: StepFolder | None, *, fresh: bool = False) -> Decisions:
@@ -251,6 +254,7 @@ def decide(recipe: Recipe, site: Site, checkpoint: StepFolder | None, *, fresh: 
         seed = before.debug.seed
     batch = before.training.global_batch_size if before is not None else -1
     growths = recipe.growth.active_stages
+    start = checkpoint or (None if site.elsewhere else _taken_over(recipe.checkpoint, len(growths)))
     lengths = (recipe.training.seq_len, recipe.validation.seq_len, *(growth.seq_len for growth in growths))
     return Decisions(
         seed=secrets.randbelow(2**31) if seed is None else seed,
@@ -262,8 +266,24 @@ def decide(recipe: Recipe, site: Site, checkpoint: StepFolder | None, *, fresh: 
             initial_path=recipe.checkpoint.initial_load_path if recipe.checkpoint.enable else None,
         ),
         global_batch_size=None if batch == -1 else batch,
-        num_growths=num_growths_of(checkpoint) if checkpoint is not None else 0,
+        num_growths=num_growths_of(start) if start is not None else 0,
+        progress=start.manifest.progress if start is not None else Progress(),
     )
+
+
+def _taken_over(section: CheckpointConfig, num_planned: int) -> StepFolder | None:
+    """The checkpoint whose whole state a new run takes over; None when there is none, or it will be refused.
+
+    Args:
+        num_planned: growths of the recipe.
+    """
+    if not section.enable or section.initial_load_path is None or section.initial_load_model_only:
+        return None
+    try:
+        initial = initial_state(section)
+        return open_step(initial.path) if len(initial.lineage.events) <= num_planned else None
+    except CheckpointError:
+        return None
 
 
 def is_finished(recipe: Recipe, checkpoint: StepFolder) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, RollBack
 from titan_growth.checkpoint.rewind import RollBackError
 from titan_growth.config.schema.growth import PlannedGrowth, WatchdogConfig
+from titan_growth.run.lr_schedule import LRSchedule
 from titan_growth.run.plan import RunPlan
 from titan_growth.tools.errors import TrainingError
 from titan_growth.tools.text import many
@@ -29,8 +30,8 @@ class Watchdog:
     section: WatchdogConfig
     planned: Sequence[PlannedGrowth]
     """The growths of the run."""
-    warmup_steps: int
-    """`lr_scheduler.warmup_steps`, for growths without their own."""
+    schedule: LRSchedule
+    """Of the learning rate: a growth has twice its warmup to recover."""
     total_steps: int
     """At the last step a growth too recent to judge is only reported."""
 
@@ -38,14 +39,14 @@ class Watchdog:
     def of(cls, plan: RunPlan) -> Watchdog:
         """The watchdog of a run."""
         recipe, planned = plan.recipe, plan.growth_plan.planned
-        return cls(recipe.growth.watchdog, planned, recipe.lr_scheduler.warmup_steps, recipe.training.steps)
+        return cls(recipe.growth.watchdog, planned, plan.schedule, recipe.training.steps)
 
-    def steps_of(self, number: int) -> int:
-        """Steps that a growth has to recover; 0 for a growth that is not watched."""
+    def steps_of(self, number: int, start: int) -> int:
+        """Steps that a growth after a step has to recover; 0 for a growth that is not watched."""
         if self.section.steps is not None:
             return self.section.steps
         planned = self.planned[number]
-        warmup = self.warmup_steps if planned.warmup_steps is None else planned.warmup_steps
+        warmup = self.schedule.warmup_after(start, planned.warmup_steps)
         return max(LEAST_STEPS, 2 * warmup, 2 * (planned.mask_steps or 0))
 
     def due(self, step: int, lineage: Lineage, *, grows: bool) -> GrowthEvent | None:
@@ -53,9 +54,9 @@ class Watchdog:
         if not lineage.events:
             return None
         event, number = lineage.events[-1], len(lineage.events) - 1
-        left = event.step + self.steps_of(number) - step
+        left = event.step + self.steps_of(number, event.step) - step
         early = grows or step == self.total_steps
-        return event if self.steps_of(number) and (left == 0 or (early and left > 0)) else None
+        return event if self.steps_of(number, event.step) and (left == 0 or (early and left > 0)) else None
 
     def judge(self, event: GrowthEvent, lineage: Lineage, step: int, loss: float) -> str:
         """The verdict on a growth.
@@ -76,7 +77,7 @@ class Watchdog:
             return verdict
         number = len(lineage.events) - 1
         verdict += f": {rise:.4f} nats more, where growth.watchdog.max_rise allows {self.section.max_rise:g}"
-        if step == self.total_steps and step < event.step + self.steps_of(number):
+        if step == self.total_steps and step < event.step + self.steps_of(number, event.step):
             return f"{verdict}, but the run ends before it is due"
         if self.section.action == "warn":
             return verdict
@@ -94,7 +95,7 @@ class Watchdog:
             noticed_at=step,
             loss_before=event.loss_before,
             loss_then=loss,
-            postponed_to=event.step + self.steps_of(number),
+            postponed_to=event.step + self.steps_of(number, event.step),
         )
         if roll_back.postponed_to >= self.total_steps:
             raise TrainingError(

@@ -15,6 +15,7 @@ from titan_growth.commands.args import CommandLine, positive
 OWN = {
     "grow": "--from --to --operator --factor --layer-map --n-layers --dim --n-heads --n-kv-heads --hidden-dim --noise "
     "--rescale-to-depth --optimizer-state --optimizer-step --options --seed --recipe --plugins",
+    "branch": "--from --steps --to --plugins",
     "import": "--from --to",
     "export": "--from --to --dtype --recipe --plugins",
     "verify": "--recipe --plugins FOLDER",

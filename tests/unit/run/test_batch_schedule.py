@@ -46,6 +46,8 @@ def test_the_size_of_every_step(entries: list[tuple[str, int]], expected: list[i
     assert [found.sequences(step) for step in range(9)] == sums
     for count in range(sums[-1] + 1):
         assert found.step_reaching(count) == next(step for step in range(9) if sums[step] >= count)
+        assert found.step_nearest(count) == min(range(9), key=lambda step: abs(sums[step] - count))
+    assert found.step_nearest(-3) == found.step_reaching(-3) == 0
 
 
 def test_steps_count_as_one() -> None:
@@ -98,8 +100,8 @@ def test_the_plan_says_where(tmp_path: Path) -> None:
     start = lines.index("learning rate (measured in tokens, masked positions included):")
     assert lines[start + 1 : start + 3] == [
         "  from step 1: warmup to the end of step 2 (512 tokens), stable to the end of step 6 (3,072 tokens)",
-        "  from step 7: warmup to the end of step 8 (5,120 tokens), stable to the end of step 10 (7,168 tokens), decay to "
-        "the end of step 12 (9,216 tokens)",
+        "  from step 7: warmup to the end of step 8 (5,120 tokens), stable to the end of step 9 (6,144 tokens), "
+        "decay to the end of step 12 (9,216 tokens)",
     ]
     assert any("until step 6: 3,072 tokens" in line for line in lines)
     assert any("12 steps, 9,216 tokens" in line for line in lines)
@@ -108,7 +110,7 @@ def test_the_plan_says_where(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"training__batch_schedule__0__global_batch_size": 10}, "training.batch_schedule.0.global_batch_size: 10 is not"),
+        ({"training__batch_schedule__0__global_batch_size": 10}, "training.batch_schedule.0.global_batch_size: 10"),
         ({"training__global_batch_size": 6}, "training.global_batch_size: 6 is not a multiple"),
         (
             {"training__batch_schedule__1__at": "1025 tokens", "training__batch_schedule__1__global_batch_size": 64,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
+from titan_growth.config.batch_sizes import BatchSizes
 from titan_growth.config.schema.growth import GrowthConfig
 from titan_growth.config.schema.recipe import LRSchedulerConfig
 from titan_growth.run.lr_schedule import LRSchedule
@@ -161,11 +163,70 @@ def test_warmups_that_are_clamped_are_told(
     steps: int, section: GrowthConfig, expected: list[tuple[str, int, int]]
 ) -> None:
     found = schedule(steps=steps, growth=section, warmup_steps=10)
-    found.warn_of_clamped_warmups(findings := Findings())
+    found.warn_of_lengths(findings := Findings())
     message = "{} is longer than the {} steps it is for, and is cut to that"
     assert findings.warnings == [Problem(key, message.format(given, length)) for key, given, length in expected]
     factors = [found(step) / PEAK for step in range(1, steps + 1)]
     assert max(factors) == pytest.approx(1.0), "a clamped warmup still reaches the peak"
+
+
+EDGES = [
+    # section, growth after step, warmup of the growth -> factors of 10 steps
+    pytest.param({"warmup_steps": 0, "decay_ratio": 0.0}, None, 0, [1.0] * 10, id="neither-warmup-nor-decay"),
+    pytest.param({"warmup_steps": 0, "decay_ratio": 1.0}, None, 0, [1 - n / 10 for n in range(10)], id="all-decay"),
+    pytest.param(
+        {"warmup_steps": 2, "decay_ratio": 1.0}, None, 0, [0.5, 1.0, *(1 - n / 8 for n in range(8))], id="decay-1"
+    ),
+    pytest.param({"warmup_steps": 2, "decay_ratio": 0.0}, None, 0, [0.5] + [1.0] * 9, id="decay-0"),
+    pytest.param({"warmup_steps": 10, "decay_ratio": 0.5}, None, 0, [n / 10 for n in range(1, 11)], id="all-warmup"),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.3}, 6, 1, [1.0] * 8 + [2 / 3, 1 / 3], id="growth-on-the-last-stable-step"
+    ),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.3}, 7, 1, [1.0] * 7 + [1.0, 1.0, 1 / 2], id="growth-at-the-decays-start"
+    ),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.3}, 7, 0, [1.0] * 7 + [1.0, 2 / 3, 1 / 3], id="the-same-without-warmup"
+    ),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.3}, 9, 0, [1.0] * 8 + [2 / 3, 1.0], id="growth-before-the-last-step"
+    ),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.5, "total_steps": 8, "min_lr_factor": 0.2}, None, 0,
+        [1.0] * 5 + [0.8, 0.6, 0.4, 0.2, 0.2], id="total-steps-before-the-end",
+    ),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.25, "total_steps": 12}, None, 0, [1.0] * 10, id="total-steps-beyond"
+    ),
+    pytest.param(
+        {"warmup_steps": 0, "decay_ratio": 0.5, "total_steps": 6, "min_lr_factor": 0.2}, 8, 1,
+        [1.0] * 4 + [0.7333333333333334, 0.4666666666666667] + [0.2] * 4, id="growth-beyond-total-steps",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "at", "warmup", "expected"), EDGES)
+@pytest.mark.parametrize("size", [None, 8])
+def test_edges(section: dict[str, Any], at: int | None, warmup: int, expected: list[float], size: int | None) -> None:
+    """In steps, and by tokens with steps of one size, which must come to the same."""
+    growths = growth({"at": f"{at} steps", "warmup_steps": warmup}) if at else growth()
+    found = schedule(steps=10, growth=growths, **section)
+    if size:
+        found = found.measured_in(BatchSizes((size, size), (0, 5)))
+    curve = [found(step, [at] if at else []) / PEAK for step in range(1, 11)]
+    assert curve == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, "warmup"), (1, "warmup"), (2, "stable"), (5, "stable"), (6, "warmup"), (7, "stable"), (8, "decay")],
+)
+def test_where_it_stands_after_a_step(step: int, expected: str) -> None:
+    """A growth after step 5 with a warmup of 2 steps, and a decay of the last 3 of 10."""
+    found = schedule(steps=10, growth=growth({"at": "5 steps"}), warmup_steps=2, decay_ratio=0.3)
+    assert found.stands(step, [5] if step > 5 else []) == expected
+    rewarm = growth({"at": "5 steps", "lr_policy": "rewarm_new", "warmup_steps": 2})
+    assert schedule(steps=10, growth=rewarm, warmup_steps=2, decay_ratio=0.3).stands(step, [5]) == expected
 
 
 def test_rewarm_is_the_ungrown_curve_under_a_warmup() -> None:
@@ -187,3 +248,34 @@ def test_rewarm_new_leaves_the_rate_and_warms_up_what_is_new() -> None:
     shares = [grown.fresh_share(step, [20, 40]) for step in range(19, 50)]
     expected = [1, 1, 0.25, 0.5, 0.75, 1, *[1] * 16, *[n / 8 for n in range(1, 9)], 1]
     assert shares == expected
+
+
+# ---- to the digit ----------------------------------------------------------------------------------------------------
+
+WSD = {"warmup_steps": 4, "decay_ratio": 0.25}
+"""Of 32 steps: 4 of warmup, 20 stable, 8 of decay."""
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        # The last step of the warmup and what surrounds it, the first steps of the decay, the last step.
+        (WSD, {1: 1 / 4, 3: 3 / 4, 4: 1, 5: 1, 24: 1, 25: 1, 26: 7 / 8, 32: 1 / 8}),
+        ({**WSD, "min_lr_factor": 0.5}, {3: 3 / 4, 4: 1, 25: 1, 26: 15 / 16, 32: 9 / 16}),
+        ({**WSD, "decay_type": "sqrt"}, {25: 1, 27: 1 / 2, 32: 1 - math.sqrt(7 / 8)}),
+        ({**WSD, "decay_type": "cosine"}, {25: 1, 32: 0.5 * (1 + math.cos(math.pi * 7 / 8))}),
+        ({**WSD, "warmup_steps": 0}, {1: 1, 25: 1, 26: 7 / 8, 32: 1 / 8}),
+        ({**WSD, "warmup_steps": 1}, {1: 1, 2: 1, 25: 1, 26: 7 / 8, 32: 1 / 8}),
+        ({**WSD, "decay_ratio": 1.0, "warmup_steps": 16}, {15: 15 / 16, 16: 1, 17: 1, 18: 15 / 16, 32: 1 / 16}),
+        ({**WSD, "total_steps": 16}, {4: 1, 13: 1, 14: 3 / 4, 16: 1 / 4, 17: 0, 32: 0}),
+        # The same with units.
+        ({"warmup": "4 steps", "decay": "8 steps"}, {1: 1 / 4, 4: 1, 5: 1, 25: 1, 26: 7 / 8, 32: 1 / 8}),
+        ({"warmup": "4 steps", "decay": "1 step"}, {4: 1, 31: 1, 32: 1}),
+        ({"warmup_steps": 16, "decay": "40 steps"}, {15: 15 / 16, 16: 1, 17: 1, 18: 15 / 16, 32: 1 / 16}),
+        ({**WSD, "total": "16 steps"}, {4: 1, 13: 1, 14: 3 / 4, 16: 1 / 4, 17: 0, 32: 0}),
+        ({"warmup": "4 steps", "total": "64 steps", "decay": "16 steps"}, {4: 1, 32: 1, 49: 1, 50: 15 / 16}),
+    ],
+)
+def test_to_the_digit(section: dict[str, Any], expected: dict[int, float]) -> None:
+    found = LRSchedule(LRSchedulerConfig(**section), lr=1.0, steps=32, growth=GrowthConfig())
+    assert {step: found(step) for step in expected} == expected

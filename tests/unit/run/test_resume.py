@@ -108,6 +108,31 @@ def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
     assert [problem.key for problem in refused] == ["checkpoint.last_save_model_only"]
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [
+        ([("10 steps", 32)], [("10 steps", 32), ("40 steps", 64)], False),
+        ([("10 steps", 32), ("40 steps", 64)], [("10 steps", 32), ("30 steps", 128)], False),
+        ([], [("30 steps", 32)], False),
+        ([("31744 tokens", 32)], [("31 steps", 32)], False),
+        ([("10 steps", 32)], [("11 steps", 32)], True),
+        ([("10 steps", 32)], [("10 steps", 64)], True),
+        ([], [("29 steps", 32)], True),
+        ([("10 steps", 32)], [], True),
+    ],
+)
+def test_batches_of_the_past_stay(
+    before: list[tuple[str, int]], now: list[tuple[str, int]], refused: bool, tmp_path: Path
+) -> None:
+    """The learning rate counts the tokens of all steps, so the 30 steps that have been taken keep their sizes."""
+    made = [
+        recipe(growth__stages=[], training__batch_schedule=[{"at": at, "global_batch_size": size} for at, size in one])
+        for one in (before, now)
+    ]
+    problems, _ = compare(saved(tmp_path, made[0], num_layers=8), made[1])
+    assert [problem.key for problem in problems] == (["training.batch_schedule"] if refused else [])
+
+
 PRINTED = [
     ({"optimizer__lr": 1e-4}, "optimizer.lr = 0.0001 (was 0.0008)"),
     ({"training__steps": 200}, "training.steps = 200 (was 100)"),
@@ -201,7 +226,9 @@ def test_a_derived_batch_size_is_kept_on_other_meshes(tmp_path: Path) -> None:
     first = start_from(None, derived, Site(folder, 2, "cpu")).plan
     assert first.recipe.training.global_batch_size == 8
     checkpoint = saved(tmp_path, first.recipe)
-    assert decide(derived, Site(folder, 1, "cpu"), checkpoint) == Decisions(first.seed, BFLOAT16, RopeScaling(1.0), 8)
+    assert decide(derived, Site(folder, 1, "cpu"), checkpoint) == Decisions(
+        first.seed, BFLOAT16, RopeScaling(1.0), 8, progress=checkpoint.manifest.progress
+    )
     again = start_from(checkpoint, derived, Site(folder, 1, "cpu")).plan
     assert again.recipe.training.global_batch_size == 8
     assert again.phase.num_accumulation_steps == 2

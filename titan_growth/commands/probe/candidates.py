@@ -13,7 +13,14 @@ from typing import Any
 
 import tomli
 
-from titan_growth.commands.growth_args import SETTINGS, growth_map, model_keys, planned_growth
+from titan_growth.commands.growth_args import (
+    SETTINGS,
+    growth_map,
+    learning_rate_keys,
+    model_keys,
+    planned_growth,
+    schedule_of,
+)
 from titan_growth.commands.source import Source
 from titan_growth.config.loader import with_values
 from titan_growth.config.schema.growth import SIZES, PlannedGrowth
@@ -138,8 +145,9 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: 
         "parallelism": now.parallelism.model_dump(),
         "training.local_batch_size": now.training.local_batch_size,
         "training.steps": step + steps,
-        "lr_scheduler.total_steps": max(recipe.lr_scheduler.total_steps or recipe.training.steps, step + steps),
-        **_learning_rate(recipe, grows=bool(stages)),
+        "lr_scheduler.total_steps": max(schedule_of(recipe).total_steps, step + steps),
+        "lr_scheduler.total": None,
+        **learning_rate_keys(recipe, grows=bool(stages)),
         "growth.enable": bool(stages),
         "growth.stages": [stage.model_dump(exclude_none=True) for stage in stages],
         "growth.watchdog": {"steps": 0} if stages else {},
@@ -169,26 +177,12 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: 
     return made
 
 
-def _learning_rate(recipe: Recipe, *, grows: bool) -> dict[str, Any]:
-    """Keys that keep the learning rate of the checkpoint's run: `[growth.base]` counts only in recipes that grow."""
-    base = recipe.growth.base
-    if grows and recipe.growth.active_stages:
-        return {}
-    if grows:
-        return {"growth.base.lr": None, "growth.base.warmup_steps": None}
-    if not recipe.growth.active_stages:
-        return {"growth.base": {}}
-    warmup = recipe.lr_scheduler.warmup_steps if base.warmup_steps is None else base.warmup_steps
-    return {"growth.base": {}, "optimizer.lr": base.lr or recipe.optimizer.lr, "lr_scheduler.warmup_steps": warmup}
-
-
 def doubts(source: Source, candidates: Sequence[Candidate], steps: int) -> Iterator[str]:
     """Caveats about the candidates, for the reader of the ranking."""
     for one in candidates:
         if one.planned is None:
             continue
-        warmup = one.planned.warmup_steps
-        warmup = source.recipe.lr_scheduler.warmup_steps if warmup is None else warmup
+        warmup = schedule_of(source.recipe).warmup_after(source.folder.step, one.planned.warmup_steps)
         if one.planned.lr_policy != "continue" and warmup >= steps:
             yield (
                 f"{one.name}: its warmup of {warmup} steps is longer than the probe, so it never learns at its full "

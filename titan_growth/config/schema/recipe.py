@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from titan_growth.config.duration import Duration
 from titan_growth.config.schema.data import DataConfig
 from titan_growth.config.schema.growth import GrowthConfig
 from titan_growth.config.schema.model import ModelConfig
 from titan_growth.config.schema.optimizer import OptimizerConfig
 from titan_growth.config.schema.parallelism import ParallelismConfig
+from titan_growth.config.schema.schedules import BatchSizeConfig, LRSchedulerConfig
 from titan_growth.config.schema.stability import StabilityConfig
 from titan_growth.config.schema.techniques import ActivationCheckpointConfig, CompileConfig, QuantizeConfig
-from titan_growth.config.section import BadValueError, Section
+from titan_growth.config.section import Section
 
 
 class JobConfig(Section):
@@ -72,21 +72,6 @@ class MetricsConfig(Section):
     """Log to Weights & Biases too; needs the wandb extra."""
 
 
-class LRSchedulerConfig(Section):
-    """Linear warmup, an optional stable phase, a decay; growth may restart it (growth.stages.lr_policy)."""
-
-    warmup_steps: int = Field(200, ge=0)
-    """Steps of linear warmup; clamped, with a warning, to the length of the run."""
-    total_steps: int | None = Field(None, ge=1)
-    """Length the schedule is laid out to. Default: training.steps."""
-    decay_ratio: float | None = Field(None, ge=0, le=1)
-    """Share of the schedule spent decaying (warmup-stable-decay). Default: decay starts right after warmup."""
-    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
-    """Shape of the decay."""
-    min_lr_factor: float = Field(0.0, ge=0, le=1)
-    """The decay ends at lr times this."""
-
-
 class DataloaderConfig(Section):
     """Passed to torchdata's StatefulDataLoader."""
 
@@ -98,27 +83,6 @@ class DataloaderConfig(Section):
     """Copy batches into page-locked memory (CUDA)."""
     prefetch_factor: int | None = Field(None, ge=1)
     """Batches each worker loads ahead; needs num_workers > 0."""
-
-
-class BatchSizeConfig(Section):
-    """A change of the batch: when, and to how many sequences."""
-
-    at: str
-    """The step or the tokens after which it holds, from the start of the run: "300 steps", "10M tokens"."""
-    global_batch_size: int = Field(ge=1)
-    """Sequences of a step from then on; a multiple of local_batch_size x data-parallel degree."""
-
-    @field_validator("at")
-    @classmethod
-    def _at_is_a_count(cls, value: str) -> str:
-        if Duration.parse(value).unit not in ("steps", "tokens"):
-            raise BadValueError(f"must be in steps or tokens, got '{value}'", 'For example "10M tokens"')
-        return value
-
-    @property
-    def when(self) -> Duration:
-        """The parsed `at`."""
-        return Duration.parse(self.at)
 
 
 class TrainingConfig(Section):
