@@ -70,7 +70,7 @@ def _lr_scheduler(section: LRSchedulerConfig, steps: int, found: Findings) -> No
         if getattr(section, key) is not None and other in section.model_fields_set:
             value = getattr(section, other)
             if value is not None:
-                message = f"conflicts with lr_scheduler.{other} = {value}, which says the same"
+                message = f"conflicts with lr_scheduler.{other} = {value}"
                 found.problem(f"lr_scheduler.{key}", message, "Give one of the two")
 
 

@@ -128,7 +128,7 @@ def test_recipe(block: Block, tmp_path: Path) -> None:
         return  # the tests of both pages load their example and train with it
     recipe = tomli.loads((ROOT / DEFAULT).read_text())
     for name, section in table.items():
-        recipe[name] = section if name in ("model", "growth") else {**recipe.get(name, {}), **section}
+        recipe[name] = section if name in ("model", "growth", "lr_scheduler") else {**recipe.get(name, {}), **section}
     path = tmp_path / "recipe.toml"
     path.write_text(tomli_w.dumps(recipe))
     check_recipe_words(["--job.config_file", str(path)])
