@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from titan_growth.checkpoint.history import Progress
 from titan_growth.data.prepared import TokenSplit
 from titan_growth.engine.build import build
 from titan_growth.engine.engine import num_valid_tokens, sum_over_ranks
@@ -55,7 +56,9 @@ class RunningCase:
         )
         self.engine = make_engine(model, device.torch)
         self.optimizer = Optimizer.of(model, recipe.optimizer, max_norm=recipe.training.max_norm)
-        self.data = synthetic_data(plan, self.config.vocab_size, folder).loader(recipe, self.mesh, 0)
+        self.data = synthetic_data(plan, self.config.vocab_size, folder).loader(
+            recipe, self.mesh, Progress(), recipe.training.seq_len
+        )
         self.num_steps = 0
         self.loss = torch.zeros(())
         self.synchronize = torch.get_device_module(device.type).synchronize
