@@ -14,6 +14,10 @@ from tests.distributed.test_growth_across_meshes import MESHES as GROWN_MESHES
 from tests.distributed.test_parity import Trained, assert_agrees_with_one_rank
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, train
+from titan_growth.checkpoint.folder import open_step
+from titan_growth.commands.grow import main as grow_main
+from titan_growth.commands.source import open_source
+from titan_growth.run.resume import as_decided, compare
 
 SETTINGS = {**COMPLETEP, "training__steps": 3, "model__n_layers": 3}
 SOME = ("fsdp2", "tp2, tied head", "pp2, tied head", "tp2, chunked loss")
@@ -93,3 +97,20 @@ def test_a_growth_keeps_the_loss_and_goes_on_at_the_sizes_of_the_moment(
     (growth,) = [line for line in lines if line.get("event") == "growth"]
     assert growth["loss_after"] == pytest.approx(growth["loss_before"], rel=1e-5)
     assert [line["step"] for line in lines if "grad_norm" in line] == [1, 2, 3, 4]
+
+
+def test_another_base_is_another_run(tmp_path: Path, warm_ranks: WarmRanks) -> None:
+    """The base is fixed for a run, as its model is; and a grown checkpoint on disk keeps it."""
+    saving = {"training__steps": 1, "checkpoint__enable": True}
+    warm_ranks(train, 1, 1, make_recipe(tmp_path / "run", **saving, **COMPLETEP))
+    step = tmp_path / "run" / "checkpoint" / "step-1"
+    checkpoint = open_step(step)
+    assert checkpoint is not None
+    other = make_recipe(tmp_path / "run", **saving, **COMPLETEP | {"model__mup__base_hidden_dim": 50})
+    problems, _ = compare(checkpoint, as_decided(checkpoint, other))
+    assert [problem.key for problem in problems] == ["model (mup.hidden_dim)"]
+    hidden = ["--operator", "zero_width", "--hidden-dim", "320", "--n-heads", "8"]
+    assert grow_main(["--from", str(step), "--to", str(tmp_path / "grown"), *hidden]) == 0
+    before, after = (open_source(path).config for path in (step, tmp_path / "grown"))
+    assert (after.hidden_dim, after.num_heads, after.num_kv_heads) == (320, 8, 2)
+    assert after.mup == before.mup

@@ -143,6 +143,10 @@ def test_weights_are_cast(there: torch.dtype, here: str, imported: bool, tmp_pat
         ({"model__hidden_dim": 64}, "w1.weight is 48 x 32 there and 64 x 32 here"),
         ({"model__n_layers": 5}, "it is of another model: has no layers.4"),
         ({"checkpoint__initial_load_model_only": False}, "holds only weights"),
+        (
+            {"model__parametrization": "mup", "model__mup__base_dim": 16},
+            "was trained with logits x 1, queries x 1, branches x 1, and this model has logits x 0.5",
+        ),
     ],
 )
 def test_another_model_is_refused_before_a_run(

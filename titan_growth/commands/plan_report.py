@@ -78,8 +78,8 @@ def _parametrization(config: DecoderConfig) -> list[str]:
     if config.mup is None:
         return []
     depth = config.mup.num_layers
-    name = "muP" if depth is None else f"CompleteP from {many(depth, 'layer')},"
-    return [f"  {name} from dim {config.mup.dim}: {Factors.of(config)}"]
+    name, layers = ("muP", "") if depth is None else ("CompleteP", f" and {many(depth, 'layer')}")
+    return [f"  {name} from dim {config.mup.dim}{layers}: {Factors.of(config)}"]
 
 
 def _batch(plan: RunPlan) -> list[str]:

@@ -12,7 +12,7 @@ from titan_growth.config.schema.growth import GrowthConfig, PlannedGrowth
 from titan_growth.growth.axes import NEW, AxisMap, appended, axis_maps, repeated, width_problem
 from titan_growth.growth.chain import chain_of
 from titan_growth.growth.operators.base import GrowthMap, operators
-from titan_growth.models.config import DecoderConfig
+from titan_growth.models.config import BaseSizes, DecoderConfig
 from titan_growth.tools.findings import Findings
 
 TARGET = DecoderConfig(dim=32, num_layers=12, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, vocab_size=61)
@@ -205,3 +205,24 @@ def test_widths_that_cannot_be(changes: dict[str, int], problem: str | None) -> 
     found = width_problem(TARGET, replace(TARGET, **changes))
     assert (found or "").startswith(problem or "")
     assert (found is None) == (problem is None)
+
+
+BASE = BaseSizes(dim=16, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=24, num_layers=2)
+
+
+def test_factors_of_completep_that_are_rounded_are_not_exact() -> None:
+    """3 -> 6 layers change exponents only; 4 -> 12 multiply by 3."""
+    target = replace(TARGET, mup=BASE)
+    for before, tolerance in ((6, 0.0), (4, 1e-6)):
+        section = recipe({"operator": "zero_depth", "n_layers": 12}, n_layers=before)
+        chain = chain_of(section, target, found := Findings())
+        assert chain is not None, found.problems
+        assert chain.maps[0].tolerance == tolerance
+
+
+def test_completep_has_no_rescaling_to_depth() -> None:
+    section = recipe({"operator": "stack", "factor": 2, "rescale_to_depth": True})
+    assert chain_of(section, TARGET, Findings()) is not None
+    assert chain_of(section, replace(TARGET, mup=BASE), found := Findings()) is None
+    assert [problem.key for problem in found.problems] == ["growth.stages.0.rescale_to_depth"]
+    assert "under CompleteP" in found.problems[0].message
