@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         if seed == 1:
             named = [f"{name}={folder}" for name, folder in folders.items()]
             assert plot([*named, "--to", str(PICTURE)]) == 0
-    words = argv if argv is not None else sys.argv[1:]
-    write(rows, " ".join(["python -m benchmarks.growth_pays", *words]))
+    given = argv if argv is not None else sys.argv[1:]
+    write(rows, " ".join(["python -m benchmarks.growth_pays", *given]))
     return 0
 
 

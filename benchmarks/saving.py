@@ -47,7 +47,7 @@ def plain_write(path: Path, tensors: list[torch.Tensor]) -> float:
     began = time.perf_counter()
     with open(path, "wb") as file:
         for tensor in tensors:
-            file.write(memoryview(tensor.numpy()).cast("B"))
+            file.write(tensor.numpy().data.cast("B"))
         file.flush()
         os.fsync(file.fileno())
     return time.perf_counter() - began
@@ -109,7 +109,7 @@ def steps_of(rank: int, num_ranks: int, recipe: Any) -> dict[str, Any]:
             write(content)
             writing.append(time.perf_counter() - start)
 
-        trainer.agree, trainer.record, trainer.save, saver._save = first, last, staged, written  # type: ignore
+        trainer.agree, trainer.record, trainer.save, saver._save = first, last, staged, written
         assert trainer.fit()
     return {"beside": beside, "alone": alone, "staging": staging[1:], "writing": writing[1:]}
 

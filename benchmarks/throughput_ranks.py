@@ -134,8 +134,8 @@ class ForkedCase:
             if not ready:
                 self.stop()
                 raise CaseFailedError(f"not done after {self.timeout_seconds:g} s")
-            for connection in ready:
-                rank = self._connections.index(connection)  # type: ignore[arg-type]
+            for one in ready:
+                rank = [connection is one for connection in self._connections].index(True)
                 try:
                     answers[rank] = self._connections[rank].recv()
                 except (EOFError, OSError):
