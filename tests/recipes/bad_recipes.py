@@ -62,7 +62,29 @@ KEYS = [
         flags="--training.steps 99999999999999999999",
     ),
     Case(
-        "bad literal", r"optimizer\.name: must be one of 'Adam', 'AdamW', got 'SGD'", toml='[optimizer]\nname = "SGD"'
+        "bad literal",
+        r"lr_scheduler\.decay_type: must be one of 'linear', 'sqrt', 'cosine', got 'step'",
+        toml='[lr_scheduler]\ndecay_type = "step"',
+    ),
+    Case(
+        "unknown optimizer",
+        r"optimizer\.name: unknown optimizer 'SGD'; known: Adam, AdamW, Muon",
+        toml='[optimizer]\nname = "SGD"',
+    ),
+    Case(
+        "Muon's option under AdamW",
+        r"optimizer\.options\.momentum: is no option of 'AdamW'\. Remove it",
+        toml="[optimizer]\noptions = {momentum = 0.9}",
+    ),
+    Case(
+        "Muon's momentum out of range",
+        r"optimizer\.options: momentum must be at least 0 and less than 1, got 1\.5",
+        toml='[optimizer]\nname = "Muon"\noptions = {momentum = 1.5}',
+    ),
+    Case(
+        "copies of no layers",
+        r"growth\.stages\.0: copies layers, and the model has none by then\. Use random_depth with n_layers, or map",
+        toml='[growth.base]\nn_layers = 0\n\n[[growth.stages]]\nat = "1 steps"\nn_layers = 4\n\n[model]\nn_layers = 4',
     ),
     Case("NUL in a path", r"training\.dataset_path: .*NUL", toml='[training]\ndataset_path = "a\\u0000b"'),
     Case("NUL in the folder", r"job\.dump_folder: .*NUL", toml='[job]\ndump_folder = "a\\u0000b"'),
