@@ -69,8 +69,8 @@ def chunked_cross_entropy_sum(
 
     Returns:
         A scalar, float32 (float64 for float64 inputs): the loss over the whole vocabulary, the same on every rank of
-        the group. Its gradient for `hidden_ND` is **this rank's share only**, what flows back through its own rows: the caller
-        sums it over the group, as DTensor does for a gradient declared `Partial()`, so that the sum can be a
+        the group. Its gradient for `hidden_ND` is **this rank's share only**, what flows back through its own rows: the
+        caller sums it over the group, as DTensor does for a gradient declared `Partial()`, so that the sum can be a
         reduce-scatter. The gradient of the loss must be the same on all ranks. Double backward is not supported.
 
     Raises:
