@@ -154,6 +154,7 @@ class Trainer:
                 num_layers=self.runtime.model_config.num_layers,
                 batch_hash=digest,
                 skipped=skipped or None,
+                **self.runtime.engine.model.step_metrics(),
             )
             self.observers.recorder.record(self.progress, record)
         self.state.stability.require_finite(step, *values)

@@ -41,6 +41,7 @@ STAGES = {
     "tensor_parallel": On({"tp": 2}),
     "context_parallel": On({"cp": 2}),
     "chunked_loss": On(settings={"training__loss_chunk_tokens": 20}),
+    "z_loss": On(settings={"training__z_loss_weight": 1e-7}),  # so small that the gradient norm is the plain one
     "activation_checkpoint": On(settings={f"{AC}mode": "selective", f"{AC}selective_ac_option": "2"}),
     "compile": On(settings={"compile__enable": True, "compile__backend": "aot_eager"}),
     "autocast": On(settings={"training__mixed_precision_param": "bfloat16"}, error=2e-2),

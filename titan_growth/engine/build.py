@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,6 +67,16 @@ class BuiltModel:
         """All stages' hooks, after each optimizer step."""
         for stage in self.stages:
             stage.after_optimizer_step(self.parts, self.context)
+
+    def step_metrics(self) -> dict[str, Any]:
+        """What the stages have measured in a step, by fields of its record. All ranks call it."""
+        found: dict[str, Any] = {}
+        for stage in self.stages:
+            measured = stage.step_metrics(self.parts, self.context)
+            if not isinstance(measured, dict):
+                raise ConfigError([strange_answer(stage, "step_metrics", measured)])
+            found |= measured
+        return found
 
 
 def build(

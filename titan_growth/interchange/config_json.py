@@ -159,6 +159,9 @@ def config_json(config: DecoderConfig, family: str, dtype: str) -> dict[str, Any
     if config.qk_norm_eps not in (None, config.norm_eps):
         message = "norms of queries and keys with an epsilon of their own (model.qk_norm_eps), as after a width growth"
         raise CheckpointError(f"{what} has no {message}. It cannot be exported")
+    if config.logit_softcap is not None:
+        message = f"cap on its logits (model.logit_softcap = {config.logit_softcap:g})"
+        raise CheckpointError(f"{what} has no {message}. It cannot be exported")
     if layout.heads_divide_width and config.dim % config.num_heads:
         message = f"a width of {config.dim} with {config.num_heads} heads, which do not divide it"
         raise CheckpointError(f"{what} refuses {message}. It cannot be exported")

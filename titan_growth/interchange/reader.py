@@ -36,7 +36,7 @@ _MUST_AGREE = {"num_heads": "n_heads", "num_kv_heads": "n_kv_heads", "head_dim":
 """What the shapes of the weights do not determine but their meaning depends on: field -> recipe key."""
 
 _ONLY_SCALED = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len")
-_MAY_DIFFER = ("norm_eps", "rope_theta", "rope_scaling_factor", *_ONLY_SCALED)
+_MAY_DIFFER = ("norm_eps", "logit_softcap", "rope_theta", "rope_scaling_factor", *_ONLY_SCALED)
 
 
 class HuggingFaceReader(SafeReader):

@@ -167,6 +167,8 @@ class StepRecord(Record):
     num_layers: int = metric(tag="num_layers")
     batch_hash: str | None = None
     skipped: str | None = None
+    z_loss: float | None = metric(None, tag="loss_metrics/z_loss")
+    """Mean over the step's tokens, weight included; `loss` is without it."""
 
     step_seconds: float = metric(math.nan, tag="time_metrics/end_to_end(s)", file=False)
     """Mean over the steps since the last log; so are the next two."""

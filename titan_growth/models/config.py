@@ -48,6 +48,8 @@ class DecoderConfig:
     """Normalise queries and keys per head (RMSNorm over the head's channels)."""
     qk_norm_eps: float | None = None
     """Epsilon of those norms; None for `norm_eps`. Width growth scales `norm_eps` and keeps this one."""
+    logit_softcap: float | None = None
+    """Logits are capped to (-logit_softcap, logit_softcap) by a tanh; None leaves them alone."""
     mup: BaseSizes | None = None
     """What muP or CompleteP scales from; None for the standard parametrisation."""
 

@@ -16,6 +16,7 @@ V vocabulary, N query heads, K key/value heads, H head width.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.parametrization import output_scale
 from titan_growth.models.roles import Role
+from titan_growth.models.z_loss import ZLoss
 from titan_growth.tools.labels import IGNORE_INDEX
 
 ROLES = {
@@ -131,23 +133,40 @@ def documents_of(positions_BT: Tensor) -> Tensor:
     return (positions_BT == 0).cumsum(dim=1)
 
 
-def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap), in float32: logits that cannot leave (-softcap, softcap) (Gemma 2, 2024)."""
+    return logits if softcap is None else softcap * torch.tanh(logits.float() / softcap)
+
+
+def cross_entropy_sum(
+    logits_BSV: Tensor, labels_BS: Tensor, *, softcap: float | None = None, z_loss: ZLoss | None = None
+) -> Tensor:
     """Sum over valid positions of the negative log-likelihood, in float32, as a tensor of shape (1,).
 
     Not a scalar: a pipeline concatenates its microbatches' results along the first dimension.
+
+    Args:
+        logits_BSV: as the head computes them, before the softcap.
+        z_loss: its gradient is added to that of the sum.
     """
-    loss = F.cross_entropy(
-        logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    logits_NV, labels_N = softcapped(logits_BSV.flatten(0, 1).float(), softcap), labels_BS.flatten()
+    loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
     # With the vocabulary sharded (loss parallel) the sum is a DTensor, the same on all ranks.
+    loss = loss.to_local() if isinstance(loss, DTensor) else loss
+    if z_loss is not None and torch.is_grad_enabled():
+        loss = z_loss.attached(loss, logits_NV, labels_N)
     # FSDP registers hooks on the result, which must not be a view: stack copies.
-    return torch.stack([loss.to_local() if isinstance(loss, DTensor) else loss])
+    return torch.stack([loss])
 
 
 class LossHead(nn.Module):
-    """A head that computes the loss itself: `head(hidden_BSD, labels_BS)` returns the sum of losses, shape (1,)."""
+    """A head that computes the loss itself: `head(hidden_BSD, labels_BS)` returns the sum of losses, shape (1,).
+
+    Without labels it returns logits, before the softcap.
+    """
 
     weight: Tensor
+    z_loss: ZLoss | None = None
 
 
 class Decoder(nn.Module):
@@ -161,7 +180,9 @@ class Decoder(nn.Module):
         self.config = config
         self.seq_len = seq_len
         self.sequence = SequenceLayout()
-        self.loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
+        self.loss: Callable[..., Tensor] = cross_entropy_sum
+        if config.logit_softcap is not None:
+            self.loss = functools.partial(cross_entropy_sum, softcap=config.logit_softcap)
         self.tok_embeddings: nn.Embedding | None = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(layer): self.block(config) for layer in range(config.num_layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -203,7 +224,7 @@ class Decoder(nn.Module):
         if self.output_scale != 1.0:
             x_BSD = x_BSD * self.output_scale  # here and not on the logits, which are larger and may never exist
         if labels_BS is None:
-            return self.output(x_BSD)
+            return softcapped(self.output(x_BSD), self.config.logit_softcap)
         if isinstance(self.output, LossHead):
             return self.output(x_BSD, labels_BS)
         return self.loss(self.output(x_BSD), labels_BS)

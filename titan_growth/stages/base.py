@@ -137,6 +137,10 @@ class Stage(ABC):
         """Called after each optimizer step."""
         return None
 
+    def step_metrics(self, parts: ModelParts, context: BuildContext) -> dict[str, Any]:
+        """Numbers for the line of a logged step, by fields of `StepRecord`; called on all ranks, which get the same."""
+        return {}
+
     @abstractmethod
     def describe(self, context: PlanContext) -> str:
         """One line for the plan and the log."""

@@ -28,10 +28,14 @@ class ChunkedLossHead(LossHead):
     Args:
         weight: a parameter (V, D), a DTensor split over the vocabulary under tensor parallelism.
         group: the tensor-parallel ranks.
+        softcap: of the logits that the loss is computed from.
     """
 
-    def __init__(self, weight: Tensor, chunk_tokens: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, weight: Tensor, chunk_tokens: int, group: dist.ProcessGroup | None, softcap: float | None = None
+    ) -> None:
         super().__init__()
+        self.softcap = softcap
         self.weight = weight
         self.chunk_tokens = chunk_tokens
         self.group = group
@@ -58,6 +62,8 @@ class ChunkedLossHead(LossHead):
             chunk_tokens=self.chunk_tokens,
             group=self.group,
             vocab_offset=offset,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
         )
         return torch.stack([loss])
 
@@ -79,7 +85,9 @@ class ChunkedLoss(Stage):
         group = context.mesh.group_of("tp") if context.mesh_shape.tp > 1 else None
         for part in parts:
             if part.output is not None:
-                part.output = ChunkedLossHead(part.output.weight, self.training.loss_chunk_tokens, group)
+                part.output = ChunkedLossHead(
+                    part.output.weight, self.training.loss_chunk_tokens, group, part.config.logit_softcap
+                )
         return parts
 
     def describe(self, context: PlanContext) -> str:

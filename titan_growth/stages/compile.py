@@ -37,6 +37,7 @@ class Compile(Stage):
         "tensor_parallel",
         "context_parallel",
         "chunked_loss",
+        "z_loss",
         "growth_mask",
         "activation_checkpoint",
     )

@@ -25,6 +25,7 @@ OWN = (
     "growth_mask",
     "pipeline",
     "tensor_parallel",
+    "z_loss",
 )
 """The built-in stages, each in a module of its name. Named, not imported: they import torch and this module."""
 

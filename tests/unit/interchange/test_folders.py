@@ -219,6 +219,15 @@ def test_a_model_that_transformers_does_not_have_is_refused(tmp_path: Path, caps
     assert "epsilon of their own (model.qk_norm_eps)" in capsys.readouterr().out
 
 
+def test_a_model_with_capped_logits_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = make_recipe(tmp_path / "run", training__steps=1, checkpoint__enable=True, model__logit_softcap=30.0)
+    run_ranks(train, 1, 1, recipe)
+    step = tmp_path / "run" / "checkpoint" / "step-1"
+    assert export_main(["--from", str(step), "--to", str(tmp_path / "out")]) == 1
+    assert "LlamaForCausalLM has no cap on its logits (model.logit_softcap = 30)" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 # ---- growth --------------------------------------------------------------------------------------------------------
 
 

@@ -105,6 +105,9 @@ class ModelConfig(Section):
     (true, default) or by the number of layers."""
     tie_word_embeddings: bool | None = None
     """Use the embedding as output head. Default: false."""
+    logit_softcap: float | None = Field(None, gt=0)
+    """Logits are this times tanh(logits / this), as in Gemma 2, which has 30. Default: none. Hugging Face's Llama and
+    Qwen3 have no such cap, so a model with one cannot be exported."""
     parametrization: Literal["standard", "mup", "completep"] = "standard"
     """How initial weights, learning rates, weight decay and the factors of the forward pass depend on the size. mup:
     one learning rate for all widths (Yang et al., 2022); completep: for all depths too (Dey et al., 2025)."""

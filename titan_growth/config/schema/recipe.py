@@ -112,6 +112,9 @@ class TrainingConfig(Section):
     """FSDP keeps parameters, gradients and moments in host memory (CUDA)."""
     loss_chunk_tokens: int = Field(0, ge=0)
     """Positions per chunk of head and loss, to never hold all logits of a batch; 0 = all. Not a key of torchtitan."""
+    z_loss_weight: float = Field(0.0, ge=0)
+    """Weight of log(Z)^2 of each token's logits in the training loss; 0 = none, PaLM has 1e-4. `loss` in metrics and
+    validation stays the cross-entropy, and `z_loss` is a metric of its own. Not a key of torchtitan."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "bfloat16"
     """Type of the computation: FSDP casts parameters to it, on one rank autocast does. auto = decided at the first
     start by what the device does fast: bfloat16 on CUDA and on CPUs with AMX, else float32."""
