@@ -152,6 +152,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line.get("event") != "data"]
 
 
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's training steps."""
+    return [line for line in read_metrics(folder) if "num_layers" in line]
+
+
 def without_timings(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines without what depends on the clock."""
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]

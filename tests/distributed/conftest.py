@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.test_growth_across_meshes import Matrix
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, train
 
@@ -30,6 +31,12 @@ def trained(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> 
         return known[key]
 
     return lines_of
+
+
+@pytest.fixture(scope="module")
+def matrix(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    """Growths from mesh to mesh, each made once per file."""
+    return Matrix(tmp_path_factory.mktemp("matrix"), warm_ranks)
 
 
 @pytest.fixture(scope="module")

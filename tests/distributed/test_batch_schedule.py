@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.harness import WarmRanks
-from tests.runs import make_recipe, read_metrics, train
+from tests.runs import make_recipe, read_steps, train
 from titan_growth.commands.plan_report import report_lines
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.run.plan import plan_run
@@ -38,22 +38,11 @@ def recipe_of(folder: Path, **others: Any) -> Recipe:
     return make_recipe(folder, **{**SETTINGS, **others})
 
 
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(folder) if "num_layers" in line]
-
-
 @pytest.fixture(scope="module")
-def ranks():
-    warm = WarmRanks()
-    yield warm
-    warm.close()
-
-
-@pytest.fixture(scope="module")
-def whole(ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on 2 ranks that was never interrupted."""
     folder = tmp_path_factory.mktemp("batch") / "whole"
-    ranks(train, 2, 2, recipe_of(folder))
+    warm_ranks(train, 2, 2, recipe_of(folder))
     return folder
 
 
@@ -63,7 +52,7 @@ def test_the_run_does_what_the_plan_says(whole: Path) -> None:
     lines = report_lines(made, "cpu")
     found = lines[lines.index("learning rate (measured in tokens, masked positions included):") + 1 :][:2]
     planned = [[(int(step), int(tokens.replace(",", ""))) for step, tokens in POINT.findall(line)] for line in found]
-    run = steps_of(whole)
+    run = read_steps(whole)
     at = [(line["step"], line["tokens"]) for line in run]
     lr = [line["lr"] for line in run]
     grown = next(line["step"] for line in run if line["num_layers"] == 4) - 1
@@ -77,33 +66,35 @@ def test_the_run_does_what_the_plan_says(whole: Path) -> None:
     assert second == pytest.approx([PEAK / 2, PEAK, PEAK, PEAK, PEAK * 2 / 3, PEAK / 3])
 
 
-def resumed(ranks: WarmRanks, whole: Path, folder: Path, step: int, num_ranks: int) -> list[dict[str, Any]]:
+def resumed(warm_ranks: WarmRanks, whole: Path, folder: Path, step: int, num_ranks: int) -> list[dict[str, Any]]:
     """The steps after a resume from one of the run's checkpoints."""
     shutil.copytree(whole, folder)
     local = {1: 8, 2: 2, 4: 2}[num_ranks]
     recipe = recipe_of(folder, checkpoint__load_step=step, training__local_batch_size=local)
-    ranks(train, num_ranks, num_ranks, recipe)
-    lines = steps_of(folder)
+    warm_ranks(train, num_ranks, num_ranks, recipe)
+    lines = read_steps(folder)
     assert [line["step"] for line in lines] == list(range(1, 13))
     return lines
 
 
 def require_same(whole: Path, lines: list[dict[str, Any]], *, exact: bool) -> None:
-    expected = steps_of(whole)
+    expected = read_steps(whole)
     for key in ("batch_hash", "tokens", "lr", "num_layers"):
         assert [line[key] for line in lines] == [line[key] for line in expected], key
     losses = [line["loss"] for line in expected]
     assert [line["loss"] for line in lines] == (losses if exact else pytest.approx(losses, abs=2e-5))
 
 
-def test_a_resume_before_the_change_on_other_ranks(ranks: WarmRanks, whole: Path, tmp_path: Path) -> None:
+def test_a_resume_before_the_change_on_other_ranks(warm_ranks: WarmRanks, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "corpus.txt").write_bytes((whole.parent / "corpus.txt").read_bytes())
-    require_same(whole, resumed(ranks, whole, tmp_path / "run", 2, 1), exact=False)
+    require_same(whole, resumed(warm_ranks, whole, tmp_path / "run", 2, 1), exact=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("step", [2, 4, 6, 8, 10])
-def test_resumes_in_every_stretch(ranks: WarmRanks, whole: Path, tmp_path: Path, step: int, num_ranks: int) -> None:
+def test_resumes_in_every_stretch(
+    warm_ranks: WarmRanks, whole: Path, tmp_path: Path, step: int, num_ranks: int
+) -> None:
     (tmp_path / "corpus.txt").write_bytes((whole.parent / "corpus.txt").read_bytes())
-    require_same(whole, resumed(ranks, whole, tmp_path / "run", step, num_ranks), exact=num_ranks == 2)
+    require_same(whole, resumed(warm_ranks, whole, tmp_path / "run", step, num_ranks), exact=num_ranks == 2)

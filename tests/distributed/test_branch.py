@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.harness import WarmRanks
-from tests.runs import make_recipe, read_metrics, train
+from tests.runs import make_recipe, read_steps, train
 from titan_growth.__main__ import main
 from titan_growth.checkpoint.folder import open_step, write_manifest
 from titan_growth.commands.lineage import lineage_lines
@@ -39,22 +39,11 @@ PARENT = {
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    warm = WarmRanks()
-    yield warm
-    warm.close()
-
-
-@pytest.fixture(scope="module")
-def parent(ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parent(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("branch") / "parent"
-    ranks(train, 2, 2, make_recipe(folder, **PARENT))
+    warm_ranks(train, 2, 2, make_recipe(folder, **PARENT))
     (folder / "recipe.toml").touch()
     return folder
-
-
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(folder) if "num_layers" in line]
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, int]]:
@@ -66,24 +55,24 @@ def branch(source: Path, steps: int, target: Path) -> int:
     return main(["branch", "--from", str(source), "--steps", str(steps), "--to", str(target)])
 
 
-def cooled(ranks: WarmRanks, target: Path, num_ranks: int = 2) -> list[dict[str, Any]]:
+def cooled(warm_ranks: WarmRanks, target: Path, num_ranks: int = 2) -> list[dict[str, Any]]:
     """The steps of a branch that has been trained."""
     recipe = load_recipe(["--job.config_file", str(target / "branch.toml"), "--training.local_batch_size", "2"])
-    ranks(train, num_ranks, num_ranks, recipe)
-    return steps_of(target)
+    warm_ranks(train, num_ranks, num_ranks, recipe)
+    return read_steps(target)
 
 
 def test_a_branch_at_the_decay_is_the_runs_own_end(
-    ranks: WarmRanks, parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    warm_ranks: WarmRanks, parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The newest stable step is 9, where the parent's decay of 3 steps begins: until it grows again, the same bits."""
     before = files_of(parent)
     assert branch(parent, 3, tmp_path / "run") == 0
     assert f"3 steps from step 9 (2,304 tokens) of {parent}/checkpoint/step-9" in capsys.readouterr().out
-    lines = cooled(ranks, tmp_path / "run")
+    lines = cooled(warm_ranks, tmp_path / "run")
     assert [line["step"] for line in lines] == [10, 11, 12]
     assert [line["lr"] for line in lines] == pytest.approx([PEAK, PEAK * 2 / 3, PEAK / 3])
-    own = steps_of(parent)[9:]
+    own = read_steps(parent)[9:]
     for key in ("loss", "grad_norm", "batch_hash", "tokens", "flops"):
         assert [line[key] for line in lines[:2]] == [line[key] for line in own[:2]], key
     assert lines[2]["batch_hash"] == own[2]["batch_hash"]
@@ -100,17 +89,17 @@ def test_a_branch_at_the_decay_is_the_runs_own_end(
 @pytest.mark.parametrize(("step", "num_layers"), [(4, 2), (6, 4), (9, 4)])
 @pytest.mark.parametrize("num_ranks", [1, 4])
 def test_branches_on_other_ranks(
-    ranks: WarmRanks, parent: Path, tmp_path: Path, step: int, num_layers: int, num_ranks: int
+    warm_ranks: WarmRanks, parent: Path, tmp_path: Path, step: int, num_layers: int, num_ranks: int
 ) -> None:
     assert branch(parent / "checkpoint" / f"step-{step}", 5, tmp_path / "run") == 0
-    lines = cooled(ranks, tmp_path / "run", num_ranks)
+    lines = cooled(warm_ranks, tmp_path / "run", num_ranks)
     assert [line["step"] for line in lines] == list(range(step + 1, step + 6))
     assert [line["lr"] for line in lines] == pytest.approx([PEAK * share / 5 for share in (5, 4, 3, 2, 1)])
     assert {line["num_layers"] for line in lines} == {num_layers}
-    hashes = {line["step"]: line["batch_hash"] for line in steps_of(parent)}
+    hashes = {line["step"]: line["batch_hash"] for line in read_steps(parent)}
     assert all(hashes.get(line["step"], line["batch_hash"]) == line["batch_hash"] for line in lines)
     if num_layers == 4:
-        first = steps_of(parent)[step]
+        first = read_steps(parent)[step]
         assert lines[0]["loss"] == pytest.approx(first["loss"], abs=2e-5)
 
 
@@ -121,7 +110,7 @@ def refusal(capsys: pytest.CaptureFixture[str], source: Path, target: Path, stat
 
 
 def test_what_cannot_be_branched(
-    ranks: WarmRanks, parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    warm_ranks: WarmRanks, parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "run"
     for step, expected in (
@@ -142,8 +131,8 @@ def test_what_cannot_be_branched(
 
 
 def test_a_schedule_without_a_stable_phase(
-    ranks: WarmRanks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    warm_ranks: WarmRanks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = make_recipe(tmp_path / "run", training__steps=3, checkpoint__enable=True, checkpoint__interval=2)
-    ranks(train, 2, 2, recipe)
+    warm_ranks(train, 2, 2, recipe)
     assert "no stable phase" in refusal(capsys, tmp_path / "run", tmp_path / "cool-down", 1)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.meshes import MESHES, ONE_RANK
-from tests.distributed.test_growth_across_meshes import COMPLETEP, UNDER_COMPLETEP, Matrix, assert_same
-from tests.distributed.test_growth_across_meshes import MESHES as GROWN_MESHES
+from tests.distributed.test_growth_across_meshes import (
+    COMPLETEP,
+    UNDER_COMPLETEP,
+    Matrix,
+    assert_same,
+    every_fourth,
+)
 from tests.distributed.test_parity import Trained, assert_agrees_with_one_rank
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, train
@@ -51,27 +55,11 @@ def test_compiled_blocks_compute_the_same(trained: Trained, warm_imports: None) 
 # ---- growth ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
-    ranks = WarmRanks()
-    yield Matrix(tmp_path_factory.mktemp("matrix"), ranks)
-    ranks.close()
-
-
-GROWTHS = [
-    (source, target, operator)
-    for row, source in enumerate(GROWN_MESHES)
-    for number, operator in enumerate(UNDER_COMPLETEP)
-    for column, target in enumerate(GROWN_MESHES)
-    if (row + column + number) % 4 == 0
-]
-
-
 @pytest.mark.parametrize(
     ("source", "target", "operator"),
     [
         ("tp2", "fsdp2", "zero_depth scaled, CompleteP"),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in GROWTHS),
+        *every_fourth(UNDER_COMPLETEP),
     ],
 )
 def test_growths_are_those_of_one_rank(source: str, target: str, operator: str, matrix: Matrix) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.harness import run_ranks
-from tests.runs import BASE, argv_of, make_recipe, read_metrics, train, write_corpus
+from tests.runs import BASE, argv_of, make_recipe, read_steps, train, write_corpus
 from titan_growth.commands.lineage import lineage_lines
 from titan_growth.growth.schedule import slope
 from titan_growth.metrics.records import MEASURED
@@ -30,10 +30,6 @@ def stages(*tables: dict[str, Any]) -> dict[str, Any]:
 
 def lineage(folder: Path, step: int) -> dict[str, Any]:
     return json.loads((folder / "checkpoint" / f"step-{step}" / "lineage.json").read_text())
-
-
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(folder) if "num_layers" in line]
 
 
 @pytest.mark.slow
@@ -63,10 +59,10 @@ def test_the_cluster_grows_with_the_model(tmp_path: Path) -> None:
     assert (event["mesh"], event["num_ranks"]) == ("dp_shard 2 x tp 2", 4)
     alone = make_recipe(tmp_path / "alone", debug__log_batch_hash=True, training__steps=6)
     run_ranks(train, 1, 1, alone)
-    assert [line["batch_hash"] for line in steps_of(tmp_path / "run")] == [
-        line["batch_hash"] for line in steps_of(tmp_path / "alone")
+    assert [line["batch_hash"] for line in read_steps(tmp_path / "run")] == [
+        line["batch_hash"] for line in read_steps(tmp_path / "alone")
     ]
-    assert [line["num_layers"] for line in steps_of(tmp_path / "run")] == [2, 2, 2, 4, 4, 4]
+    assert [line["num_layers"] for line in read_steps(tmp_path / "run")] == [2, 2, 2, 4, 4, 4]
 
 
 def test_batch_and_sequence_length_change_and_nothing_is_read_twice(tmp_path: Path) -> None:
@@ -78,8 +74,8 @@ def test_batch_and_sequence_length_change_and_nothing_is_read_twice(tmp_path: Pa
         json.loads((tmp_path / "run" / "checkpoint" / f"step-{n}" / "manifest.json").read_text()) for n in (3, 6)
     ]
     assert [manifest["samples"] for manifest in manifests] == [24, 48], "the cursor counts blocks of 32 tokens"
-    assert [line["tokens"] for line in steps_of(tmp_path / "run")] == [256 * n for n in range(1, 7)]
-    per_token = [line["flops"] / line["tokens"] for line in steps_of(tmp_path / "run")[:2]]
+    assert [line["tokens"] for line in read_steps(tmp_path / "run")] == [256 * n for n in range(1, 7)]
+    per_token = [line["flops"] / line["tokens"] for line in read_steps(tmp_path / "run")[:2]]
     assert per_token[0] == per_token[1]
     bad = stages({**changes, "seq_len": 48})
     with pytest.raises(AssertionError, match="not a multiple of the run's base length 32"):
@@ -90,7 +86,7 @@ def test_a_slope_brings_the_growth_and_a_resume_does_not_move_it(tmp_path: Path)
     settings = {**stages({"at": "slope 0.35 over 4 steps", "factor": 2}), **SAVING, "training__steps": 24}
     run_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
     (event,) = lineage(tmp_path / "run", 24)["events"]
-    losses = [line["loss"] for line in steps_of(tmp_path / "run")]
+    losses = [line["loss"] for line in read_steps(tmp_path / "run")]
     reached = next(step for step in range(4, 24) if slope(losses[step - 4 : step]) < 0.35)
     assert event["step"] == reached > 4
     shutil.copytree(tmp_path / "run", tmp_path / "again")
@@ -124,7 +120,7 @@ def test_three_stages_resume_from_any_checkpoint(steps: list[int], tmp_path: Pat
     settings = {**THREE, **WIDE, **SAVING, "training__steps": 10, "model__n_layers": 4}
     run_ranks(train, 2, 2, make_recipe(tmp_path / "run", **settings))
     whole = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [line["num_layers"] for line in steps_of(tmp_path / "run")] == [1, 1, 2, 2, 2, 4, 4, 4, 4, 4]
+    assert [line["num_layers"] for line in read_steps(tmp_path / "run")] == [1, 1, 2, 2, 2, 4, 4, 4, 4, 4]
     events = lineage(tmp_path / "run", 10)["events"]
     assert [event["mesh"] for event in events] == ["dp_shard 2", "tp 2", "tp 2"]
     text = "\n".join(lineage_lines(tmp_path / "run" / "checkpoint" / "step-10"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.harness import WarmRanks
-from tests.runs import make_recipe, read_metrics, train
+from tests.runs import make_recipe, read_steps, train
 from titan_growth.__main__ import main
 from titan_growth.commands.plan_report import report_lines
 from titan_growth.config.loader import load_recipe, with_values
@@ -40,22 +40,11 @@ def recipe_of(folder: Path, **others: Any) -> Recipe:
     return with_values(make_recipe(folder, **{**SETTINGS, **others}), LENGTHS)
 
 
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(folder) if "num_layers" in line]
-
-
 @pytest.fixture(scope="module")
-def ranks():
-    warm = WarmRanks()
-    yield warm
-    warm.close()
-
-
-@pytest.fixture(scope="module")
-def whole(ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on one rank."""
     folder = tmp_path_factory.mktemp("lengths") / "whole"
-    ranks(train, 1, 1, recipe_of(folder))
+    warm_ranks(train, 1, 1, recipe_of(folder))
     return folder
 
 
@@ -63,7 +52,7 @@ def test_the_run_does_what_the_plan_says(whole: Path) -> None:
     made = plan_run(recipe_of(whole), Findings(), num_ranks=1, device_type="cpu")
     assert made is not None
     planned = {point for line in report_lines(made, "cpu") for point in POINT.findall(line)}
-    run = steps_of(whole)
+    run = read_steps(whole)
     at = {line["step"]: f"{line['tokens']:,}" for line in run}
     ends = [("warmup", 2), ("stable", 6), ("warmup", 7), ("stable", 10), ("decay", 12)]
     assert planned == {(what, str(step), at[step]) for what, step in ends}
@@ -72,19 +61,19 @@ def test_the_run_does_what_the_plan_says(whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_resume_and_a_cool_down(ranks: WarmRanks, whole: Path, tmp_path: Path) -> None:
-    run, resumed, cool = steps_of(whole), whole.with_name("resumed"), tmp_path / "cool"
+def test_a_resume_and_a_cool_down(warm_ranks: WarmRanks, whole: Path, tmp_path: Path) -> None:
+    run, resumed, cool = read_steps(whole), whole.with_name("resumed"), tmp_path / "cool"
     shutil.copytree(whole, resumed)
-    ranks(train, 2, 2, recipe_of(resumed, checkpoint__load_step=8))
+    warm_ranks(train, 2, 2, recipe_of(resumed, checkpoint__load_step=8))
     for key in ("step", "lr", "tokens", "batch_hash"):
-        assert [line[key] for line in steps_of(resumed)] == [line[key] for line in run]
+        assert [line[key] for line in read_steps(resumed)] == [line[key] for line in run]
 
     source = whole / "checkpoint" / "step-8"
     assert main(["branch", "--from", str(source), "--steps", "3", "--to", str(cool)]) == 0
     branch = load_recipe(["--job.config_file", str(cool / "branch.toml")])
     assert (branch.lr_scheduler.warmup, branch.lr_scheduler.decay) == ("500 tokens", "3 steps")
-    ranks(train, 1, 1, branch)
-    found = steps_of(cool)
+    warm_ranks(train, 1, 1, branch)
+    found = read_steps(cool)
     assert [line["lr"] / PEAK for line in found] == [1.0, 1 - 1 / 3, 1 - 2 / 3]
     for key in ("step", "tokens", "batch_hash"):
         assert [line[key] for line in found] == [line[key] for line in run[8:11]]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.distributed.meshes import GLOBAL_BATCH, MESHES
-from tests.distributed.test_growth_across_meshes import MESHES as GROWN_MESHES
-from tests.distributed.test_growth_across_meshes import MUON, UNDER_MUON, Matrix, assert_same
+from tests.distributed.test_growth_across_meshes import MUON, UNDER_MUON, Matrix, assert_same, every_fourth
 from tests.distributed.test_parity import Trained, assert_agrees_with_one_rank
 from tests.faults.elastic import MESHES as ELASTIC_MESHES
 from tests.faults.elastic import QUICK, TOLERANCE, Elastic
@@ -46,27 +44,11 @@ def test_it_is_another_optimizer(trained: Trained) -> None:
 # ---- growth ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
-    ranks = WarmRanks()
-    yield Matrix(tmp_path_factory.mktemp("matrix"), ranks)
-    ranks.close()
-
-
-GROWTHS = [
-    (source, target, operator)
-    for row, source in enumerate(GROWN_MESHES)
-    for number, operator in enumerate(UNDER_MUON)
-    for column, target in enumerate(GROWN_MESHES)
-    if (row + column + number) % 4 == 0
-]
-
-
 @pytest.mark.parametrize(
     ("source", "target", "operator"),
     [
         ("tp2", "fsdp2", "random_width asymmetric, Muon"),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in GROWTHS),
+        *every_fourth(UNDER_MUON),
     ],
 )
 def test_growths_are_those_of_one_rank(source: str, target: str, operator: str, matrix: Matrix) -> None:

@@ -37,14 +37,19 @@ def plan(folder: Path, *more: str, **written: Any) -> tuple[int, str]:
 
 
 def test_the_plan_knows_what_it_keeps(tmp_path: Path) -> None:
-    """One moment instead of two: three values of four bytes for each parameter."""
-    status, found = plan(tmp_path)
-    assert status == 0, found
-    table = found.split("moments        sum\n")[1] if "moments        sum\n" in found else found
-    _, _, _, numel, weights, gradients, moments, _ = re.search(r"^ +0 +0 +4 .*$", table, re.M)[0].split()  # type: ignore[index]
-    assert weights == gradients == moments, numel
-    adamw = plan(tmp_path, "--optimizer.name", "AdamW", "--optimizer.options", "{}")
-    assert adamw[0] == 0, adamw[1]
+    """One moment instead of two: a third of a checkpoint less. Weights of 3 GiB, so that digits can tell."""
+    sizes = ["--model.dim", "8192", "--model.n_layers", "1", "--checkpoint.enable", "true"]
+    weights = {}
+    for name, options in (("Lion", "{beta3 = 0.98}"), ("AdamW", "{}")):
+        status, found = plan(tmp_path, *sizes, "--optimizer.name", name, "--optimizer.options", options)
+        assert status == 0, found
+        (row,) = re.findall(r"^ +0 +0 +1 +[\d,]+ +([\d.]+) +([\d.]+) +([\d.]+) +[\d.]+$", found, re.M)
+        (stored,) = re.findall(r"checkpoints: ([\d.]+) GiB each", found)
+        weights[name] = [float(number) for number in (*row, stored)]
+    whole = weights["Lion"][0]
+    assert whole > 1
+    assert weights["Lion"] == pytest.approx([whole, whole, whole, 2 * whole], abs=2e-3)
+    assert weights["AdamW"] == pytest.approx([whole, whole, 2 * whole, 3 * whole], abs=2e-3)
 
 
 BETA3 = "--optimizer.options.beta3"

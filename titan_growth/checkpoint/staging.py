@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.tensor import DTensor
+
+from titan_growth.tools.shards import local_of
 
 
 class HostCopies:
@@ -32,7 +33,7 @@ class HostCopies:
         """Copies the shards; with pinned memory it returns before the copies have completed."""
         buffers, self.local = self.local, {}
         for name, tensor in tensors.items():
-            shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            shard = local_of(tensor)
             buffer = buffers.get(name)
             if buffer is None or buffer.shape != shard.shape or buffer.dtype != shard.dtype:
                 buffer = torch.empty(shard.shape, dtype=shard.dtype, pin_memory=self.pinned)

@@ -8,6 +8,7 @@ updates and activations are as aligned as they ever get.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -163,8 +164,7 @@ class Scan:
         if min(values) <= 0.0 or len(values) < 2:
             return math.nan
         xs, ys = [math.log(size) for size in self.sizes], [math.log(value) for value in values]
-        x0, y0 = sum(xs) / len(xs), sum(ys) / len(ys)
-        return sum((x - x0) * (y - y0) for x, y in zip(xs, ys, strict=True)) / sum((x - x0) ** 2 for x in xs)
+        return statistics.linear_regression(xs, ys).slope
 
     def lines(self) -> Iterator[str]:
         """The table of sizes and changes after the last step."""

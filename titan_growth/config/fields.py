@@ -9,12 +9,14 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Union, get_args, get_origin
 
 import tomli
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from titan_growth.tools.errors import Problem
 
 
 def without_none(annotation: Any) -> Any:
@@ -82,6 +84,12 @@ def type_text(annotation: Any) -> str:
         return f"list of {item}" if '"' in item else f"list of {item}s"
     names = {int: "integer", float: "number", bool: "true | false", str: "string"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def no_option(key: str, owner: str, option: str, known: Sequence[str]) -> Problem:
+    """What to say of an option that an operator or optimizer does not have."""
+    others = f"Known: {', '.join(known)}" if known else "Remove it"
+    return Problem(key, f"is no option of '{owner}'", suggestion(option, known) or others)
 
 
 def suggestion(word: str, choices: Iterable[str]) -> str:

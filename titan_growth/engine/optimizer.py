@@ -20,6 +20,7 @@ from titan_growth.engine.build import BuiltModel
 from titan_growth.engine.parameter_groups import SizedModel, Treatment, treatment_of
 from titan_growth.optimizers.base import Site, StateTensor, UpdateRule, optimizer_named
 from titan_growth.tools.gradients import reduced
+from titan_growth.tools.shards import local_of
 from titan_growth.tools.torch_private import foreach_norm
 
 
@@ -59,8 +60,9 @@ class Optimizer:
             name: treatment_of(section, self.tied.get(name, name), parameter.dim(), model)
             for name, parameter in self.parameters.items()
         }
+        kind = optimizer_named(section.name)
         self.rules = {
-            name: optimizer_named(section.name).rule_of(self.tied.get(name, name), parameter.dim())
+            name: kind.rule_of(self.tied.get(name, name), parameter.dim())
             for name, parameter in self.parameters.items()
         }
         self.inners = [
@@ -139,13 +141,13 @@ class Optimizer:
             for group in inner.param_groups:
                 group["lr"] = lr * group["lr_factor"]
         names = self.fresh if fresh_share != 1.0 else ()
-        before = {name: _local(self.parameters[name]).clone() for name in names}
+        before = {name: local_of(self.parameters[name]).detach().clone() for name in names}
         for inner in self.inners:
             inner.step()
         for name, old in before.items():
             # A step, weight decay included, is linear in the learning rate, so a fraction of the rate is a fraction of
             # the step: old + share * (new - old).
-            local = _local(self.parameters[name])
+            local = local_of(self.parameters[name]).detach()
             local.copy_(torch.where(self.fresh[name], torch.lerp(old, local, fresh_share), local))
         self.drop()
 
@@ -163,11 +165,6 @@ def _zeros(kept: StateTensor, parameter: Tensor, *, fused: bool) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
 
 
-def _local(tensor: Tensor) -> Tensor:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach()
-
-
 def global_norm(
     gradients: Sequence[Tensor], device: torch.device, pipeline_group: dist.ProcessGroup | None = None
 ) -> Tensor:
@@ -177,7 +174,8 @@ def global_norm(
     and two differ by 4e-5 (docs/log.md).
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
-    norms = foreach_norm([_local(gradient) for gradient in gradients], dtype=torch.float64) if gradients else []
+    shards = [local_of(gradient).detach() for gradient in gradients]
+    norms = foreach_norm(shards, dtype=torch.float64) if shards else []
     squares = [norm.square() for norm in norms]
     # Tensors sharded over the same axes are summed locally first, then once over those axes.
     by_axes: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_growth.engine.optimizer import Optimizer
 from titan_growth.models.roles import OPTIMIZER_PREFIX
+from titan_growth.tools.shards import local_of
 from titan_growth.tools.torch_private import is_traceable_wrapper_subclass
 
 
@@ -27,7 +28,7 @@ def plain(tensor: Tensor) -> Tensor:
 
     Checkpoints hold plain tensors, which any program can read without torchao.
     """
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_of(tensor)
     if not is_traceable_wrapper_subclass(local):
         return tensor
     (name,), _ = local.__tensor_flatten__()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from titan_growth.config.fields import no_option
 from titan_growth.config.messages import suggestion
 from titan_growth.config.schema.growth import SIZES, WIDTHS, GrowthConfig, PlannedGrowth
 from titan_growth.growth.multipliers import is_exact
@@ -89,8 +90,7 @@ def check_planned(key: str, planned: PlannedGrowth, operator: Operator, found: F
     options: frozenset[str] = getattr(operator, "options", frozenset())
     for name in planned.options:
         if name not in options:
-            hint = suggestion(name, options) or ("Remove it" if not options else f"Known: {', '.join(sorted(options))}")
-            found.problem(f"{prefix}options.{name}", f"is no option of '{planned.operator}'", hint)
+            found.problems.append(no_option(f"{prefix}options.{name}", planned.operator, name, sorted(options)))
 
 
 def _base(section: GrowthConfig, target: DecoderConfig, found: Findings) -> DecoderConfig | None:

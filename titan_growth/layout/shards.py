@@ -22,7 +22,7 @@ from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.layout.pipeline_parts import Part
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.roles import with_layer
-from titan_growth.optimizers.base import state_of
+from titan_growth.optimizers.base import optimizer_named
 
 EMBEDDING, LAYER, NORM, HEAD = "tok_embeddings", "layers", "norm", "output"
 """The units that a pipeline assigns, by the first component of their parameters' names."""
@@ -92,9 +92,10 @@ class ModelShards:
     def moments(self, section: OptimizerConfig) -> ModelShards:
         """The same of what an optimizer keeps: each parameter counts as often as it has moments."""
 
+        kind = optimizer_named(section.name)
+
         def num_moments(parameter: Parameter) -> int:
-            kept = state_of(section, parameter.name, len(parameter.shape))
-            return sum(one.power is not None for one in kept)
+            return sum(kept.power is not None for kept in kind.rule_of(parameter.name, len(parameter.shape)).state)
 
         return ModelShards(self.config, self.family, self.mesh, num_moments)
 

@@ -25,13 +25,13 @@ from enum import Enum
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.parametrization import output_scale
 from titan_growth.models.roles import Role
 from titan_growth.models.z_loss import ZLoss
 from titan_growth.tools.labels import IGNORE_INDEX
+from titan_growth.tools.shards import local_of
 
 ROLES = {
     "tok_embeddings.weight": Role(("vocab", "dim")),
@@ -152,7 +152,7 @@ def cross_entropy_sum(
     logits_NV, labels_N = softcapped(logits_BSV.flatten(0, 1).float(), softcap), labels_BS.flatten()
     loss = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
     # With the vocabulary sharded (loss parallel) the sum is a DTensor, the same on all ranks.
-    loss = loss.to_local() if isinstance(loss, DTensor) else loss
+    loss = local_of(loss)
     if z_loss is not None and torch.is_grad_enabled():
         loss = z_loss.attached(loss, logits_NV, labels_N)
     # FSDP registers hooks on the result, which must not be a view: stack copies.

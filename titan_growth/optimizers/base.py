@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from titan_growth.config.fields import suggestion
+from titan_growth.config.fields import no_option, suggestion
 from titan_growth.config.plugins import origin_of, same_origin
 from titan_growth.config.schema.optimizer import OptimizerConfig
 from titan_growth.tools.errors import ConfigError, Problem
@@ -120,7 +120,7 @@ def register_optimizer(name: str) -> Callable[[Kind], Kind]:
     return register
 
 
-def _flaws(name: str, kind: type) -> Iterator[Problem]:
+def _flaws(name: str, kind: Any) -> Iterator[Problem]:
     """What keeps a class from being an optimizer, for the author of a plugin."""
     where = origin_of(kind)
     if not (isinstance(name, str) and re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name)):
@@ -131,8 +131,7 @@ def _flaws(name: str, kind: type) -> Iterator[Problem]:
     if missing:
         yield Problem(where, f"lacks {', '.join(missing)}", "docs/extending/adding_an_optimizer.md has the contract")
         return
-    rules: Sequence[UpdateRule] = getattr(kind, "rules")  # noqa: B009
-    for state in (state for rule in rules for state in rule.state):
+    for state in (state for rule in kind.rules for state in rule.state):
         if "." in state.name:
             yield Problem(where, f"keeps {state.name!r}", "A name of state has no dots")
         elif (known := _states().get(state.name, state)) != state:
@@ -185,21 +184,18 @@ def check_optimizer(section: OptimizerConfig, found: Findings) -> None:
     except ConfigError as error:
         found.problems += error.problems
         return
-    wrong = False
+    own = Findings()
     for option, value in section.options.items():
         key = f"optimizer.options.{option}"
-        default = kind.options.get(option)
-        if default is None:
-            known = ", ".join(kind.options)
-            hint = suggestion(option, kind.options) or (f"Known: {known}" if known else "Remove it")
-            found.problem(key, f"is no option of '{section.name}'", hint)
-        elif not (type(value) is type(default) or (type(default) is float and type(value) is int)):
-            found.problem(key, f"must be like its default, {default!r}, got {value!r}")
-        else:
+        if option not in kind.options:
+            own.problems.append(no_option(key, section.name, option, list(kind.options)))
             continue
-        wrong = True
-    if not wrong and (problem := kind.problem(options_of(section))):
-        found.problem("optimizer.options", problem)
+        default = kind.options[option]
+        if not (type(value) is type(default) or (type(default) is float and type(value) is int)):
+            own.problem(key, f"must be like its default, {default!r}, got {value!r}")
+    if not own.problems and (problem := kind.problem(options_of(section))):
+        own.problem("optimizer.options", problem)
+    found.extend(own)
 
 
 def width_factor(

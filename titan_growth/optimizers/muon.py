@@ -27,6 +27,7 @@ from titan_growth.models.roles import layer_of
 from titan_growth.optimizers.adam import ADAMW
 from titan_growth.optimizers.base import Site, StateTensor, UpdateRule, options_of, register_optimizer
 from titan_growth.tools.collectives import gather_objects
+from titan_growth.tools.shards import local_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration, with a large slope at zero: few iterations bring singular values to about 0.7 to 1.2."""
@@ -173,7 +174,7 @@ class Muon(torch.optim.Optimizer):
         self._exchange = Exchange(matrices, site) if sharded and site.group is not None else None
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # PyTorch's may get one and return a loss
         """Updates every matrix that has a gradient; all ranks of the group together."""
         assert closure is None, "there is no closure to call"
         group_of = {
@@ -183,14 +184,14 @@ class Muon(torch.optim.Optimizer):
             directions = [self._direction(matrix, group_of[matrix]) for matrix in matrices]
             updates = self._orthogonalised(matrices, directions, [group_of[matrix]["ns_steps"] for matrix in matrices])
             for matrix, update in zip(matrices, updates, strict=True):
-                group, local = group_of[matrix], _local(matrix)
+                group, local = group_of[matrix], local_of(matrix)
                 local.mul_(1 - group["lr"] * group["weight_decay"])
                 local.add_(update.to(local.device), alpha=-group["lr"] * lr_factor(group["adjust_lr_fn"], matrix.shape))
 
     def _direction(self, matrix: Tensor, group: Mapping[str, Any]) -> Tensor:
         """This rank's shard of the matrix to orthogonalise; takes the gradient into the momentum."""
         assert matrix.grad is not None
-        gradient, momentum = _local(matrix.grad), _local(self.state[matrix][MOMENTUM])
+        gradient, momentum = local_of(matrix.grad), local_of(self.state[matrix][MOMENTUM])
         momentum.lerp_(gradient, 1 - group["momentum"])
         direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         return direction.to(torch.bfloat16)
@@ -203,10 +204,6 @@ class Muon(torch.optim.Optimizer):
         if whole is not None:
             whole = orthogonalised(whole, iterations[self._exchange.rank])
         return self._exchange.returned(matrices, whole)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class MuonRule:

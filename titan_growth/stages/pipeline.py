@@ -17,7 +17,6 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from titan_growth.config.schema.recipe import ParallelismConfig, TrainingConfig
 from titan_growth.config.schema.techniques import ActivationCheckpointConfig, CompileConfig
@@ -28,6 +27,7 @@ from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.gradients import reduced
+from titan_growth.tools.shards import local_of
 
 
 @register_stage
@@ -113,7 +113,7 @@ def _sum_tied_gradients(parts: ModelParts, layout: PipelineLayout, context: Buil
     def gradient_of(module: nn.Embedding | nn.Linear | LossHead) -> Tensor:
         assert module.weight.grad is not None
         module.weight.grad = gradient = reduced(module.weight.grad, module.weight)
-        return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        return local_of(gradient)
 
     embedding = next((gradient_of(part.tok_embeddings) for part in parts if part.tok_embeddings is not None), None)
     head = next((gradient_of(part.output) for part in parts if part.output is not None), None)

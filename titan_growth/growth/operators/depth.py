@@ -75,8 +75,9 @@ class DepthOperator(ABC):
         """Source of each of `target` layers; or why there is none."""
 
     def map_of(self, before: DecoderConfig, sources: Sequence[int]) -> GrowthMap:
-        """The map of these sources."""
-        return GrowthMap(before=before, after=replace(before, num_layers=len(sources)), layers=tuple(sources))
+        """The map of these sources, `NEW` for a layer without one."""
+        layers = tuple(None if source == NEW else source for source in sources)
+        return GrowthMap(before=before, after=replace(before, num_layers=len(sources)), layers=layers)
 
 
 @register_operator("stack")
@@ -123,10 +124,6 @@ class Map(DepthOperator):
     def pattern(self, num_layers: int, target: int) -> Sequence[int] | str:
         return "needs a layer_map"
 
-    def map_of(self, before: DecoderConfig, sources: Sequence[int]) -> GrowthMap:
-        known = super().map_of(before, sources)
-        return replace(known, layers=tuple(None if source == NEW else source for source in sources))
-
 
 @register_operator("zero_depth")
 class ZeroDepth(Interpose):
@@ -158,9 +155,7 @@ class RandomDepth(Interpose):
 
     def map_of(self, before: DecoderConfig, sources: Sequence[int]) -> GrowthMap:
         known = super().map_of(before, sources)
-        if not before.num_layers:
-            return replace(known, layers=(None,) * len(sources), masked=True, tolerance=0.0)
         layers = tuple(
-            source if original else None for source, original in zip(sources, known.is_original_layer, strict=True)
+            source if original else None for source, original in zip(known.layers, known.is_original_layer, strict=True)
         )
         return replace(known, layers=layers, masked=True, tolerance=0.0)
