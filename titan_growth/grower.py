@@ -16,14 +16,17 @@ import torch.distributed as dist
 
 from titan_growth.checkpoint.folder import StepFolder
 from titan_growth.checkpoint.history import GrowthEvent, Lineage, Progress
+from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.engine.engine import Microbatch
 from titan_growth.growth.apply import carry_out, learn_growth
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.growth.verify import check_preserved
+from titan_growth.models.roles import shadow_kinds
 from titan_growth.run.data import RunData
 from titan_growth.run.plan import RunPlan
 from titan_growth.run.runtime import PhaseRuntime
+from titan_growth.tools.collectives import on_rank0
 from titan_growth.tools.device import Device
 from titan_growth.tools.logs import logger
 
@@ -70,7 +73,7 @@ class LearningSteps:
             StoppedWhileLearningError: on every rank, when any rank was asked to stop.
         """
         runtime = self.runtime
-        runtime.engine.model.after_optimizer_step()
+        runtime.engine.model.weights_replaced()
         batch = runtime.data.next_batch()
         agreed = self.agree(runtime, batch)
         if agreed.stop:
@@ -116,10 +119,12 @@ class Grower:
                 event = self._learn(event, planned, growth, source, steps, seed)
                 progress = steps.progress
             else:
-                tensors = runtime.tensors(optimizer=planned.optimizer_state != "reset")
+                stored = on_rank0(lambda: shadow_kinds(SafeReader(source.path).tensor_entries()))
+                tensors = runtime.tensors(optimizer=planned.optimizer_state != "reset", shadows=stored)
                 num_bytes = carry_out(
                     source.path, tensors, growth, planned, family=runtime.recipe.model.name, seed=seed
                 )
+                runtime.start_shadows(tensors, f"{source.path.name} has none")
                 event = replace(event, bytes_read=num_bytes)
             loss_after = runtime.held_out_loss(progress)
             self._check_preserved(planned, growth, source, loss_after, holds_out=runtime.validator.blocks is not None)
@@ -169,7 +174,8 @@ class Grower:
             device=self.device.torch,
             train_step=steps,
         )
-        runtime.engine.model.after_optimizer_step()
+        runtime.engine.model.weights_replaced()
+        runtime.start_shadows((), "the growth was learned")
         return replace(event, learning=learning, bytes_read=num_bytes)
 
     def _check_preserved(

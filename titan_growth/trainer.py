@@ -164,9 +164,9 @@ class Trainer:
         runtime, step = self.runtime, self.progress.step
         if runtime.validator.due(step) or (growing and runtime.recipe.validation.enable):
             with self.observers.meter.pause("validation"):
-                validation_loss = runtime.validator.run(runtime.engine)
-                self.observers.recorder.record(self.progress, ValidationRecord(validation_loss=validation_loss))
-            require_finite(step, validation_loss=validation_loss)
+                record = ValidationRecord.of(runtime.validator.run(runtime.engine))
+                self.observers.recorder.record(self.progress, record)
+            require_finite(step, **record.losses)
         if event := self.watchdog.due(step, self.lineage, grows=growing):
             with self.observers.meter.pause("validation"):
                 loss = runtime.held_out_loss(self.progress)

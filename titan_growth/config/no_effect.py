@@ -102,6 +102,12 @@ IDLE = (
         lambda recipe: not recipe.stability.acts,
         "stability.nonfinite and stability.spike neither skip nor roll back",
     ),
+    Idle(
+        "averages",
+        ("ema_decay",),
+        lambda recipe: not (recipe.checkpoint.enable or recipe.validation.enable),
+        "nothing is saved and nothing validated",
+    ),
     _while("optimizer.weight_decay", 0, "optimizer", "weight_decay_on"),
     _while("data.on_bad_row", "stop", "data", "max_bad_rows"),
     _while("compile.enable", False, "compile", "components", "backend"),

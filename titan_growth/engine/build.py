@@ -7,14 +7,15 @@ It keeps no state between calls: another depth or mesh is another call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from titan_growth.engine.shadow import Shadow
 from titan_growth.layout.mesh import Mesh
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.initialize import init_weights
@@ -32,6 +33,7 @@ class BuiltModel:
     stages: list[Stage]
     context: BuildContext
     """With the step that the run is at."""
+    shadows: list[Shadow] = field(default_factory=list)
 
     @contextmanager
     def train_context(self) -> Iterator[None]:
@@ -67,6 +69,35 @@ class BuiltModel:
         """All stages' hooks, after each optimizer step."""
         for stage in self.stages:
             stage.after_optimizer_step(self.parts, self.context)
+        for shadow in self.shadows:
+            shadow.update(self.context)
+
+    def weights_replaced(self) -> None:
+        """All stages' hooks, after any other change of the weights."""
+        for stage in reversed(self.stages):
+            stage.weights_replaced(self.parts, self.context)
+
+    @contextmanager
+    def with_shadow(self, shadow: Shadow) -> Iterator[None]:
+        """Shadow weights in place of the model's own."""
+        with shadow.in_place():
+            self.weights_replaced()
+            yield
+        self.weights_replaced()
+
+    def start_shadows(self, filled: Collection[str] = ()) -> list[str]:
+        """Makes shadow weights equal to the weights, except those that have been filled.
+
+        Args:
+            filled: names of tensors.
+
+        Returns:
+            The kinds that start here.
+        """
+        starting = [shadow for shadow in self.shadows if not shadow.tensors.keys() <= set(filled)]
+        for shadow in starting:
+            shadow.start()
+        return [shadow.kind for shadow in starting]
 
     def step_metrics(self) -> dict[str, Any]:
         """What the stages have measured in a step, by fields of its record. All ranks call it."""
@@ -116,6 +147,8 @@ def build(
         part.to_empty(device=home or device)
         part.materialized(device)
         part.train()
+    model = BuiltModel(parts, active, context, [Shadow(stage, parts) for stage in active if stage.shadow])
     if seed is not None:
         init_weights(parts, lambda name: module.init_rule(model_config, name), seed, model_config.tied)
-    return BuiltModel(parts, active, context)
+        model.start_shadows()
+    return model

@@ -10,34 +10,15 @@ from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from titan_growth.engine.optimizer import Optimizer
 from titan_growth.models.roles import OPTIMIZER_PREFIX
-from titan_growth.tools.shards import local_of
-from titan_growth.tools.torch_private import is_traceable_wrapper_subclass
+from titan_growth.tools.shards import plain
 
 
 def model_tensors(parts: Iterable[nn.Module]) -> dict[str, Tensor]:
     """Every parameter and persistent buffer of this rank's parts; the live tensors, to save from or load into."""
     return {name: plain(tensor.detach()) for part in parts for name, tensor in part.state_dict(keep_vars=True).items()}
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """The same memory without torchao's wrapper for Float8 all-gathers.
-
-    Checkpoints hold plain tensors, which any program can read without torchao.
-    """
-    local = local_of(tensor)
-    if not is_traceable_wrapper_subclass(local):
-        return tensor
-    (name,), _ = local.__tensor_flatten__()
-    values: Tensor = getattr(local, name)
-    if not isinstance(tensor, DTensor):
-        return values
-    return DTensor.from_local(
-        values, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:

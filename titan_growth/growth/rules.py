@@ -11,7 +11,7 @@ Weights, moments and step counters of a parameter have rules of their own, from 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,7 +20,15 @@ from titan_growth.growth.axes import NEW
 from titan_growth.growth.multipliers import carried
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.models.initial_values import InitialValues
-from titan_growth.models.roles import OPTIMIZER_PREFIX, RESIDUAL, Role, layer_of, role_of, with_layer
+from titan_growth.models.roles import (
+    OPTIMIZER_PREFIX,
+    RESIDUAL,
+    Role,
+    layer_of,
+    prefix_of_shadow,
+    role_of,
+    with_layer,
+)
 from titan_growth.optimizers.base import state_named
 
 
@@ -71,10 +79,15 @@ class Rules:
         return self.growth_map.after.tied
 
     def of(self, name: str) -> Rule:
-        """The rule of a tensor of the grown model, a parameter or a part of the optimizer's state."""
-        if not name.startswith(OPTIMIZER_PREFIX):
-            return self._weight(name)
-        return self._state(*name.removeprefix(OPTIMIZER_PREFIX).rsplit(".", 1))
+        """The rule of a tensor of the grown model: a parameter, a part of the optimizer's state, or a shadow weight.
+
+        A shadow weight grows as its parameter does, from the small one's: both get the same new values and noise.
+        """
+        if name.startswith(OPTIMIZER_PREFIX):
+            return self._state(*name.removeprefix(OPTIMIZER_PREFIX).rsplit(".", 1))
+        prefix = prefix_of_shadow(name)
+        rule = self._weight(name.removeprefix(prefix))
+        return rule if rule.source is None else replace(rule, source=f"{prefix}{rule.source}")
 
     def initial_values(self, parameter: str) -> InitialValues | None:
         """A parameter's initial distribution in the grown model; None for ones."""

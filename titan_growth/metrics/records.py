@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
@@ -42,6 +43,10 @@ class Metric:
     """Whether it is written to `metrics.jsonl`."""
     measured: bool = False
     """Wall-clock and speed: no second run repeats the value."""
+
+
+SHADOW_LOSS = "_validation_loss"
+"""Ends the key of a validation loss with shadow weights; their kind comes before."""
 
 
 def metric(default: Any = MISSING, **shown: Any) -> Any:
@@ -194,13 +199,43 @@ class StepRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRecord(Record):
-    """The mean loss over the held-out set, with the weights as they were after `step`."""
+    """The mean loss over the held-out set, with the weights as they were after `step`.
+
+    With shadow weights in their place it has keys and curves of its own: `ema_validation_loss`.
+    """
 
     console_head = (
-        "{yellow}validation loss {validation_loss:.4f}{end}  at step {step}  tokens {tokens:,}  flops {flops:.2e}"
+        "{yellow}validation loss {validation_loss:.4f}{end}{beside}  at step {step}  tokens {tokens:,}  "
+        "flops {flops:.2e}"
     )
 
     validation_loss: float = metric(tag="validation_metrics/loss")
+    shadow_losses: dict[str, float] | None = metric(None, file=False)
+    """Kind of shadow weights -> the loss with them."""
+
+    @classmethod
+    def of(cls, losses: Mapping[str, float]) -> ValidationRecord:
+        """The record of losses by kind of weights; "" is the model's own."""
+        shadows = {kind: loss for kind, loss in losses.items() if kind}
+        return cls(validation_loss=losses[""], shadow_losses=shadows or None)
+
+    @property
+    def beside(self) -> str:
+        """The losses with shadow weights, as text."""
+        return "".join(f", {kind} {loss:.4f}" for kind, loss in (self.shadow_losses or {}).items())
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """All losses, by their keys in `metrics.jsonl`."""
+        shadows = {f"{kind}{SHADOW_LOSS}": loss for kind, loss in (self.shadow_losses or {}).items()}
+        return {"validation_loss": self.validation_loss, **shadows}
+
+    def to_dict(self) -> dict[str, object]:
+        return super().to_dict() | {key: loss if math.isfinite(loss) else None for key, loss in self.losses.items()}
+
+    def scalars(self) -> dict[str, float]:
+        shadows = {f"validation_metrics/{kind}_loss": loss for kind, loss in (self.shadow_losses or {}).items()}
+        return super().scalars() | shadows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ A family lists its parameters by name (`ROLES`), those of a block without `layer
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from titan_growth.models.config import BaseSizes, DecoderConfig
@@ -19,6 +19,8 @@ RESIDUAL = "dim"
 
 OPTIMIZER_PREFIX = "optimizer.state."
 """Stored optimizer state is named so: this, the parameter, and which state of it."""
+
+_SHADOW = re.compile(r"shadow\.(\w+)\.")
 
 _LAYER = re.compile(r"(?<![^.])layers\.(\d+)\.")
 
@@ -50,6 +52,22 @@ def axis_lengths(config: DecoderConfig | BaseSizes) -> dict[str, int]:
         "heads": config.num_heads * config.head_dim,
         "kv_heads": config.num_kv_heads * config.head_dim,
     }
+
+
+def shadow_prefix(kind: str) -> str:
+    """What the names of a kind of shadow weights begin with; the parameter's name follows."""
+    return f"shadow.{kind}."
+
+
+def prefix_of_shadow(name: str) -> str:
+    """The prefix of a shadow weight's name; empty for any other tensor."""
+    match = _SHADOW.match(name)
+    return match[0] if match else ""
+
+
+def shadow_kinds(names: Iterable[str]) -> set[str]:
+    """The kinds of shadow weights among some names."""
+    return {match[1] for name in names if (match := _SHADOW.match(name))}
 
 
 def layer_of(name: str) -> int | None:

@@ -5,6 +5,8 @@ Start-up, resume and growth all build one of these. A growth drops the small mod
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from titan_growth.run.data import RunData
 from titan_growth.run.plan import RunPlan
 from titan_growth.run.validator import Validator
 from titan_growth.tools.device import Device
+from titan_growth.tools.logs import logger
 
 
 class PhaseRuntime:
@@ -82,10 +85,22 @@ class PhaseRuntime:
         """The global batches of this phase that have not been trained on."""
         return self.run_data.loader(self.recipe, self.mesh, progress, self.plan.base_seq_len)
 
-    def tensors(self, *, optimizer: bool) -> dict[str, Tensor]:
-        """This rank's weights, and moments if wanted, by name; the tensors in use, so they can be loaded into."""
+    def tensors(self, *, optimizer: bool, shadows: Collection[str] | None = None) -> dict[str, Tensor]:
+        """This rank's weights, moments if wanted, and shadow weights; the tensors in use, so they can be loaded into.
+
+        Args:
+            shadows: the kinds of shadow weights; None for all.
+        """
         tensors = model_tensors(self.engine.model.parts)
+        for shadow in self.engine.model.shadows:
+            if shadows is None or shadow.kind in shadows:
+                tensors |= shadow.tensors
         return tensors | optimizer_tensors(self.optimizer) if optimizer else tensors
+
+    def start_shadows(self, filled: Collection[str], why: str) -> None:
+        """Makes shadow weights that are not among the filled tensors equal to the weights, and says so."""
+        for kind in self.engine.model.start_shadows(filled):
+            logger.info("%s starts from the weights: %s", kind, why)
 
     def held_out_loss(self, progress: Progress) -> float:
         """Mean loss on one batch that a growth is judged by: held out, or else the next one to be trained on."""

@@ -19,6 +19,7 @@ from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.config.loader import to_toml
 from titan_growth.engine.state import rng_tensors, set_rng, stored_rng
+from titan_growth.models.roles import shadow_kinds
 from titan_growth.run.data import RunData
 from titan_growth.run.initial import open_initial
 from titan_growth.run.plan import RunPlan
@@ -120,8 +121,12 @@ class RunState:
         elif section.initial_load_path is not None and section.enable:
             initial = open_initial(section, self.plan.growth_plan)
             self.progress, self.lineage, self.seconds = initial.progress, initial.lineage, initial.seconds
-            tensors = self.build().tensors(optimizer=not section.initial_load_model_only)
-            initial.load(tensors, self.runtime.model_config, self.plan.recipe)
+            runtime = self.build()
+            model_only = section.initial_load_model_only
+            stored = set() if model_only else shadow_kinds(SafeReader(initial.path).tensor_entries())
+            tensors = runtime.tensors(optimizer=not model_only, shadows=stored)
+            initial.load(tensors, runtime.model_config, self.plan.recipe)
+            runtime.start_shadows(tensors, f"none is loaded from {initial.path.name}")
         else:
             self.build(seed=self.plan.seed)
 
@@ -133,11 +138,18 @@ class RunState:
         reader = SafeReader(checkpoint.path)
         rng = stored_rng(dist.get_rank(), set(reader.tensor_entries()))
         tensors = dict(rng)
+        runtime = None
         if self.plan.first_phase == len(self.lineage.events):
-            tensors |= self.build().tensors(optimizer=True)
+            runtime = self.build()
+            stored = shadow_kinds(reader.tensor_entries())
+            tensors |= runtime.tensors(optimizer=True, shadows=stored)
+            for kind in sorted(stored - {shadow.kind for shadow in runtime.engine.model.shadows}):
+                logger.info("%s of %s is dropped: the recipe keeps none", kind, checkpoint.path.name)
         else:
             logger.info("the model grows at once, so the small one is not built again")
         load(reader, tensors)
+        if runtime is not None:
+            runtime.start_shadows(tensors, f"{checkpoint.path.name} has none")
         set_rng(dist.get_rank(), rng)
         logger.info("resumed from %s", checkpoint.path)
 

@@ -25,8 +25,19 @@ class Validator:
         """Whether a step is followed by a validation: every `freq` steps, and at the last."""
         return self.section.enable and (step % self.section.freq == 0 or step == self.total_steps)
 
-    def run(self, engine: Engine) -> float:
-        """Mean loss over the validation set, or over `validation.steps` batches of it."""
+    def run(self, engine: Engine) -> dict[str, float]:
+        """Mean loss over the validation set, or over `validation.steps` batches of it.
+
+        Returns:
+            Kind of weights -> the loss with them; "" for the model's own, and the others are its shadow weights.
+        """
+        losses = {"": self._loss(engine)}
+        for shadow in engine.model.shadows:
+            with engine.model.with_shadow(shadow):
+                losses[shadow.kind] = self._loss(engine)
+        return losses
+
+    def _loss(self, engine: Engine) -> float:
         limit = None if self.section.steps == -1 else self.section.steps * self.section.local_batch_size
         return engine.evaluate(self._batches(limit))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -91,6 +91,8 @@ class Stage(ABC):
     after: ClassVar[tuple[str, ...]] = ()
     table: ClassVar[str] = ""
     settings: ClassVar[type[Section] | None] = None
+    shadow: ClassVar[str] = ""
+    """The kind of shadow weights that the stage keeps (engine/shadow.py), if any: letters, digits and `_`."""
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Stage:
@@ -135,6 +137,20 @@ class Stage(ABC):
 
     def after_optimizer_step(self, parts: ModelParts, context: BuildContext) -> None:
         """Called after each optimizer step."""
+        return None
+
+    def weights_replaced(self, parts: ModelParts, context: BuildContext) -> None:
+        """Called when the weights were changed by something else: by shadow weights in their place, or by a growth that
+        is being learned. Stages are called from the last to the first."""
+        return None
+
+    def update_shadow(self, shadow: Sequence[Tensor], weights: Sequence[Tensor], context: BuildContext) -> None:
+        """Updates the stage's shadow weights in place, after each optimizer step.
+
+        Args:
+            shadow: this rank's shards of them, float32.
+            weights: the shards of the model's own, in the same order.
+        """
         return None
 
     def step_metrics(self, parts: ModelParts, context: BuildContext) -> dict[str, Any]:

@@ -136,6 +136,9 @@ class Float8(Stage):
             for part in parts:
                 precompute_float8_dynamic_scale_for_fsdp(part)
 
+    def weights_replaced(self, parts: ModelParts, context: BuildContext) -> None:
+        self.after_optimizer_step(parts, context)
+
     def describe(self, context: PlanContext) -> str:
         gather = ", gathered in Float8" if self.section.enable_fsdp_float8_all_gather else ""
         scales = ", scales precomputed" if self.section.precompute_float8_dynamic_scale_for_fsdp else ""

@@ -92,6 +92,13 @@ class FSDP(Stage):
                         module.set_force_sum_reduction_for_comms(True)
         return parts
 
+    def weights_replaced(self, parts: ModelParts, context: BuildContext) -> None:
+        """Frees what an evaluation has gathered: without a backward pass, the last unit is kept for the next."""
+        for part in parts:
+            for module in part.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
     def describe(self, context: PlanContext) -> str:
         shape = context.mesh_shape
         kind = "FSDP2" if shape.dp_replicate == 1 else "DDP" if shape.fsdp_degree == 1 else "HSDP"

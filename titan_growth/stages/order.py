@@ -20,6 +20,7 @@ OWN = (
     "chunked_loss",
     "compile",
     "context_parallel",
+    "ema",
     "float8",
     "fsdp",
     "growth_mask",

@@ -47,6 +47,8 @@ flattened = DeviceMesh._flatten
 concatenated = DeviceMesh._concatenate
 # The norms of many tensors in one kernel, in a dtype of choice; torch.nn.utils.get_total_norm cannot choose it.
 foreach_norm = torch._foreach_norm
+# The step of a moving average over many tensors in one kernel.
+foreach_lerp = torch._foreach_lerp_
 # PyTorch documents these two under their private names.
 record_memory_history = torch.cuda.memory._record_memory_history
 dump_memory_snapshot = torch.cuda.memory._dump_snapshot

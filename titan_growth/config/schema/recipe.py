@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from titan_growth.config.schema.averages import AveragesConfig
 from titan_growth.config.schema.data import DataConfig
 from titan_growth.config.schema.growth import GrowthConfig
 from titan_growth.config.schema.model import ModelConfig
@@ -237,4 +238,5 @@ class Recipe(Section):
     debug: DebugConfig = DebugConfig()
     data: DataConfig = DataConfig()
     stability: StabilityConfig = StabilityConfig()
+    averages: AveragesConfig = AveragesConfig()
     growth: GrowthConfig = GrowthConfig()
