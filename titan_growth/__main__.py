@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "show what a recipe resolves to on --world-size N ranks, without data or devices",
     "check": "check a recipe and prepare its data without training; WORLD_SIZE is the number of ranks",
     "grow": "grow a checkpoint on disk, in one process and bounded memory",
+    "average": "write the mean of the weights of a run's last checkpoints",
     "branch": "write the recipe of a cool-down from a checkpoint of a run's stable phase",
     "import": "make a step folder of a Hugging Face folder",
     "export": "make a Hugging Face folder of a step folder",

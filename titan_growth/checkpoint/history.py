@@ -153,6 +153,8 @@ class Lineage:
     roll_backs: tuple[RollBack, ...] = ()
     parents: tuple[Text, ...] = ()
     """Step folders whose whole state a run has gone on from in a folder of its own, oldest first."""
+    averaged: tuple[Text, ...] = ()
+    """Step folders whose weights these are the mean of, oldest first."""
 
     def grown(self, event: GrowthEvent) -> Lineage:
         """The lineage after one more growth."""
@@ -174,8 +176,9 @@ class Lineage:
     def to_json(self) -> str:
         """The text of `lineage.json`."""
         table = asdict(self)
-        if not self.parents:
-            del table["parents"]  # as before there were any
+        for key in ("parents", "averaged"):
+            if not table[key]:
+                del table[key]  # as before there were any
         return json.dumps({"ancestors": table.pop("ancestors"), **table}, indent=1) + "\n"
 
     @classmethod
@@ -183,13 +186,17 @@ class Lineage:
         """Raises RefusedError if the table is not a lineage."""
         if not isinstance(table, dict) or "events" not in table:
             raise RefusedError("it is not a lineage")
-        lists = [table.get(key, []) for key in ("events", "ancestors", "roll_backs", "parents")]
-        events, ancestors, roll_backs, parents = lists
-        if not all(isinstance(one, list) for one in lists) or not all(isinstance(one, str) for one in parents):
+        lists = [table.get(key, []) for key in ("events", "ancestors", "roll_backs", "parents", "averaged")]
+        events, ancestors, roll_backs, parents, averaged = lists
+        names_only = all(isinstance(one, list) for one in lists) and all(
+            isinstance(one, str) for one in (*parents, *averaged)
+        )
+        if not names_only:
             raise RefusedError("it is not a lineage")
         return cls(
             tuple(GrowthEvent.from_dict(event) for event in events),
             tuple(GrowthEvent.from_dict(event) for event in ancestors),
             tuple(from_json(RollBack, json.dumps(one)) for one in roll_backs),
             tuple(parents),
+            tuple(averaged),
         )

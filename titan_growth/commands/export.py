@@ -29,10 +29,11 @@ from titan_growth.interchange.tokenizer_files import tokenizer_of
 from titan_growth.models.hugging_face import parameter_shapes
 from titan_growth.models.parametrization import folded
 from titan_growth.models.registry import family_module
+from titan_growth.models.roles import shadow_kinds, shadow_prefix
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.location import folder_at
-from titan_growth.tools.text import gib, many
+from titan_growth.tools.text import gib, many, one_line
 
 MAX_FILE_BYTES = 2 * 2**30
 """Of a safetensors file, unless one tensor has more."""
@@ -57,6 +58,7 @@ _LINE = CommandLine(
 )
 _LINE.source_and_target("A committed step folder, written on any mesh, or one of torchtitan.", "The folder to write.")
 _LINE.option("--dtype", "TYPE", f"{', '.join(_DTYPES)}. Default: as stored.", _dtype)
+_LINE.option("--weights", "KIND", 'Others than those of the model: "ema", its moving average.')
 _LINE.recipe_of_another()
 _LINE.plugins()
 
@@ -65,7 +67,8 @@ _LINE.plugins()
 def main(args: Namespace) -> int:
     """Writes the folder; returns the exit status."""
     load_plugins(args.plugins)
-    print(export_folder(folder_at(args.source), Path(args.target), dtype=args.dtype, recipe_file=args.recipe_file))
+    source, target, shadow = folder_at(args.source), Path(args.target), args.weights or ""
+    print(export_folder(source, target, dtype=args.dtype, shadow=shadow, recipe_file=args.recipe_file))
     return 0
 
 
@@ -92,6 +95,7 @@ def export_folder(
     target: Path,
     *,
     dtype: str | None = None,
+    shadow: str = "",
     max_file_bytes: int = MAX_FILE_BYTES,
     recipe_file: str | None = None,
 ) -> str:
@@ -99,6 +103,7 @@ def export_folder(
 
     Args:
         dtype: of the weights; None keeps them as stored.
+        shadow: the kind of shadow weights to write; those of the model by default.
         recipe_file: has the model of a step folder of another program.
 
     Raises:
@@ -111,7 +116,7 @@ def export_folder(
     opened = open_with_recipe(source, recipe_file)
     require_new(target, source)
     reader = opened.reader()
-    weights = _weights(opened, reader, dtype)
+    weights = _weights(opened, reader, dtype, shadow)
     # The dtype to compute in: that of the matrices, where norms have a wider one.
     usual = mode(weight.dtype for weight in weights.values())
     table = config_json(opened.config, opened.recipe.model.name, str(usual).removeprefix("torch."))
@@ -134,28 +139,34 @@ def export_folder(
     length = table["max_position_embeddings"]
     note = f"; trained on {trained:,} tokens a sequence, config.json allows {length:,}" if trained < length else ""
     return (
-        f"{target}: {opened.config.num_params:,} parameters of step {opened.folder.step:,} as "
+        f"{target}: {opened.config.num_params:,} parameters of step {opened.folder.step:,}"
+        f"{f', the {shadow},' if shadow else ''} as "
         f"{table['architectures'][0]}, {gib(num_bytes)} in {many(len(files), 'file')}; {tokenizer.summary}{note}"
     )
 
 
-def _weights(opened: Source, reader: SafeReader, dtype: str | None) -> dict[str, _Weight]:
+def _weights(opened: Source, reader: SafeReader, dtype: str | None, shadow: str) -> dict[str, _Weight]:
     """Name there -> what it is made of. A head tied to the embedding is not written twice."""
+    prefix = shadow_prefix(shadow) if shadow else ""
     config, family = opened.config, opened.recipe.model.name
     roles = family_module(family).ROLES
     layout, chunks, entries = layout_of(family), reader.chunks(), reader.tensor_entries()
+    if shadow and shadow not in (kinds := shadow_kinds(entries)):
+        hint = f"It has {', '.join(sorted(kinds))}" if kinds else "A run keeps an average with averages.ema_decay"
+        raise ConfigError([Problem("--weights", f"{opened.folder.path.name} has no {one_line(shadow)}", hint)])
     weights = {}
     for parameter, shape in parameter_shapes(config, roles):
         if parameter in config.tied:
             continue
-        if parameter not in chunks:
-            raise opened.folder.refused(f"it has no {parameter}")
-        if (size := tuple(entries[parameter].size)) != shape:
-            raise opened.folder.refused(f"{parameter} is {size}, and {shape} by its recipe")
+        stored = f"{prefix}{parameter}"
+        if stored not in chunks:
+            raise opened.folder.refused(f"it has no {stored}")
+        if (size := tuple(entries[stored].size)) != shape:
+            raise opened.folder.refused(f"{stored} is {size}, and {shape} by its recipe")
         weights[layout.name_of(parameter)] = _Weight(
-            chunks[parameter],
+            chunks[stored],
             shape,
-            entries[parameter].properties.dtype if dtype is None else getattr(torch, dtype),
+            entries[stored].properties.dtype if dtype is None else getattr(torch, dtype),
             layout.group_of(parameter, config),
             folded(config, roles, parameter),
         )

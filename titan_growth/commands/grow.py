@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from titan_growth.growth.rules import Rules
 from titan_growth.growth.verify import verify_growth
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.registry import family_module, model_config_of
-from titan_growth.models.roles import OPTIMIZER_PREFIX
+from titan_growth.models.roles import OPTIMIZER_PREFIX, shadow_kinds, shadow_prefix
 from titan_growth.optimizers.base import state_of
 from titan_growth.run.phases import recipe_in_phase
 from titan_growth.tools.errors import ConfigError, GrowthError, Problem
@@ -109,7 +109,7 @@ def grow_checkpoint(
     with_state = planned.optimizer_state != "reset" and not folder.manifest.model_only
     stored = opened.reader()
     dtype, optimizer = getattr(torch, recipe.training.dtype), recipe.optimizer if with_state else None
-    tensors = _meta_tensors(module, growth.after, dtype, optimizer)
+    tensors = _meta_tensors(module, growth.after, dtype, optimizer, shadow_kinds(stored.tensor_entries()))
     tensors = _as_stored(tensors, rules, stored)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     reader = _OneSourceReader(stored)
@@ -142,14 +142,22 @@ def _map(before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap:
 
 
 def _meta_tensors(
-    module: Any, config: DecoderConfig, dtype: torch.dtype, optimizer: OptimizerConfig | None
+    module: Any, config: DecoderConfig, dtype: torch.dtype, optimizer: OptimizerConfig | None, shadows: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Every tensor of the grown model's checkpoint, without values; `optimizer` where that has its state too."""
+    """Every tensor of the grown model's checkpoint, without values.
+
+    Args:
+        optimizer: where the checkpoint has its state too.
+        shadows: kinds of shadow weights.
+    """
     with torch.device("meta"):
         model = module.Decoder(config, 8).to(dtype)
-        tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+        weights = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+        tensors = dict(weights)
+        for kind in sorted(shadows):
+            tensors |= {f"{shadow_prefix(kind)}{name}": weight.float() for name, weight in weights.items()}
         if optimizer is not None:
-            for name, weight in list(tensors.items()):
+            for name, weight in weights.items():
                 for kept in state_of(optimizer, config.tied.get(name, name), weight.dim()):
                     like = torch.empty_like(weight) if kept.power else torch.empty((), dtype=torch.float32)
                     tensors[f"{OPTIMIZER_PREFIX}{name}.{kept.name}"] = like

@@ -57,6 +57,8 @@ def lineage_lines(path: Path) -> Iterator[str]:
         if growth is not None:
             yield from _event(growth, "")
     yield from _now(folder)
+    if lineage.averaged:
+        yield f"    weights: the mean of {', '.join(one_line(name) for name in lineage.averaged)}"
 
 
 def _event(event: GrowthEvent, prefix: str) -> Iterator[str]:

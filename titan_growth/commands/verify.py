@@ -20,7 +20,7 @@ from titan_growth.commands.described import is_foreign
 from titan_growth.commands.foreign import foreign_lines
 from titan_growth.commands.source import committed
 from titan_growth.config.plugins import load_plugins
-from titan_growth.models.roles import OPTIMIZER_PREFIX
+from titan_growth.models.roles import OPTIMIZER_PREFIX, prefix_of_shadow, shadow_kinds
 from titan_growth.run.vet import problem_of, whole_problem
 from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, TitanGrowthError, print_error
 from titan_growth.tools.location import folder_at
@@ -104,4 +104,7 @@ def _tensors(folder: StepFolder) -> str:
     num_rng = sum(name.startswith("rng.") for name in chunks)
     num_state = sum(name.startswith(OPTIMIZER_PREFIX) for name in chunks)
     state = f"and {num_state:,} of the optimizer" if num_state else "and no optimizer state"
-    return f"{len(chunks) - num_state - num_rng:,} tensors of the model {state}, all readable and finite"
+    num_shadows = sum(bool(prefix_of_shadow(name)) for name in chunks)
+    kinds = "".join(f", with its {kind}," for kind in sorted(shadow_kinds(chunks)))
+    num_own = len(chunks) - num_state - num_rng - num_shadows
+    return f"{num_own:,} tensors of the model{kinds} {state}, all readable and finite"

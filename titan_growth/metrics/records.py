@@ -210,7 +210,7 @@ class ValidationRecord(Record):
     )
 
     validation_loss: float = metric(tag="validation_metrics/loss")
-    shadow_losses: dict[str, float] | None = metric(None, file=False)
+    shadow_losses: Mapping[str, float] | None = metric(None, file=False)
     """Kind of shadow weights -> the loss with them."""
 
     @classmethod

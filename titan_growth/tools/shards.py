@@ -7,7 +7,6 @@ from torch.distributed.tensor import DTensor
 
 from titan_growth.tools.torch_private import is_traceable_wrapper_subclass
 
-
 _values_of: dict[type, str] = {}
 """Wrapper -> its attribute with the values. Asked once: with a scale, torchao's answer waits for the device."""
 
