@@ -27,6 +27,9 @@ from titan_growth.run.plan import RunPlan, stage_lines
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.text import many, sources
 
+SHADOW_BYTES = 4
+"""Of an element of the weights that a stage keeps beside the model's: they are float32."""
+
 
 def report_lines(plan: RunPlan, device_type: str, start: Sequence[str] = ()) -> list[str]:
     """The long description of a plan; `start` says where the run stands."""
@@ -39,8 +42,8 @@ def report_lines(plan: RunPlan, device_type: str, start: Sequence[str] = ()) -> 
         _parameter_groups(plan, depths[-1]),
         *_stages(plan, device_type),
         _growth(plan),
-        *(_ranks(phase, shards) for phase, shards in zip(plan.phases, depths, strict=True)),
-        _checkpoints(plan, depths),
+        *(_ranks(phase, shards, phase.shadows(device_type)) for phase, shards in zip(plan.phases, depths, strict=True)),
+        _checkpoints(plan, depths, plan.phases[0].shadows(device_type)),
     ]
     return [line for block in blocks if block for line in ("", *block)][1:]
 
@@ -170,13 +173,13 @@ def _growth(plan: RunPlan) -> list[str]:
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def _ranks(phase: Phase, shards: ModelShards) -> list[str]:
+def _ranks(phase: Phase, shards: ModelShards, shadows: Sequence[str]) -> list[str]:
     """Which ranks hold which parts of the model of one phase, and how many bytes that is."""
     config, shape, recipe = shards.config, phase.mesh_shape, phase.recipe
     table, parts_of = _pipeline(phase)
     moments, size = shards.moments(recipe.optimizer), _bytes_per_value(recipe)
     rows: list[tuple[str, ...]] = [
-        ("pp", "ranks", "layers", "parameters of a rank", "weights", "gradients", "moments", "sum")
+        ("pp", "ranks", "layers", "parameters of a rank", "weights", "gradients", "moments", *shadows, "sum")
     ]
     largest = 0
     each = shape.num_ranks // shape.pp
@@ -186,6 +189,7 @@ def _ranks(phase: Phase, shards: ModelShards) -> list[str]:
         ranks = f"{place * each}-{(place + 1) * each - 1}" if each > 1 else str(place)
         num_layers = sum(len(part.layers) for part in parts)
         num_bytes = [held.most * size, held.most * size, moments.held(parts).most * size]
+        num_bytes += [held.most * SHADOW_BYTES] * len(shadows)
         largest = max(largest, sum(num_bytes))
         cells = (_gib(number) for number in (*num_bytes, sum(num_bytes)))
         rows.append((str(place), ranks, str(num_layers), share, *cells))
@@ -193,7 +197,8 @@ def _ranks(phase: Phase, shards: ModelShards) -> list[str]:
     dtype = recipe.training.dtype
     where = " in host memory" if recipe.training.enable_cpu_offload else ""
     return [
-        f"ranks at {many(config.num_layers, 'layer')} (GiB of {dtype}{where} on the ranks that hold most):",
+        f"ranks at {many(config.num_layers, 'layer')} (GiB of {dtype}{where} on the ranks that hold most"
+        f"{f'; {name} of float32' if (name := ', '.join(shadows)) and dtype != 'float32' else ''}):",
         *table,
         *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
         f"  largest: {_gib(largest)} GiB; activations and gathered parameters come on top",
@@ -217,20 +222,21 @@ def _pipeline(phase: Phase) -> tuple[list[str], list[tuple[Part, ...]]]:
     return lines, [layout.parts_of(place) for place in range(phase.mesh_shape.pp)]
 
 
-def _checkpoints(plan: RunPlan, depths: list[ModelShards]) -> list[str]:
-    """What a checkpoint takes on disk: weights and moments, in the type that they are trained in."""
+def _checkpoints(plan: RunPlan, depths: list[ModelShards], shadows: Sequence[str]) -> list[str]:
+    """What a checkpoint takes on disk: weights and moments in the type that they are trained in, and shadow weights."""
     section, size = plan.recipe.checkpoint, _bytes_per_value(plan.recipe)
     if not section.enable or section.load_only:
         return ["checkpoints: none are saved"]
-    stored = [shards.num_stored + shards.moments(plan.recipe.optimizer).num_stored for shards in depths]
-    sizes = " -> ".join(_gib(size * numel) for numel in stored)
-    last = _gib(size * depths[-1].num_stored)
+    weights = [shards.num_stored * (size + SHADOW_BYTES * len(shadows)) for shards in depths]
+    moments = [shards.moments(plan.recipe.optimizer).num_stored * size for shards in depths]
+    sizes = " -> ".join(_gib(sum(both)) for both in zip(weights, moments, strict=True))
+    last, beside = _gib(weights[-1]), "".join(f", {kind}" for kind in shadows)
     kept = f"the newest {section.keep_latest_k} are kept" if section.keep_latest_k else "all are kept"
     and_growths = ", and those of growths" if plan.growth_plan.planned and section.keep_latest_k else ""
     return [
-        f"checkpoints: {sizes} GiB each on disk (weights and moments), every {many(section.interval, 'step')}; "
+        f"checkpoints: {sizes} GiB each on disk (weights{beside} and moments), every {many(section.interval, 'step')}; "
         f"{kept}{and_growths}",
-        *([f"  the last one has the weights only: {last} GiB"] if section.last_save_model_only else []),
+        *([f"  the last one has the weights{beside} only: {last} GiB"] if section.last_save_model_only else []),
     ]
 
 

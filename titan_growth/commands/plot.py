@@ -155,6 +155,11 @@ def _panel(panel: Any, curve: Curve, cost: str, color: str, row: int) -> int:
     """
     xs, ys = [point.cost[cost] for point in curve.points], [point.loss for point in curve.points]
     panel.plot(xs, ys, color=color, label=curve.name, linewidth=1.6, marker=".", markersize=4)
+    for kind in curve.shadows:
+        drawn_at = [(point.cost[cost], point.shadows[kind]) for point in curve.points if kind in point.shadows]
+        panel.plot(
+            *zip(*drawn_at, strict=True), color=color, label=f"{curve.name}, {kind}", linewidth=1.2, linestyle="--"
+        )
     at_step = {point.step: point for point in curve.points}
     drawn = 0
     for growth in curve.growths:
@@ -183,7 +188,8 @@ def _panel(panel: Any, curve: Curve, cost: str, color: str, row: int) -> int:
 
 def _range(curves: Sequence[Curve]) -> tuple[float, float]:
     """The losses to show: without the first fall, which would flatten the rest."""
-    low = min(curve.best_loss for curve in curves)
+    shown = [loss for curve in curves for point in curve.points for loss in (point.loss, *point.shadows.values())]
+    low = min(shown)
     high = max(point.loss for curve in curves for point in curve.points[max(1, len(curve.points) // 10) :])
     margin = 0.04 * max(high - low, 1e-3)
     return low - margin, high + margin

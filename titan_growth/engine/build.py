@@ -147,7 +147,7 @@ def build(
         part.to_empty(device=home or device)
         part.materialized(device)
         part.train()
-    model = BuiltModel(parts, active, context, [Shadow(stage, parts) for stage in active if stage.shadow])
+    model = BuiltModel(parts, active, context, [Shadow(stage, parts) for stage in active if stage.keeps_shadow])
     if seed is not None:
         init_weights(parts, lambda name: module.init_rule(model_config, name), seed, model_config.tied)
         model.start_shadows()

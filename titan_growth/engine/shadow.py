@@ -37,12 +37,12 @@ class Shadow:
                 if weight not in made:
                     made[weight] = torch.zeros_like(plain(weight.detach()), dtype=torch.float32)
                     self._pairs.append((made[weight], weight))
-                self.tensors[f"{shadow_prefix(stage.shadow)}{name}"] = made[weight]
+                self.tensors[f"{shadow_prefix(stage.name)}{name}"] = made[weight]
 
     @property
     def kind(self) -> str:
-        """What the stage calls them."""
-        return self.stage.shadow
+        """The name of the stage."""
+        return self.stage.name
 
     @property
     def _shards(self) -> list[Tensor]:

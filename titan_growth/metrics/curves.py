@@ -11,12 +11,13 @@ import errno
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tomli
 
+from titan_growth.metrics.records import SHADOW_LOSS
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE
 from titan_growth.tools.text import many, one_line
@@ -32,6 +33,8 @@ class Point:
     loss: float
     cost: dict[str, float]
     """Since the run began, keyed by `COSTS`; runs of older versions have no seconds."""
+    shadows: dict[str, float] = field(default_factory=dict)
+    """Kind of shadow weights -> the loss with them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Curve:
     def best_loss(self) -> float:
         """The lowest validation loss."""
         return min(point.loss for point in self.points)
+
+    @property
+    def shadows(self) -> list[str]:
+        """The kinds of shadow weights that were validated, in the order of their first."""
+        return list(dict.fromkeys(kind for point in self.points for kind in point.shadows))
 
     def has(self, cost: str) -> bool:
         """Whether every validation has this cost."""
@@ -151,7 +159,8 @@ def read_curve(name: str, path: Path) -> Curve:
                 step, before, after = (int(entry[key]) for key in ("step", "from_layers", "to_layers"))
                 growths.append(Growth(step, before, after, _costs(entry)))
             elif entry.get("validation_loss") is not None:
-                points.append(Point(int(entry["step"]), _finite(entry["validation_loss"]), _costs(entry)))
+                loss, shadows = _finite(entry["validation_loss"]), _shadows(entry)
+                points.append(Point(int(entry["step"]), loss, _costs(entry), shadows))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ConfigError([Problem(f"{file}, line {number}", "is no line of a run's metrics")]) from None
     if len(points) < 2:
@@ -162,6 +171,11 @@ def read_curve(name: str, path: Path) -> Curve:
 
 def _costs(entry: dict[str, Any]) -> dict[str, float]:
     return {cost: _finite(entry[cost]) for cost in COSTS if entry.get(cost) is not None}
+
+
+def _shadows(entry: dict[str, Any]) -> dict[str, float]:
+    suffixed = {key.removesuffix(SHADOW_LOSS): value for key, value in entry.items() if key.endswith(SHADOW_LOSS)}
+    return {kind: _finite(value) for kind, value in suffixed.items() if value is not None}
 
 
 def _finite(value: Any) -> float:
@@ -185,9 +199,16 @@ def report(comparisons: Sequence[Comparison]) -> list[str]:
             lines.append(
                 f"  x{total:.2f} in FLOPs = x{factors.tokens:.2f} in tokens, x{factors.cheaper:.2f} by cheaper tokens"
             )
-        ends = [f"{curve.name} {curve.points[-1].loss:.4f}" for curve in (one.baseline, one.other)]
+        ends = [_end(curve) for curve in (one.baseline, one.other)]
         lines.append(f"  last validation loss: {', '.join(ends)}")
     return lines
+
+
+def _end(curve: Curve) -> str:
+    """`grown 2.3518 (ema 2.3301)`: its last validation."""
+    last = curve.points[-1]
+    shadows = ", ".join(f"{kind} {loss:.4f}" for kind, loss in last.shadows.items())
+    return f"{curve.name} {last.loss:.4f}{f' ({shadows})' if shadows else ''}"
 
 
 def weights_of(path: Path) -> str | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from titan_growth.metrics.records import GrowthRecord, Record, ValidationRecord
+from titan_growth.metrics.records import SHADOW_LOSS, GrowthRecord, Record, ValidationRecord
 from titan_growth.tools.logs import logger
 
 
@@ -51,11 +53,15 @@ class RunSummary:
             growth |= {key: _number(line[key]) for key in ("loss_before", "loss_after")}
             self.growths.append(GrowthRecord(step=step, **growth))
         elif "validation_loss" in line:
-            self.validations.append(ValidationRecord(step=step, validation_loss=_number(line["validation_loss"])))
+            shadows = {
+                key.removesuffix(SHADOW_LOSS): _number(loss) for key, loss in line.items() if key.endswith(SHADOW_LOSS)
+            }
+            record = ValidationRecord.of({"": _number(line["validation_loss"]), **shadows})
+            self.validations.append(replace(record, step=step))
 
     def lines(self) -> list[str]:
         """First, last and best validation, and every growth, one a line."""
-        lines = [self._validation_line()] if self.validations else []
+        lines = [self._validation_line(), *self._shadow_lines()] if self.validations else []
         return lines + [
             f"growth: {growth.from_layers} -> {growth.to_layers} layers at step {growth.step}, "
             f"loss {growth.loss_before:.2f} before, {growth.loss_after:.2f} after"
@@ -63,11 +69,21 @@ class RunSummary:
         ]
 
     def _validation_line(self) -> str:
-        # NaN compares false with everything, and a diverged validation must not become the best.
-        best = min(self.validations, key=lambda one: (math.isnan(one.validation_loss), one.validation_loss))
-        named = {"first": self.validations[0], "last": self.validations[-1], "best": best}
-        facts = [f"{name} {one.validation_loss:.4f} (step {one.step})" for name, one in named.items()]
-        return f"validation loss: {', '.join(facts)}"
+        return f"validation loss: {_facts([(one.step, one.validation_loss) for one in self.validations])}"
+
+    def _shadow_lines(self) -> Iterator[str]:
+        """The same with each kind of shadow weights."""
+        for kind in self.validations[-1].shadow_losses or {}:
+            losses = [(one.step, (one.shadow_losses or {}).get(kind)) for one in self.validations]
+            yield f"  with {kind}: {_facts([(step, loss) for step, loss in losses if loss is not None])}"
+
+
+def _facts(losses: Sequence[tuple[int, float]]) -> str:
+    """First, last and best of (step, loss)."""
+    # NaN compares false with everything, and a diverged validation must not become the best.
+    best = min(losses, key=lambda one: (math.isnan(one[1]), one[1]))
+    named = {"first": losses[0], "last": losses[-1], "best": best}
+    return ", ".join(f"{name} {loss:.4f} (step {step})" for name, (step, loss) in named.items())
 
 
 def _number(value: object) -> float:

@@ -67,6 +67,11 @@ class Phase:
         for stage in self.stages:
             ask(stage, context, found)
 
+    def shadows(self, device_type: str) -> list[str]:
+        """The kinds of shadow weights that stages keep."""
+        context = self.context(device_type)
+        return [stage.name for stage in self.stages if stage.keeps_shadow and stage.enabled(context)]
+
     def transition(self, step: int) -> Transition | None:
         """The growth that made this phase's model, after a step."""
         return None if self.growth_map is None else Transition(self.growth_map, self.mask_steps, step)

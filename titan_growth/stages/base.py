@@ -91,8 +91,6 @@ class Stage(ABC):
     after: ClassVar[tuple[str, ...]] = ()
     table: ClassVar[str] = ""
     settings: ClassVar[type[Section] | None] = None
-    shadow: ClassVar[str] = ""
-    """The kind of shadow weights that the stage keeps (engine/shadow.py), if any: letters, digits and `_`."""
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Stage:
@@ -145,13 +143,19 @@ class Stage(ABC):
         return None
 
     def update_shadow(self, shadow: Sequence[Tensor], weights: Sequence[Tensor], context: BuildContext) -> None:
-        """Updates the stage's shadow weights in place, after each optimizer step.
+        """Updates the stage's shadow weights in place, after each optimizer step. A stage with this method has some
+        (engine/shadow.py), under its name.
 
         Args:
             shadow: this rank's shards of them, float32.
             weights: the shards of the model's own, in the same order.
         """
         return None
+
+    @property
+    def keeps_shadow(self) -> bool:
+        """Whether the stage has shadow weights."""
+        return type(self).update_shadow is not Stage.update_shadow
 
     def step_metrics(self, parts: ModelParts, context: BuildContext) -> dict[str, Any]:
         """Numbers for the line of a logged step, by fields of `StepRecord`; called on all ranks, which get the same."""

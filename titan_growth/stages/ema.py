@@ -32,7 +32,7 @@ class Ema(Stage):
     """Averages the weights over the steps."""
 
     name: ClassVar[str] = "ema"
-    shadow: ClassVar[str] = "ema"
+    after: ClassVar[tuple[str, ...]] = ("fsdp",)  # what it averages are the shards
 
     averages: AveragesConfig
     training: TrainingConfig

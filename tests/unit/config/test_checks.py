@@ -149,6 +149,7 @@ WITHOUT_EFFECT: list[tuple[dict[str, object], str, object, str]] = [
     ({}, "checkpoint.enable_first_step_checkpoint", True, "checkpoint.enable is false"),
     ({}, "checkpoint.last_save_model_only", True, "checkpoint.enable is false"),
     ({}, "checkpoint.async_mode", "async", "checkpoint.enable is false"),
+    ({}, "averages.ema_decay", 0.999, "nothing is saved and nothing validated"),
     ({}, "checkpoint.permanent_interval", 5, "checkpoint.enable is false"),
     (LOADING, "checkpoint.async_mode", "async", "checkpoint.load_only is true"),
     (LOADING, "checkpoint.save_retries", 5, "checkpoint.load_only is true"),
