@@ -1,4 +1,4 @@
-"""The moving average of the weights: a hand loop's on every mesh, through resumes and growths, and beside the weights."""
+"""The moving average of the weights: a hand loop's on every mesh, beside the weights, through resumes and growths."""
 
 from __future__ import annotations
 
@@ -215,13 +215,23 @@ def test_training_does_not_notice_it(name: str, tmp_path: Path) -> None:
     assert all(math.isfinite(line["ema_validation_loss"]) for line in lines)
 
 
+@pytest.mark.usefixtures("warm_imports")
+def test_float8_has_the_scales_of_the_average(tmp_path: Path) -> None:
+    """Those computed ahead are computed again: the losses are those of a run that computes them when it needs them."""
+    settings = {**SETTINGS, **mesh(shard=2).layout, **FLOAT8}
+    for name, ahead in (("ahead", True), ("late", False)):
+        key = "quantize__linear__float8__precompute_float8_dynamic_scale_for_fsdp"
+        run_ranks(train, 2, 2, make_recipe(tmp_path / name, **settings | {key: ahead}))
+    assert without_timings(losses(tmp_path / "ahead")) == without_timings(losses(tmp_path / "late"))
+
+
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_has_the_same_average(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """Metrics and stored tensors, bit for bit."""
     settings = {**SETTINGS, **mesh(shard=2).layout, "lr_scheduler__total_steps": 6}
-    warm_ranks(train, 2, 2, make_recipe(tmp_path / "whole", **settings, training__steps=6))
+    warm_ranks(train, 2, 2, make_recipe(tmp_path / "whole", **settings | {"training__steps": 6}))
     for steps in (2, 6):
         warm_ranks(train, 2, 2, make_recipe(tmp_path / "parts", **settings | {"training__steps": steps}))
     whole, parts = ([line for line in losses(tmp_path / name)] for name in ("whole", "parts"))
@@ -267,7 +277,9 @@ def test_it_can_be_turned_on_and_off(tmp_path: Path) -> None:
     assert "ema starts from the weights: step-2 has none" in logged
     assert "changed since step-2: averages.ema_decay = 0.6 (was 0.0)" in logged
     assert stored(tmp_path / "run/checkpoint/step-4", PREFIX)
-    logged = run_ranks(logged_by_rank_0, 2, 2, make_recipe(tmp_path / "run", **settings | off, training__steps=6))[0]
+    logged = run_ranks(
+        logged_by_rank_0, 2, 2, make_recipe(tmp_path / "run", **settings | off | {"training__steps": 6})
+    )[0]
     assert "ema of step-4 is dropped: the recipe keeps none" in logged
     assert not stored(tmp_path / "run/checkpoint/step-6", PREFIX)
 
