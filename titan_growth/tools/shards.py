@@ -7,9 +7,6 @@ from torch.distributed.tensor import DTensor
 
 from titan_growth.tools.torch_private import is_traceable_wrapper_subclass
 
-_values_of: dict[type, str] = {}
-"""Wrapper -> its attribute with the values. Asked once: with a scale, torchao's answer waits for the device."""
-
 
 def local_of(tensor: Tensor) -> Tensor:
     """The shard of a DTensor, or the whole plain tensor; the same memory, and part of the graph."""
@@ -24,10 +21,8 @@ def plain(tensor: Tensor) -> Tensor:
     local = local_of(tensor)
     if not is_traceable_wrapper_subclass(local):
         return tensor
-    kind = type(local)
-    if kind not in _values_of:
-        _values_of[kind] = local.__tensor_flatten__()[0][0]  # its scale may come second
-    values: Tensor = getattr(local, _values_of[kind])
+    (name,), _ = local.__tensor_flatten__()
+    values: Tensor = getattr(local, name)
     if not isinstance(tensor, DTensor):
         return values
     return DTensor.from_local(
