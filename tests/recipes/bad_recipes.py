@@ -54,6 +54,14 @@ KEYS = [
     Case("lr not a number", r"optimizer\.lr: expected a finite number, got nan", flags="--optimizer.lr nan"),
     Case("lr negative", r"optimizer\.lr: must be greater than 0, got -0\.1", toml="[optimizer]\nlr = -0.1"),
     Case("beta out of range", r"optimizer\.beta2: must be less than 1, got 1\.5", toml="[optimizer]\nbeta2 = 1.5"),
+    Case(
+        "average that never moves",
+        r"averages\.ema_decay: must be less than 1, got 1\.0",
+        toml="[averages]\nema_decay = 1.0",
+    ),
+    Case(
+        "average as a share", r"averages\.ema_decay: must be less than 1, got 99\.9", flags="--averages.ema_decay 99.9"
+    ),
     Case("steps 0", r"training\.steps: must be at least 1, got 0", toml="[training]\nsteps = 0"),
     Case("steps negative (flag)", r"training\.steps: must be at least 1, got -5", flags="--training.steps -5"),
     Case(

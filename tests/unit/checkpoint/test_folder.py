@@ -57,6 +57,9 @@ def test_lineage_round_trip() -> None:
     lineage = Lineage((EVENT, replace(EVENT, step=20)))
     assert Lineage.from_dict(json.loads(lineage.to_json())) == lineage
     assert lineage.grown_at == [10, 20]
+    assert not {"parents", "averaged"} & json.loads(lineage.to_json()).keys()
+    averaged = replace(lineage, averaged=("run/step-1", "run/step-2"))
+    assert Lineage.from_dict(json.loads(averaged.to_json())) == averaged
     assert Lineage.from_dict({"events": []}) == Lineage()
 
 

@@ -285,6 +285,30 @@ def test_bytes_of_a_rank_follow_the_type() -> None:
         assert f"GiB of {dtype} on the ranks" in text
 
 
+@pytest.mark.parametrize(("dtype", "size", "note"), [("float32", 20, ""), ("bfloat16", 12, "; ema of float32")])
+def test_an_average_takes_4_bytes_of_each_parameter(dtype: str, size: int, note: str) -> None:
+    """In memory and in checkpoints, also in those without moments."""
+    values = {**BASE, "model.dim": 512, "model.hidden_dim": 1024, "training.dtype": dtype}
+    values |= {"training.mixed_precision_param": "bfloat16", "averages.ema_decay": 0.75, "checkpoint.enable": True}
+    plan = plan_of({**values, "checkpoint.last_save_model_only": True}, 2)
+    lines = report_lines(plan, "cpu")
+    text = "\n".join(lines)
+    numel = plan.target.num_params
+    assert "  ema: decay 0.75 a step, half-life 2.4 steps, in float32" in lines
+    assert f"GiB of {dtype} on the ranks that hold most{note}):" in text
+    assert f"largest: {size * numel / 2 / 2**30:,.3f} GiB" in text
+    header = next(line.split() for line in lines if line.strip().startswith("pp"))
+    assert header[-3:] == ["moments", "ema", "sum"]
+    moments = (size - 4) // 4 * 2
+    assert (
+        f"checkpoints: {(size - moments // 2) * numel / 2**30:,.3f} GiB each on disk (weights, ema and moments)" in text
+    )
+    assert (
+        f"the last one has the weights, ema only: {(size - 4) // 4 * numel / 2**30 + 4 * numel / 2**30:,.3f} GiB"
+        in text
+    )
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 

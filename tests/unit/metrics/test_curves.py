@@ -137,6 +137,29 @@ def test_the_picture_says_what_it_shows(
     assert "they compare runs that had the same machine to themselves" in printed
 
 
+def test_shadow_weights_have_a_dashed_curve(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From their first validation on, in the colour of their run; and their last loss is printed."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    plain = write_run(tmp_path / "plain", {10: 4.0, 20: 3.0, 30: 2.5})
+    averaged = write_run(tmp_path / "averaged", {10: 4.0, 20: 3.0, 30: 2.5})
+    lines = [json.loads(line) for line in (averaged / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "validation_loss" in line and line["step"] > 10:
+            line["ema_validation_loss"] = line["validation_loss"] - 0.25
+    (averaged / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plot_main([f"plain={plain}", f"averaged={averaged}", "--to", str(tmp_path / "curves.png")]) == 0
+    assert "last validation loss: plain 2.5000, averaged 2.5000 (ema 2.2500)" in capsys.readouterr().out
+    panel = drawn[0].axes[0]
+    (dashed,) = [line for line in panel.lines if line.get_linestyle() == "--"]
+    assert (list(dashed.get_xdata()), list(dashed.get_ydata())) == ([20, 30], [2.75, 2.25])
+    assert dashed.get_label() == "averaged, ema"
+    assert dashed.get_color() == next(line for line in panel.lines if line.get_label() == "averaged").get_color()
+    assert panel.get_ylim()[0] < 2.25, "the lowest point is in the picture"
+
+
 def test_a_run_without_seconds_loses_only_that_panel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = write_run(tmp_path / "old", {10: 4.0, 20: 3.5}, seconds=False)
     new = write_run(tmp_path / "new", {10: 4.0, 20: 3.5})

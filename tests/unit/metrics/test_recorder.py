@@ -247,6 +247,26 @@ def test_metrics_summary_after_a_resume_is_of_the_whole_run(tmp_path: Path, cloc
     assert lines[2] == "growth: 3 -> 12 layers at step 10, loss 3.21 before, 4.56 after"
 
 
+def test_metrics_validations_with_shadow_weights_have_keys_of_their_own(tmp_path: Path, clock: Clock) -> None:
+    """In the file, on the console, as curves, and in the summary, before a resume and after."""
+    path = tmp_path / "metrics.jsonl"
+    first = make(clock, JsonlSink(path))
+    validate(first, 5, 4.0)  # before there was an average
+    record = first.record(at(10), ValidationRecord.of({"": 3.0, "ema": 3.5}))
+    first.record(at(20), ValidationRecord.of({"": 2.5, "ema": float("nan")}))
+    first.close()
+    assert "validation loss 3.0000, ema 3.5000  at step 10" in record.console_line()
+    assert record.scalars() == {"validation_metrics/loss": 3.0, "validation_metrics/ema_loss": 3.5}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.get("ema_validation_loss", "none") for line in lines] == ["none", 3.5, None]
+    second = make(clock, ListSink())
+    second.summary.load(path, resumed_at=20)
+    second.record(at(25), ValidationRecord.of({"": 2.0, "ema": 2.25}))
+    summary = second.closing_summary(at(25))
+    assert summary[1] == "validation loss: first 4.0000 (step 5), last 2.0000 (step 25), best 2.0000 (step 25)"
+    assert summary[2] == "  with ema: first 3.5000 (step 10), last 2.2500 (step 25), best 2.2500 (step 25)"
+
+
 def test_metrics_history_that_cannot_be_read_is_a_warning(
     tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
