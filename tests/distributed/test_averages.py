@@ -385,3 +385,43 @@ def test_a_growth_from_a_checkpoint_without_an_average(tmp_path: Path) -> None:
     logged = run_ranks(logged_by_rank_0, 2, 2, recipe)[0]
     assert "ema starts from the weights: step-2 has none" in logged
     assert any("grown 2 -> 4 layers" in line for line in logged)
+
+
+# ---- another stage's -------------------------------------------------------------------------------------------------
+
+
+def with_another(rank: int, num_ranks: int, recipe: Any) -> Tensors:
+    """Trains through a growth with a stage that keeps the largest value of each weight; its own, whole, right after."""
+    from titan_growth.stages.base import Stage
+    from titan_growth.stages.order import register_stage
+
+    @register_stage
+    class Largest(Stage):
+        name = "largest"
+
+        def enabled(self, context: Any) -> bool:
+            return True
+
+        def apply(self, parts: Any, context: Any) -> Any:
+            return parts
+
+        def update_shadow(self, shadow: Any, weights: Any, context: Any) -> None:
+            for kept, weight in zip(shadow, weights, strict=True):
+                torch.maximum(kept, weight, out=kept)
+
+        def describe(self, context: Any) -> str:
+            return "largest: the largest value of each weight"
+
+    return just_grown(rank, num_ranks, recipe)
+
+
+def test_a_stage_of_another_may_keep_weights_too(tmp_path: Path) -> None:
+    """Beside the average: saved, grown and validated without a line of its own."""
+    recipe = make_recipe(tmp_path / "run", **growing("stack"), **mesh(shard=2).layout)
+    run_ranks(with_another, 2, 2, recipe)
+    small, large = (stored(tmp_path / f"run/checkpoint/step-{step}", "shadow.largest.") for step in (2, 4))
+    weights = stored(tmp_path / "run/checkpoint/step-2")
+    assert all((small[name] >= weights[name]).all() for name in small)
+    assert {name.split(".")[1] for name in large if name.startswith("layers.")} == set("0123")
+    assert all((large[name] >= small[name]).all() for name in small)
+    assert all("largest_validation_loss" in line and "ema_validation_loss" in line for line in losses(tmp_path / "run"))

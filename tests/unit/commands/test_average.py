@@ -161,7 +161,12 @@ def test_bits_that_flipped_are_noticed(run: Path, tmp_path: Path, capsys: pytest
     [
         ("run", 1, "mean", "--last: expected a whole number of at least 2, got '1'"),
         ("run", "all", "mean", "--last: expected a whole number of at least 2, got 'all'"),
-        ("run", 4, "mean", "--last: RUN has 3 usable checkpoints, fewer than 4. A run keeps the newest checkpoint.keep_latest_k"),
+        (
+            "run",
+            4,
+            "mean",
+            "--last: RUN has 3 usable checkpoints, fewer than 4. A run keeps the newest checkpoint.keep_latest_k",
+        ),
         ("nowhere", 2, "mean", "nowhere: no such folder. Name a run's dump folder"),
         ("run/checkpoint/step-2", 2, "mean", "step-2 is one checkpoint. Name the run's dump folder"),
         ("run", 2, "run", "--to: RUN is inside the source"),

@@ -27,7 +27,21 @@ from titan_growth.tools.errors import ConfigError
 
 VARIABLES = set(re.findall(r"\b[A-Z][A-Z_]{3,}\b", (ROOT / "run_train.sh").read_text())) | {"PYTHONPATH"}
 """What the header of run_train.sh names."""
-WORDS = ["train", "plan", "check", "grow", "branch", "import", "export", "verify", "lineage", "probe", "plot", "launch"]
+WORDS = [
+    "train",
+    "plan",
+    "check",
+    "grow",
+    "average",
+    "branch",
+    "import",
+    "export",
+    "verify",
+    "lineage",
+    "probe",
+    "plot",
+    "launch",
+]
 WORDS += ["coordinate_check"]
 DEFAULT = "train_configs/debug_model.toml"
 OTHER_PROGRAMS = {"vllm", "lm_eval", "ruff", "mypy", "pytest", "pip"}
