@@ -284,6 +284,19 @@ def test_it_can_be_turned_on_and_off(tmp_path: Path) -> None:
     assert not stored(tmp_path / "run/checkpoint/step-6", PREFIX)
 
 
+def test_another_run_takes_it_with_all_state_only(tmp_path: Path, warm_ranks: WarmRanks) -> None:
+    """As the run of a branch does. With weights only it starts from those."""
+    settings = {**SETTINGS, **mesh(shard=2).layout, **TIED, "lr_scheduler__total_steps": 4}
+    warm_ranks(train, 2, 2, make_recipe(tmp_path / "run", **settings | {"training__steps": 2}))
+    small = tmp_path / "run/checkpoint/step-2"
+    start = {"checkpoint__initial_load_path": str(small)}
+    all_state = start | {"checkpoint__initial_load_model_only": False}
+    assert_same(warm_ranks(read, 2, 2, make_recipe(tmp_path / "all", **settings | all_state))[0], stored(small, PREFIX))
+    found = warm_ranks(read, 2, 2, make_recipe(tmp_path / "weights", **settings | start))[0]
+    weights = stored(small)
+    assert_same(found, {name: weights[name] for name in found})
+
+
 def test_the_last_weights_only_save_has_it(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """It is weights, and what one wants of the last step."""
     warm_ranks(train, 1, 1, make_recipe(tmp_path / "run", **SETTINGS, checkpoint__last_save_model_only=True))

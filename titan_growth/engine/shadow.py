@@ -50,7 +50,8 @@ class Shadow:
 
     @property
     def _weights(self) -> list[Tensor]:
-        return [local_of(plain(weight.detach())) for _, weight in self._pairs]
+        # The shard first: an operation on a DTensor costs the host far more, and this is asked for in every step.
+        return [plain(local_of(weight).detach()) for _, weight in self._pairs]
 
     @torch.no_grad()
     def start(self) -> None:
