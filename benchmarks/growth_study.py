@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     chosen = [
         trunk
-        for trunk in trunks()
+        for trunk in trunks(results())
         if (not options.study or trunk.study in options.study) and (not options.seeds or trunk.seed in options.seeds)
     ]
     if options.page:

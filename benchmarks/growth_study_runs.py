@@ -12,14 +12,16 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.arms import ROOT
 from titan_growth.config.loader import load_recipe
 from titan_growth.growth.chain import chain_of
 from titan_growth.models.registry import model_config_of
 from titan_growth.tools.findings import Findings
+from titan_growth.tools.text import many
 
 RECIPE = ROOT / "train_configs" / "study_12x64.toml"
 DECAY = 0.2
@@ -30,6 +32,8 @@ BUDGETS = (1600, 2100, 2600, 3200, 4000)
 RATES = (2e-3, 4e-3, 8e-3, 16e-3)
 SCHEMES = ("torchtitan", "small")
 SCRATCH, GROWN = "from scratch", "grown"
+SEEDS = (1, 2, 3)
+STAGE = "--growth.stages.0"
 
 
 @dataclass(frozen=True)
@@ -88,29 +92,78 @@ def cool_down_steps(end: int) -> int:
     return round(DECAY * end)
 
 
-def scratch(lr: float, scheme: str, *more: str) -> tuple[str, ...]:
-    """Words of the target trained from scratch."""
-    return ("--growth.enable", "false", "--optimizer.lr", f"{lr:g}", "--model.init.scheme", scheme, *more)
+@dataclass(frozen=True)
+class Choice:
+    """What is tuned: peak learning rate and initial weights; for a grown run also the base's rate, as a multiple.
+
+    `base` is None for a model that is trained from scratch.
+    """
+
+    lr: float
+    scheme: str
+    base: float | None = None
+
+    @property
+    def side(self) -> str:
+        return SCRATCH if self.base is None else GROWN
+
+    @property
+    def name(self) -> str:
+        """What it is called in the table of the tuning."""
+        base = "" if self.base is None else f", base x {self.base:g}"
+        return f"{self.side}, {self.scheme}, lr {self.lr:g}{base}"
+
+    def words(self, at: int = 0, *more: str) -> tuple[str, ...]:
+        """Words of the recipe; a grown run grows after step `at`."""
+        common = ("--optimizer.lr", f"{self.lr:g}", "--model.init.scheme", self.scheme, *more)
+        if self.base is None:
+            return ("--growth.enable", "false", *common)
+        rates = ("--growth.base.lr", f"{self.base * self.lr:g}", f"{STAGE}.lr", f"{self.lr:g}")
+        return (f"{STAGE}.at", f"{at} steps", *rates, *common)
 
 
-def grown(at: int, lr: float, scheme: str, *more: str, base: float = 1.0) -> tuple[str, ...]:
-    """Words of a grown run; the base's peak learning rate is `base` times that after the growth."""
-    when = ("--growth.stages.0.at", f"{at} steps", "--growth.base.lr", f"{base * lr:g}")
-    rate = ("--optimizer.lr", f"{lr:g}", "--growth.stages.0.lr", f"{lr:g}")
-    return (*when, *rate, "--model.init.scheme", scheme, *more)
+GRID = [Choice(lr, scheme, base) for scheme in SCHEMES for lr in RATES for base in (None, 1.0, 2.0)]
 
 
 def tuning() -> Iterator[Trunk]:
     """Both sides on one grid of learning rates and initial weights; for the grown one, also the base's rate."""
-    end = (SMALL_BUDGET,)
-    for scheme in SCHEMES:
-        for lr in RATES:
-            yield Trunk("tuning", f"{SCRATCH}, {scheme}, lr {lr:g}", scratch(lr, scheme), end)
-            for base in (1.0, 2.0):
-                words = grown(SMALL_BUDGET // 2, lr, scheme, base=base)
-                yield Trunk("tuning", f"{GROWN}, {scheme}, lr {lr:g}, base x {base:g}", words, end)
+    for choice in GRID:
+        yield _tuning(choice)
 
 
-def trunks() -> list[Trunk]:
-    """Everything, in the order in which it is trained."""
-    return list(tuning())
+def _tuning(choice: Choice, seed: int = 1) -> Trunk:
+    return Trunk("tuning", choice.name, choice.words(SMALL_BUDGET // 2), (SMALL_BUDGET,), seed)
+
+
+def tuned(ends: Iterable[dict[str, Any]]) -> dict[str, Choice] | None:
+    """The best choice of each side by its loss; None before the whole grid has been trained."""
+    losses = {entry["key"]: entry["loss"] for entry in ends}
+    keys = {choice: _tuning(choice).key(SMALL_BUDGET) for choice in GRID}
+    if not losses.keys() >= set(keys.values()):
+        return None
+    ranked = sorted(GRID, key=lambda choice: losses[keys[choice]])
+    return {side: next(choice for choice in ranked if choice.side == side) for side in (SCRATCH, GROWN)}
+
+
+def headline(best: dict[str, Choice]) -> Iterator[Trunk]:
+    """Frontiers of both sides, each trunk grown at half of its largest budget; three seeds."""
+    for seed in SEEDS:
+        yield Trunk("headline", SCRATCH, best[SCRATCH].words(), BUDGETS, seed)
+        for at, ends in ((2000, (3200, 4000)), (1000, (1600, 2100))):
+            yield Trunk("headline", GROWN, best[GROWN].words(at), ends, seed)
+
+
+def controls(best: dict[str, Choice]) -> Iterator[Trunk]:
+    """What could kill the claim: other ways to the same loss, with nothing of the small model in the large one."""
+    for layers, ends in ((3, (4000, 8000)), (6, (2600, 4000, 6400)), (1, (8000,))):
+        words = best[SCRATCH].words(0, "--model.n_layers", str(layers))
+        yield Trunk("controls", f"{many(layers, 'layer')} {SCRATCH}", words, ends)
+    masked = (f"{STAGE}.operator", "random_depth", f"{STAGE}.mask_steps", "200")
+    yield Trunk("controls", "nothing copied: random_depth", best[GROWN].words(2000, *masked), (3200, 4000))
+    yield Trunk("controls", "grown untrained, at step 1", best[GROWN].words(1), BUDGETS[-2:])
+
+
+def trunks(ends: Iterable[dict[str, Any]]) -> list[Trunk]:
+    """Everything, in the order in which it is trained. What needs the tuning's winners follows when they are known."""
+    best = tuned(ends)
+    return [*tuning(), *(() if best is None else (*headline(best), *controls(best)))]
