@@ -75,6 +75,10 @@ class ShardedSequence(SequenceLayout):
         own_BS = positions_BT[:, own_S]
         return GatheredContext(cos[own_BS], sin[own_BS], mask, self.group)
 
+    def ring_positions(self, num_tokens: int, device: torch.device) -> list[Tensor]:
+        """With ring attention: positions of this rank's queries and of all ranks' keys, in the order of the ranks."""
+        return list(self._tables(num_tokens * self.degree, device)[:2]) if self.ring else []
+
     def _tables(self, total: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Own positions, all positions in gathered order, and the causal mask; cached on the device."""
         if (total, device) not in self._placed:
