@@ -24,6 +24,9 @@ RUN: dict[str, Any] = {
 }
 
 
+COMPILED = {"compile__enable": True, "compile__backend": "aot_eager"}
+
+
 @pytest.fixture(scope="module")
 def measured(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     """`measured(num_ranks, **settings)`: the layers.jsonl of that run, trained once per file."""
@@ -69,3 +72,43 @@ def test_meshes_agree_with_one_rank(name: str, family: str, measured: Measured) 
     model = QWEN3 if family == "qwen3" else {}
     case = MESHES[name]
     assert_same(measured(case.num_ranks, **model, **case.layout), measured(1, **model, **ONE_RANK.layout))
+
+
+TECHNIQUES: dict[str, tuple[str, dict[str, Any]]] = {
+    "recomputed layers": ("1 rank", {"activation_checkpoint__mode": "full"}),
+    "recomputed operations": (
+        "1 rank",
+        {"activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op"},
+    ),
+    "compiled": ("1 rank", COMPILED),
+    "compiled, recomputed layers": ("1 rank", COMPILED | {"activation_checkpoint__mode": "full"}),
+    "compiled, recomputed layers, tp2": ("tp2", COMPILED | {"activation_checkpoint__mode": "full"}),
+    "recomputed layers, tp2": ("tp2", {"activation_checkpoint__mode": "full"}),
+    "compiled, cp2": ("cp2", COMPILED),
+    "accumulated": ("1 rank", {"training__local_batch_size": 2}),
+    "chunked loss, tp2": ("tp2, chunked loss", {}),
+}
+
+
+@pytest.mark.usefixtures("warm_imports")
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_techniques_change_nothing(name: str, measured: Measured) -> None:
+    mesh, settings = TECHNIQUES[name]
+    case = {"1 rank": ONE_RANK, **MESHES}[mesh]
+    assert_same(measured(case.num_ranks, **case.layout | settings), measured(1, **ONE_RANK.layout))
+
+
+@pytest.mark.usefixtures("warm_imports")
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_inductor_changes_nothing(mode: str, measured: Measured) -> None:
+    settings = {"compile__enable": True, "activation_checkpoint__mode": mode}
+    assert_same(measured(1, **ONE_RANK.layout | settings), measured(1, **ONE_RANK.layout))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MESHES if MESHES[name].num_ranks <= 4])
+def test_more_meshes_agree_with_one_rank(name: str, measured: Measured) -> None:
+    case = MESHES[name]
+    settings = {"model__n_layers": 4, **case.model}
+    assert_same(measured(case.num_ranks, **settings | case.layout), measured(1, **settings | ONE_RANK.layout))
