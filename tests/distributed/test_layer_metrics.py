@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.meshes import MESHES, ONE_RANK, QWEN3, TIED
+from tests.distributed.meshes import MESHES, ONE_RANK, QWEN3
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, train
 

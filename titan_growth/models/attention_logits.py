@@ -50,9 +50,7 @@ def largest_attention_logit(
 
 
 @largest_attention_logit.register_fake
-def _(
-    q_BSNH: Tensor, k_BTKH: Tensor, mask_B1ST: Tensor | None, q_positions_S: Tensor, k_positions_T: Tensor
-) -> Tensor:
+def _(q_BSNH: Tensor, k_BTKH: Tensor, mask_B1ST: Tensor | None, q_positions_S: Tensor, k_positions_T: Tensor) -> Tensor:
     return q_BSNH.new_empty((), dtype=torch.float32)
 
 
@@ -68,8 +66,10 @@ class AttentionObserver:
             positions_T = torch.arange(k_BTKH.shape[1], device=k_BTKH.device)
             self._observe(q_BSNH.detach(), k_BTKH.detach(), mask_B1ST, positions_T, positions_T)
 
-    def _observe(self, q_BSNH: Tensor, k_BTKH: Tensor, mask: Tensor | None, q_positions: Tensor, k_positions: Tensor):
-        self.largest.copy_(largest_attention_logit(q_BSNH, k_BTKH, mask, q_positions, k_positions))
+    def _observe(
+        self, q_BSNH: Tensor, k_BTKH: Tensor, mask_B1ST: Tensor | None, q_positions_S: Tensor, k_positions_T: Tensor
+    ) -> None:
+        self.largest.copy_(largest_attention_logit(q_BSNH, k_BTKH, mask_B1ST, q_positions_S, k_positions_T))
 
 
 @dataclass

@@ -168,7 +168,7 @@ class _ObservedSequence(SequenceLayout):
             self.last = torch.full((), -math.inf, dtype=torch.float32, device=cos.device)
         observer = AttentionObserver(self.last)
         if isinstance(self.inner, ShardedSequence) and (ring := self.inner.ring_positions(num_tokens, cos.device)):
-            observer = RingObserver(self.last, *ring, self.inner.group)
+            observer = RingObserver(self.last, ring.queries_S, ring.keys_T, self.inner.group)
         return replace(context, observer=observer)
 
 
