@@ -145,12 +145,12 @@ class _Around:
 
 def observe_attention(part: Decoder, meter: ForwardMeter) -> None:
     """Measures the attention logits of the part's layers."""
-    part.sequence = observed = _ObservedSequence(part.sequence, meter)
+    part.sequence = observed = ObservedSequence(part.sequence, meter)
     for layer, block in part.layers.items():
         block.register_forward_hook(_Logits(meter, int(layer), observed))
 
 
-class _ObservedSequence(SequenceLayout):
+class ObservedSequence(SequenceLayout):
     """Another layout whose attention is observed, where it is due."""
 
     def __init__(self, inner: SequenceLayout, meter: ForwardMeter) -> None:
@@ -178,7 +178,7 @@ class _Logits:
 
     meter: ForwardMeter
     layer: int
-    sequence: _ObservedSequence
+    sequence: ObservedSequence
 
     def __call__(self, _block: nn.Module, _inputs: Any, _output: Tensor) -> None:
         if self.meter.attention and self.sequence.last is not None and torch.is_grad_enabled():
