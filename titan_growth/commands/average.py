@@ -144,9 +144,11 @@ def _require_one_model(sources: Sequence[Source]) -> None:
         return
     other = sources[len(same) - 1 - same[::-1].index(False)]
     before, after = other.config.sizes, last.config.sizes
-    changes = ", ".join(f"{key} {before[key]} -> {size}" for key, size in after.items() if before[key] != size)
+    if before == after:  # the rotary base may grow alone
+        before, after = vars(other.config), vars(last.config)
+    changes = ", ".join(f"{key} {before[key]} -> {value}" for key, value in after.items() if before[key] != value)
     grown = len(last.lineage.events) > len(other.lineage.events)
-    why = f"the model grew in between ({changes})" if grown else "they are of two models"
+    why = f"{'the model grew in between' if grown else 'they are of two models'} ({changes})"
     raise other.folder.refused(
         f"it has no mean with {last.folder.path.name}: {why}. Those of one model are the last {same[::-1].index(False)}"
     )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -62,9 +62,13 @@ class SequenceContext:
     sin: Tensor
     mask_B1ST: Tensor | None
     """True where attention is allowed, shape (B or 1, 1, S, T); None = plain causal."""
+    observer: Callable[[Tensor, Tensor, Tensor | None], None] | None = field(default=None, kw_only=True)
+    """Shown queries, keys and mask."""
 
     def attend(self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> Tensor:
         """Causal grouped-query attention; (B, S, N * H)."""
+        if self.observer is not None:
+            self.observer(q_BSNH, k_BSKH, self.mask_B1ST)
         num_groups = q_BSNH.shape[2] // k_BSKH.shape[2]
         if num_groups > 1:
             k_BSKH = k_BSKH.repeat_interleave(num_groups, dim=2)

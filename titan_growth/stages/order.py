@@ -24,6 +24,7 @@ OWN = (
     "float8",
     "fsdp",
     "growth_mask",
+    "layer_metrics",
     "pipeline",
     "tensor_parallel",
     "z_loss",

@@ -135,6 +135,17 @@ def test_not_across_a_growth(warm_ranks: WarmRanks, tmp_path: Path, capsys: pyte
     assert len(open_source(tmp_path / "mean").lineage.events) == 1
 
 
+def test_not_across_another_rotary_base(
+    warm_ranks: WarmRanks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sizes alone are not the model."""
+    stages = '[{at = "4 steps", operator = "identity", rope_theta = 20000.0}]'
+    base = {"model__rope_theta": 20000.0, "growth__base__rope_theta": 10000.0}
+    run = trained(warm_ranks, tmp_path / "run", 1, growth__stages=stages, **base)
+    assert average(run, 2, tmp_path / "mean") == 1
+    assert "the model grew in between (rope_theta 10000.0 -> 20000.0)" in capsys.readouterr().out
+
+
 def test_a_damaged_checkpoint_is_left_out_and_named(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
