@@ -21,13 +21,15 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.metrics.records import Record
-from titan_growth.models.layer_groups import ByGroup
 
-Value = float | None
+if TYPE_CHECKING:  # the recorder imports this module, and `--help` loads it without torch
+    from titan_growth.models.layer_groups import ByGroup
+
+Value: TypeAlias = float | None
 """None for a number that is not finite, as in `metrics.jsonl`."""
 
 
