@@ -92,6 +92,19 @@ PRECISION = [
     Case("chunk negative", r"loss_chunk_tokens: must be at least 0, got -1", toml="[training]\nloss_chunk_tokens = -1"),
 ]
 
+SDC_CHECK = [
+    Case(
+        "SDC check: negative interval",
+        r"debug\.sdc_check_interval: must be at least 0, got -1",
+        toml="[debug]\nsdc_check_interval = -1",
+    ),
+    Case(
+        "SDC check: unknown action",
+        r"debug\.sdc_check_action: must be one of 'stop', 'warn', got 'stopp' .*Did you mean 'stop'",
+        toml='[debug]\nsdc_check_action = "stopp"',
+    ),
+]
+
 CHECKPOINTING = [
     Case(
         "checkpointing: unknown mode",
@@ -280,4 +293,4 @@ PLUGINS = [
     Case("plugin's table without the plugin", r"mine: unknown section", toml="[mine]\nlevel = 1"),
 ]
 
-CASES = PRECISION + CHECKPOINTING + COMPILE + TORCHTITAN + PLUGINS
+CASES = PRECISION + SDC_CHECK + CHECKPOINTING + COMPILE + TORCHTITAN + PLUGINS

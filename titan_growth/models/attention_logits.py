@@ -91,8 +91,8 @@ def _raise_maxima(
     q: Tensor,
     k: Tensor,
     mask: Tensor | None,
-    positions_S: Tensor | None,  # noqa: N803 (a shape suffix)
-    positions_T: Tensor | None,  # noqa: N803
+    positions_S: Tensor | None,
+    positions_T: Tensor | None,
 ) -> None:
     found_N = max_logits(q, k, mask_B1ST=mask, positions_S=positions_S, positions_T=positions_T)
     maxima_N.copy_(torch.maximum(maxima_N, found_N))

@@ -24,6 +24,7 @@ OWN = (
     "fsdp",
     "growth_mask",
     "pipeline",
+    "sdc_check",
     "tensor_parallel",
     "z_loss",
 )
