@@ -21,6 +21,7 @@ from titan_growth.data.loader import batch_hash, sample_digests
 from titan_growth.engine.engine import Microbatch, num_valid_tokens, sum_over_ranks
 from titan_growth.grower import Agreed, Grower, StoppedWhileLearningError
 from titan_growth.liveness.stop_signal import StopSignal
+from titan_growth.metrics.layers import LayersRecord
 from titan_growth.metrics.observers import Observers
 from titan_growth.metrics.records import GrowthRecord, StepRecord, ValidationRecord
 from titan_growth.run.runtime import PhaseRuntime
@@ -137,6 +138,9 @@ class Trainer:
 
     def record(self, batch: list[Microbatch], loss: Tensor, grad_norm: Tensor, lr: float, saving: bool) -> None:
         """Logs the step if it is due; a non-finite loss or gradient ends the run before it is saved."""
+        if by_layer := self.runtime.engine.model.layer_metrics():
+            record = LayersRecord.of(by_layer, self.runtime.phase.growth_map)
+            self.observers.recorder.record(self.progress, record)
         step, skipped = self.progress.step, self.state.stability.skipped
         logged = self.observers.recorder.should_log(step) or bool(skipped)
         if not (logged or saving):
@@ -147,7 +151,7 @@ class Trainer:
             if self.plan.recipe.debug.log_batch_hash:
                 digests = sample_digests(batch) if self.runtime.mesh.speaks_for_its_data else []
                 digest = batch_hash(gather_objects(digests))
-            record = StepRecord(
+            step_record = StepRecord(
                 loss=values[0],
                 grad_norm=values[1],
                 lr=lr,
@@ -156,7 +160,7 @@ class Trainer:
                 skipped=skipped or None,
                 **self.runtime.engine.model.step_metrics(),
             )
-            self.observers.recorder.record(self.progress, record)
+            self.observers.recorder.record(self.progress, step_record)
         self.state.stability.require_finite(step, *values)
 
     def after_step(self, growing: bool, saving: bool) -> None:

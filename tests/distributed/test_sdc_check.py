@@ -45,6 +45,9 @@ def state_after(rank: int, num_ranks: int, recipe: Recipe, is_random: bool) -> s
                     block.register_forward_hook(drop_out)
         assert trainer.fit()
         tensors = {**trainer.runtime.tensors(optimizer=True), "rng": torch.get_rng_state()}
+        trainer.observers.recorder.close()
+        if (layers := Path(recipe.job.dump_folder, "layers.jsonl")).exists():
+            digest.update(layers.read_bytes())
         for name, tensor in tensors.items():
             digest.update(name.encode() + bits_of(local_of(tensor).contiguous()).numpy().tobytes())
         digest.update(str((trainer.progress.samples, trainer.progress.tokens)).encode())
@@ -63,6 +66,7 @@ FLOAT8 = {
 UNCHANGED: dict[str, Case] = {
     "accumulation": mesh(training__local_batch_size=2),
     "bfloat16": mesh(training__mixed_precision_param="bfloat16"),
+    "layer metrics": mesh(training__local_batch_size=4, metrics__layers_freq=1, metrics__attention_freq=1),
     "z-loss, Muon": mesh(training__z_loss_weight=0.1, optimizer__name="Muon", training__local_batch_size=4),
     "fsdp2, accumulation": mesh(shard=2, training__local_batch_size=2),
     "fsdp2, recomputed": mesh(shard=2, **{f"{AC}mode": "full"}),

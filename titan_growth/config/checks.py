@@ -12,13 +12,16 @@ from titan_growth.tools.errors import LocationError
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import is_remote, location
 
+_TAKEN = ("", ".", "..", "recipe.toml", "metrics.jsonl", "layers.jsonl", "exit.json")
+"""File names in the run folder that no key may name."""
+
 
 def check_recipe(recipe: Recipe, found: Findings) -> None:
     """Reports contradictions between keys of one recipe."""
     if not recipe.job.dump_folder.strip():
         found.problem("job.dump_folder", "must name a folder, is empty", "For example: ./outputs")
     name = recipe.job.save_config_file
-    if name is not None and (name in ("", ".", "..", "recipe.toml", "metrics.jsonl", "exit.json") or "/" in name):
+    if name is not None and (name in _TAKEN or "/" in name):
         message = f"must be a file name of its own, got '{name}'"
         found.problem("job.save_config_file", message, "For example: config.json")
     _training(recipe, found)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from titan_growth.layout.mesh import Mesh
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.initialize import init_weights
+from titan_growth.models.layer_groups import ByGroup
 from titan_growth.models.registry import family_module
 from titan_growth.stages.base import BuildContext, Microbatch, ModelParts, Stage, Transition
 from titan_growth.stages.flaws import strange_answer
@@ -83,11 +84,18 @@ class BuiltModel:
 
     def step_metrics(self) -> dict[str, Any]:
         """What the stages have measured in a step, by fields of its record. All ranks call it."""
+        return self._measured("step_metrics")
+
+    def layer_metrics(self) -> dict[str, ByGroup]:
+        """What the stages have measured in a step by layer, if anything: metric -> group. All ranks call it."""
+        return self._measured("layer_metrics")
+
+    def _measured(self, method: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for stage in self.stages:
-            measured = stage.step_metrics(self.parts, self.context)
+            measured = getattr(stage, method)(self.parts, self.context)
             if not isinstance(measured, dict):
-                raise ConfigError([strange_answer(stage, "step_metrics", measured)])
+                raise ConfigError([strange_answer(stage, method, measured)])
             found |= measured
         return found
 

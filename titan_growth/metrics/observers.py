@@ -16,13 +16,14 @@ from titan_growth.config.schema.recipe import Recipe
 from titan_growth.liveness.heartbeat import Heartbeat
 from titan_growth.metrics.boards import TensorBoardSink, WandbSink
 from titan_growth.metrics.hardware import peak_flops_per_second
+from titan_growth.metrics.layers import offset_after
 from titan_growth.metrics.profiling import Profiler
 from titan_growth.metrics.recorder import Recorder
 from titan_growth.metrics.records import DataRecord
 from titan_growth.metrics.sinks import ConsoleSink, JsonlSink, Sink
 from titan_growth.metrics.throughput import Throughput
 from titan_growth.tools.device import Device
-from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE, RunFolder
+from titan_growth.tools.run_folder import LAYERS_FILE, METRICS_FILE, RECIPE_FILE, RunFolder
 
 
 class Observers:
@@ -47,17 +48,21 @@ class Observers:
         peak, self.peak_source = peak_flops_per_second(device.type, device.name, dtype)
         self.meter = Throughput(peak_flops=peak, num_devices=dist.get_world_size(), on_phase=self._mark)
         sinks: list[Sink] = []
+        layer_sinks: list[Sink] = []
+        boards: list[Sink] = []
         if self.rank == 0:
             sinks.append(ConsoleSink(recipe.metrics.disable_color_printing))
         if self.rank == 0 and not dry_run:
             self.jsonl = JsonlSink(folder.path / METRICS_FILE, resumed.manifest.metrics_offset if resumed else None)
             sinks.append(self.jsonl)
+            layer_sinks += self._layers_file(resumed)
             if recipe.metrics.enable_wandb:
-                sinks.append(WandbSink(folder.path / "wandb", config=recipe.model_dump()))
+                boards.append(WandbSink(folder.path / "wandb", config=recipe.model_dump()))
         if recipe.metrics.enable_tensorboard and not dry_run and (self.rank == 0 or recipe.metrics.save_for_all_ranks):
-            sinks.append(TensorBoardSink(self._tensorboard_folder(), purge_step=start_step + 1))
+            boards.append(TensorBoardSink(self._tensorboard_folder(), purge_step=start_step + 1))
         self.recorder = Recorder(
-            sinks=sinks,
+            sinks=[*sinks, *boards],
+            layer_sinks=[*layer_sinks, *boards],
             meter=self.meter,
             log_freq=recipe.metrics.log_freq,
             total_steps=recipe.training.steps,
@@ -73,6 +78,13 @@ class Observers:
             device_type=device.type,
             start_step=start_step,
         )
+
+    def _layers_file(self, resumed: StepFolder | None) -> list[Sink]:
+        """The sink of layers.jsonl, if there is anything to write, to cut back or to move out of the way."""
+        path, section = self.folder.path / LAYERS_FILE, self.recipe.metrics
+        if not (section.layers_freq or section.attention_freq or path.is_file()):
+            return []
+        return [JsonlSink(path, None if resumed is None else offset_after(path, resumed.step))]
 
     def _tensorboard_folder(self) -> str:
         root = self.folder.path / self.recipe.metrics.save_tb_folder

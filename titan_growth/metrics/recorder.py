@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from titan_growth.checkpoint.history import GrowthEvent, Progress
 from titan_growth.metrics.formatting import format_duration
 from titan_growth.metrics.hardware import memory_gib
+from titan_growth.metrics.layers import LayersRecord
 from titan_growth.metrics.records import GrowthRecord, Record, StepRecord
 from titan_growth.metrics.sinks import Sink
 from titan_growth.metrics.summary import RunSummary
@@ -27,7 +28,9 @@ RecordT = TypeVar("RecordT", bound=Record)
 
 
 class Recorder:
-    """Records steps, validations and growths in `sinks` (empty on ranks that do not write).
+    """Records steps, validations and growths in `sinks`, and what the layers do in `layer_sinks`.
+
+    Both are empty on ranks that do not write; a sink may be in both.
 
     `meter` is fed by the loop. `total_steps` is the step the run ends at, `log_freq` the distance in steps between
     logs, `device_type` says whose memory is reported, and `seconds_before` is the wall-clock of the run until this
@@ -46,12 +49,14 @@ class Recorder:
         total_steps: int,
         device_type: str = "cpu",
         seconds_before: float = 0.0,
+        layer_sinks: Sequence[Sink] = (),
     ) -> None:
         if log_freq < 1:
             raise ValueError(f"log_freq must be at least 1, got {log_freq}")
         self.meter = meter
         self.summary = RunSummary()
         self._sinks = list(sinks)
+        self._layer_sinks = list(layer_sinks)
         self._log_freq = log_freq
         self._total_steps = total_steps
         self._device_type = device_type
@@ -77,7 +82,7 @@ class Recorder:
         if isinstance(record, GrowthRecord):
             self.meter.forget_step_time()  # the grown model's steps take longer
         self.summary.add(record)
-        for sink in self._sinks:
+        for sink in self._layer_sinks if isinstance(record, LayersRecord) else self._sinks:
             sink.record(record)
         return record
 
@@ -167,6 +172,7 @@ class Recorder:
 
     def close(self) -> None:
         """Close all sinks; a second call does nothing."""
-        sinks, self._sinks = self._sinks, []
+        sinks = dict.fromkeys((*self._sinks, *self._layer_sinks))
+        self._sinks, self._layer_sinks = [], []
         for sink in sinks:
             sink.close()

@@ -56,7 +56,7 @@ class _Column:
     metric: Metric
 
     def json_value(self, value: Any) -> object:
-        if value is None or self.kind in (str, dict):
+        if value is None or self.kind in (str, dict, list):
             return value
         if self.kind is int:
             return int(value)

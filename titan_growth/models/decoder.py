@@ -19,14 +19,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_growth.models.attention_logits import note_max_logits
 from titan_growth.models.config import DecoderConfig
 from titan_growth.models.parametrization import output_scale
 from titan_growth.models.roles import Role
@@ -63,15 +62,13 @@ class SequenceContext:
     sin: Tensor
     mask_B1ST: Tensor | None
     """True where attention is allowed, shape (B or 1, 1, S, T); None = plain causal."""
+    observer: Callable[[Tensor, Tensor, Tensor | None], None] | None = field(default=None, kw_only=True)
+    """Shown queries, keys and mask."""
 
-    def attend(self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, maxima_N: Tensor | None = None) -> Tensor:
-        """Causal grouped-query attention; (B, S, N * H).
-
-        Args:
-            maxima_N: raised to the largest logit of each head (models/attention_logits.py).
-        """
-        if maxima_N is not None:
-            note_max_logits(maxima_N, q_BSNH, k_BSKH, mask_B1ST=self.mask_B1ST)
+    def attend(self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> Tensor:
+        """Causal grouped-query attention; (B, S, N * H)."""
+        if self.observer is not None:
+            self.observer(q_BSNH, k_BSKH, self.mask_B1ST)
         num_groups = q_BSNH.shape[2] // k_BSKH.shape[2]
         if num_groups > 1:
             k_BSKH = k_BSKH.repeat_interleave(num_groups, dim=2)

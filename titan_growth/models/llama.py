@@ -71,8 +71,6 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.num_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
-        self.max_logits: Tensor | None = None
-        """The largest logit of each head of this rank since a stage has put a tensor here; (N,), float32."""
 
     def forward(self, x_BSD: Tensor, context: SequenceContext) -> Tensor:
         # -1 for the heads: under tensor parallelism each rank holds only some of them.
@@ -81,12 +79,7 @@ class Attention(nn.Module):
         v_BSKH = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
         q_BSNH = apply_rope(q_BSNH, context.cos, context.sin)
         k_BSKH = apply_rope(k_BSKH, context.cos, context.sin)
-        return self.wo(context.attend(q_BSNH, k_BSKH, v_BSKH, self.measured))
-
-    @property
-    def measured(self) -> Tensor | None:
-        """Where the largest logits of this pass go, if they are wanted; those of an evaluation never are."""
-        return self.max_logits if self.training else None
+        return self.wo(context.attend(q_BSNH, k_BSKH, v_BSKH))
 
     def scaled(self, q_BSNH: Tensor) -> Tensor:
         """Queries for which kernels that divide by sqrt(head_dim) compute the parametrisation's attention."""

@@ -92,7 +92,7 @@ class Attention(llama.Attention):
         v_BSKH = self.wv(x_BSD).unflatten(-1, (-1, self.head_dim))
         q_BSNH = apply_rope(q_BSNH, context.cos, context.sin)
         k_BSKH = apply_rope(k_BSKH, context.cos, context.sin)
-        return self.wo(context.attend(q_BSNH, k_BSKH, v_BSKH, self.measured))
+        return self.wo(context.attend(q_BSNH, k_BSKH, v_BSKH))
 
 
 class TransformerBlock(llama.TransformerBlock):

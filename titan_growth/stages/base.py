@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # commands import this module, and report a typo in a recipe 
 
     from titan_growth.layout.mesh import Mesh
     from titan_growth.models.decoder import Decoder
+    from titan_growth.models.layer_groups import ByGroup
 
 ModelParts: TypeAlias = "list[Decoder]"
 """This rank's model parts: the whole model, or its chunks of a pipeline."""
@@ -147,6 +148,13 @@ class Stage(ABC):
 
     def step_metrics(self, parts: ModelParts, context: BuildContext) -> dict[str, Any]:
         """Numbers for the line of a logged step, by fields of `StepRecord`; called on all ranks, which get the same."""
+        return {}
+
+    def layer_metrics(self, parts: ModelParts, context: BuildContext) -> dict[str, ByGroup]:
+        """Numbers by layer for `layers.jsonl`, by metric and group; nothing on most steps.
+
+        Called after each step on all ranks, which get the same.
+        """
         return {}
 
     @abstractmethod

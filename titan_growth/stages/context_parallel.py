@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_growth.config.schema.recipe import DataConfig, ParallelismConfig, ValidationConfig
-from titan_growth.models.attention_logits import note_max_logits
 from titan_growth.models.decoder import SequenceContext, SequenceLayout, documents_of
 from titan_growth.stages.base import BuildContext, Microbatch, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
@@ -43,32 +42,11 @@ class GatheredContext(SequenceContext):
 
     group: dist.ProcessGroup
 
-    def attend(self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, maxima_N: Tensor | None = None) -> Tensor:
+    def attend(self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor) -> Tensor:
         both = torch.cat((k_BSKH, v_BSKH), dim=2).transpose(0, 1).contiguous()  # gathered along the first dimension
         gathered = wait_tensor(all_gather_single_autograd(both, gather_dim=0, group=self.group))
         k_BTKH, v_BTKH = gathered.transpose(0, 1).chunk(2, dim=2)
-        return super().attend(q_BSNH, k_BTKH, v_BTKH, maxima_N)
-
-
-@dataclass(frozen=True)
-class RingContext(SequenceContext):
-    """Attention while keys and values go around; for the largest logits alone, keys are gathered."""
-
-    own_S: Tensor
-    gathered_T: Tensor
-    """Positions of this rank, and of all in the order of the ranks."""
-    group: dist.ProcessGroup
-
-    def attend(self, q_BSNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, maxima_N: Tensor | None = None) -> Tensor:
-        if maxima_N is not None:
-            self.note_max_logits(maxima_N, q_BSNH.detach(), k_BSKH.detach())
-        return super().attend(q_BSNH, k_BSKH, v_BSKH)  # `context_parallel` replaces the kernel that it calls
-
-    def note_max_logits(self, maxima_N: Tensor, q_BSNH: Tensor, k_BSKH: Tensor) -> None:
-        """Those of this rank's queries, over the keys of all ranks."""
-        keys = k_BSKH.transpose(0, 1).contiguous()  # gathered along the first dimension
-        k_BTKH = wait_tensor(all_gather_single_autograd(keys, gather_dim=0, group=self.group)).transpose(0, 1)
-        note_max_logits(maxima_N, q_BSNH, k_BTKH, positions_S=self.own_S, positions_T=self.gathered_T)
+        return super().attend(q_BSNH, k_BTKH, v_BTKH)
 
 
 @dataclass(kw_only=True)
@@ -89,13 +67,17 @@ class ShardedSequence(SequenceLayout):
         own_S, gathered_T, causal_ST = self._tables(total, cos.device)
         if positions_BT is None:
             if self.ring:
-                return RingContext(cos[own_S], sin[own_S], None, own_S, gathered_T, self.group)
+                return SequenceContext(cos[own_S], sin[own_S], None)  # `context_parallel` replaces its attention
             return GatheredContext(cos[own_S], sin[own_S], causal_ST[None, None], self.group)
         document_BT = documents_of(positions_BT)
         same_document = document_BT[:, own_S].unsqueeze(2) == document_BT[:, gathered_T].unsqueeze(1)
         mask = (same_document & causal_ST).unsqueeze(1)
         own_BS = positions_BT[:, own_S]
         return GatheredContext(cos[own_BS], sin[own_BS], mask, self.group)
+
+    def ring_positions(self, num_tokens: int, device: torch.device) -> list[Tensor]:
+        """With ring attention: positions of this rank's queries and of all ranks' keys, in the order of the ranks."""
+        return list(self._tables(num_tokens * self.degree, device)[:2]) if self.ring else []
 
     def _tables(self, total: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Own positions, all positions in gathered order, and the causal mask; cached on the device."""

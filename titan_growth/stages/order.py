@@ -23,6 +23,7 @@ OWN = (
     "float8",
     "fsdp",
     "growth_mask",
+    "layer_metrics",
     "pipeline",
     "sdc_check",
     "tensor_parallel",

@@ -20,6 +20,7 @@ from titan_growth.tools.text import gib
 
 RECIPE_FILE = "recipe.toml"
 METRICS_FILE = "metrics.jsonl"
+LAYERS_FILE = "layers.jsonl"
 
 
 class RunFolder:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from titan_growth.models.attention_logits import max_logits, note_max_logits
+from titan_growth.models.attention_logits import AttentionObserver, max_logits
 
 B, S, N, K, H = 2, 12, 4, 2, 8
 
@@ -42,7 +42,7 @@ def test_masked(queries_keys: list[Tensor], max_elements: int) -> None:
     q, k = queries_keys
     document = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
     mask = (CAUSAL & (document.unsqueeze(1) == document.unsqueeze(2))).unsqueeze(1)
-    found = max_logits(q, k, mask_B1ST=mask, max_elements=max_elements)
+    found = max_logits(q, k, mask, max_elements=max_elements)
     torch.testing.assert_close(found, by_hand(q, k, mask), rtol=1e-6, atol=0)
 
 
@@ -50,38 +50,38 @@ def test_ranks_with_parts_of_the_sequence(queries_keys: list[Tensor]) -> None:
     """Each has some queries and all keys, in another order; the larger of the two is that of the whole."""
     q, k = queries_keys
     order = torch.tensor([0, 1, 2, 9, 10, 11, 3, 4, 5, 6, 7, 8])
-    found = [
-        max_logits(q[:, own], k[:, order], positions_S=own, positions_T=order, max_elements=1)
-        for own in order.split(S // 2)
-    ]
+    found = [max_logits(q[:, own], k[:, order], None, own, order, max_elements=1) for own in order.split(S // 2)]
     torch.testing.assert_close(torch.maximum(*found), by_hand(q, k, CAUSAL), rtol=1e-6, atol=0)
 
 
-def test_another_scale_nan_and_no_pair(queries_keys: list[Tensor]) -> None:
+def test_nan_and_no_pair(queries_keys: list[Tensor]) -> None:
     q, k = queries_keys
-    torch.testing.assert_close(max_logits(q, k, scale=0.5), by_hand(q, k, CAUSAL) * H**0.5 / 2, rtol=1e-6, atol=0)
     nothing = torch.zeros(1, 1, S, S, dtype=torch.bool)
-    assert max_logits(q, k, mask_B1ST=nothing).tolist() == [-torch.inf] * N
+    assert max_logits(q, k, nothing).tolist() == [-torch.inf] * N
     q[1, 2, 3, 4] = torch.nan
     assert max_logits(q, k).isnan().tolist() == [False, False, False, True]
 
 
+def test_sixteen_bits_are_not_rounded_to(queries_keys: list[Tensor]) -> None:
+    """Logits are float32 sums of the products, also under autocast."""
+    q, k = (each.bfloat16() for each in queries_keys)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = max_logits(q, k)
+    torch.testing.assert_close(found, by_hand(q.float(), k.float(), CAUSAL), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
-def test_maxima_are_raised_in_place(queries_keys: list[Tensor], compiled: bool) -> None:
+def test_an_observer_keeps_what_it_saw_last(queries_keys: list[Tensor], compiled: bool) -> None:
     """In compiled code too, without a graph break, and without a share in the gradient."""
     q, k = (each.requires_grad_() for each in queries_keys)
-    kept = torch.full((N,), -torch.inf)
+    observer = AttentionObserver(torch.full((N,), 99.0))
 
-    def attention(kept: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        note_max_logits(kept, q, k)
+    def attention(q: Tensor, k: Tensor) -> Tensor:
+        observer(q, k, None)
         return (q * 2).sum() + (k * 3).sum()
 
     function = torch.compile(attention, backend="aot_eager", fullgraph=True) if compiled else attention
-    function(kept, q, k).backward()
-    torch.testing.assert_close(kept, by_hand(q, k, CAUSAL).detach(), rtol=1e-6, atol=0)
+    function(q, k).backward()
+    torch.testing.assert_close(observer.largest_N, by_hand(q, k, CAUSAL).detach(), rtol=1e-6, atol=0)
     assert q.grad is not None
     assert (q.grad == 2).all()
-    kept[0] = 99.0
-    before = kept.clone()
-    function(kept, q, k)
-    assert kept.equal(before)

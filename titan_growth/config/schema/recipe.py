@@ -70,6 +70,11 @@ class MetricsConfig(Section):
     """Write TensorBoard events on every rank (in rank_N) instead of on rank 0 only."""
     enable_wandb: bool = False
     """Log to Weights & Biases too; needs the wandb extra."""
+    layers_freq: int = Field(0, ge=0)
+    """Every layers_freq-th step, write gradients, weights, updates and activations by layer to layers.jsonl; 0 for
+    never."""
+    attention_freq: int = Field(0, ge=0)
+    """Every attention_freq-th step, write the largest attention logit of each layer to layers.jsonl; 0 for never."""
 
 
 class DataloaderConfig(Section):

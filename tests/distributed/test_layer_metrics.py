@@ -1,0 +1,114 @@
+"""What the layers do: one rank against plain PyTorch, and every mesh and technique against one rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.meshes import MESHES, ONE_RANK, QWEN3
+from tests.harness import WarmRanks
+from tests.runs import make_recipe, train
+
+Lines = list[dict[str, Any]]
+Measured = Callable[..., Lines]
+
+RUN: dict[str, Any] = {
+    "training__steps": 2,
+    "model__n_layers": 2,
+    "metrics__layers_freq": 1,
+    "metrics__attention_freq": 1,
+}
+
+
+COMPILED = {"compile__enable": True, "compile__backend": "aot_eager"}
+
+
+@pytest.fixture(scope="module")
+def measured(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """`measured(num_ranks, **settings)`: the layers.jsonl of that run, trained once per file."""
+    folder = tmp_path_factory.mktemp("measured")
+    known: dict[str, Lines] = {}
+
+    def lines_of(num_ranks: int, **settings: Any) -> Lines:
+        key = json.dumps([num_ranks, settings], sort_keys=True)
+        if key not in known:
+            recipe = make_recipe(folder / f"run-{len(known)}", **RUN | settings)
+            warm_ranks(train, num_ranks, num_ranks, recipe, timeout_seconds=250)
+            known[key] = read_layers(folder / f"run-{len(known)}")
+        return known[key]
+
+    return lines_of
+
+
+def read_layers(folder: Path) -> Lines:
+    return [json.loads(line) for line in (folder / "layers.jsonl").read_text().splitlines()]
+
+
+def flat(line: dict[str, Any]) -> dict[str, float]:
+    """Every number of a line, by metric, group and layer."""
+    found = {}
+    for metric, by_group in line["layers"].items():
+        for group, values in by_group.items():
+            for at, value in enumerate(values if isinstance(values, list) else [values]):
+                found[f"{metric}.{group}.{at}"] = value
+    return found
+
+
+def assert_same(found: Lines, expected: Lines, *, later: float = 1e-4) -> None:
+    """All numbers of the first step to 1e-5 relative, and those of the later ones to 1e-4."""
+    assert [line["step"] for line in found] == [line["step"] for line in expected] != []
+    for line, reference in zip(found, expected, strict=True):
+        tolerance = 1e-5 if line["step"] == 1 else later
+        assert flat(line) == pytest.approx(flat(reference), rel=tolerance), f"step {line['step']}"
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+@pytest.mark.parametrize("name", ["fsdp2", "tp2", "pp2", "cp2", "fsdp2 x tp2"])
+def test_meshes_agree_with_one_rank(name: str, family: str, measured: Measured) -> None:
+    model = QWEN3 if family == "qwen3" else {}
+    case = MESHES[name]
+    assert_same(measured(case.num_ranks, **model, **case.layout), measured(1, **model, **ONE_RANK.layout))
+
+
+TECHNIQUES: dict[str, tuple[str, dict[str, Any]]] = {
+    "recomputed layers": ("1 rank", {"activation_checkpoint__mode": "full"}),
+    "recomputed operations": (
+        "1 rank",
+        {"activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op"},
+    ),
+    "compiled": ("1 rank", COMPILED),
+    "compiled, recomputed layers": ("1 rank", COMPILED | {"activation_checkpoint__mode": "full"}),
+    "compiled, recomputed layers, tp2": ("tp2", COMPILED | {"activation_checkpoint__mode": "full"}),
+    "recomputed layers, tp2": ("tp2", {"activation_checkpoint__mode": "full"}),
+    "compiled, cp2": ("cp2", COMPILED),
+    "accumulated": ("1 rank", {"training__local_batch_size": 2}),
+    "chunked loss, tp2": ("tp2, chunked loss", {}),
+}
+
+
+@pytest.mark.usefixtures("warm_imports")
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_techniques_change_nothing(name: str, measured: Measured) -> None:
+    mesh, settings = TECHNIQUES[name]
+    case = {"1 rank": ONE_RANK, **MESHES}[mesh]
+    assert_same(measured(case.num_ranks, **case.layout | settings), measured(1, **ONE_RANK.layout))
+
+
+@pytest.mark.usefixtures("warm_imports")
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_inductor_changes_nothing(mode: str, measured: Measured) -> None:
+    settings = {"compile__enable": True, "activation_checkpoint__mode": mode}
+    assert_same(measured(1, **ONE_RANK.layout | settings), measured(1, **ONE_RANK.layout))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MESHES if MESHES[name].num_ranks <= 4])
+def test_more_meshes_agree_with_one_rank(name: str, measured: Measured) -> None:
+    case = MESHES[name]
+    settings = {"model__n_layers": 4, **case.model}
+    assert_same(measured(case.num_ranks, **settings | case.layout), measured(1, **settings | ONE_RANK.layout))
