@@ -78,8 +78,8 @@ class BuiltModel:
             stage.after_backward(self.parts, self.context)
 
     def after_optimizer_step(self) -> None:
-        """All stages' hooks, after each optimizer step."""
-        for stage in self.stages:
+        """All stages' hooks, after each optimizer step; backwards, so that Float8 comes after what changes weights."""
+        for stage in reversed(self.stages):
             stage.after_optimizer_step(self.parts, self.context)
 
     def step_metrics(self) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class Stage(ABC):
         return None
 
     def after_optimizer_step(self, parts: ModelParts, context: BuildContext) -> None:
-        """Called after each optimizer step."""
+        """Called after each optimizer step, and in no step that is skipped; stages in reverse order of application."""
         return None
 
     def step_metrics(self, parts: ModelParts, context: BuildContext) -> dict[str, Any]:

@@ -25,6 +25,7 @@ OWN = (
     "growth_mask",
     "layer_metrics",
     "pipeline",
+    "qk_clip",
     "sdc_check",
     "tensor_parallel",
     "z_loss",
