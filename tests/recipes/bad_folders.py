@@ -71,6 +71,14 @@ CASES = [
         trains=True,
     ),
     Case(
+        "layers.jsonl is a folder",
+        r"layers\.jsonl: .*[Ii]s a directory",
+        toml="[metrics]\nlayers_freq = 1",
+        setup=_folder_named("run/layers.jsonl"),
+        status=2,
+        trains=True,
+    ),
+    Case(
         "recipe.toml is a folder",
         r"recipe\.toml: cannot be written .*[Ii]s a directory",
         setup=_folder_named("run/recipe.toml"),

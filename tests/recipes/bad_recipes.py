@@ -118,6 +118,21 @@ KEYS = [
         r"profiling\.profile_freq: 3 is less than warmup \+ active = 4",
         toml="[profiling]\nenable_profiling = true\nprofile_freq = 3",
     ),
+    Case(
+        "layers_freq negative",
+        r"metrics\.layers_freq: must be at least 0, got -1",
+        toml="[metrics]\nlayers_freq = -1",
+    ),
+    Case(
+        "attention_freq a word",
+        r"metrics\.attention_freq: expected an integer, got 'often'",
+        flags="--metrics.attention_freq often",
+    ),
+    Case(
+        "save_config_file over layers.jsonl",
+        r"job\.save_config_file: must be a file name of its own, got 'layers\.jsonl'",
+        toml='[job]\nsave_config_file = "layers.jsonl"',
+    ),
     Case("seed negative", r"debug\.seed: must be at least 0, got -1", toml="[debug]\nseed = -1"),
     Case("seed enormous", r"debug\.seed: 9+ does not fit", toml="[debug]\nseed = 99999999999999999999"),
     Case(

@@ -1,6 +1,7 @@
 """`python -m titan_growth plot`: validation loss against FLOPs, tokens and seconds, and the speedup at equal loss.
 
-The first run is the baseline. All numbers come from the `metrics.jsonl` of the runs.
+The first run is the baseline. All numbers come from the `metrics.jsonl` of the runs; with `--layers`, from the
+`layers.jsonl` of one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import Any
 from titan_growth.commands.args import CommandLine
 from titan_growth.commands.pictures import COLORS, LABELS, SUFFIXES, figure_of, picture_file, without_frame
 from titan_growth.commands.plot_frontier import draw_frontier
+from titan_growth.commands.plot_layers import draw_layers
 from titan_growth.metrics.curves import COSTS, Curve, compare, read_curve, report, weights_of
 from titan_growth.metrics.frontier import Side, frontier_report, not_annealed
+from titan_growth.metrics.layer_curves import read_layer_curves
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.text import many
 
@@ -53,6 +56,12 @@ _LINE.switch(
     """Compare the ends of runs: those of one NAME are a side, each run an annealed budget. Prints the horizontal
     distances between the lines through them.""",
 )
+_LINE.option(
+    "--layers",
+    "METRIC",
+    """Draw a metric of layers.jsonl into --to instead, by layer over the steps of the one run: METRIC or METRIC.GROUP,
+    such as update_ratio or activation_rms.attention.""",
+)
 _LINE.option("--title", "TEXT", "Printed above the picture.")
 
 
@@ -60,6 +69,8 @@ _LINE.option("--title", "TEXT", "Printed above the picture.")
 def main(args: Namespace) -> int:
     """Compares the runs; returns the exit status."""
     runs = [_run(word) for word in args.runs]
+    if args.layers is not None:
+        return _layers(runs, args)
     if args.frontier:
         return _frontier(runs, args.to, args.title or "")
     if twice := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
@@ -97,6 +108,17 @@ def _frontier(runs: Sequence[Run], target: Path | None, title: str) -> int:
         draw_frontier(sides, target, title)
         lines.append(f"drawn: {target}")
     print("\n".join(lines))
+    return 0
+
+
+def _layers(runs: Sequence[Run], args: Namespace) -> int:
+    """Draws what the layers of a run do."""
+    if len(runs) != 1 or args.frontier:
+        raise ConfigError([Problem("--layers", "draws one run", "Name one, without --frontier")])
+    if args.to is None:
+        raise ConfigError([Problem("--layers", "draws a picture", "Name its file with --to")])
+    draw_layers(read_layer_curves(runs[0].path, args.layers), args.to, args.title or "")
+    print(f"drawn: {args.to}")
     return 0
 
 

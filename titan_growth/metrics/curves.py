@@ -7,8 +7,6 @@ models before a growth included. Curves are interpolated linearly between valida
 
 from __future__ import annotations
 
-import errno
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple
 
 import tomli
 
+from titan_growth.metrics.lines import read_lines
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE
 from titan_growth.tools.text import many, one_line
@@ -134,30 +133,21 @@ def read_curve(name: str, path: Path) -> Curve:
         ConfigError: when it cannot be read, or has not validated at least twice.
     """
     file = path / METRICS_FILE if path.is_dir() else path
-    try:
-        if file.exists() and not file.is_file():
-            raise OSError(errno.EINVAL, "is no file")
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is no text"
-        raise ConfigError([Problem(str(file), f"cannot be read ({reason})", "Name a run's job.dump_folder")]) from None
-    points: list[Point] = []
-    growths: list[Growth] = []
-    # The last line may be half written: the run is still going, or was killed.
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            if entry.get("event") == "growth":
-                step, before, after = (int(entry[key]) for key in ("step", "from_layers", "to_layers"))
-                growths.append(Growth(step, before, after, _costs(entry)))
-            elif entry.get("validation_loss") is not None:
-                points.append(Point(int(entry["step"]), _finite(entry["validation_loss"]), _costs(entry)))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-            raise ConfigError([Problem(f"{file}, line {number}", "is no line of a run's metrics")]) from None
+    found = read_lines(file, _point_or_growth)
+    points = [one for one in found if isinstance(one, Point)]
     if len(points) < 2:
         message = f"{file} has {many(len(points), 'validation')}, and a curve needs two"
         raise ConfigError([Problem(name, message, "Set validation.enable = true and a smaller validation.freq")])
-    return Curve(name, tuple(points), tuple(growths))
+    return Curve(name, tuple(points), tuple(one for one in found if isinstance(one, Growth)))
+
+
+def _point_or_growth(entry: dict[str, Any]) -> Point | Growth | None:
+    if entry.get("event") == "growth":
+        step, before, after = (int(entry[key]) for key in ("step", "from_layers", "to_layers"))
+        return Growth(step, before, after, _costs(entry))
+    if entry.get("validation_loss") is not None:
+        return Point(int(entry["step"]), _finite(entry["validation_loss"]), _costs(entry))
+    return None
 
 
 def _costs(entry: dict[str, Any]) -> dict[str, float]:

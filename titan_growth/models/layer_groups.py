@@ -42,9 +42,9 @@ class LayerGroups:
     @classmethod
     def of(cls, roles: Mapping[str, Role], num_layers: int) -> LayerGroups:
         """The groups of a family, by the roles of its parameters."""
-        in_layer = [_group(roles, name) for name in roles if name not in decoder.ROLES]
-        around = [_group(roles, name) for name in decoder.ROLES]
-        return cls((*dict.fromkeys(in_layer), WHOLE), tuple(around), num_layers)
+        in_layer = dict.fromkeys(_group(roles, name) for name in roles if name not in decoder.ROLES)
+        products = tuple(group for group in in_layer if group != NORMS)
+        return cls((*products, NORMS, WHOLE), tuple(_AROUND.values()), num_layers)
 
     @property
     def num_slots(self) -> int:

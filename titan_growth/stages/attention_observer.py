@@ -51,9 +51,8 @@ class _ObservedSequence(SequenceLayout):
             num_heads = self.num_heads // self.hidden_shards
             self.last_N = torch.full((num_heads,), -torch.inf, dtype=torch.float32, device=cos.device)
         observer = AttentionObserver(self.last_N)
-        if isinstance(self.inner, ShardedSequence) and self.inner.ring:
-            own_S, all_T = self.inner.ring_positions(num_tokens, cos.device)
-            observer = RingObserver(self.last_N, own_S, all_T, self.inner.group)
+        if isinstance(self.inner, ShardedSequence) and (ring := self.inner.ring_positions(num_tokens, cos.device)):
+            observer = RingObserver(self.last_N, ring.queries_S, ring.keys_T, self.inner.group)
         return replace(context, observer=observer)
 
 

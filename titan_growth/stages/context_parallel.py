@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,15 @@ class GatheredContext(SequenceContext):
         return super().attend(q_BSNH, k_BTKH, v_BTKH)
 
 
+class RingPositions(NamedTuple):
+    """Which positions attend to which."""
+
+    queries_S: Tensor
+    """Of this rank."""
+    keys_T: Tensor
+    """Of all ranks, in their order."""
+
+
 @dataclass(kw_only=True)
 class ShardedSequence(SequenceLayout):
     """The positions of one context-parallel rank."""
@@ -75,9 +84,9 @@ class ShardedSequence(SequenceLayout):
         own_BS = positions_BT[:, own_S]
         return GatheredContext(cos[own_BS], sin[own_BS], mask, self.group)
 
-    def ring_positions(self, num_tokens: int, device: torch.device) -> list[Tensor]:
-        """With ring attention: positions of this rank's queries and of all ranks' keys, in the order of the ranks."""
-        return list(self._tables(num_tokens * self.degree, device)[:2]) if self.ring else []
+    def ring_positions(self, num_tokens: int, device: torch.device) -> RingPositions | None:
+        """What ring attention does not say itself; None where keys are gathered."""
+        return RingPositions(*self._tables(num_tokens * self.degree, device)[:2]) if self.ring else None
 
     def _tables(self, total: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Own positions, all positions in gathered order, and the causal mask; cached on the device."""

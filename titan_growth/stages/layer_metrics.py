@@ -15,6 +15,7 @@ this rank's shards, to know the update whatever the optimizer is.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -23,13 +24,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_growth.config.schema.recipe import MetricsConfig
+from titan_growth.config.schema.recipe import MetricsConfig, TrainingConfig
 from titan_growth.layout.mesh import Mesh
 from titan_growth.models.layer_groups import ByGroup, LayerGroups
 from titan_growth.stages.attention_observer import observe_attention
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.layer_hooks import ForwardMeter, hook_activations
 from titan_growth.stages.order import register_stage
+from titan_growth.tools.errors import Problem
 from titan_growth.tools.gradients import reduced
 from titan_growth.tools.shards import local_of
 from titan_growth.tools.torch_private import compile_with_hooks, foreach_norm
@@ -51,6 +53,7 @@ class LayerMetrics(Stage):
     )
 
     metrics: MetricsConfig
+    training: TrainingConfig
     _meter: ForwardMeter = field(init=False)
     _squares: Tensor = field(init=False)
     """(3, slots), float64: this rank's share of the squared norms of gradients, weights and updates."""
@@ -59,6 +62,12 @@ class LayerMetrics(Stage):
 
     def enabled(self, context: PlanContext) -> bool:
         return self.metrics.layers_freq > 0 or self.metrics.attention_freq > 0
+
+    def warnings(self, context: PlanContext) -> Iterator[Problem]:
+        for key in ("layers_freq", "attention_freq"):
+            if (freq := getattr(self.metrics, key)) > self.training.steps:
+                message = f"{freq} is more than training.steps {self.training.steps}: nothing is measured"
+                yield Problem(f"metrics.{key}", message)
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         compile_with_hooks()

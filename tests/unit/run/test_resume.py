@@ -171,7 +171,13 @@ def test_groups_that_come_or_go_are_told_by_their_keys(tmp_path: Path) -> None:
 
 
 def test_names_and_places_are_not_worth_a_line(tmp_path: Path) -> None:
-    now = recipe(job__description="x", metrics__log_freq=3, profiling__profile_freq=9, data__cache_dir="/x")
+    now = recipe(
+        job__description="x",
+        metrics__log_freq=3,
+        metrics__layers_freq=2,
+        profiling__profile_freq=9,
+        data__cache_dir="/x",
+    )
     assert compare(saved(tmp_path, recipe()), now) == ([], [])
     # the same sizes said in another way
     assert compare(saved(tmp_path / "2", recipe()), recipe(model__dim=256)) == ([], [])
