@@ -146,3 +146,27 @@ def test_what_is_not_finite_is_null(tmp_path: Path, warm_ranks: WarmRanks) -> No
         run_ranks(train, 2, 2, recipe)
     last = read_layers(tmp_path / "run")[-1]
     assert None in last["layers"]["gradient_norm"]["layer"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("warm_imports")
+@pytest.mark.parametrize("operator", ["split_width", "random_depth"])
+def test_compiled_blocks_have_a_version_for_each_kind_of_step(
+    operator: str, tmp_path: Path, warm_ranks: WarmRanks
+) -> None:
+    """Four kinds of steps, two lengths and batches of sequences, two models: more versions than torch allows."""
+    settings = {
+        **COMPILED,
+        "training__steps": 12,
+        "model__n_layers": 4,
+        "metrics__layers_freq": 2,
+        "metrics__attention_freq": 3,
+        "validation__enable": True,
+        "validation__freq": 4,
+        "validation__seq_len": 64,
+        "validation__local_batch_size": 4,
+        "checkpoint__enable": True,
+        "growth__stages": f'[{{at = "7 steps", operator = "{operator}", factor = 2}}]',
+    }
+    warm_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
+    assert [line["step"] for line in read_layers(tmp_path / "run")] == [2, 3, 4, 6, 8, 9, 10, 12]

@@ -24,14 +24,14 @@ Take = Callable[[int, Tensor], None]
 
 def observe_attention(part: Decoder, is_due: Callable[[], bool], take: Take) -> None:
     """Has a part's layers observed in training passes, where they are due. Compiled code depends on `is_due`."""
-    if not isinstance(part.sequence, _ObservedSequence):
-        part.sequence = _ObservedSequence(part.sequence, part.config.num_heads)
+    if not isinstance(part.sequence, ObservedSequence):
+        part.sequence = ObservedSequence(part.sequence, part.config.num_heads)
     part.sequence.wanted.append(is_due)
     for layer, block in part.layers.items():
         block.register_forward_hook(_Taken(int(layer), part.sequence, is_due, take))
 
 
-class _ObservedSequence(SequenceLayout):
+class ObservedSequence(SequenceLayout):
     """Another layout whose attention is observed, where it is due."""
 
     def __init__(self, inner: SequenceLayout, num_heads: int) -> None:
@@ -61,7 +61,7 @@ class _Taken:
     """Hook of a block, to hand over what its attention has left."""
 
     layer: int
-    sequence: _ObservedSequence
+    sequence: ObservedSequence
     is_due: Callable[[], bool]
     take: Take
 

@@ -128,10 +128,15 @@ def set_memory_budget(budget: float | None, pareto_folder: str | None = None) ->
 
 
 def compile_with_hooks() -> None:
-    """Makes compiled code shared by several modules depend on their hooks, which by default it does not."""
+    """Makes compiled code shared by several modules depend on their hooks, which by default it does not.
+
+    Then there is a version of a block for every state of its hooks, and with several shapes (validation, a growth in
+    width) more than the 8 that the compiler makes before it gives up.
+    """
     import torch._dynamo.config
 
     torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
 
 
 # ---- pipelines -------------------------------------------------------------------------------------------------------
