@@ -58,6 +58,18 @@ def test_new_layers_of_other_growths(tmp_path: Path, warm_ranks: WarmRanks) -> N
     assert set(wider[2]["means"]["gradient_norm"]["attention"]) == {"copied"}
 
 
+def test_a_model_may_begin_without_layers(tmp_path: Path, warm_ranks: WarmRanks) -> None:
+    """All layers are new after its growth."""
+    settings = {**GROWING, "growth__base__n_layers": 0, "model__n_layers": 2}
+    stages = '[{at = "2 steps", operator = "random_depth", n_layers = 2, mask_steps = 2}]'
+    warm_ranks(train, 2, 2, make_recipe(tmp_path / "run", **settings, growth__stages=stages))
+    lines = read_layers(tmp_path / "run")
+    assert lines[0]["layers"]["gradient_norm"]["layer"] == []
+    assert lines[0]["layers"]["gradient_norm"]["head"] > 0
+    assert lines[2]["new_layers"] == [0, 1]
+    assert set(lines[2]["means"]["gradient_norm"]["layer"]) == {"new"}
+
+
 @pytest.mark.usefixtures("warm_imports")
 def test_a_masked_layer_adds_what_its_mask_lets_through(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """And the measurement, in compiled and recomputed blocks, sees what the eager one sees."""
@@ -150,7 +162,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path, warm_ranks: WarmRanks) -> No
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("warm_imports")
-@pytest.mark.parametrize("operator", ["split_width", "random_depth"])
+@pytest.mark.parametrize("operator", ['"split_width"', '"random_depth", mask_steps = 3'])
 def test_compiled_blocks_have_a_version_for_each_kind_of_step(
     operator: str, tmp_path: Path, warm_ranks: WarmRanks
 ) -> None:
@@ -166,7 +178,7 @@ def test_compiled_blocks_have_a_version_for_each_kind_of_step(
         "validation__seq_len": 64,
         "validation__local_batch_size": 4,
         "checkpoint__enable": True,
-        "growth__stages": f'[{{at = "7 steps", operator = "{operator}", factor = 2}}]',
+        "growth__stages": f'[{{at = "7 steps", operator = {operator}, factor = 2}}]',
     }
-    warm_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings))
+    warm_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings), timeout_seconds=280)
     assert [line["step"] for line in read_layers(tmp_path / "run")] == [2, 3, 4, 6, 8, 9, 10, 12]
