@@ -94,8 +94,9 @@ class TrainingConfig(Section):
     """Length, batch and precision of the run, and its corpus."""
 
     dataset: str = "stdlib"
-    """Corpus: "stdlib" (the text of Python's own library), a format of dataset_path ("text", "json", "csv", "tsv",
-    "parquet", "tar"), or a Hugging Face dataset name. torchtitan's default is c4_test."""
+    """Corpus: "stdlib" (the text of Python's own library), "site_packages" (that of installed packages but for those
+    of "site_packages_held_out"), a format of dataset_path ("text", "json", "csv", "tsv", "parquet", "tar"), or a
+    Hugging Face dataset name. torchtitan's default is c4_test."""
     dataset_path: str | None = None
     """File, folder or glob of the corpus, as a path or URL (s3://...): txt, md, py, jsonl, parquet; gz and zst too."""
     local_batch_size: int = Field(8, ge=1)
