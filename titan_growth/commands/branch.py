@@ -179,6 +179,7 @@ def branch_recipe(
         "growth.enable": bool(stages),
         "growth.stages": [stage.model_dump(exclude_none=True) for stage in stages],
         **({f"growth.base.{key}": getattr(base, field) for key, field in SIZES.items()} if stages else {}),
+        **({"growth.base.rope_theta": base.rope_theta} if stages else {}),
         "growth.watchdog": {"steps": 0} if stages else {},
         **_checkpoint_keys(recipe, folder),
     }

@@ -65,7 +65,7 @@ _LINE = CommandLine(
     example="--from outputs/checkpoint/step-5000 --operator stack --factor 4 --to grown/step-5000",
     statuses="0 grown and verified, 1 failed, 2 wrong arguments",
 )
-_OPERATORS = "stack, interpose, middle, map, zero_depth, split_width, zero_width, or one of a plugin."
+_OPERATORS = "stack, interpose, middle, map, zero_depth, split_width, zero_width, identity, or one of a plugin."
 _LINE.source_and_target(
     "A committed step folder, one of torchtitan, or a Hugging Face folder.", "The step folder to write."
 )

@@ -17,7 +17,7 @@ from titan_growth.config.fields import parse_text, suggestion, type_text, withou
 from titan_growth.config.messages import problem_of
 from titan_growth.config.schema.growth import PlannedGrowth
 from titan_growth.config.schema.recipe import Recipe
-from titan_growth.growth.chain import check_planned, nothing_to_rescale
+from titan_growth.growth.chain import check_planned, nothing_to_rescale, with_rope_theta
 from titan_growth.growth.operators.base import GrowthMap, operators
 from titan_growth.growth.operators.checked import map_of
 from titan_growth.models.config import DecoderConfig
@@ -27,7 +27,8 @@ from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.findings import Findings
 
 SETTINGS = ("factor", "layer_map", "n_layers", "dim", "n_heads", "n_kv_heads", "hidden_dim", "noise",
-            "rescale_to_depth", "optimizer_state", "optimizer_step", "options")  # fmt: skip
+            "rescale_to_depth", "optimizer_state", "optimizer_step", "rope_theta",
+            "options")  # fmt: skip
 """Besides the operator: those that mean something without a run."""
 
 _METAVARS = {int: "N", float: "X", list: "0,1,1,2", dict: "JSON"}
@@ -84,7 +85,9 @@ def growth_map(before: DecoderConfig, planned: PlannedGrowth) -> GrowthMap:
         raise ConfigError([Problem("--operator", f"{planned.operator}: {growth}")])
     if planned.rescale_to_depth and (why := nothing_to_rescale(planned, growth)):
         raise ConfigError([Problem("--rescale-to-depth", why, "Remove it")])
-    return growth
+    if planned.rope_theta == before.rope_theta:
+        raise ConfigError([Problem("--rope-theta", "is what the model has already", "Remove it")])
+    return with_rope_theta(growth, planned)
 
 
 def model_keys(config: DecoderConfig) -> dict[str, Any]:
@@ -93,6 +96,7 @@ def model_keys(config: DecoderConfig) -> dict[str, Any]:
         **{f"model.{key}": size for key, size in config.sizes.items()},
         **({f"model.mup.{key}": size for key, size in base_keys(config.mup).items()} if config.mup else {}),
         "model.head_dim": config.head_dim,
+        "model.rope_theta": config.rope_theta,
         "model.multiple_of": None,
         "model.ffn_dim_multiplier": None,
     }

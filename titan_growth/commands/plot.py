@@ -190,7 +190,9 @@ def _panel(panel: Any, curve: Curve, cost: str, color: str, row: int) -> int:
         if point is not None:
             panel.plot([x], [point.loss], "o", color=color, markerfacecolor="white", markersize=7)
         panel.annotate(
-            f"{growth.from_layers} → {growth.to_layers} layers" if growth.from_layers != growth.to_layers else "wider",
+            f"{growth.from_layers} → {growth.to_layers} layers"
+            if growth.from_layers != growth.to_layers
+            else "same depth",
             (x, 1.0),
             xycoords=("data", "axes fraction"),
             xytext=(0, 2 + 10 * row),

@@ -14,7 +14,8 @@ BAD_ROWS = "rows without text"
 OTHER_MEMBERS = "members of archives that hold no text"
 SECOND_TEXTS = "JSON beside a text of the same sample"
 UNREADABLE = "unreadable or not UTF-8"
-_INSIDE_OF_FILES = (BAD_ROWS, OTHER_MEMBERS, SECOND_TEXTS, UNREADABLE)
+NEAR_DUPLICATES = "near-duplicates of files before them"
+_INSIDE_OF_FILES = (BAD_ROWS, OTHER_MEMBERS, SECOND_TEXTS, UNREADABLE, NEAR_DUPLICATES)
 """Why something is left out that only reading shows. All other reasons are seen in a listing."""
 _NUM_NAMES = 5
 

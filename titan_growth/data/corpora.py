@@ -1,25 +1,16 @@
-"""Corpora of files, and opening the corpus that a recipe names.
-
-The default corpus, "stdlib", is the source of the running Python's standard library: about 12 MB of real text on every
-machine, without a network.
-"""
+"""Corpora of files, and opening the corpus that a recipe names."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-import platform
-import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from titan_growth.data import hub
-from titan_growth.data.account import UNREADABLE, Account
-from titan_growth.data.content import ContentHashes, marked
-from titan_growth.data.corpus import STDLIB, Corpus, CorpusSpec
+from titan_growth.data.account import Account
+from titan_growth.data.content import ContentHashes
+from titan_growth.data.corpus import Corpus, CorpusSpec
+from titan_growth.data.installed import INSTALLED, digest
 from titan_growth.data.listing import FoundFiles, find_files, find_remote_files
 from titan_growth.data.readers.documents import Document, read_documents
 from titan_growth.data.readers.files import KINDS, PARQUET, TEXT
@@ -29,8 +20,6 @@ from titan_growth.data.remote import Remote, place_of
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.packages import missing_package
 
-_NOT_STDLIB_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-
 
 def open_corpus(spec: CorpusSpec) -> Corpus:
     """Open the corpus that the recipe names. Raises DataError if it is missing, unreadable or empty."""
@@ -38,7 +27,7 @@ def open_corpus(spec: CorpusSpec) -> Corpus:
     if spec.dataset_path is None:
         if kind:
             raise DataError(f"dataset {kind!r}: needs files to read. Set dataset_path to a file, a folder or a glob")
-        return StdlibCorpus() if spec.dataset == STDLIB else hub.load_from_hub(spec)
+        return INSTALLED[spec.dataset]() if spec.dataset in INSTALLED else hub.load_from_hub(spec)
     place = place_of(spec.key, spec.dataset_path)
     if isinstance(place, Remote):
         origin, found = str(place.url), find_remote_files(place, kind)
@@ -77,7 +66,7 @@ class FileCorpus(Corpus):
             key = {"text_key": key, "on_bad_row": "skip"}
         contents = hashes.of(self._base, files)
         facts = [(file.name, file.kind, content) for file, content in zip(files, contents, strict=True)]
-        return _digest("files", [key, *facts])
+        return digest("files", [key, *facts])
 
     @property
     def _base(self) -> str:
@@ -99,57 +88,3 @@ class FileCorpus(Corpus):
                 yield document
                 number += 1
             number += num_to_skip - this.skip.remaining
-
-
-class StdlibCorpus(Corpus):
-    """The *.py files of the running Python's standard library, without its tests; one file is one document.
-
-    Files that are unreadable or not UTF-8 are left out; they are not the user's to fix.
-    """
-
-    def __init__(self) -> None:
-        root = Path(sysconfig.get_path("stdlib"))
-        found = (path.relative_to(root) for path in root.rglob("*.py"))
-        names = sorted(name.as_posix() for name in found if not _NOT_STDLIB_FOLDERS.intersection(name.parts[:-1]))
-        self._root = root
-        self._sizes = {name: (root / name).stat().st_size for name in names if (root / name).is_file()}
-        if not self._sizes:
-            raise DataError(
-                f"{root}: this Python has no standard library in source form. Set dataset_path to a corpus of your own"
-            )
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(self._sizes.values())
-
-    def describe(self) -> str:
-        version = platform.python_version()
-        return f"standard library of Python {version} ({len(self._sizes)} files, {self.num_bytes / 1e6:.1f} MB)"
-
-    def fingerprint(self, hashes: ContentHashes) -> str:
-        files = [marked(self._root / name, name) for name in self._sizes]
-        contents = hashes.of(str(self._root), files, skip_unreadable=True)
-        return _digest(STDLIB, zip(self._sizes, contents, strict=True))
-
-    def account(self) -> Account:
-        account = Account()
-        account.add_files(TEXT, self._sizes.values())
-        return account
-
-    def document_parts(self, start: int = 0, account: Account | None = None) -> Iterator[Document]:
-        account = self.account() if account is None else account
-        account.begin(TEXT, 0)
-        return itertools.islice(self._texts(account), start, None)
-
-    def _texts(self, account: Account) -> Iterator[Document]:
-        for name in self._sizes:
-            try:
-                text = (self._root / name).read_bytes().decode("utf-8")
-            except (OSError, UnicodeDecodeError):
-                account.leave_out(UNREADABLE, name)
-            else:
-                yield (text,)
-
-
-def _digest(kind: str, facts: Iterable[object]) -> str:
-    return f"{kind}-{hashlib.sha256(json.dumps(list(facts)).encode()).hexdigest()}"

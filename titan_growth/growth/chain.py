@@ -75,14 +75,15 @@ def check_planned(key: str, planned: PlannedGrowth, operator: Operator, found: F
         key: of the growth in the recipe; empty for one given as arguments.
     """
     allowed = {*(DEPTH_KEYS if "depth" in operator.grows else ()), *(WIDTH_KEYS if "width" in operator.grows else ())}
-    does, sizes = f"changes the {' and '.join(sorted(operator.grows))}", ("factor", "layer_map", *SIZES)
+    sizes = ("factor", "layer_map", *SIZES)
+    does = f"changes the {' and '.join(sorted(operator.grows))}" if operator.grows else "changes no size"
     if sets_size := getattr(operator, "sets_size", False):
         allowed, does = set(), "says itself how large the model becomes"
     prefix = f"{key}." if key else "--"
     for name in sizes:
         if getattr(planned, name) is not None and name not in allowed:
             found.problem(f"{prefix}{name}", f"has no meaning for '{planned.operator}', which {does}", "Remove it")
-    if not sets_size and not any(getattr(planned, name) is not None for name in sizes):
+    if operator.grows and not sets_size and not any(getattr(planned, name) is not None for name in sizes):
         hint = f"Give {' or '.join(sorted(allowed, key=sizes.index))}"
         if not type(operator).__module__.startswith("titan_growth."):
             hint += "; an operator that sets the size itself says so with sets_size = True in its class"
@@ -117,7 +118,7 @@ def _base(section: GrowthConfig, target: DecoderConfig, found: Findings) -> Deco
             hint = "Choose factors that divide those of [model]"
             found.problem(f"growth.stages.{index}.factor", f"{smaller}{of}", hint)
             return None
-    base = replace(config, **given)
+    base = replace(config, **given, rope_theta=section.base.rope_theta or target.rope_theta)
     if base.num_heads % base.num_kv_heads:
         message = f"{base.num_kv_heads} key/value heads do not divide {base.num_heads} query heads"
         found.problem("growth.base.n_kv_heads", message, "Choose a divisor")
@@ -137,6 +138,11 @@ def _maps(section: GrowthConfig, base: DecoderConfig, found: Findings) -> list[G
         if isinstance(growth_map, str):
             found.problem(f"growth.stages.{index}", growth_map, _where(index, config, section))
             break
+        if planned.rope_theta == config.rope_theta:
+            key, message = f"growth.stages.{index}.rope_theta", "is what the model has by then"
+            found.problem(key, message, "Remove it, or set growth.base.rope_theta to what it has at first")
+            break
+        growth_map = with_rope_theta(growth_map, planned)
         if growth_map.masked != (planned.mask_steps is not None):
             key = f"growth.stages.{index}.mask_steps"
             message = "is missing: over how many steps is the mask to open" if growth_map.masked else "has no meaning"
@@ -152,6 +158,13 @@ def _maps(section: GrowthConfig, base: DecoderConfig, found: Findings) -> list[G
         maps.append(replace(growth_map, tolerance=None) if differs else growth_map)
         config = growth_map.after
     return maps
+
+
+def with_rope_theta(growth_map: GrowthMap, planned: PlannedGrowth) -> GrowthMap:
+    """The map with the rotary base that the growth asks for, under which the same weights compute something else."""
+    if planned.rope_theta is None:
+        return growth_map
+    return replace(growth_map, after=replace(growth_map.after, rope_theta=planned.rope_theta), tolerance=None)
 
 
 def nothing_to_rescale(planned: PlannedGrowth, growth_map: GrowthMap) -> str:
@@ -173,7 +186,7 @@ def _check_end(last: DecoderConfig, target: DecoderConfig, found: Findings) -> N
     """The growths end at the model of the recipe."""
     off = [
         f"{key} = {getattr(last, field)} instead of {getattr(target, field)}"
-        for key, field in SIZES.items()
+        for key, field in (*SIZES.items(), ("rope_theta", "rope_theta"))
         if getattr(last, field) != getattr(target, field)
     ]
     if off:

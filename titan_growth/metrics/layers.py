@@ -21,15 +21,15 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.metrics.records import Record
 
-if TYPE_CHECKING:  # the recorder imports this module, and `--help` loads it without torch
+if TYPE_CHECKING:  # the recorder is imported without torch
     from titan_growth.models.layer_groups import ByGroup
 
-Value: TypeAlias = float | None
+Value = float | None
 """None for a number that is not finite, as in `metrics.jsonl`."""
 
 

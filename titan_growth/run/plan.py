@@ -99,7 +99,7 @@ class RunPlan:
         growths = self.growth_plan
         return [
             f"growth at {_point(planned, point)}: {planned.operator}{f' x{planned.factor}' if planned.factor else ''}, "
-            f"{_change(growth_map.before, growth_map.after)}, "
+            f"{f'{change}, ' if (change := _change(growth_map.before, growth_map.after)) else ''}"
             f"moments {planned.optimizer_state}, learning rate {planned.lr_policy}{_layout(planned, phase)}"
             for planned, point, growth_map, phase in zip(
                 growths.planned, growths.points, growths.chain.maps, self.phases[1:], strict=True
@@ -136,12 +136,13 @@ def _layout(planned: PlannedGrowth, phase: Phase) -> str:
 
 
 def _change(before: DecoderConfig, after: DecoderConfig) -> str:
-    """`3 -> 12 layers`, `dim 64 -> 128, n_heads 2 -> 4`."""
+    """`3 -> 12 layers`, `dim 64 -> 128, n_heads 2 -> 4`, `rope_theta 10000 -> 500000`; empty if nothing changes."""
     old, new = before.sizes, after.sizes
     changed = [key for key in new if new[key] != old[key]]
     named = [f"{key} {old[key]} -> {new[key]}" for key in changed if key != "n_layers"]
     depth = [f"{old['n_layers']} -> {new['n_layers']} layers"] if "n_layers" in changed else []
-    return ", ".join(depth + named)
+    theta = f"rope_theta {before.rope_theta:g} -> {after.rope_theta:g}"
+    return ", ".join([*depth, *named, *([theta] if before.rope_theta != after.rope_theta else [])])
 
 
 def plan_run(

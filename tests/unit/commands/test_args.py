@@ -14,15 +14,15 @@ from titan_growth.commands.args import CommandLine, positive
 
 OWN = {
     "grow": "--from --to --operator --factor --layer-map --n-layers --dim --n-heads --n-kv-heads --hidden-dim --noise "
-    "--rescale-to-depth --optimizer-state --optimizer-step --options --seed --recipe --plugins",
+    "--rescale-to-depth --optimizer-state --optimizer-step --rope-theta --options --seed --recipe --plugins",
     "branch": "--from --steps --to --plugins",
     "import": "--from --to",
     "export": "--from --to --dtype --recipe --plugins",
     "verify": "--recipe --plugins FOLDER",
     "lineage": "STEP_FOLDER",
     "probe": "--from --operator --stage --steps --num-ranks --to --plugins --factor --layer-map --n-layers --dim "
-    "--n-heads --n-kv-heads --hidden-dim --noise --rescale-to-depth --optimizer-state --optimizer-step --options "
-    "--mask-steps --lr-policy --lr --warmup-steps --global-batch-size --local-batch-size --seq-len",
+    "--n-heads --n-kv-heads --hidden-dim --noise --rescale-to-depth --optimizer-state --optimizer-step --rope-theta "
+    "--options --mask-steps --lr-policy --lr --warmup-steps --global-batch-size --local-batch-size --seq-len",
     "plot": "NAME=RUN --to --frontier --layers --title",
     "coordinate_check": "--widths --depths --steps --batch-size --seq-len --to --json --job.config_file --section.key",
     "plan": "--world-size --device --job.config_file --section.key",

@@ -168,6 +168,7 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: 
     if stages:
         first = source.chain.configs[0]
         values |= {f"growth.base.{key}": getattr(first, field) for key, field in SIZES.items()}
+        values["growth.base.rope_theta"] = first.rope_theta
     made = with_values(recipe, values)
     found = Findings()
     chain = chain_of(made.growth, model_config_of(made.model, found), found)

@@ -69,6 +69,8 @@ class PlannedGrowth(SizesConfig):
     """Sequences of a microbatch from this growth on. Default: as before."""
     seq_len: int | None = Field(None, ge=1)
     """Tokens of a sequence from this growth on; a multiple of training.seq_len. Default: as before."""
+    rope_theta: float | None = Field(None, gt=0)
+    """Base of the rotary frequencies from this growth on; the last one must be that of [model]. Default: as before."""
     optimizer_state: Literal["reset", "copy", "copy_scaled", "asymmetric"] = "reset"
     """The moments: zero (official G_stack), copied with the weights, copied and scaled as the gradients are (width), or
     kept where the weights are originals and zero elsewhere."""
@@ -132,6 +134,8 @@ class GrowthBase(SizesConfig):
 
     n_layers: int | None = Field(None, ge=0)
     """Transformer blocks. 0: only embedding, norm and head."""
+    rope_theta: float | None = Field(None, gt=0)
+    """Base of the rotary frequencies before the first growth. Default: that of [model]."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate before the first growth. Default: optimizer.lr."""
     warmup_steps: int | None = Field(None, ge=0)

@@ -94,8 +94,9 @@ class TrainingConfig(Section):
     """Length, batch and precision of the run, and its corpus."""
 
     dataset: str = "stdlib"
-    """Corpus: "stdlib" (the text of Python's own library), a format of dataset_path ("text", "json", "csv", "tsv",
-    "parquet", "tar"), or a Hugging Face dataset name. torchtitan's default is c4_test."""
+    """Corpus: "stdlib" (the text of Python's own library), "site_packages" (that of installed packages but for those
+    of "site_packages_held_out"), a format of dataset_path ("text", "json", "csv", "tsv", "parquet", "tar"), or a
+    Hugging Face dataset name. torchtitan's default is c4_test."""
     dataset_path: str | None = None
     """File, folder or glob of the corpus, as a path or URL (s3://...): txt, md, py, jsonl, parquet; gz and zst too."""
     local_batch_size: int = Field(8, ge=1)
@@ -218,6 +219,12 @@ class DebugConfig(Section):
     """Warn instead of an error where there is no deterministic algorithm."""
     log_batch_hash: bool = False
     """Put a hash of each global batch into metrics.jsonl."""
+    sdc_check_interval: int = Field(0, ge=0)
+    """Every this many steps one microbatch (under a pipeline, one pass through it) is trained on twice, and the bits of
+    loss and gradients are compared on every rank; 0 = never. On CUDA it needs deterministic. Not a key of torchtitan.
+    """
+    sdc_check_action: Literal["stop", "warn"] = "stop"
+    """A difference, which is silent data corruption: stop = end the run; warn = go on with the second pass."""
 
 
 class Recipe(Section):

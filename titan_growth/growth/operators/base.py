@@ -2,8 +2,8 @@
 
 An operator is a pure function on configs: from the model before and a planned growth to a `GrowthMap`, the source of
 every layer and channel of the grown model. It never touches a tensor; `growth/read.py` carries the map out on any mesh,
-and `growth/verify.py` checks the result. Ours are in `depth.py`, `width.py` and `learn.py`; a plugin adds one with
-`@register_operator` (docs/extending/adding_an_operator.md).
+and `growth/verify.py` checks the result. Ours are in the modules beside this one; a plugin adds
+one with `@register_operator` (docs/extending/adding_an_operator.md).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Operator(Protocol):
     """What an operator provides. `checked.py` asks it, and checks what it answers."""
 
     grows: frozenset[str]
-    """What it changes: "depth", "width" or both."""
+    """What it changes: "depth", "width", both, or neither."""
     # Two more that may be left out:
     # options: frozenset[str], the names that [growth.stages.options] may have;
     # sets_size: bool, whether the operator itself says how large the model becomes.
@@ -101,7 +101,7 @@ _OPERATORS: dict[str, Operator] = {}
 
 Kind = TypeVar("Kind", bound=type)
 
-_OWN = tuple(f"titan_growth.growth.operators.{module}" for module in ("depth", "width", "learn"))
+_OWN = tuple(f"titan_growth.growth.operators.{module}" for module in ("depth", "width", "learn", "identity"))
 """The modules of the operators of this package."""
 
 
@@ -142,8 +142,8 @@ def _flaws(name: str, kind: type) -> Iterator[Problem]:
         other = origin_of(type(_OPERATORS[name]))
         yield Problem(where, f"{other} is called {name!r} already", "Give one of the two another name")
     grows, options = _given(kind, "grows", None), _given(kind, "options", frozenset())
-    if not (isinstance(grows, Set) and grows and grows <= {"depth", "width"}):
-        hint = 'Write grows = frozenset({"depth"}), {"width"} or both'
+    if not (isinstance(grows, Set) and grows <= {"depth", "width"}):
+        hint = 'Write grows = frozenset({"depth"}), {"width"}, both or neither'
         yield Problem(where, f"`grows` must say what the operator changes, is {grows!r}", hint)
     if not (isinstance(options, Set) and all(isinstance(option, str) for option in options)):
         hint = 'Write options = frozenset({"my_option"}), or leave it out'

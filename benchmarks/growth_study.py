@@ -1,0 +1,176 @@
+"""Does growing pay, at annealed ends, tuned on both sides? Trains what `growth_study_runs.py` lists; keeps the results.
+
+    python -m benchmarks.growth_study [--study tuning ...] [--jobs 2] [--list] [--page] [--folder outputs/growth_study]
+
+Every run goes through `run_train.sh`, its cool-downs through `titan_growth branch`, with one thread for each job.
+A finished end is appended to `benchmarks/results/growth_study.json` at once and is never trained again; a run that was
+stopped goes on from its checkpoint if its folder is still there. FLOPs and losses do not mind what else the machine
+does; the seconds in the file do, and are not for quoting. `--page` makes page and pictures anew from the file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.arms import ROOT
+from benchmarks.growth_study_page import write_page
+from benchmarks.growth_study_runs import RECIPE, Trunk, cool_down_steps, trunks
+from titan_growth.tools.files import write_atomic
+from titan_growth.tools.run_folder import METRICS_FILE
+from titan_growth.version import __version__
+
+RESULT = ROOT / "benchmarks" / "results" / "growth_study.json"
+_HELD_OUT = ("--validation.steps", "128")
+"""Batches that judge an end: 0.5M tokens, of which the standard error is worth 1 % of FLOPs."""
+_USUAL_FLOPS_PER_SECOND = 3e10
+_writing = threading.Lock()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains what is left of the chosen studies; returns 1 if a run failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", nargs="+", help="only these tables (default: all, in their order)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
+    parser.add_argument("--list", action="store_true", help="show what is left and what it takes, and train nothing")
+    parser.add_argument("--page", action="store_true", help="make page and pictures anew, and train nothing")
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "growth_study")
+    options = parser.parse_args(argv)
+    chosen = [
+        trunk
+        for trunk in trunks(results())
+        if (not options.study or trunk.study in options.study) and (not options.seeds or trunk.seed in options.seeds)
+    ]
+    if options.page:
+        write_page(results())
+        return 0
+    if options.list:
+        _list(chosen)
+        return 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        failures = [failure for failure in pool.map(lambda one: _train_or_say(one, options), chosen) if failure]
+    write_page(results())
+    print("\n".join(failures))
+    return 1 if failures else 0
+
+
+def results() -> list[dict[str, Any]]:
+    """The ends that have been trained."""
+    if not RESULT.exists():
+        return []
+    entries: list[dict[str, Any]] = json.loads(RESULT.read_text(encoding="utf-8"))["ends"]
+    return entries
+
+
+def _list(chosen: list[Trunk]) -> None:
+    found = results()
+    done = {entry["key"] for entry in found}
+    rates = [entry["flops"] / entry["seconds"] for entry in found if entry["seconds"] > 0]
+    rate = sum(rates) / len(rates) if rates else _USUAL_FLOPS_PER_SECOND
+    total = 0.0
+    for trunk in chosen:
+        left = [end for end in trunk.ends if trunk.key(end) not in done]
+        minutes = trunk.flops_left(done) / rate / 60
+        total += minutes
+        state = f"{', '.join(f'{end:,}' for end in left)} left, {minutes:.0f} min" if left else "done"
+        print(f"{trunk.study:10} {trunk.arm}, seed {trunk.seed}: {state}")
+    print(f"in all {total / 60:.1f} hours of one core at {rate / 1e9:.0f} GFLOP/s")
+
+
+def _train_or_say(trunk: Trunk, options: argparse.Namespace) -> str | None:
+    """Trains a trunk and its ends; what went wrong, if anything did: the other trunks do not depend on it."""
+    done = {entry["key"] for entry in results()}
+    left = [end for end in trunk.ends if trunk.key(end) not in done]
+    if not left:
+        return None
+    try:
+        _train(replace(trunk, ends=tuple(left)), options.folder)
+    except (subprocess.CalledProcessError, OSError) as error:
+        return f"{trunk.study}, {trunk.arm}, seed {trunk.seed}: {error}"
+    return None
+
+
+def _train(trunk: Trunk, folder: Path) -> None:
+    stem = folder / f"trunk-{trunk.key(0)}-{trunk.interval}"
+    _run(
+        [
+            "--job.config_file", str(RECIPE),
+            "--job.dump_folder", str(stem),
+            "--debug.seed", str(trunk.seed),
+            "--training.steps", str(trunk.stems[-1]),
+            "--lr_scheduler.decay_ratio", "0",
+            "--checkpoint.interval", str(trunk.interval),
+            "--checkpoint.keep_latest_k", "0",
+            *trunk.words,
+        ],
+    )  # fmt: skip
+    for end, step in zip(trunk.ends, trunk.stems, strict=True):
+        branch = stem.parent / f"{stem.name}-end-{end}"
+        if not (branch / "branch.toml").exists():
+            source = stem / "checkpoint" / f"step-{step}"
+            words = ["--from", str(source), "--steps", str(cool_down_steps(end)), "--to", str(branch)]
+            subprocess.run([sys.executable, "-m", "titan_growth", "branch", *words], cwd=ROOT, check=True)
+        _run(["--job.config_file", str(branch / "branch.toml"), *_HELD_OUT])
+        _keep(trunk, end, stem, branch)
+
+
+def _run(words: list[str]) -> None:
+    environment = {**os.environ, "NGPU": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([str(ROOT / "run_train.sh"), *words], env=environment, cwd=ROOT, check=True)
+
+
+def _keep(trunk: Trunk, end: int, stem: Path, branch: Path) -> None:
+    """Appends an end to the file, for good."""
+    last, stem_step = _validations(branch)[-1], end - cool_down_steps(end)
+    trunk_losses = [[one["step"], round(one["validation_loss"], 5)] for one in _validations(stem)]
+    entry = {
+        "key": trunk.key(end),
+        "study": trunk.study,
+        "arm": trunk.arm,
+        "seed": trunk.seed,
+        "end": end,
+        "words": list(trunk.words),
+        "loss": last["validation_loss"],
+        **{cost: last[cost] for cost in ("tokens", "flops", "seconds")},
+        "trunk": [one for one in trunk_losses if one[0] <= stem_step],
+        "machine": machine(),
+        "torch": torch.__version__,
+        "version": __version__,
+        "commit": _commit(),
+    }
+    with _writing:
+        lines = ",\n".join(json.dumps(one) for one in [*results(), entry])
+        write_atomic(RESULT, f'{{"ends": [\n{lines}\n]}}\n')
+
+
+def _validations(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics that have a validation loss."""
+    lines = (json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line.get("validation_loss") is not None]
+
+
+def machine() -> str:
+    """The processor, and whether it has matrix units: what decides the last digits of a loss."""
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    name = next(line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name"))
+    return f"{name}{', AMX' if 'amx_tile' in cpu else ''}"
+
+
+def _commit() -> str:
+    words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
