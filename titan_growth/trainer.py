@@ -112,7 +112,8 @@ class Trainer:
         lr = self.plan.schedule(step, self.lineage.grown_at)
         fresh = self.plan.schedule.fresh_share(step, self.lineage.grown_at)
         grad_norm = state.stability.update(runtime.optimizer, self.progress, runtime.data.cursor, loss, lr, fresh)
-        runtime.engine.model.after_optimizer_step()
+        if not state.stability.skipped:
+            runtime.engine.model.after_optimizer_step()
         state.advance(agreed.num_tokens, loss)
         self.observers.meter.count_step(tokens=agreed.num_tokens, flops_per_token=runtime.flops_per_token)
         growing = not state.is_complete and state.growth_is_due()

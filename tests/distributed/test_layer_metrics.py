@@ -14,10 +14,9 @@ import torch.distributed as dist
 from tests.distributed.meshes import MESHES, ONE_RANK, QWEN3
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, train
-from titan_growth.models.attention_logits import largest_attention_logit
-from titan_growth.models.layer_groups import LayerGroups
+from titan_growth.models.attention_logits import max_logits
+from titan_growth.stages.attention_observer import ObservedSequence
 from titan_growth.stages.context_parallel import ShardedSequence, positions_by_rank
-from titan_growth.stages.layer_hooks import ForwardMeter, ObservedSequence
 
 Lines = list[dict[str, Any]]
 Measured = Callable[..., Lines]
@@ -120,28 +119,28 @@ def test_more_meshes_agree_with_one_rank(name: str, measured: Measured) -> None:
     assert_same(measured(case.num_ranks, **settings | case.layout), measured(1, **settings | ONE_RANK.layout))
 
 
-def ring_logits(rank: int, balancer: str) -> tuple[float, float]:
-    """(the largest logit, this rank's share of it) with each rank's keys alone, as under ring attention."""
+def ring_logits(rank: int, balancer: str) -> tuple[list[float], list[float]]:
+    """(the largest logit of each head, this rank's share of it) with its own keys alone, as under ring attention."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 16, 4, 8, generator=generator), torch.randn(2, 16, 2, 8, generator=generator)
     q[0, 0] = 30 * k[0, 9].repeat_interleave(2, dim=0)  # not allowed
-    positions = torch.arange(16)
-    whole = largest_attention_logit(q, k, None, positions, positions)
     sequence = ShardedSequence(
         rank=rank, degree=2, balancer=balancer, group=dist.group.WORLD, ring=True, hidden_shards=1
     )
-    observed = ObservedSequence(sequence, ForwardMeter(LayerGroups((), (), 1), attention=True))
+    observed = ObservedSequence(sequence, num_heads=4)
+    observed.wanted.append(lambda: True)
     tables = torch.zeros(16, 4)
     context = observed.context(tables, tables, 8, None)
     own = positions_by_rank(16, 2, balancer)[rank]
     assert context.observer is not None
     context.observer(q[:, own], k[:, own], None)
-    return whole.item(), observed.last.item()
+    assert observed.last_N is not None
+    return max_logits(q, k).tolist(), observed.last_N.tolist()
 
 
 @pytest.mark.parametrize("balancer", ["headtail", "none"])
 def test_keys_of_ring_attention_are_gathered(balancer: str, warm_ranks: WarmRanks) -> None:
     """CUDA only in a run; what is measured needs no CUDA."""
     found = warm_ranks(ring_logits, 2, balancer)
-    assert max(own for _, own in found) == pytest.approx(found[0][0], rel=1e-6)
+    assert [max(both) for both in zip(*(own for _, own in found), strict=True)] == pytest.approx(found[0][0], rel=1e-6)
     assert found[0][1] != found[1][1]

@@ -164,3 +164,12 @@ def test_a_tied_head_over_pipeline_parts(tmp_path: Path) -> None:
     found, _ = grown(tmp_path / "3D", mesh(pp=2, shard=2), **settings)
     for line, reference in zip(found, expected, strict=True):
         assert relative_difference(line, reference, "loss") < 1e-4
+
+
+def test_it_learns_the_same_beside_qk_clip_and_the_sdc_check(
+    alone: tuple[list[dict[str, Any]], dict[str, Any]], tmp_path: Path
+) -> None:
+    """Both are for steps of the run. With a threshold out of reach, what is learned is the same, bit for bit."""
+    event = grown(tmp_path / "run", mesh(), optimizer__qk_clip=1e6, debug__sdc_check_interval=1)[1]
+    assert event["learning"] == alone[1]["learning"]
+    assert event["loss_after"] == alone[1]["loss_after"]

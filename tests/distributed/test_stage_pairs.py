@@ -47,6 +47,9 @@ STAGES = {
     "autocast": On(settings={"training__mixed_precision_param": "bfloat16"}, error=2e-2),
     "fsdp": On({"shard": 2}),
     "ema": On(settings={"averages__ema_decay": 0.5, "validation__enable": True}),
+    "layer_metrics": On(settings={"metrics__layers_freq": 1, "metrics__attention_freq": 1}),
+    "qk_clip": On(settings={"optimizer__qk_clip": 0.05}),
+    "sdc_check": On(settings={"debug__sdc_check_interval": 1}),
     "growth_mask": On(
         settings={
             "model__n_layers": 4,

@@ -92,6 +92,39 @@ PRECISION = [
     Case("chunk negative", r"loss_chunk_tokens: must be at least 0, got -1", toml="[training]\nloss_chunk_tokens = -1"),
 ]
 
+CHECKS = [
+    Case(
+        "QK-clip: negative threshold",
+        r"optimizer\.qk_clip: must be at least 0, got -1",
+        toml="[optimizer]\nqk_clip = -1.0",
+    ),
+    Case(
+        "QK-clip: no interval",
+        r"optimizer\.qk_clip_interval: must be at least 1, got 0",
+        toml="[optimizer]\nqk_clip = 100.0\nqk_clip_interval = 0",
+    ),
+    Case(
+        "QK-clip: a model with QK-norm",
+        r"optimizer\.qk_clip: scales wq and wk, on whose size attention does not depend in a model with QK-norm\. ",
+        toml='[model]\nname = "qwen3"\nhead_dim = 16\n[optimizer]\nqk_clip = 100.0',
+    ),
+    Case(
+        "QK-clip: frozen queries",
+        r"optimizer\.qk_clip: would scale layers\.0\.attention\.wq\.weight, which the group '\*wq\.weight' freezes\. ",
+        toml='[optimizer]\nqk_clip = 100.0\n[[optimizer.groups]]\npattern = "*wq.weight"\nfrozen = true',
+    ),
+    Case(
+        "SDC check: negative interval",
+        r"debug\.sdc_check_interval: must be at least 0, got -1",
+        toml="[debug]\nsdc_check_interval = -1",
+    ),
+    Case(
+        "SDC check: unknown action",
+        r"debug\.sdc_check_action: must be one of 'stop', 'warn', got 'stopp' .*Did you mean 'stop'",
+        toml='[debug]\nsdc_check_action = "stopp"',
+    ),
+]
+
 CHECKPOINTING = [
     Case(
         "checkpointing: unknown mode",
@@ -280,4 +313,4 @@ PLUGINS = [
     Case("plugin's table without the plugin", r"mine: unknown section", toml="[mine]\nlevel = 1"),
 ]
 
-CASES = PRECISION + CHECKPOINTING + COMPILE + TORCHTITAN + PLUGINS
+CASES = PRECISION + CHECKS + CHECKPOINTING + COMPILE + TORCHTITAN + PLUGINS

@@ -70,6 +70,8 @@ IDLE = (
         "disable_loss_parallel",
         "enable_async_tensor_parallel",
     ),
+    _while("optimizer.qk_clip", 0.0, "optimizer", "qk_clip_interval"),
+    _while("debug.sdc_check_interval", 0, "debug", "sdc_check_action"),
     _while("parallelism.context_parallel_degree", 1, "parallelism", *_CONTEXT),
     _while("parallelism.pipeline_parallel_degree", 1, "parallelism", "module_fqns_per_model_part", *_PIPELINE),
     Idle(

@@ -7,13 +7,14 @@ It keeps no state between calls: another depth or mesh is another call.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from titan_growth.engine.shadow import Shadow
 from titan_growth.layout.mesh import Mesh
@@ -61,14 +62,26 @@ class BuiltModel:
                 raise ConfigError([strange_answer(stage, "prepare_microbatch", microbatch)])
         return microbatch
 
+    def train_microbatch(self, train: Callable[[], Tensor]) -> Tensor:
+        """This rank's loss of a microbatch, whose gradients `train` adds to the parameters'."""
+        for stage in self.stages:
+            train = partial(self._train_microbatch, stage, train)
+        return train()
+
+    def _train_microbatch(self, stage: Stage, train: Callable[[], Tensor]) -> Tensor:
+        loss: object = stage.train_microbatch(train, self.parts, self.context)
+        if not isinstance(loss, Tensor):
+            raise ConfigError([strange_answer(stage, "train_microbatch", loss)])
+        return loss
+
     def after_backward(self) -> None:
         """All stages' hooks, when a step's gradients are complete."""
         for stage in self.stages:
             stage.after_backward(self.parts, self.context)
 
     def after_optimizer_step(self) -> None:
-        """All stages' hooks, after each optimizer step."""
-        for stage in self.stages:
+        """All stages' hooks, after each optimizer step; backwards, so that Float8 comes after what changes weights."""
+        for stage in reversed(self.stages):
             stage.after_optimizer_step(self.parts, self.context)
         for shadow in self.shadows:
             shadow.update(self.context)

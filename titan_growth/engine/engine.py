@@ -8,6 +8,7 @@ gradient accumulation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,8 @@ class Engine:
         """
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for microbatch in microbatches:
-            total += self._train(self.on_device(microbatch), num_tokens)
+            batch = self.on_device(microbatch)
+            total += self.model.train_microbatch(partial(self._train, batch, num_tokens))
         self.model.after_backward()
         return sum_over_ranks(total if self._counts else torch.zeros_like(total))
 

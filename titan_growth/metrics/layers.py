@@ -21,11 +21,13 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.metrics.records import Record
-from titan_growth.models.layer_groups import ByGroup
+
+if TYPE_CHECKING:  # the recorder is imported without torch
+    from titan_growth.models.layer_groups import ByGroup
 
 Value = float | None
 """None for a number that is not finite, as in `metrics.jsonl`."""

@@ -174,6 +174,10 @@ class StepRecord(Record):
     skipped: str | None = None
     z_loss: float | None = metric(None, tag="loss_metrics/z_loss")
     """Mean over the step's tokens, weight included; `loss` is without it."""
+    qk_max_logit: float | None = metric(None, tag="qk_clip/max_logit")
+    """Of all heads, before QK-clip; on the steps that it looks at."""
+    qk_clipped_heads: int | None = metric(None, tag="qk_clip/clipped_heads")
+    """Heads above the threshold in this step, in all layers."""
 
     step_seconds: float = metric(math.nan, tag="time_metrics/end_to_end(s)", file=False)
     """Mean over the steps since the last log; so are the next two."""

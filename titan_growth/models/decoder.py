@@ -184,6 +184,8 @@ class Decoder(nn.Module):
         self.config = config
         self.seq_len = seq_len
         self.sequence = SequenceLayout()
+        self.sums: dict[str, Tensor] = {}
+        """What training passes add up for the log, by the stage that measures it."""
         self.loss: Callable[..., Tensor] = cross_entropy_sum
         if config.logit_softcap is not None:
             self.loss = functools.partial(cross_entropy_sum, softcap=config.logit_softcap)

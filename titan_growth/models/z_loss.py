@@ -34,11 +34,11 @@ class ZLoss:
         self.weight = weight
         self.sums: Tensor | None = None
 
-    def start(self, device: torch.device) -> None:
-        """Counts from 0; before the first call nothing is counted."""
+    def start(self, device: torch.device) -> Tensor:
+        """Counts from 0; before the first call nothing is counted. Returns the sums."""
         if self.sums is None:
             self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self.sums.zero_()
+        return self.sums.zero_()
 
     def attached(self, loss: Tensor, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
         """The loss, of the same value, whose gradient is that of the sum of both losses.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from titan_growth.config.schema.optimizer import OptimizerConfig
-from titan_growth.engine.parameter_groups import SizedModel, treatments, unmatched
+from titan_growth.engine.parameter_groups import SizedModel, group_of, treatments, unmatched
 from titan_growth.layout.mesh_shape import MeshShape
 from titan_growth.layout.shards import ModelShards
 from titan_growth.models.config import DecoderConfig
@@ -15,6 +15,7 @@ from titan_growth.tools.findings import Findings
 def check_treatments(section: OptimizerConfig, family: str, target: DecoderConfig, found: Findings) -> None:
     """Reports groups without parameters, and optimizers that do not go with the model's parametrisation."""
     _check_groups(section, family, target, found)
+    _check_qk_clip(section, family, target, found)
     if target.mup is not None and section.name in optimizers():
         _check_parametrization(section, found)
 
@@ -32,6 +33,19 @@ def _check_groups(section: OptimizerConfig, family: str, target: DecoderConfig, 
     model = SizedModel(target, family_module(family).ROLES)
     if all(how.lr_factor == 0 for how in treatments(section, parameters, model)):
         found.problem("optimizer.groups", "freezes every parameter", "Leave some to train")
+
+
+def _check_qk_clip(section: OptimizerConfig, family: str, target: DecoderConfig, found: Findings) -> None:
+    """QK-clip changes weights, so none of them may be frozen."""
+    if section.qk_clip == 0:
+        return
+    for parameter in ModelShards(target, family_module(family), MeshShape()).parameters():
+        if parameter.name.endswith((".wq.weight", ".wk.weight")):
+            group = group_of(section, parameter.name)
+            if group is not None and group.frozen:
+                message = f"would scale {parameter.name}, which the group '{group.pattern}' freezes"
+                found.problem("optimizer.qk_clip", message, "Set it to 0, or leave wq and wk out of the group")
+                return
 
 
 def _check_parametrization(section: OptimizerConfig, found: Findings) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -130,12 +130,20 @@ class Stage(ABC):
         """A context manager around forward, loss and backward."""
         return contextlib.nullcontext()
 
+    def train_microbatch(self, train: Callable[[], Tensor], parts: ModelParts, context: BuildContext) -> Tensor:
+        """Forward, loss and backward of a microbatch, or under a pipeline of a whole pass through the schedule.
+
+        Args:
+            train: does it, as often as it is called: gradients add up. Returns this rank's loss, as this must.
+        """
+        return train()
+
     def after_backward(self, parts: ModelParts, context: BuildContext) -> None:
         """Called when a step's gradients are complete, before clipping."""
         return None
 
     def after_optimizer_step(self, parts: ModelParts, context: BuildContext) -> None:
-        """Called after each optimizer step."""
+        """Called after each optimizer step, and in no step that is skipped; stages in reverse order of application."""
         return None
 
     def weights_replaced(self, parts: ModelParts, context: BuildContext) -> None:

@@ -27,7 +27,16 @@ METHODS = tuple(name for name in vars(Stage) if not name.startswith("_") and cal
 """The methods of a stage, hooks included."""
 
 _ATTRIBUTES = ("name", "after", "table", "settings")
-_ANSWERS = ("enabled", "apply", "prepare_microbatch", "train_context", "step_metrics", "layer_metrics", "describe")
+_ANSWERS = (
+    "enabled",
+    "apply",
+    "prepare_microbatch",
+    "train_context",
+    "train_microbatch",
+    "step_metrics",
+    "layer_metrics",
+    "describe",
+)
 """Methods for which None is no answer."""
 
 
@@ -191,6 +200,7 @@ def _wanted(method: str) -> str:
         "apply": "the list of parts",
         "prepare_microbatch": "the microbatch",
         "train_context": "a context manager",
+        "train_microbatch": "the loss that train() gives",
         "step_metrics": "a dict of numbers, {} for none",
         "layer_metrics": "a dict of numbers by metric and group, {} for none",
         "describe": "one line of text",

@@ -38,6 +38,7 @@ class FSDP(Stage):
         "activation_checkpoint",
         "compile",
         "autocast",
+        "sdc_check",
     )
 
     parallelism: ParallelismConfig

@@ -1,4 +1,4 @@
-"""Hooks that measure forward passes by layer: activations, and the largest attention logit.
+"""Hooks that measure the activations of forward passes by layer.
 
 **Counted once.** Recomputation runs what is inside a block a second time, and compiled code contains it. So a hook in
 there only *overwrites* a buffer of its module, which may happen twice. A hook of the block itself, which is outside of
@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from titan_growth.models.attention_logits import AttentionObserver, RingObserver
-from titan_growth.models.decoder import Decoder, SequenceContext, SequenceLayout
+from titan_growth.models.decoder import Decoder
 from titan_growth.models.layer_groups import WHOLE, LayerGroups, group_of_child
 from titan_growth.models.roles import Role
-from titan_growth.stages.context_parallel import ShardedSequence
 from titan_growth.tools.shards import local_of
 
 BUFFER = "last_activation"
@@ -56,6 +54,10 @@ class ForwardMeter:
     def stop(self) -> None:
         """After the last one."""
         self.layers = self.attention = False
+
+    def add_logits(self, layer: int, largest_N: Tensor) -> None:
+        """Takes the largest logit of each head of a layer in one pass."""
+        torch.maximum(self.logits[layer], largest_N.amax().double(), out=self.logits[layer])
 
     def add(self, slots: slice, measured: Tensor) -> None:
         """Adds `statistics`, (number of slots, 3)."""
@@ -138,49 +140,3 @@ class _Around:
     def __call__(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         if self.meter.layers and torch.is_grad_enabled():
             self.meter.add(slice(self.slot, self.slot + 1), statistics(output)[None])
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
-
-
-def observe_attention(part: Decoder, meter: ForwardMeter) -> None:
-    """Measures the attention logits of the part's layers."""
-    part.sequence = observed = ObservedSequence(part.sequence, meter)
-    for layer, block in part.layers.items():
-        block.register_forward_hook(_Logits(meter, int(layer), observed))
-
-
-class ObservedSequence(SequenceLayout):
-    """Another layout whose attention is observed, where it is due."""
-
-    def __init__(self, inner: SequenceLayout, meter: ForwardMeter) -> None:
-        self.inner = inner
-        self.meter = meter
-        self.hidden_shards = inner.hidden_shards
-        self.last: Tensor | None = None
-        """The largest logit of the attention computed last."""
-
-    def context(self, cos: Tensor, sin: Tensor, num_tokens: int, positions_BT: Tensor | None) -> SequenceContext:
-        context = self.inner.context(cos, sin, num_tokens, positions_BT)
-        if not (self.meter.attention and torch.is_grad_enabled()):
-            return context
-        if self.last is None:
-            self.last = torch.full((), -math.inf, dtype=torch.float32, device=cos.device)
-        observer = AttentionObserver(self.last)
-        if isinstance(self.inner, ShardedSequence) and (ring := self.inner.ring_positions(num_tokens, cos.device)):
-            observer = RingObserver(self.last, ring.queries_S, ring.keys_T, self.inner.group)
-        return replace(context, observer=observer)
-
-
-@dataclass
-class _Logits:
-    """Hook of a block, to collect the largest logit of its attention."""
-
-    meter: ForwardMeter
-    layer: int
-    sequence: ObservedSequence
-
-    def __call__(self, _block: nn.Module, _inputs: Any, _output: Tensor) -> None:
-        if self.meter.attention and self.sequence.last is not None and torch.is_grad_enabled():
-            own = self.meter.logits[self.layer]
-            torch.maximum(own, self.sequence.last.double(), out=own)

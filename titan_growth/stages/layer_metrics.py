@@ -27,8 +27,9 @@ from torch.distributed.tensor import DTensor
 from titan_growth.config.schema.recipe import MetricsConfig, TrainingConfig
 from titan_growth.layout.mesh import Mesh
 from titan_growth.models.layer_groups import ByGroup, LayerGroups
+from titan_growth.stages.attention_observer import observe_attention
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
-from titan_growth.stages.layer_hooks import ForwardMeter, hook_activations, observe_attention
+from titan_growth.stages.layer_hooks import ForwardMeter, hook_activations
 from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
 from titan_growth.tools.gradients import reduced
@@ -76,14 +77,19 @@ class LayerMetrics(Stage):
             if self.metrics.layers_freq:
                 hook_activations(part, self._meter, context.family.ROLES)
             if self.metrics.attention_freq:
-                observe_attention(part, self._meter)
+                observe_attention(part, self._observes, self._meter.add_logits)
         return parts
+
+    def _observes(self) -> bool:
+        """Whether attention logits are measured now."""
+        return self._meter.attention
 
     def before_step(self, parts: ModelParts, context: BuildContext) -> None:
         due, device = _due(self.metrics, context.step), parts[0].rope_cos.device
         self._meter.start(device, layers=due.layers, attention=due.attention)
         self._before = {}
         if due.layers:
+            parts[0].sums[self.name] = self._meter.sums
             self._squares = torch.zeros(3, self._meter.groups.num_slots, dtype=torch.float64, device=device)
 
     def after_backward(self, parts: ModelParts, context: BuildContext) -> None:

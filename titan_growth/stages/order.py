@@ -26,6 +26,8 @@ OWN = (
     "growth_mask",
     "layer_metrics",
     "pipeline",
+    "qk_clip",
+    "sdc_check",
     "tensor_parallel",
     "z_loss",
 )
@@ -62,10 +64,11 @@ def _is_own(stage: type[Any]) -> bool:
 
 
 def registered_stages() -> dict[str, type[Stage]]:
-    """All known stages by name, built-in ones included."""
+    """All known stages by name: built-in ones in the order of `OWN`, whatever was imported first, then plugins'."""
     for name in OWN:
         importlib.import_module(f"titan_growth.stages.{name}")  # registers it
-    return dict(_REGISTRY)
+    own = {name: _REGISTRY[name] for name in OWN}
+    return own | {name: stage for name, stage in _REGISTRY.items() if name not in own}
 
 
 def resolve_order(stages: Mapping[str, type[Any]]) -> list[str]:

@@ -44,7 +44,7 @@ class ZLossStage(Stage):
         return parts
 
     def before_step(self, parts: ModelParts, context: BuildContext) -> None:
-        self._z_loss.start(parts[0].rope_cos.device)
+        parts[0].sums[self.name] = self._z_loss.start(parts[0].rope_cos.device)
 
     def step_metrics(self, parts: ModelParts, context: BuildContext) -> dict[str, Any]:
         sums = self._z_loss.sums

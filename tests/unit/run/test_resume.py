@@ -135,6 +135,8 @@ def test_batches_of_the_past_stay(
 
 PRINTED = [
     ({"optimizer__lr": 1e-4}, "optimizer.lr = 0.0001 (was 0.0008)"),
+    ({"optimizer__qk_clip": 100.0}, "optimizer.qk_clip = 100.0 (was 0.0)"),
+    ({"debug__sdc_check_interval": 50}, "debug.sdc_check_interval = 50 (was 0)"),
     ({"training__steps": 200}, "training.steps = 200 (was 100)"),
     ({"training__global_batch_size": 32}, "training.global_batch_size = 32 (was 16)"),
     ({"checkpoint__interval": 10}, "checkpoint.interval = 10 (was 500)"),

@@ -54,5 +54,10 @@ class OptimizerConfig(Section):
     options: dict[str, Any] = {}
     """What else the optimizer takes. Muon: momentum (0.95), nesterov (true), ns_steps (5) and adjust_lr_fn
     ("match_rms_adamw", or "original"), as in torch.optim.Muon."""
+    qk_clip: float = Field(0.0, ge=0)
+    """Threshold of attention logits: wq and wk of a head that exceeded it in a step are scaled down after it (QK-clip,
+    Kimi K2: 100); 0 = none. Models with QK-norm need none. Not a key of torchtitan."""
+    qk_clip_interval: int = Field(1, ge=1)
+    """Look at the logits every this many steps only: looking costs another product of queries and keys."""
     groups: list[ParameterGroupConfig] = []
     """See [[optimizer.groups]]: learning rate and weight decay by name of the parameter."""

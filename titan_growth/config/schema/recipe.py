@@ -220,6 +220,12 @@ class DebugConfig(Section):
     """Warn instead of an error where there is no deterministic algorithm."""
     log_batch_hash: bool = False
     """Put a hash of each global batch into metrics.jsonl."""
+    sdc_check_interval: int = Field(0, ge=0)
+    """Every this many steps one microbatch (under a pipeline, one pass through it) is trained on twice, and the bits of
+    loss and gradients are compared on every rank; 0 = never. On CUDA it needs deterministic. Not a key of torchtitan.
+    """
+    sdc_check_action: Literal["stop", "warn"] = "stop"
+    """A difference, which is silent data corruption: stop = end the run; warn = go on with the second pass."""
 
 
 class Recipe(Section):
