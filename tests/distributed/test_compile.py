@@ -51,6 +51,19 @@ def test_compiled_runs_are_eager_runs(name: str, trained: Trained) -> None:
     assert_parity(lines_of(name, trained, **COMPILED), lines_of(name, trained))
 
 
+def test_a_masked_growth_does_not_run_the_code_of_unmasked_blocks(trained: Trained) -> None:
+    """In one process: the small model's blocks were compiled before there was a mask. The growth checks its loss."""
+    grows = {
+        "model__n_layers": 4,
+        "growth__stages": '[{at = "2 steps", operator = "random_depth", factor = 2, mask_steps = 4}]',
+        "checkpoint__enable": True,
+        "training__steps": 4,
+    }
+    found, expected = (lines_of("1 rank", trained, **{**grows, **more}) for more in (COMPILED, {}))
+    assert_parity(found, expected)
+    assert [line["num_layers"] for line in found if "grad_norm" in line] == [2, 2, 4, 4]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*MESHES_TO_COMPILE, *MORE_MESHES])
 def test_compiled_validation_is_the_eager_one(name: str, trained: Trained) -> None:

@@ -108,17 +108,17 @@ def learning_rate_keys(recipe: Recipe, *, grows: bool) -> dict[str, Any]:
     if grows and recipe.growth.active_stages:
         return {}
     if grows:
-        return {"growth.base.lr": None, "growth.base.warmup_steps": None}
+        return {f"growth.base.{key}": None for key in ("lr", "warmup_steps", "warmup")}
     if not recipe.growth.active_stages:
         return {"growth.base": {}}
     keys: dict[str, Any] = {"growth.base": {}, "optimizer.lr": base.lr or recipe.optimizer.lr}
-    if base.warmup_steps is not None:
-        keys |= {"lr_scheduler.warmup": None, "lr_scheduler.warmup_steps": base.warmup_steps}
+    if base.own_warmup is not None:
+        keys |= {"lr_scheduler.warmup": base.warmup, "lr_scheduler.warmup_steps": base.warmup_steps}
     return keys
 
 
 def schedule_of(recipe: Recipe) -> LRSchedule:
     """The learning rate of a checkpoint's run; its batch has been resolved."""
     lr, steps = recipe.optimizer.lr, recipe.training.steps
-    measure = BatchSizes.measure_of(recipe.training, recipe.lr_scheduler)
+    measure = BatchSizes.measure_of(recipe.training, recipe.lr_scheduler, recipe.growth)
     return LRSchedule(recipe.lr_scheduler, lr=lr, steps=steps, growth=recipe.growth, measure=measure)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from titan_growth.config.duration import Duration
+from titan_growth.config.schema.growth import GrowthConfig
 from titan_growth.config.schema.recipe import LRSchedulerConfig, TrainingConfig
 
 
@@ -36,13 +37,13 @@ class BatchSizes:
         return found
 
     @classmethod
-    def measure_of(cls, training: TrainingConfig, schedule: LRSchedulerConfig | None = None) -> BatchSizes:
+    def measure_of(cls, training: TrainingConfig, schedule: LRSchedulerConfig, growth: GrowthConfig) -> BatchSizes:
         """What the progress of a learning rate is measured in.
 
         Sequences under a batch schedule, or where a length is given in tokens; else steps.
         """
-        in_tokens = schedule is not None and schedule.in_tokens
-        return cls.of(training) if training.batch_schedule or in_tokens else STEPS
+        in_tokens = training.batch_schedule or schedule.in_tokens or growth.in_tokens
+        return cls.of(training) if in_tokens else STEPS
 
     def steps_of(self, length: Duration, start: int = 0) -> int:
         """Steps that a length in steps or tokens takes after a step: all that begin before its tokens are reached."""

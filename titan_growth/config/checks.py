@@ -192,7 +192,7 @@ def _growth(recipe: Recipe, found: Findings) -> None:
         return  # a dry run does not grow
     if not recipe.growth.active_stages:
         base = recipe.growth.base
-        if recipe.growth.enable and (base.lr is not None or base.warmup_steps is not None):
+        if recipe.growth.enable and (base.lr is not None or base.own_warmup is not None):
             found.warn("growth.base", "has no effect because there are no [[growth.stages]]")
         return
     checkpoint, steps = recipe.checkpoint, recipe.training.steps
@@ -205,8 +205,9 @@ def _growth(recipe: Recipe, found: Findings) -> None:
     previous = 0
     for index, planned in enumerate(recipe.growth.active_stages):
         key = f"growth.stages.{index}.at"
-        if planned.lr_policy == "continue" and planned.warmup_steps is not None:
-            found.warn(f"growth.stages.{index}.warmup_steps", 'has no effect because lr_policy is "continue"')
+        if planned.lr_policy == "continue" and planned.own_warmup is not None:
+            name = "warmup" if planned.warmup is not None else "warmup_steps"
+            found.warn(f"growth.stages.{index}.{name}", 'has no effect because lr_policy is "continue"')
         when = planned.when
         if when.unit != "steps":
             continue  # its step depends on the batch size and the run: see growth.schedule

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from titan_growth.config.batch_sizes import BatchSizes
 from titan_growth.config.schema.growth import PlannedGrowth
-from titan_growth.config.schema.recipe import LRSchedulerConfig, TrainingConfig
+from titan_growth.config.schema.recipe import TrainingConfig
 from titan_growth.growth.schedule import GrowthPlan, ends_of_phases
 from titan_growth.layout.mesh_shape import resolve_batch
 from titan_growth.run.lr_schedule import LRSchedule
@@ -45,13 +45,16 @@ def check_batch_schedule(
         _check_sizes(phase, max(start, step), batches, found)
 
 
-def check_tokens_of_lengths(section: LRSchedulerConfig, growth_plan: GrowthPlan, found: Findings) -> None:
+def check_tokens_of_lengths(in_tokens: Sequence[str], growth_plan: GrowthPlan, found: Findings) -> None:
     """Reports growths that change the tokens of a step under a learning rate with lengths in tokens.
 
     Which step a number of tokens comes to would depend on when the run grows.
+
+    Args:
+        in_tokens: the keys of those lengths.
     """
-    for index, planned in enumerate(growth_plan.planned if section.in_tokens else ()):
-        _check_pace(index, planned, f"which lr_scheduler.{section.in_tokens[0]} is given in", found)
+    for index, planned in enumerate(growth_plan.planned if in_tokens else ()):
+        _check_pace(index, planned, f"which {in_tokens[0]} is given in", found)
 
 
 def _check_pace(index: int, planned: PlannedGrowth, why: str, found: Findings) -> None:
@@ -109,7 +112,7 @@ def rate_lines(training: TrainingConfig, schedule: LRSchedule, grown_at: Sequenc
     Args:
         grown_at: the steps of the growths, as planned.
     """
-    if not (training.batch_schedule or schedule.section.in_tokens):
+    if not (training.batch_schedule or schedule.section.in_tokens or schedule.growth.in_tokens):
         return
     yield "learning rate (measured in tokens, masked positions included):"
     for segment, end in schedule.segments(grown_at):

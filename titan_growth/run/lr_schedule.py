@@ -20,7 +20,7 @@ from typing import Literal
 
 from titan_growth.config.batch_sizes import STEPS, BatchSizes
 from titan_growth.config.duration import Duration
-from titan_growth.config.schema.growth import GrowthBase, GrowthConfig
+from titan_growth.config.schema.growth import GrowthBase, GrowthConfig, PeakConfig
 from titan_growth.config.schema.recipe import LRSchedulerConfig
 from titan_growth.tools.findings import Findings
 
@@ -78,7 +78,7 @@ class LRSchedule:
         if not passed or passed[-1] >= len(self.growth.active_stages):
             return 1.0
         planned, start = self.growth.active_stages[passed[-1]], grown_at[passed[-1]]
-        warmup = min(self.warmup_after(start, planned.warmup_steps), max(0, self.total_steps - start))
+        warmup = min(self.warmup_after(start, planned.own_warmup), max(0, self.total_steps - start))
         return (
             min(1.0, self._between(start, step) / self._between(start, start + warmup))
             if planned.lr_policy == policy and warmup
@@ -103,25 +103,25 @@ class LRSchedule:
     def segment(self, step: int, grown_at: Sequence[int] = ()) -> Segment:
         """The segment that a step belongs to."""
         base = self.growth.base if self.growth.active_stages else GrowthBase()
-        segment = self._segment(0, base.lr or self.lr, base.warmup_steps)
+        segment = self._segment(0, base.lr or self.lr, base.own_warmup)
         for planned, at in zip(self.growth.active_stages, grown_at, strict=False):
             if step <= at:
                 break
             if planned.lr_policy == "restart":
-                segment = self._segment(at, planned.lr or self.lr, planned.warmup_steps)
+                segment = self._segment(at, planned.lr or self.lr, planned.own_warmup)
             elif planned.lr is not None:
                 segment = replace(segment, peak_lr=planned.lr)
         return segment
 
-    def _segment(self, start: int, peak_lr: float, warmup_steps: int | None) -> Segment:
+    def _segment(self, start: int, peak_lr: float, warmup: Duration | None) -> Segment:
         num_steps = max(0, self.total_steps - start)
-        return Segment(start, num_steps, min(self.warmup_after(start, warmup_steps), num_steps), peak_lr)
+        return Segment(start, num_steps, min(self.warmup_after(start, warmup), num_steps), peak_lr)
 
-    def warmup_after(self, start: int, given: int | None = None) -> int:
-        """Steps of a warmup that begins after a step; `given` are those of a growth or base that has its own."""
+    def warmup_after(self, start: int, given: Duration | None = None) -> int:
+        """Steps of a warmup that begins after a step; `given` is that of a growth or base that has its own."""
         if given is None and self.section.warmup is not None:
-            return self.measure.steps_of(Duration.parse(self.section.warmup), start)
-        return self.section.warmup_steps if given is None else given
+            given = Duration.parse(self.section.warmup)
+        return self.section.warmup_steps if given is None else self.measure.steps_of(given, start)
 
     def warn_of_lengths(self, found: Findings) -> None:
         """Warns of lengths that do not fit: warmups and decays that are cut, and steps beyond `total`.
@@ -130,13 +130,14 @@ class LRSchedule:
         """
         default = "lr_scheduler.warmup_steps" if self.section.warmup is None else "lr_scheduler.warmup"
         asked = [(default, 0, self.warmup_after(0))]
-        if self.growth.active_stages and self.growth.base.warmup_steps is not None:
-            asked = [("growth.base.warmup_steps", 0, self.growth.base.warmup_steps)]
+        base = self.growth.base
+        if self.growth.active_stages and base.own_warmup is not None:
+            asked = [(_warmup_key("growth.base", base), 0, self.warmup_after(0, base.own_warmup))]
         for index, planned in enumerate(self.growth.active_stages):
             if planned.lr_policy != "continue" and planned.when.unit == "steps":
-                given = planned.warmup_steps is not None
-                key = f"growth.stages.{index}.warmup_steps" if given else default
-                asked.append((key, planned.when.count, self.warmup_after(planned.when.count, planned.warmup_steps)))
+                given, at = planned.own_warmup, planned.when.count
+                key = default if given is None else _warmup_key(f"growth.stages.{index}", planned)
+                asked.append((key, at, self.warmup_after(at, given)))
         for key, start, steps in asked:
             length = max(0, self.total_steps - start)
             if steps > length:
@@ -200,3 +201,7 @@ class LRSchedule:
     def _between(self, first: int, last: int) -> int:
         """Progress from the end of one step to the end of another."""
         return self.measure.sequences(last) - self.measure.sequences(first)
+
+
+def _warmup_key(prefix: str, section: PeakConfig) -> str:
+    return f"{prefix}.{'warmup' if section.warmup is not None else 'warmup_steps'}"

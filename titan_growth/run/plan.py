@@ -226,8 +226,10 @@ def _lay_out(
     if recipe.comm.mode == "default" and not own.problems:
         own.extend(timing)
     check_batch_schedule(phases, growth_plan, own, first_phase=first_phase, step=at.progress.step)
-    check_tokens_of_lengths(recipe.lr_scheduler, growth_plan, own)
-    schedule = schedule.measured_in(BatchSizes.measure_of(phases[0].recipe.training, recipe.lr_scheduler))
+    check_tokens_of_lengths([*recipe.lr_scheduler.in_tokens, *recipe.growth.in_tokens], growth_plan, own)
+    schedule = schedule.measured_in(
+        BatchSizes.measure_of(phases[0].recipe.training, recipe.lr_scheduler, recipe.growth)
+    )
     if not own.problems:
         schedule.warn_of_lengths(own)
     found.extend(own)

@@ -51,7 +51,7 @@ _UNREMARKABLE = ("job.", "model.", "data.", "metrics.", "profiling.")
 _REMARKABLE = ("model.converters",)
 """Exceptions: keys of those sections that do change the computation."""
 
-_STILL_FREE = {"lr", "warmup_steps", "parallelism", "num_ranks", "local_batch_size"}
+_STILL_FREE = {"lr", "warmup_steps", "warmup", "parallelism", "num_ranks", "local_batch_size"}
 """Keys of a past growth that a resume may change: they concern the steps to come."""
 
 ONLY_WEIGHTS_KEY = "checkpoint.last_save_model_only"
@@ -143,7 +143,7 @@ def _learning_rate_change(checkpoint: StepFolder, before: Recipe, recipe: Recipe
             lr=one.optimizer.lr,
             steps=one.training.steps,
             growth=one.growth,
-            measure=BatchSizes.measure_of(one.training, one.lr_scheduler),
+            measure=BatchSizes.measure_of(one.training, one.lr_scheduler, one.growth),
         )
         for one in (before, recipe)
     )

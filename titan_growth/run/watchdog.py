@@ -46,7 +46,7 @@ class Watchdog:
         if self.section.steps is not None:
             return self.section.steps
         planned = self.planned[number]
-        warmup = self.schedule.warmup_after(start, planned.warmup_steps)
+        warmup = self.schedule.warmup_after(start, planned.own_warmup)
         return max(LEAST_STEPS, 2 * warmup, 2 * (planned.mask_steps or 0))
 
     def due(self, step: int, lineage: Lineage, *, grows: bool) -> GrowthEvent | None:

@@ -22,7 +22,7 @@ from titan_growth.stages.activation_checkpoint import Checkpointed
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
-from titan_growth.tools.torch_private import set_memory_budget
+from titan_growth.tools.torch_private import compile_with_hooks, set_memory_budget
 
 
 @register_stage
@@ -61,6 +61,9 @@ class Compile(Stage):
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         self._set_memory_budget()
+        # Blocks share compiled code, which by default ignores hooks: a masked block would run the code of an unmasked
+        # one, even of the model before a growth, so this is set from the first model on.
+        compile_with_hooks()
         for part in parts:
             if "model" in self.compile.components:
                 for block in part.layers.values():

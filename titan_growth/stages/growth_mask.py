@@ -24,7 +24,6 @@ from titan_growth.growth.operators.base import GrowthMap
 from titan_growth.models.roles import RESIDUAL, Role, layer_of, role_of
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
-from titan_growth.tools.torch_private import compile_with_hooks
 
 INPUT, OUTPUT = "growth_mask_of_input", "growth_mask_of_output"
 """Buffers of a masked module."""
@@ -42,9 +41,6 @@ class GrowthMask(Stage):
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         assert context.transition is not None
-        # Blocks share compiled code, which by default ignores hooks: a masked block would run the code of an unmasked
-        # one, of this model or of the one before.
-        compile_with_hooks()
         tp_rank = context.mesh.rank_of("tp") if context.mesh_shape.tp > 1 else 0
         for part in parts:
             for module, buffer, pattern in masked_modules(part, context.transition.growth, context.family.ROLES):

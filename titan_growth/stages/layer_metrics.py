@@ -34,7 +34,7 @@ from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
 from titan_growth.tools.gradients import reduced
 from titan_growth.tools.shards import local_of
-from titan_growth.tools.torch_private import compile_with_hooks, foreach_norm
+from titan_growth.tools.torch_private import foreach_norm
 
 
 @register_stage
@@ -70,7 +70,6 @@ class LayerMetrics(Stage):
                 yield Problem(f"metrics.{key}", message)
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
-        compile_with_hooks()
         groups = LayerGroups.of(context.family.ROLES, context.model_config.num_layers)
         self._meter, self._before = ForwardMeter(groups), {}
         for part in parts:

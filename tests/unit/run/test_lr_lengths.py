@@ -82,6 +82,27 @@ def test_the_warmup_of_a_growth_has_the_same_tokens(policy: str) -> None:
     assert [found(step, [20]) for step in (38, 39, 40)] == [1.0, 1.0, 1 / 2]
 
 
+@pytest.mark.parametrize(("warmup", "steps"), [("2048 tokens", 2), ("300 steps", 20), ("3 steps", 3)])
+def test_a_growth_and_its_base_have_warmups_of_their_own(warmup: str, steps: int) -> None:
+    table = {"base": {"warmup": "512 tokens"}, "stages": [{"at": "20 steps", "factor": 2, "warmup": warmup}]}
+    growth = GrowthConfig.model_validate(table)
+    batches = BatchSizes((8, 32), (0, 18), seq_len=32)
+    found = schedule(batches, steps=40, growth=growth, warmup="4096 tokens", decay="2048 tokens")
+    assert [found(step, [20]) for step in (1, 2, 3)] == [1 / 2, 1.0, 1.0]
+    assert found.segment(21, [20]).warmup_steps == steps
+    assert found(20 + steps, [20]) == 1.0
+    assert found(20 + steps - 1, [20]) == pytest.approx(1 - 1 / steps)
+
+
+@pytest.mark.parametrize("key", ["growth.base", "growth.stages.0"])
+def test_two_warmups_of_one_growth_are_refused(tmp_path: Path, key: str) -> None:
+    stage = ["--growth.stages.0.at", "3 steps", "--growth.stages.0.factor", "2", "--checkpoint.enable", "true"]
+    (problem,) = recipe_with(tmp_path, *stage, f"--{key}.warmup", "500 tokens", f"--{key}.warmup_steps", "3")
+    assert problem.startswith(f"{key}: gives both warmup and warmup_steps")
+    (problem,) = recipe_with(tmp_path, *stage, f"--{key}.warmup", "25%")
+    assert problem.startswith(f"{key}.warmup: must be in steps or tokens")
+
+
 def plan(tmp_path: Path, found: Findings, lengths: dict[str, str], **values: Any) -> RunPlan | None:
     """A plan of 12 steps of 256 tokens. The lengths are laid over a recipe that has others."""
     recipe = make_recipe(tmp_path / "run", training__steps=12, **values)
@@ -158,6 +179,9 @@ def test_growths_that_change_the_tokens_of_a_step_are_refused(tmp_path: Path, ke
         f"growth.stages.0.{key}",
         "changes the tokens of a step, which lr_scheduler.warmup is given in",
     )
+    found = Findings()
+    assert plan(tmp_path, found, {}, **values, growth__stages__0__warmup="500 tokens") is None
+    assert found.problems[0].message == "changes the tokens of a step, which growth.stages.0.warmup is given in"
     assert plan(tmp_path, Findings(), {"warmup": "2 steps", "decay": "3 steps"}, **values) is not None
 
 

@@ -32,7 +32,7 @@ from titan_growth.run.phases import recipe_in_phase
 from titan_growth.tools.errors import ConfigError, Problem, RefusedCheckpointError
 from titan_growth.tools.findings import Findings
 
-SHARED = (*SETTINGS, "mask_steps", "lr_policy", "lr", "warmup_steps", "global_batch_size", "local_batch_size",
+SHARED = (*SETTINGS, "mask_steps", "lr_policy", "lr", "warmup_steps", "warmup", "global_batch_size", "local_batch_size",
           "seq_len")  # fmt: skip
 """Settings that can be shared by all candidates."""
 
@@ -183,7 +183,7 @@ def doubts(source: Source, candidates: Sequence[Candidate], steps: int) -> Itera
     for one in candidates:
         if one.planned is None:
             continue
-        warmup = schedule_of(source.recipe).warmup_after(source.folder.step, one.planned.warmup_steps)
+        warmup = schedule_of(source.recipe).warmup_after(source.folder.step, one.planned.own_warmup)
         if one.planned.lr_policy != "continue" and warmup >= steps:
             yield (
                 f"{one.name}: its warmup of {warmup} steps is longer than the probe, so it never learns at its full "

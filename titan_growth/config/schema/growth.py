@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from titan_growth.config.duration import Duration
 from titan_growth.config.schema.parallelism import ParallelismConfig
+from titan_growth.config.schema.schedules import in_steps_or_tokens
 from titan_growth.config.section import BadValueError, Section
 
 WIDTHS = {"dim": "dim", "n_heads": "num_heads", "n_kv_heads": "num_kv_heads", "hidden_dim": "hidden_dim"}
@@ -37,7 +38,36 @@ class SizesConfig(Section):
         return {field: getattr(self, key) for key, field in SIZES.items() if getattr(self, key) is not None}
 
 
-class PlannedGrowth(SizesConfig):
+class PeakConfig(SizesConfig):
+    """Sizes of a model, and the learning rate that it starts with."""
+
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate from there on. Default: optimizer.lr; under lr_policy = "continue" and "rewarm", as before."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps of its warmup (all lr_policies but "continue"). Default: that of [lr_scheduler]."""
+    warmup: str | None = None
+    """Instead of warmup_steps, with a unit: "2M tokens" or "300 steps"."""
+
+    @field_validator("warmup")
+    @classmethod
+    def _is_a_count(cls, value: str | None) -> str | None:
+        return value if value is None else in_steps_or_tokens(value)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> PeakConfig:
+        if self.warmup is not None and self.warmup_steps is not None:
+            raise BadValueError("gives both warmup and warmup_steps", "Give one of the two")
+        return self
+
+    @property
+    def own_warmup(self) -> Duration | None:
+        """Its length; None for that of `[lr_scheduler]`."""
+        if self.warmup is not None:
+            return Duration.parse(self.warmup)
+        return None if self.warmup_steps is None else Duration(self.warmup_steps, "steps")
+
+
+class PlannedGrowth(PeakConfig):
     """One growth: when, by which operator, with which moments and learning rate."""
 
     at: str
@@ -79,10 +109,6 @@ class PlannedGrowth(SizesConfig):
     lr_policy: Literal["restart", "continue", "rewarm", "rewarm_new"] = "restart"
     """restart = warmup again and a decay to the run's end (official G_stack); continue = the ungrown run's curve;
     rewarm = that curve, with a warmup; rewarm_new = with a warmup of the new and copied parameters only."""
-    lr: float | None = Field(None, gt=0)
-    """Peak learning rate from this growth on. Default: optimizer.lr after a restart, else the peak stays."""
-    warmup_steps: int | None = Field(None, ge=0)
-    """Warmup after this growth (all policies but "continue"). Default: lr_scheduler.warmup_steps."""
 
     @field_validator("at")
     @classmethod
@@ -126,7 +152,7 @@ class PlannedGrowth(SizesConfig):
         return (self.optimizer_step or ("reset" if self.optimizer_state == "reset" else "keep")) == "keep"
 
 
-class GrowthBase(SizesConfig):
+class GrowthBase(PeakConfig):
     """The run before its first growth.
 
     A size that is not given is that of [model], divided by the factors of the stages if all have one.
@@ -136,10 +162,6 @@ class GrowthBase(SizesConfig):
     """Transformer blocks. 0: only embedding, norm and head."""
     rope_theta: float | None = Field(None, gt=0)
     """Base of the rotary frequencies before the first growth. Default: that of [model]."""
-    lr: float | None = Field(None, gt=0)
-    """Peak learning rate before the first growth. Default: optimizer.lr."""
-    warmup_steps: int | None = Field(None, ge=0)
-    """Warmup at the start. Default: lr_scheduler.warmup_steps."""
 
 
 class WatchdogConfig(Section):
@@ -169,3 +191,12 @@ class GrowthConfig(Section):
     def active_stages(self) -> list[PlannedGrowth]:
         """The stages that will happen: none when growth is switched off."""
         return list(self.stages) if self.enable else []
+
+    @property
+    def in_tokens(self) -> list[str]:
+        """The keys of warmups given in tokens."""
+        stages = self.active_stages
+        entries: list[tuple[str, PeakConfig]] = [("growth.base", self.base)] if stages else []
+        entries += [(f"growth.stages.{index}", planned) for index, planned in enumerate(stages)]
+        warmups = [(f"{key}.warmup", entry.own_warmup) for key, entry in entries]
+        return [key for key, warmup in warmups if warmup is not None and warmup.unit == "tokens"]

@@ -13,7 +13,8 @@ LENGTHS = {"warmup": "warmup_steps", "decay": "decay_ratio", "total": "total_ste
 """Lengths of a schedule with a unit -> torchtitan's key, which each stands in for."""
 
 
-def _in_steps_or_tokens(value: str) -> str:
+def in_steps_or_tokens(value: str) -> str:
+    """A validator's: a length as the recipe gives it. Raises BadValueError for one in anything else."""
     if Duration.parse(value).unit not in ("steps", "tokens"):
         raise BadValueError(f"must be in steps or tokens, got '{value}'", 'For example "10M tokens"')
     return value
@@ -43,7 +44,7 @@ class LRSchedulerConfig(Section):
     @field_validator(*LENGTHS)
     @classmethod
     def _is_a_count(cls, value: str | None) -> str | None:
-        return value if value is None else _in_steps_or_tokens(value)
+        return value if value is None else in_steps_or_tokens(value)
 
     @model_serializer(mode="wrap")
     def _what_is_in_force(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -56,8 +57,8 @@ class LRSchedulerConfig(Section):
     @property
     def in_tokens(self) -> list[str]:
         """The keys of lengths given in tokens."""
-        lengths = {name: getattr(self, name) for name in LENGTHS}
-        return [name for name, text in lengths.items() if text is not None and Duration.parse(text).unit == "tokens"]
+        lengths = {f"lr_scheduler.{name}": getattr(self, name) for name in LENGTHS}
+        return [key for key, text in lengths.items() if text is not None and Duration.parse(text).unit == "tokens"]
 
 
 class BatchSizeConfig(Section):
@@ -71,7 +72,7 @@ class BatchSizeConfig(Section):
     @field_validator("at")
     @classmethod
     def _at_is_a_count(cls, value: str) -> str:
-        return _in_steps_or_tokens(value)
+        return in_steps_or_tokens(value)
 
     @property
     def when(self) -> Duration:
