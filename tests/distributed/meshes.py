@@ -5,9 +5,12 @@ Shared by the parity test and by `tests/faults/parity.py`. All runs see the same
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from titan_growth.layout.pipeline_layout import SCHEDULES
 
@@ -209,3 +212,10 @@ QUICK = (
 
 `test_gradients.py` has fsdp2 x tp2 and cp2 x tp2.
 """
+
+
+def slow_ones(names: Iterable[str], *slow: str) -> list[Any]:
+    """Parameters of a test, of which the named ones are only run with the slow tests."""
+    named = list(names)
+    assert set(slow) <= set(named), f"there are no {set(slow) - set(named)}"
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in named]

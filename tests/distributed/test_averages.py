@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.meshes import GLOBAL_BATCH, MESHES, TIED, mesh
+from tests.distributed.meshes import GLOBAL_BATCH, MESHES, TIED, mesh, slow_ones
 from tests.distributed.test_elastic import logged_by_rank_0
 from tests.harness import WarmRanks, run_ranks
 from tests.runs import make_recipe, read_metrics, train, trainer_of, without_timings
@@ -159,7 +159,7 @@ def validated_with(rank: int, num_ranks: int, recipe: Any) -> float:
         return trainer.runtime.validator.run(trainer.runtime.engine)[""]
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "tp2", "pp2", "fsdp2 x tp2", "fsdp2, never reshard"])
+@pytest.mark.parametrize("name", slow_ones(["fsdp2", "tp2", "pp2", "fsdp2 x tp2"], "tp2", "fsdp2 x tp2"))
 def test_its_loss_is_that_of_one_rank(name: str, trained: Any) -> None:
     """And falls behind the weights' loss, which falls fast."""
     case = MESHES[name]
@@ -202,7 +202,7 @@ UNDISTURBED: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.usefixtures("warm_imports")
-@pytest.mark.parametrize("name", UNDISTURBED)
+@pytest.mark.parametrize("name", slow_ones(UNDISTURBED, "pp2, tied head", "fsdp2, Float8"))
 def test_training_does_not_notice_it(name: str, tmp_path: Path) -> None:
     """The weights are put back after a validation: the metrics are those of a run without an average."""
     case, more = UNDISTURBED[name]
@@ -249,9 +249,10 @@ def read(rank: int, num_ranks: int, recipe: Any) -> Tensors:
         }
 
 
-@pytest.mark.parametrize(("source", "target"), [("fsdp2", "tp2"), ("pp2, tied head", "fsdp2, tied head")])
-def test_it_is_resharded(source: str, target: str, tmp_path: Path, warm_ranks: WarmRanks) -> None:
+@pytest.mark.parametrize("name", slow_ones(["fsdp2 -> tp2", "pp2, tied head -> fsdp2, tied head"], "fsdp2 -> tp2"))
+def test_it_is_resharded(name: str, tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """Exactly; and the run then has one rank's losses."""
+    source, target = name.split(" -> ")
     settings = {**SETTINGS, **MESHES[source].model, "training__steps": 6, "lr_scheduler__total_steps": 6}
     first = settings | {"training__steps": 2, **MESHES[source].layout}
     warm_ranks(train, 2, 2, make_recipe(tmp_path / "moved", **first))
@@ -264,6 +265,7 @@ def test_it_is_resharded(source: str, target: str, tmp_path: Path, warm_ranks: W
         assert line["ema_validation_loss"] == pytest.approx(reference["ema_validation_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_can_be_turned_on_and_off(tmp_path: Path) -> None:
     """On: it starts from the weights. Off: it is dropped. Both are said."""
     settings = {**SETTINGS, **mesh(shard=2).layout, "lr_scheduler__total_steps": 6}
@@ -343,7 +345,7 @@ def growing(operator: str, **more: Any) -> dict[str, Any]:
     return {**SETTINGS, **sizes, "growth__stages": f"[{{{table}}}]"}
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", slow_ones(OPERATORS, "stack", "zero_depth", "split_width"))
 def test_the_average_of_a_grown_model_is_the_average_grown(
     operator: str, tmp_path: Path, warm_ranks: WarmRanks
 ) -> None:
@@ -364,6 +366,7 @@ def test_the_average_of_a_grown_model_is_the_average_grown(
     assert_same(stored(tmp_path / "both", PREFIX), grown)
 
 
+@pytest.mark.slow
 def test_it_grows_onto_another_mesh(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """From fsdp2 to tp2: the average of one rank to 1e-6, and its losses after the growth to 1e-5."""
     table = ", parallelism = {data_parallel_shard_degree = 1, tensor_parallel_degree = 2}, local_batch_size = 4}]"
@@ -389,6 +392,7 @@ def test_after_a_learned_growth_it_starts_over(tmp_path: Path) -> None:
     assert "ema starts from the weights: the growth was learned" in logged
 
 
+@pytest.mark.slow
 def test_a_growth_from_a_checkpoint_without_an_average(tmp_path: Path) -> None:
     """Turned on while the growth was due: it starts from the grown weights."""
     settings = growing("stack") | mesh(shard=2).layout

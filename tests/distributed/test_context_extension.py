@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.meshes import GLOBAL_BATCH, MESHES, QWEN3
+from tests.distributed.meshes import GLOBAL_BATCH, MESHES, QWEN3, slow_ones
 from tests.distributed.test_parity import Trained
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_steps, train
@@ -47,9 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("fsdp2", "cp2") else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", slow_ones(CASES, *(name for name in CASES if name != "cp2")))
 def test_meshes_agree_with_one_rank(name: str, trained: Trained) -> None:
     """Losses to 1e-5 before and after; from the growth on a step has twice the tokens, less what documents mask."""
     where, settings = CASES[name]

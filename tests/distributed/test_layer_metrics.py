@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.meshes import MESHES, ONE_RANK, QWEN3
+from tests.distributed.meshes import MESHES, ONE_RANK, QWEN3, slow_ones
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, train
 from titan_growth.models.attention_logits import max_logits
@@ -72,7 +72,7 @@ def assert_same(found: Lines, expected: Lines, *, later: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
-@pytest.mark.parametrize("name", ["fsdp2", "tp2", "pp2", "cp2", "fsdp2 x tp2"])
+@pytest.mark.parametrize("name", slow_ones(["fsdp2", "tp2", "pp2", "cp2", "fsdp2 x tp2"], "fsdp2 x tp2"))
 def test_meshes_agree_with_one_rank(name: str, family: str, measured: Measured) -> None:
     model = QWEN3 if family == "qwen3" else {}
     case = MESHES[name]
@@ -96,7 +96,7 @@ TECHNIQUES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.usefixtures("warm_imports")
-@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize("name", slow_ones(TECHNIQUES, "compiled, recomputed layers, tp2", "compiled, cp2"))
 def test_techniques_change_nothing(name: str, measured: Measured) -> None:
     mesh, settings = TECHNIQUES[name]
     case = {"1 rank": ONE_RANK, **MESHES}[mesh]

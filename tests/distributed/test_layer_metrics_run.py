@@ -71,6 +71,7 @@ def test_a_model_may_begin_without_layers(tmp_path: Path, warm_ranks: WarmRanks)
 
 
 @pytest.mark.usefixtures("warm_imports")
+@pytest.mark.slow
 def test_a_masked_layer_adds_what_its_mask_lets_through(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """And the measurement, in compiled and recomputed blocks, sees what the eager one sees."""
     stage = 'operator = "random_depth", factor = 2, mask_steps = 1000'
@@ -85,6 +86,7 @@ def test_a_masked_layer_adds_what_its_mask_lets_through(tmp_path: Path, warm_ran
                 assert line["layers"][metric][group] == pytest.approx(values, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_resumed_leaves_the_lines_of_an_unbroken_one(tmp_path: Path, warm_ranks: WarmRanks) -> None:
     """Killed after lines of steps that the resumed run repeats: before a growth, and after it."""
     settings = {

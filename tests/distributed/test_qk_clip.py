@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tests.distributed.meshes import MESHES, ONE_RANK, mesh
+from tests.distributed.meshes import MESHES, ONE_RANK, mesh, slow_ones
 from tests.distributed.test_parity import Trained, assert_agrees_with_one_rank
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, read_steps, train, trainer_of, without_timings
@@ -123,7 +123,7 @@ def factors(rank: int, num_ranks: int, off: Recipe, on: Recipe) -> Weights:
     return {name: weight.norm(dim=1) / without[name].norm(dim=1) for name, weight in clipped.items()}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_ones(CASES, "ddp2 x tp2", "fsdp2 x tp2, compiled, recomputed"))
 @pytest.mark.parametrize("optimizer", [{}, MUON], ids=["AdamW", "Muon"])
 def test_meshes_agree_with_one_rank(
     name: str, optimizer: dict[str, Any], warm_ranks: WarmRanks, tmp_path: Path
@@ -150,9 +150,7 @@ def test_meshes_agree_with_one_rank(
     assert line["qk_clipped_heads"] == reference["qk_clipped_heads"] > 0
 
 
-@pytest.mark.parametrize(
-    "name", ["tp2", "fsdp2 x tp2", *(pytest.param(name, marks=pytest.mark.slow) for name in MESHES)]
-)
+@pytest.mark.parametrize("name", ["tp2", *(pytest.param(name, marks=pytest.mark.slow) for name in MESHES)])
 def test_three_steps_agree_with_one_rank(name: str, trained: Trained) -> None:
     case = MESHES[name]
     if "qwen3" in name:
@@ -235,7 +233,7 @@ GROWTHS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("growth", slow_ones(GROWTHS, "width"))
 def test_a_grown_run_is_clipped_too(growth: str, warm_ranks: WarmRanks, tmp_path: Path) -> None:
     """All heads of the grown model are seen, on one rank and on two."""
     lines = []

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.distributed.meshes import Case, mesh
+from tests.distributed.meshes import Case, mesh, slow_ones
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_metrics, trainer_of, without_timings
 from titan_growth.config.schema.recipe import Recipe
@@ -61,6 +61,13 @@ FLOAT8 = {
     "quantize__linear__float8__enable_fsdp_float8_all_gather": True,
     "quantize__linear__float8__precompute_float8_dynamic_scale_for_fsdp": True,
 }
+SLOW = (
+    "fsdp2, compiled",
+    "tp2, compiled, recomputed",
+    "fsdp2 x tp2",
+    "hsdp 2x2",
+    "pp2 x fsdp2, Interleaved1F1B",
+)
 UNCHANGED: dict[str, Case] = {
     "accumulation": mesh(training__local_batch_size=2),
     "bfloat16": mesh(training__mixed_precision_param="bfloat16"),
@@ -84,7 +91,7 @@ UNCHANGED: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize("name", UNCHANGED)
+@pytest.mark.parametrize("name", slow_ones(UNCHANGED, *SLOW))
 def test_the_run_is_that_without_the_check(name: str, warm_ranks: WarmRanks, tmp_path: Path) -> None:
     """Weights, moments, random state, data cursor and metrics, bit for bit."""
     case = UNCHANGED[name]

@@ -17,7 +17,8 @@ OWN = {
     "--rescale-to-depth --optimizer-state --optimizer-step --rope-theta --options --seed --recipe --plugins",
     "branch": "--from --steps --to --plugins",
     "import": "--from --to",
-    "export": "--from --to --dtype --recipe --plugins",
+    "export": "--from --to --dtype --weights --recipe --plugins",
+    "average": "--from --last --to --dtype --plugins",
     "verify": "--recipe --plugins FOLDER",
     "lineage": "STEP_FOLDER",
     "probe": "--from --operator --stage --steps --num-ranks --to --plugins --factor --layer-map --n-layers --dim "
