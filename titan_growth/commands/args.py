@@ -10,6 +10,7 @@ from typing import Any
 
 from titan_growth.config.fields import suggestion
 from titan_growth.tools.errors import ConfigError, Problem, TitanGrowthError, print_error
+from titan_growth.tools.location import is_remote
 
 _WIDTH = 100
 _RECIPE_HELP = """\
@@ -22,6 +23,13 @@ def given(text: str) -> str:
     """Any non-empty text."""
     if not text:
         raise ValueError("needs a value")
+    return text
+
+
+def local(text: str) -> str:
+    """A path: a URL would become a folder of that name."""
+    if is_remote(given(text)):
+        raise ValueError(f"must be a path on this machine, got '{text}'")
     return text
 
 
@@ -127,7 +135,7 @@ class CommandLine:
     def source_and_target(self, source: str, target: str) -> None:
         """Adds `--from` and `--to`, both required."""
         self.option("--from", "FOLDER", source, required=True, dest="source")
-        self.option("--to", "FOLDER", f"{target} Must not exist, or be empty.", required=True, dest="target")
+        self.option("--to", "FOLDER", f"{target} Must not exist, or be empty.", local, required=True, dest="target")
 
     def plugins(self) -> None:
         """Adds `--plugins`."""

@@ -26,7 +26,7 @@ from titan_growth.config.plugins import load_plugins
 from titan_growth.models.hugging_face import parameter_shapes
 from titan_growth.models.registry import family_module
 from titan_growth.run.fresh import earlier_recipe
-from titan_growth.tools.errors import CheckpointError, ConfigError, Problem
+from titan_growth.tools.errors import CheckpointError, ConfigError, Problem, RefusedCheckpointError
 from titan_growth.tools.location import folder_at
 from titan_growth.tools.text import gib, many
 
@@ -59,12 +59,30 @@ def main(args: Namespace) -> int:
         message = f"{source} has {many(len(found.usable), 'usable checkpoint')}, fewer than {args.last}"
         raise ConfigError([Problem("--last", message, "A run keeps the newest checkpoint.keep_latest_k")])
     require_new(target, source)
-    newest = found.usable[: args.last]
-    for error in found.refused:
-        if step_of(error.folder) > newest[-1].step:
+    require_new(target, found.usable[0].path.parent)
+    newest, refused = _newest(found, args.last)
+    for error in refused:
+        if len(newest) < args.last or step_of(error.folder) > newest[0].folder.step:
             print(f"left out: {error}")
-    print(average([open_source(folder.path) for folder in reversed(newest)], target))
+    if len(newest) < args.last:
+        message = f"{source} has {many(len(newest), 'checkpoint')} that can be read, fewer than {args.last}"
+        raise CheckpointError(message)
+    print(average(newest, target))
     return 0
+
+
+def _newest(found: CommittedSteps, num_wanted: int) -> tuple[list[Source], list[RefusedCheckpointError]]:
+    """The newest checkpoints, oldest first, read in full; and those that are refused."""
+    newest: list[Source] = []
+    refused = list(found.refused)
+    for folder in found.usable:
+        if len(newest) == num_wanted:
+            break
+        try:
+            newest.insert(0, open_source(folder.path))
+        except RefusedCheckpointError as error:
+            refused.append(error)
+    return newest, refused
 
 
 def _checkpoints(source: Path) -> CommittedSteps:

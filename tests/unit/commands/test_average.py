@@ -41,7 +41,7 @@ def run(warm_ranks: WarmRanks, tmp_path_factory: pytest.TempPathFactory) -> Path
     return trained(warm_ranks, tmp_path_factory.mktemp("average") / "run", 2)
 
 
-def average(source: Path, last: object, target: Path) -> int:
+def average(source: Path, last: object, target: Path | str) -> int:
     return main(["average", "--from", str(source), "--last", str(last), "--to", str(target)])
 
 
@@ -163,8 +163,12 @@ def test_bits_that_flipped_are_noticed(run: Path, tmp_path: Path, capsys: pytest
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
-    assert average(tmp_path / "run", 2, tmp_path / "mean") == 1
-    assert "step-4 refused: __0_0.distcp does not match its checksum" in capsys.readouterr().out
+    assert average(tmp_path / "run", 2, tmp_path / "mean") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "left out: step-4 refused: __0_0.distcp does not match its checksum"
+    assert "the mean of steps 2, 6: " in lines[1]
+    assert average(tmp_path / "run", 3, tmp_path / "more") == 1
+    assert "has 2 checkpoints that can be read, fewer than 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -181,6 +185,7 @@ def test_bits_that_flipped_are_noticed(run: Path, tmp_path: Path, capsys: pytest
         ("nowhere", 2, "mean", "nowhere: no such folder. Name a run's dump folder"),
         ("run/checkpoint/step-2", 2, "mean", "step-2 is one checkpoint. Name the run's dump folder"),
         ("run", 2, "run", "--to: RUN is inside the source"),
+        ("run", 2, "s3://bucket/mean", "--to: must be a path on this machine, got 's3://bucket/mean'"),
         ("run", 2, "full", "is not empty. Name a folder that does not exist"),
     ],
 )
@@ -195,7 +200,7 @@ def test_wrong_arguments(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    to = run if target == "run" else tmp_path / target
+    to = run if target == "run" else target if "://" in target else tmp_path / target
     assert average(run.parent / source, last, to) == 2
     error = capsys.readouterr().out
     assert message.replace("RUN", str(run)) in error
