@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_growth.config.schema.optimizer import OptimizerConfig
+from titan_growth.config.schema.recipe import TrainingConfig
 from titan_growth.layout.mesh import Mesh
 from titan_growth.models.initialize import local_and_offset
 from titan_growth.stages.attention_observer import observe_attention
@@ -62,6 +63,7 @@ class QKClip(Stage):
     after: ClassVar[tuple[str, ...]] = ("pipeline", "tensor_parallel", "context_parallel")
 
     optimizer: OptimizerConfig
+    training: TrainingConfig
     _is_due: bool = field(init=False, default=False)
     _largest: Tensor = field(init=False)
     """(layers, heads of this rank), float32: the largest logits of the step; -inf in layers of other pipeline ranks."""
@@ -75,6 +77,11 @@ class QKClip(Stage):
         if context.model_config.qk_norm:
             message = "scales wq and wk, on whose size attention does not depend in a model with QK-norm"
             yield Problem("optimizer.qk_clip", message, "Set it to 0: the norms bound the logits")
+
+    def warnings(self, context: PlanContext) -> Iterator[Problem]:
+        if (interval := self.optimizer.qk_clip_interval) > self.training.steps:
+            message = f"{interval} is more than training.steps {self.training.steps}: nothing is clipped"
+            yield Problem("optimizer.qk_clip_interval", message)
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         self._is_due, self._clipped_at = False, None

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from titan_growth.config.schema.recipe import DebugConfig
+from titan_growth.config.schema.recipe import DebugConfig, TrainingConfig
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
 from titan_growth.stages.order import register_stage
 from titan_growth.tools.bits import differ, fingerprint
@@ -93,6 +93,7 @@ class SDCCheck(Stage):
     after: ClassVar[tuple[str, ...]] = ("pipeline", "tensor_parallel", "activation_checkpoint", "compile")
 
     debug: DebugConfig
+    training: TrainingConfig
     _is_due: bool = field(init=False, default=False)
     _passed: int | None = field(init=False, default=None)
     """The last step whose check found nothing."""
@@ -108,6 +109,8 @@ class SDCCheck(Stage):
             yield Problem(INTERVAL, message, "Set it, or sdc_check_interval = 0")
 
     def warnings(self, context: PlanContext) -> Iterator[Problem]:
+        if (interval := self.debug.sdc_check_interval) > self.training.steps:
+            yield Problem(INTERVAL, f"{interval} is more than training.steps {self.training.steps}: nothing is checked")
         if context.device_type == "cuda" and self.debug.deterministic_warn_only:
             message = "lets kernels run that give other bits each time, which the SDC check takes for corruption"
             yield Problem("debug.deterministic_warn_only", message, "Set it to false")

@@ -50,6 +50,13 @@ def test_its_line_in_the_plan() -> None:
     assert not any("qk_clip" in line for line in planned(optimizer__qk_clip=0.0)[0])
 
 
+def test_it_is_said_when_no_step_is_looked_at() -> None:
+    _, found = planned(optimizer__qk_clip_interval=7)
+    assert [str(problem) for problem in found.warnings] == [
+        "optimizer.qk_clip_interval: 7 is more than training.steps 6: nothing is clipped"
+    ]
+
+
 def test_frozen_projections_are_not_scaled() -> None:
     _, found = planned(optimizer__groups='[{pattern = "layers.0.*", frozen = true}]')
     assert [str(problem) for problem in found.problems] == [

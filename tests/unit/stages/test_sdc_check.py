@@ -13,7 +13,7 @@ from titan_growth.run.plan import plan_run, stage_lines
 from titan_growth.tools.bits import differ, fingerprint
 from titan_growth.tools.findings import Findings
 
-ON = {**BASE, "debug.sdc_check_interval": 100}
+ON = {**BASE, "training.steps": 200, "debug.sdc_check_interval": 100}
 
 
 def planned(device_type: str, **debug: object) -> tuple[list[str], Findings]:
@@ -53,3 +53,11 @@ def test_bits(dtype: torch.dtype) -> None:
     assert differ(one.T, other.T)
     assert fingerprint(one) != fingerprint(other)
     assert not differ(one[:0], other[:0])
+
+
+def test_it_is_said_when_no_step_is_checked() -> None:
+    recipe = load_recipe(argv_of({**ON, "training.steps": 99}))
+    plan_run(recipe, found := Findings(), num_ranks=1, device_type="cpu")
+    assert [str(problem) for problem in found.warnings] == [
+        "debug.sdc_check_interval: 100 is more than training.steps 99: nothing is checked"
+    ]
