@@ -104,6 +104,11 @@ def test_checkpoints_know_their_base_and_resume(warm_ranks: WarmRanks, tmp_path:
             "copies nothing that noise could be added to. Remove noise",
         ),
         (
+            {**EXTENDED, "growth__stages__0__lr_policy": "rewarm_new"},
+            "growth.stages.0",
+            'adds no parameters that lr_policy "rewarm_new" could warm up. Use "rewarm", or "continue"',
+        ),
+        (
             {**EXTENDED, "growth__stages__0__factor": 2},
             "growth.stages.0.factor",
             "has no meaning for 'identity', which changes no size",
@@ -119,7 +124,7 @@ def test_checkpoints_know_their_base_and_resume(warm_ranks: WarmRanks, tmp_path:
             "is what the model has by then",
         ),
     ],
-    ids=["nothing", "noise", "factor", "another end", "the same"],
+    ids=["nothing", "noise", "nothing new", "factor", "another end", "the same"],
 )
 def test_what_makes_no_sense_is_refused(settings: dict[str, Any], key: str, message: str, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "run", **settings, **ALONE)

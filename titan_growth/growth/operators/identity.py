@@ -26,4 +26,6 @@ class Identity:
             return "changes nothing. Give seq_len, rope_theta, a batch size, parallelism or num_ranks"
         if planned.noise:
             return "copies nothing that noise could be added to. Remove noise"
+        if planned.lr_policy == "rewarm_new":
+            return 'adds no parameters that lr_policy "rewarm_new" could warm up. Use "rewarm", or "continue"'
         return GrowthMap(before=before, after=before, layers=tuple(range(before.num_layers)), tolerance=0.0)
