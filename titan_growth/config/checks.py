@@ -6,6 +6,7 @@ Settings of a feature that is off are not checked; `no_effect.py` warns of them.
 from __future__ import annotations
 
 from titan_growth.config.no_effect import FLOAT8, warn_without_effect
+from titan_growth.config.schema.growth import GrowthBase
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.config.schema.schedules import LENGTHS, LRSchedulerConfig
 from titan_growth.tools.errors import LocationError
@@ -192,7 +193,7 @@ def _growth(recipe: Recipe, found: Findings) -> None:
         return  # a dry run does not grow
     if not recipe.growth.active_stages:
         base = recipe.growth.base
-        if recipe.growth.enable and (base.lr is not None or base.own_warmup is not None):
+        if recipe.growth.enable and base != GrowthBase():
             found.warn("growth.base", "has no effect because there are no [[growth.stages]]")
         return
     checkpoint, steps = recipe.checkpoint, recipe.training.steps

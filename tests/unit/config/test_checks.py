@@ -212,6 +212,8 @@ WARNED = [
     ({"checkpoint.load_step": 3}, "checkpoint.load_step"),
     ({"lr_scheduler.total_steps": 9, "training.steps": 10}, "lr_scheduler.total_steps"),
     ({"growth.base.lr": 1e-3}, "growth.base"),
+    ({"growth.base.rope_theta": 1e4}, "growth.base"),
+    ({"growth.base.n_layers": 3}, "growth.base"),
     (
         {
             **GROWING,

@@ -94,6 +94,15 @@ def test_a_growth_and_its_base_have_warmups_of_their_own(warmup: str, steps: int
     assert found(20 + steps - 1, [20]) == pytest.approx(1 - 1 / steps)
 
 
+def test_a_warmup_without_effect_measures_nothing_in_tokens() -> None:
+    """It would refuse a growth that changes the tokens of a step."""
+    stage = {"at": "20 steps", "factor": 2, "warmup": "512 tokens", "lr_policy": "continue"}
+    assert GrowthConfig.model_validate({"stages": [stage]}).in_tokens == []
+    assert GrowthConfig.model_validate({"stages": [{**stage, "lr_policy": "rewarm"}]}).in_tokens == [
+        "growth.stages.0.warmup"
+    ]
+
+
 @pytest.mark.parametrize("key", ["growth.base", "growth.stages.0"])
 def test_two_warmups_of_one_growth_are_refused(tmp_path: Path, key: str) -> None:
     stage = ["--growth.stages.0.at", "3 steps", "--growth.stages.0.factor", "2", "--checkpoint.enable", "true"]

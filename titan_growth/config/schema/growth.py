@@ -197,6 +197,11 @@ class GrowthConfig(Section):
         """The keys of warmups given in tokens."""
         stages = self.active_stages
         entries: list[tuple[str, PeakConfig]] = [("growth.base", self.base)] if stages else []
-        entries += [(f"growth.stages.{index}", planned) for index, planned in enumerate(stages)]
+        # Under "continue" a warmup has no effect, and checks.py says so.
+        entries += [
+            (f"growth.stages.{index}", planned)
+            for index, planned in enumerate(stages)
+            if planned.lr_policy != "continue"
+        ]
         warmups = [(f"{key}.warmup", entry.own_warmup) for key, entry in entries]
         return [key for key, warmup in warmups if warmup is not None and warmup.unit == "tokens"]
