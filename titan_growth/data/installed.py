@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import platform
 import sysconfig
 from collections import Counter
@@ -186,7 +187,7 @@ def held_out_of(sizes_bytes: dict[str, int]) -> frozenset[str]:
     left = _HELD_OUT_SHARE * total
     small = [name for name, size in sizes_bytes.items() if size <= _LARGEST_HELD_OUT_SHARE * total]
     chosen = set()
-    for name in sorted(small, key=lambda name: hashlib.sha256(name.encode()).digest()):
+    for name in sorted(small, key=lambda name: hashlib.sha256(os.fsencode(name)).digest()):
         if left <= 0:
             break
         chosen.add(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -88,3 +89,9 @@ def test_what_is_held_out_does_not_depend_on_order() -> None:
     sizes = {f"p{number}": 100 + number for number in range(300)}
     assert held_out_of(sizes) == held_out_of(dict(reversed(sizes.items())))
     assert held_out_of({"one": 5, "two": 5}) == frozenset()
+
+
+def test_a_name_that_is_no_utf_8_is_no_obstacle() -> None:
+    """Linux gives such bytes as lone surrogates."""
+    names = [os.fsdecode(b"na\xffme"), *(f"p{number}" for number in range(200))]
+    assert held_out_of(dict.fromkeys(names, 100))
