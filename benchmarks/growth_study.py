@@ -95,14 +95,19 @@ def _train_or_say(trunk: Trunk, options: argparse.Namespace) -> str | None:
     if not left:
         return None
     try:
-        _train(replace(trunk, ends=tuple(left)), options.folder)
+        _train(replace(trunk, ends=tuple(left)), trunk.interval, options.folder)
     except (subprocess.CalledProcessError, OSError) as error:
         return f"{trunk.study}, {trunk.arm}, seed {trunk.seed}: {error}"
     return None
 
 
-def _train(trunk: Trunk, folder: Path) -> None:
-    stem = folder / f"trunk-{trunk.key(0)}-{trunk.interval}"
+def _train(trunk: Trunk, interval: int, folder: Path) -> None:
+    """Trains a trunk and its ends, some of which may have been trained before.
+
+    Args:
+        interval: between the checkpoints of all ends, so that the trunk is the same one whatever is left.
+    """
+    stem = folder / f"trunk-{trunk.key(0)}-{interval}"
     _run(
         [
             "--job.config_file", str(RECIPE),
@@ -110,7 +115,7 @@ def _train(trunk: Trunk, folder: Path) -> None:
             "--debug.seed", str(trunk.seed),
             "--training.steps", str(trunk.stems[-1]),
             "--lr_scheduler.decay_ratio", "0",
-            "--checkpoint.interval", str(trunk.interval),
+            "--checkpoint.interval", str(interval),
             "--checkpoint.keep_latest_k", "0",
             *trunk.words,
         ],
