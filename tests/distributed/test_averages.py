@@ -115,15 +115,21 @@ def by_hand(rank: int, num_ranks: int, recipe: Any, decay: float) -> list[str]:
     [
         "one rank",
         "fsdp2",
-        "ddp2",
         "tp2",
-        "pp2",
-        "cp2",
-        "fsdp2 x tp2",
         "pp2, tied head",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("hsdp 2x2", "pp2 x fsdp2", "fsdp4, uneven shards", "fsdp2, tied head", "pp2 x fsdp2 x tp2")
+            for name in (
+                "ddp2",
+                "pp2",
+                "cp2",
+                "fsdp2 x tp2",
+                "hsdp 2x2",
+                "pp2 x fsdp2",
+                "fsdp4, uneven shards",
+                "fsdp2, tied head",
+                "pp2 x fsdp2 x tp2",
+            )
         ),
     ],
 )
@@ -215,6 +221,7 @@ def test_training_does_not_notice_it(name: str, tmp_path: Path) -> None:
     assert all(math.isfinite(line["ema_validation_loss"]) for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("warm_imports")
 def test_float8_has_the_scales_of_the_average(tmp_path: Path) -> None:
     """Those computed ahead are computed again: the losses are those of a run that computes them when it needs them."""

@@ -18,7 +18,7 @@ OWN = {
     "branch": "--from --steps --to --plugins",
     "import": "--from --to",
     "export": "--from --to --dtype --weights --recipe --plugins",
-    "average": "--from --last --to --dtype --plugins",
+    "average": "--from --last --to --plugins",
     "verify": "--recipe --plugins FOLDER",
     "lineage": "STEP_FOLDER",
     "probe": "--from --operator --stage --steps --num-ranks --to --plugins --factor --layer-map --n-layers --dim "
