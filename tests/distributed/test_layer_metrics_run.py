@@ -11,7 +11,7 @@ import pytest
 from tests.distributed.test_layer_metrics import COMPILED, read_layers
 from tests.distributed.test_resume import crash_after
 from tests.harness import WarmRanks, run_ranks
-from tests.runs import make_recipe, read_metrics, train, without_timings
+from tests.runs import make_recipe, read_metrics, train, trainer_of, without_timings
 
 EVERY: dict[str, Any] = {"metrics__layers_freq": 1, "metrics__attention_freq": 1}
 GROWING: dict[str, Any] = {"training__steps": 4, "checkpoint__enable": True, "checkpoint__interval": 100, **EVERY}
@@ -184,3 +184,18 @@ def test_compiled_blocks_have_a_version_for_each_kind_of_step(
     }
     warm_ranks(train, 1, 1, make_recipe(tmp_path / "run", **settings), timeout_seconds=280)
     assert [line["step"] for line in read_layers(tmp_path / "run")] == [2, 3, 4, 6, 8, 9, 10, 12]
+
+
+def _weights_kept(rank: int, recipe: Any) -> list[bool]:
+    """Whether steps were skipped, and whether a copy of the weights outlived the last of them."""
+    with trainer_of(recipe, 1) as trainer:
+        assert trainer.fit()
+        (stage,) = [one for one in trainer.runtime.engine.model.stages if one.name == "layer_metrics"]
+        return [bool(trainer.state.stability.skipped), bool(stage._before)]
+
+
+def test_a_skipped_step_leaves_no_copy_of_the_weights(tmp_path: Path, warm_ranks: WarmRanks) -> None:
+    """The stages of a phase live as long as the run, so it would stay through all later ones."""
+    skipping = {"training__steps": 5, "stability__spike": "skip", "stability__spike_window": 8}
+    recipe = make_recipe(tmp_path / "run", **EVERY, **skipping, stability__spike_sigmas=1e-9)
+    assert warm_ranks(_weights_kept, 1, recipe) == [[True, False]]

@@ -121,7 +121,12 @@ class LayerMetrics(Stage):
             device = self._squares.device  # parameters may be in host memory
             self._squares[row].index_add_(0, slots.to(device), squares.to(device))
 
+    def weights_replaced(self, parts: ModelParts, context: BuildContext) -> None:
+        self._meter.stop()  # the steps of a learned growth are not announced, and not measured
+        self._before = {}
+
     def layer_metrics(self, parts: ModelParts, context: BuildContext) -> dict[str, ByGroup]:
+        self._before = {}  # those of a step that was skipped
         due, meter = _due(self.metrics, context.step), self._meter
         found: dict[str, ByGroup] = {}
         if due.layers:
