@@ -60,29 +60,23 @@ def main(args: Namespace) -> int:
         raise ConfigError([Problem("--last", message, "A run keeps the newest checkpoint.keep_latest_k")])
     require_new(target, source)
     require_new(target, found.usable[0].path.parent)
-    newest, refused = _newest(found, args.last)
-    for error in refused:
-        if len(newest) < args.last or step_of(error.folder) > newest[0].folder.step:
-            print(f"left out: {error}")
-    if len(newest) < args.last:
-        message = f"{source} has {many(len(newest), 'checkpoint')} that can be read, fewer than {args.last}"
-        raise CheckpointError(message)
-    print(average(newest, target))
-    return 0
-
-
-def _newest(found: CommittedSteps, num_wanted: int) -> tuple[list[Source], list[RefusedCheckpointError]]:
-    """The newest checkpoints, oldest first, read in full; and those that are refused."""
     newest: list[Source] = []
     refused = list(found.refused)
     for folder in found.usable:
-        if len(newest) == num_wanted:
+        if len(newest) == args.last:
             break
         try:
             newest.insert(0, open_source(folder.path))
         except RefusedCheckpointError as error:
             refused.append(error)
-    return newest, refused
+    for left_out in refused:
+        if len(newest) < args.last or step_of(left_out.folder) > newest[0].folder.step:
+            print(f"left out: {left_out}")
+    if len(newest) < args.last:
+        message = f"{source} has {many(len(newest), 'checkpoint')} that can be read, fewer than {args.last}"
+        raise CheckpointError(message)
+    print(average(newest, target))
+    return 0
 
 
 def _checkpoints(source: Path) -> CommittedSteps:
