@@ -10,7 +10,7 @@ import pytest
 from benchmarks import lr_transfer
 from benchmarks.arms import ROOT
 
-PAGES = ("initial_weights",)
+PAGES = ("initial_weights", "optimizers", "coordinates")
 
 
 @pytest.mark.parametrize("name", PAGES)

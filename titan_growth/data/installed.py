@@ -119,7 +119,8 @@ class SitePackagesCorpus(InstalledText):
         for name, size in self._sizes.items():
             sizes[package_of(name)] += size
         held_out = held_out_of(sizes)
-        if not held_out or len(held_out) == len(sizes):
+        num_bytes = sum(sizes[package] for package in held_out)
+        if not 0 < num_bytes < sum(sizes.values()):
             raise DataError(
                 f"{root}: of the packages there, none with text can be held out and leave others to train on. "
                 'Use dataset = "stdlib", or set dataset_path to a corpus of your own'

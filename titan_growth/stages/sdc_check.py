@@ -238,5 +238,9 @@ def _report(found: Sequence[Difference], step: int, passed: int | None) -> str:
         message += f". It spread to {'ranks' if len(others) > 1 else 'rank'} {', '.join(others)}"
     if suspects[0].place is None:
         message += ". No layer's output differs: the cause may be any rank that this gradient is summed over"
-    since = "In this start of the run no check has passed before" if passed is None else f"Step {passed} passed"
+    since = (
+        "In this start of the run, or since its last growth, no check has passed before"
+        if passed is None
+        else f"Step {passed} passed"
+    )
     return f"{message}. {since}; checkpoints after it may be damaged. Take the device out, and resume from one before"
