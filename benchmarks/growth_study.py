@@ -26,6 +26,7 @@ import torch
 from benchmarks.arms import ROOT
 from benchmarks.growth_study_page import write_page
 from benchmarks.growth_study_runs import RECIPE, Trunk, cool_down_steps, trunks
+from titan_growth.metrics.lines import read_lines
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.run_folder import METRICS_FILE
 from titan_growth.version import __version__
@@ -161,7 +162,7 @@ def _keep(trunk: Trunk, end: int, stem: Path, branch: Path) -> None:
 
 def _validations(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics that have a validation loss."""
-    lines = (json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines())
+    lines = read_lines(folder / METRICS_FILE, lambda line: line)
     return [line for line in lines if line.get("validation_loss") is not None]
 
 

@@ -15,14 +15,13 @@ from typing import Any
 from titan_growth.checkpoint.folder import StepFolder, open_step, root_of
 from titan_growth.checkpoint.steps import committed_steps
 from titan_growth.commands.args import CommandLine, positive
-from titan_growth.commands.growth_args import learning_rate_keys, model_keys, schedule_of
+from titan_growth.commands.growth_args import first_model_keys, learning_rate_keys, model_keys, schedule_of
 from titan_growth.commands.source import committed
 from titan_growth.commands.target import require_new
 from titan_growth.config.batch_sizes import BatchSizes
 from titan_growth.config.checks import check_recipe
 from titan_growth.config.loader import to_toml, with_values
 from titan_growth.config.plugins import load_plugins, require_plugins
-from titan_growth.config.schema.growth import SIZES
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.run.fresh import earlier_recipe
 from titan_growth.run.phases import recipe_in_phase
@@ -178,8 +177,7 @@ def branch_recipe(
         "lr_scheduler.decay": many(steps, "step"),
         "growth.enable": bool(stages),
         "growth.stages": [stage.model_dump(exclude_none=True) for stage in stages],
-        **({f"growth.base.{key}": getattr(base, field) for key, field in SIZES.items()} if stages else {}),
-        **({"growth.base.rope_theta": base.rope_theta} if stages else {}),
+        **(first_model_keys(base) if stages else {}),
         "growth.watchdog": {"steps": 0} if stages else {},
         **_checkpoint_keys(recipe, folder),
     }

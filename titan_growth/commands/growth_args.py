@@ -15,7 +15,7 @@ from titan_growth.commands.args import CommandLine, given
 from titan_growth.config.batch_sizes import BatchSizes
 from titan_growth.config.fields import parse_text, suggestion, type_text, without_none
 from titan_growth.config.messages import problem_of
-from titan_growth.config.schema.growth import PlannedGrowth
+from titan_growth.config.schema.growth import SIZES, PlannedGrowth
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.growth.chain import check_planned, nothing_to_rescale, with_rope_theta
 from titan_growth.growth.operators.base import GrowthMap, operators
@@ -100,6 +100,12 @@ def model_keys(config: DecoderConfig) -> dict[str, Any]:
         "model.multiple_of": None,
         "model.ffn_dim_multiplier": None,
     }
+
+
+def first_model_keys(config: DecoderConfig) -> dict[str, Any]:
+    """Keys of `[growth.base]` for a run that starts with this model."""
+    keys = {f"growth.base.{key}": getattr(config, field) for key, field in SIZES.items()}
+    return {**keys, "growth.base.rope_theta": config.rope_theta}
 
 
 def learning_rate_keys(recipe: Recipe, *, grows: bool) -> dict[str, Any]:

@@ -207,8 +207,7 @@ def _growth(recipe: Recipe, found: Findings) -> None:
     for index, planned in enumerate(recipe.growth.active_stages):
         key = f"growth.stages.{index}.at"
         if planned.lr_policy == "continue" and planned.own_warmup is not None:
-            name = "warmup" if planned.warmup is not None else "warmup_steps"
-            found.warn(f"growth.stages.{index}.{name}", 'has no effect because lr_policy is "continue"')
+            found.warn(f"growth.stages.{index}.{planned.warmup_key}", 'has no effect because lr_policy is "continue"')
         when = planned.when
         if when.unit != "steps":
             continue  # its step depends on the batch size and the run: see growth.schedule

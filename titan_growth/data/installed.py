@@ -125,24 +125,17 @@ class SitePackagesCorpus(InstalledText):
                 f"{root}: of the packages there, none with text can be held out and leave others to train on. "
                 'Use dataset = "stdlib", or set dataset_path to a corpus of your own'
             )
-        self._all_names = list(self._sizes)
+        self._all_sizes = self._sizes
         self._held_out_names = [name for name in self._sizes if package_of(name) in held_out]
         self._sizes = {name: size for name, size in self._sizes.items() if package_of(name) not in held_out}
 
-    @property
-    def packages(self) -> dict[str, list[str]]:
-        """The files of each package, near-duplicates included."""
-        files: dict[str, list[str]] = {}
-        for name in self._sizes:
-            files.setdefault(package_of(name), []).append(name)
-        return files
-
     def describe(self) -> str:
-        amount = f"{len(self.packages)} packages, {len(self._sizes)} files, {self.num_bytes / 1e6:.1f} MB"
+        num_packages = len({package_of(name) for name in self._sizes})
+        amount = f"{num_packages} packages, {len(self._sizes)} files, {self.num_bytes / 1e6:.1f} MB"
         return f"text of packages in {self._root} ({amount} with near-duplicates)"
 
     def _names_read(self) -> list[str]:
-        return self._all_names
+        return list(self._all_sizes)
 
     def _texts(self, account: Account) -> Iterator[str]:
         seen = NearDuplicates()
@@ -165,7 +158,7 @@ class HeldOutPackages(SitePackagesCorpus):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sizes = {name: (self._root / name).stat().st_size for name in self._held_out_names}
+        self._sizes = {name: self._all_sizes[name] for name in self._held_out_names}
 
     def _texts(self, account: Account) -> Iterator[str]:
         return self._new_texts(self._sizes, NearDuplicates(), account)

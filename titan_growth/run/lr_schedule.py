@@ -20,7 +20,7 @@ from typing import Literal
 
 from titan_growth.config.batch_sizes import STEPS, BatchSizes
 from titan_growth.config.duration import Duration
-from titan_growth.config.schema.growth import GrowthBase, GrowthConfig, PeakConfig
+from titan_growth.config.schema.growth import GrowthBase, GrowthConfig
 from titan_growth.config.schema.recipe import LRSchedulerConfig
 from titan_growth.tools.findings import Findings
 
@@ -132,11 +132,11 @@ class LRSchedule:
         asked = [(default, 0, self.warmup_after(0))]
         base = self.growth.base
         if self.growth.active_stages and base.own_warmup is not None:
-            asked = [(_warmup_key("growth.base", base), 0, self.warmup_after(0, base.own_warmup))]
+            asked = [(f"growth.base.{base.warmup_key}", 0, self.warmup_after(0, base.own_warmup))]
         for index, planned in enumerate(self.growth.active_stages):
             if planned.lr_policy != "continue" and planned.when.unit == "steps":
                 given, at = planned.own_warmup, planned.when.count
-                key = default if given is None else _warmup_key(f"growth.stages.{index}", planned)
+                key = default if given is None else f"growth.stages.{index}.{planned.warmup_key}"
                 asked.append((key, at, self.warmup_after(at, given)))
         for key, start, steps in asked:
             length = max(0, self.total_steps - start)
@@ -201,7 +201,3 @@ class LRSchedule:
     def _between(self, first: int, last: int) -> int:
         """Progress from the end of one step to the end of another."""
         return self.measure.sequences(last) - self.measure.sequences(first)
-
-
-def _warmup_key(prefix: str, section: PeakConfig) -> str:
-    return f"{prefix}.{'warmup' if section.warmup is not None else 'warmup_steps'}"

@@ -180,3 +180,9 @@ class Stage(ABC):
     @abstractmethod
     def describe(self, context: PlanContext) -> str:
         """One line for the plan and the log."""
+
+
+def never_due(key: str, interval: int, steps: int, done: str) -> Iterator[Problem]:
+    """A warning for an interval that no step of the run reaches; `done` is what a stage then never does."""
+    if interval > steps:
+        yield Problem(key, f"{interval} is more than training.steps {steps}: nothing is {done}")

@@ -28,7 +28,7 @@ from titan_growth.config.schema.recipe import MetricsConfig, TrainingConfig
 from titan_growth.layout.mesh import Mesh
 from titan_growth.models.layer_groups import ByGroup, LayerGroups
 from titan_growth.stages.attention_observer import observe_attention
-from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage, never_due
 from titan_growth.stages.layer_hooks import ForwardMeter, hook_activations
 from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
@@ -65,9 +65,7 @@ class LayerMetrics(Stage):
 
     def warnings(self, context: PlanContext) -> Iterator[Problem]:
         for key in ("layers_freq", "attention_freq"):
-            if (freq := getattr(self.metrics, key)) > self.training.steps:
-                message = f"{freq} is more than training.steps {self.training.steps}: nothing is measured"
-                yield Problem(f"metrics.{key}", message)
+            yield from never_due(f"metrics.{key}", getattr(self.metrics, key), self.training.steps, "measured")
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         groups = LayerGroups.of(context.family.ROLES, context.model_config.num_layers)

@@ -34,7 +34,7 @@ from titan_growth.config.schema.recipe import TrainingConfig
 from titan_growth.layout.mesh import Mesh
 from titan_growth.models.initialize import local_and_offset
 from titan_growth.stages.attention_observer import observe_attention
-from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage, never_due
 from titan_growth.stages.order import register_stage
 from titan_growth.tools.errors import Problem
 
@@ -79,9 +79,8 @@ class QKClip(Stage):
             yield Problem("optimizer.qk_clip", message, "Set it to 0: the norms bound the logits")
 
     def warnings(self, context: PlanContext) -> Iterator[Problem]:
-        if (interval := self.optimizer.qk_clip_interval) > self.training.steps:
-            message = f"{interval} is more than training.steps {self.training.steps}: nothing is clipped"
-            yield Problem("optimizer.qk_clip_interval", message)
+        interval, steps = self.optimizer.qk_clip_interval, self.training.steps
+        yield from never_due("optimizer.qk_clip_interval", interval, steps, "clipped")
 
     def apply(self, parts: ModelParts, context: BuildContext) -> ModelParts:
         self._is_due, self._clipped_at = False, None

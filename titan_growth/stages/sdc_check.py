@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from titan_growth.config.schema.recipe import DebugConfig, TrainingConfig
-from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage
+from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage, never_due
 from titan_growth.stages.order import register_stage
 from titan_growth.tools.bits import differ, fingerprint
 from titan_growth.tools.collectives import gather_objects
@@ -109,8 +109,7 @@ class SDCCheck(Stage):
             yield Problem(INTERVAL, message, "Set it, or sdc_check_interval = 0")
 
     def warnings(self, context: PlanContext) -> Iterator[Problem]:
-        if (interval := self.debug.sdc_check_interval) > self.training.steps:
-            yield Problem(INTERVAL, f"{interval} is more than training.steps {self.training.steps}: nothing is checked")
+        yield from never_due(INTERVAL, self.debug.sdc_check_interval, self.training.steps, "checked")
         if context.device_type == "cuda" and self.debug.deterministic_warn_only:
             message = "lets kernels run that give other bits each time, which the SDC check takes for corruption"
             yield Problem("debug.deterministic_warn_only", message, "Set it to false")

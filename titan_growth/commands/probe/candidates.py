@@ -15,6 +15,7 @@ import tomli
 
 from titan_growth.commands.growth_args import (
     SETTINGS,
+    first_model_keys,
     growth_map,
     learning_rate_keys,
     model_keys,
@@ -166,9 +167,7 @@ def candidate_recipe(source: Source, candidate: Candidate, steps: int, plugins: 
         "profiling.enable_memory_snapshot": False,
     }
     if stages:
-        first = source.chain.configs[0]
-        values |= {f"growth.base.{key}": getattr(first, field) for key, field in SIZES.items()}
-        values["growth.base.rope_theta"] = first.rope_theta
+        values |= first_model_keys(source.chain.configs[0])
     made = with_values(recipe, values)
     found = Findings()
     chain = chain_of(made.growth, model_config_of(made.model, found), found)

@@ -60,6 +60,11 @@ class PeakConfig(SizesConfig):
         return self
 
     @property
+    def warmup_key(self) -> str:
+        """The key that gives its warmup."""
+        return "warmup_steps" if self.warmup is None else "warmup"
+
+    @property
     def own_warmup(self) -> Duration | None:
         """Its length; None for that of `[lr_scheduler]`."""
         if self.warmup is not None:
