@@ -1,11 +1,12 @@
 """Does growing pay, at annealed ends, tuned on both sides? Trains what `growth_study_runs.py` lists; keeps the results.
 
-    python -m benchmarks.growth_study [--study tuning ...] [--jobs 2] [--list] [--page] [--folder outputs/growth_study]
+    python -m benchmarks.growth_study [--study tuning ...] [--jobs 2] [--list | --page | --files] [--folder ...]
 
 Every run goes through `run_train.sh`, its cool-downs through `titan_growth branch`, with one thread for each job.
 A finished end is appended to `benchmarks/results/growth_study.json` at once and is never trained again; a run that was
 stopped goes on from its checkpoint if its folder is still there. FLOPs and losses do not mind what else the machine
-does; the seconds in the file do, and are not for quoting. `--page` makes page and pictures anew from the file alone.
+does; the seconds in the file do, and are not for quoting. `--page` makes page and pictures anew from the file alone,
+`--files` prints the files of the corpus with their hashes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.arms import ROOT
+from benchmarks.growth_study_corpus import LISTING, prepared_tokens, print_files, write_listing
 from benchmarks.growth_study_page import write_page
 from benchmarks.growth_study_runs import RECIPE, Trunk, cool_down_steps, trunks
 from titan_growth.metrics.lines import read_lines
@@ -46,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
     parser.add_argument("--list", action="store_true", help="show what is left and what it takes, and train nothing")
     parser.add_argument("--page", action="store_true", help="make page and pictures anew, and train nothing")
+    parser.add_argument("--files", action="store_true", help="print every file of the corpus with its SHA-256")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "growth_study")
     options = parser.parse_args(argv)
     chosen = [
@@ -59,8 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         _list(chosen)
         return 0
+    if options.files:
+        print_files()
+        return 0
+    tokens = _tokens_of_all()
     with ThreadPoolExecutor(options.jobs) as pool:
-        failures = [failure for failure in pool.map(lambda one: _train_or_say(one, options), chosen) if failure]
+        failures = [failure for failure in pool.map(lambda one: _train_or_say(one, options, tokens), chosen) if failure]
     write_page(results())
     print("\n".join(failures))
     return 1 if failures else 0
@@ -72,6 +79,19 @@ def results() -> list[dict[str, Any]]:
         return []
     entries: list[dict[str, Any]] = json.loads(RESULT.read_text(encoding="utf-8"))["ends"]
     return entries
+
+
+def _tokens_of_all() -> str:
+    """The tokens to train on, which must be those of the ends that there are."""
+    tokens = prepared_tokens(RECIPE)
+    others = {entry["tokens_trained_on"] for entry in results()} - {tokens}
+    if others:
+        sys.exit(
+            f"{RESULT}: its ends were trained on other text (tokens {', '.join(others)}) than is installed here "
+            f"({tokens}). Make an environment with ./setup.sh test, which installs what {LISTING.name} lists"
+        )
+    write_listing(tokens)
+    return tokens
 
 
 def _list(chosen: list[Trunk]) -> None:
@@ -89,20 +109,20 @@ def _list(chosen: list[Trunk]) -> None:
     print(f"in all {total / 60:.1f} hours of one core at {rate / 1e9:.0f} GFLOP/s")
 
 
-def _train_or_say(trunk: Trunk, options: argparse.Namespace) -> str | None:
+def _train_or_say(trunk: Trunk, options: argparse.Namespace, tokens: str) -> str | None:
     """Trains a trunk and its ends; what went wrong, if anything did: the other trunks do not depend on it."""
     done = {entry["key"] for entry in results()}
     left = [end for end in trunk.ends if trunk.key(end) not in done]
     if not left:
         return None
     try:
-        _train(replace(trunk, ends=tuple(left)), trunk.interval, options.folder)
+        _train(replace(trunk, ends=tuple(left)), trunk.interval, options.folder, tokens)
     except (subprocess.CalledProcessError, OSError) as error:
         return f"{trunk.study}, {trunk.arm}, seed {trunk.seed}: {error}"
     return None
 
 
-def _train(trunk: Trunk, interval: int, folder: Path) -> None:
+def _train(trunk: Trunk, interval: int, folder: Path, tokens: str) -> None:
     """Trains a trunk and its ends, some of which may have been trained before.
 
     Args:
@@ -128,7 +148,7 @@ def _train(trunk: Trunk, interval: int, folder: Path) -> None:
             words = ["--from", str(source), "--steps", str(cool_down_steps(end)), "--to", str(branch)]
             subprocess.run([sys.executable, "-m", "titan_growth", "branch", *words], cwd=ROOT, check=True)
         _run(["--job.config_file", str(branch / "branch.toml"), *_HELD_OUT])
-        _keep(trunk, end, stem, branch)
+        _keep(trunk, end, stem, branch, tokens)
 
 
 def _run(words: list[str]) -> None:
@@ -136,7 +156,7 @@ def _run(words: list[str]) -> None:
     subprocess.run([str(ROOT / "run_train.sh"), *words], env=environment, cwd=ROOT, check=True)
 
 
-def _keep(trunk: Trunk, end: int, stem: Path, branch: Path) -> None:
+def _keep(trunk: Trunk, end: int, stem: Path, branch: Path, tokens: str) -> None:
     """Appends an end to the file, for good."""
     last, stem_step = _validations(branch)[-1], end - cool_down_steps(end)
     trunk_losses = [[one["step"], round(one["validation_loss"], 5)] for one in _validations(stem)]
@@ -150,6 +170,7 @@ def _keep(trunk: Trunk, end: int, stem: Path, branch: Path) -> None:
         "loss": last["validation_loss"],
         **{cost: last[cost] for cost in ("tokens", "flops", "seconds")},
         "trunk": [one for one in trunk_losses if one[0] <= stem_step],
+        "tokens_trained_on": tokens,
         "machine": machine(),
         "torch": torch.__version__,
         "version": __version__,

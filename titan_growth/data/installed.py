@@ -51,10 +51,14 @@ class InstalledText(Corpus):
     def num_bytes(self) -> int:
         return sum(self._sizes.values())
 
-    def fingerprint(self, hashes: ContentHashes) -> str:
+    def contents(self, hashes: ContentHashes) -> dict[str, str]:
+        """The files that its text depends on, with their SHA-256."""
         names = self._names_read()
         contents = hashes.of(str(self._root), [marked(self._root / name, name) for name in names], skip_unreadable=True)
-        return digest(self.dataset, zip(names, contents, strict=True))
+        return dict(zip(names, contents, strict=True))
+
+    def fingerprint(self, hashes: ContentHashes) -> str:
+        return digest(self.dataset, self.contents(hashes).items())
 
     def account(self) -> Account:
         account = Account()
@@ -125,6 +129,7 @@ class SitePackagesCorpus(InstalledText):
                 f"{root}: of the packages there, none with text can be held out and leave others to train on. "
                 'Use dataset = "stdlib", or set dataset_path to a corpus of your own'
             )
+        self.held_out_packages = held_out
         self._all_sizes = self._sizes
         self._held_out_names = [name for name in self._sizes if package_of(name) in held_out]
         self._sizes = {name: size for name, size in self._sizes.items() if package_of(name) not in held_out}
