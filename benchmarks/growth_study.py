@@ -27,7 +27,8 @@ import torch
 from benchmarks.arms import ROOT
 from benchmarks.growth_study_corpus import LISTING, prepared_tokens, print_files, write_listing
 from benchmarks.growth_study_page import write_page
-from benchmarks.growth_study_runs import RECIPE, Trunk, cool_down_steps, trunks
+from benchmarks.growth_study_runs import RECIPE, Trunk, cool_down_steps
+from benchmarks.growth_study_tables import trunks
 from titan_growth.metrics.lines import read_lines
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.run_folder import METRICS_FILE
@@ -129,11 +130,16 @@ def _train(trunk: Trunk, interval: int, folder: Path, tokens: str) -> None:
         interval: between the checkpoints of all ends, so that the trunk is the same one whatever is left.
     """
     stem = folder / f"trunk-{trunk.key(0)}-{interval}"
+    common = ["--job.config_file", str(RECIPE), "--job.dump_folder", str(stem), "--debug.seed", str(trunk.seed)]
+    if trunk.is_whole:
+        (end,) = trunk.ends
+        steps = ["--training.steps", str(end), "--validation.freq", str(end)]
+        _run([*common, *steps, *_HELD_OUT, *trunk.words])
+        _keep(trunk, end, stem, stem, tokens)
+        return
     _run(
         [
-            "--job.config_file", str(RECIPE),
-            "--job.dump_folder", str(stem),
-            "--debug.seed", str(trunk.seed),
+            *common,
             "--training.steps", str(trunk.stems[-1]),
             "--lr_scheduler.decay_ratio", "0",
             "--checkpoint.interval", str(interval),
@@ -170,6 +176,7 @@ def _keep(trunk: Trunk, end: int, stem: Path, branch: Path, tokens: str) -> None
         "loss": last["validation_loss"],
         **{cost: last[cost] for cost in ("tokens", "flops", "seconds")},
         "trunk": [one for one in trunk_losses if one[0] <= stem_step],
+        "growths": _around_growths(stem),
         "tokens_trained_on": tokens,
         "machine": machine(),
         "torch": torch.__version__,
@@ -179,6 +186,17 @@ def _keep(trunk: Trunk, end: int, stem: Path, branch: Path, tokens: str) -> None
     with _writing:
         lines = ",\n".join(json.dumps(one) for one in [*results(), entry])
         write_atomic(RESULT, f'{{"ends": [\n{lines}\n]}}\n')
+
+
+def _around_growths(folder: Path) -> list[dict[str, Any]]:
+    """Of each growth its step, and the training losses around it: how high they jump, and how soon they are back."""
+    lines = read_lines(folder / METRICS_FILE, lambda line: line)
+    found = []
+    for growth in (line for line in lines if line.get("event") == "growth"):
+        near = range(growth["step"] - 100, growth["step"] + 401)
+        losses = [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line and line["step"] in near]
+        found.append({"step": growth["step"], "num_layers": growth["num_layers"], "losses": losses})
+    return found
 
 
 def _validations(folder: Path) -> list[dict[str, Any]]:

@@ -12,8 +12,9 @@ import hashlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.arms import ROOT
@@ -33,7 +34,8 @@ RATES = (2e-3, 4e-3, 8e-3, 16e-3)
 SCHEMES = ("torchtitan", "small")
 SCRATCH, GROWN = "from scratch", "grown"
 SEEDS = (1, 2, 3)
-STAGE = "--growth.stages.0"
+STACK = {"operator": "stack", "factor": 4, "optimizer_state": "asymmetric", "lr_policy": "continue"}
+"""The growth of the headline."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Trunk:
         arm: what it is called there; trunks of one arm differ in their seed alone.
         words: overrides of the recipe, as command-line words.
         ends: last steps of its cool-downs, rising.
+        is_whole: it is no trunk but one run to its one end under the schedule of its words.
     """
 
     study: str
@@ -52,6 +55,7 @@ class Trunk:
     words: tuple[str, ...]
     ends: tuple[int, ...]
     seed: int = 1
+    is_whole: bool = False
 
     @property
     def stems(self) -> tuple[int, ...]:
@@ -65,16 +69,17 @@ class Trunk:
 
     def key(self, end: int) -> str:
         """What a run is known by: its recipe, the words, the seed and its end; not its name."""
-        facts = [RECIPE.read_text(encoding="utf-8"), self.words, self.seed, end, DECAY]
+        facts = [RECIPE.read_text(encoding="utf-8"), self.words, self.seed, end, None if self.is_whole else DECAY]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
-    def flops(self, end: int) -> float:
-        """FLOPs of the run that ends there, all models together."""
+    def flops_of(self, end: int) -> float:
+        """FLOPs of the run that ends there, all models together; as if grown at half where no step is given."""
         recipe = load_recipe(["--job.config_file", str(RECIPE), *self.words])
         target = model_config_of(recipe.model, found := Findings())
         chain = chain_of(recipe.growth, target, found)
         assert chain is not None, found.problems
-        grown_at = [min(int(stage.at.removesuffix(" steps")), end) for stage in recipe.growth.active_stages]
+        moments = [re.fullmatch(r"(\d+) steps", stage.at) for stage in recipe.growth.active_stages]
+        grown_at = [min(int(moment[1]) if moment else end // 2, end) for moment in moments]
         edges = [0, *grown_at, end]
         steps = [after - before for before, after in itertools.pairwise(edges)]
         seq_len, num_sequences = recipe.training.seq_len, recipe.training.global_batch_size
@@ -83,8 +88,11 @@ class Trunk:
 
     def flops_left(self, done: Container[str]) -> float:
         """FLOPs that it takes to train what is not done: the trunk as far as it is needed, and the cool-downs."""
+        if self.is_whole:
+            return sum(self.flops_of(end) for end in self.ends if self.key(end) not in done)
         left = [(end, stem) for end, stem in zip(self.ends, self.stems, strict=True) if self.key(end) not in done]
-        return self.flops(left[-1][1]) + sum(self.flops(end) - self.flops(stem) for end, stem in left) if left else 0.0
+        decays = sum(self.flops_of(end) - self.flops_of(stem) for end, stem in left)
+        return self.flops_of(left[-1][1]) + decays if left else 0.0
 
 
 def cool_down_steps(end: int) -> int:
@@ -113,13 +121,26 @@ class Choice:
         base = "" if self.base is None else f", base x {self.base:g}"
         return f"{self.side}, {self.scheme}, lr {self.lr:g}{base}"
 
-    def words(self, at: int = 0, *more: str) -> tuple[str, ...]:
-        """Words of the recipe; a grown run grows after step `at`."""
+    def words(self, *growths: dict[str, Any], more: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """Words of the recipe. A grown run says of each growth what differs from `STACK`, the step `at` at least."""
         common = ("--optimizer.lr", f"{self.lr:g}", "--model.init.scheme", self.scheme, *more)
         if self.base is None:
             return ("--growth.enable", "false", *common)
-        rates = ("--growth.base.lr", f"{self.base * self.lr:g}", f"{STAGE}.lr", f"{self.lr:g}")
-        return (f"{STAGE}.at", f"{at} steps", *rates, *common)
+        stages = [{**STACK, "lr": self.lr, **growth} for growth in growths]
+        return ("--growth.base.lr", f"{self.base * self.lr:g}", "--growth.stages", _inline(stages), *common)
+
+
+def _inline(tables: list[dict[str, Any]]) -> str:
+    """Tables as TOML writes them on one line, without the keys that are None. JSON's strings and numbers are TOML's."""
+    rows = []
+    for table in tables:
+        pairs = (f"{key} = {_value(value)}" for key, value in table.items() if value is not None)
+        rows.append(f"{{{', '.join(pairs)}}}")
+    return f"[{', '.join(rows)}]"
+
+
+def _value(value: Any) -> str:
+    return _inline([value])[1:-1] if isinstance(value, dict) else json.dumps(value)
 
 
 GRID = [Choice(lr, scheme, base) for scheme in SCHEMES for lr in RATES for base in (None, 1.0, 2.0)]
@@ -132,7 +153,12 @@ def tuning() -> Iterator[Trunk]:
 
 
 def _tuning(choice: Choice, seed: int = 1) -> Trunk:
-    return Trunk("tuning", choice.name, choice.words(SMALL_BUDGET // 2), (SMALL_BUDGET,), seed)
+    return Trunk("tuning", choice.name, choice.words({"at": steps(SMALL_BUDGET // 2)}), (SMALL_BUDGET,), seed)
+
+
+def steps(number: int) -> str:
+    """A moment as recipes give it."""
+    return f"{number} steps"
 
 
 def tuned(ends: Iterable[dict[str, Any]]) -> dict[str, Choice] | None:
@@ -150,20 +176,24 @@ def headline(best: dict[str, Choice]) -> Iterator[Trunk]:
     for seed in SEEDS:
         yield Trunk("headline", SCRATCH, best[SCRATCH].words(), BUDGETS, seed)
         for at, ends in ((2000, (3200, 4000)), (1000, (1600, 2100))):
-            yield Trunk("headline", GROWN, best[GROWN].words(at), ends, seed)
+            yield Trunk("headline", GROWN, best[GROWN].words({"at": steps(at)}), ends, seed)
 
 
 def controls(best: dict[str, Choice]) -> Iterator[Trunk]:
-    """What could kill the claim: other ways to the same loss, with nothing of the small model in the large one."""
-    for layers, ends in ((3, (4000, 8000)), (6, (2600, 4000, 6400)), (1, (8000,))):
-        words = best[SCRATCH].words(0, "--model.n_layers", str(layers))
-        yield Trunk("controls", f"{many(layers, 'layer')} {SCRATCH}", words, ends)
-    masked = (f"{STAGE}.operator", "random_depth", f"{STAGE}.mask_steps", "200")
-    yield Trunk("controls", "nothing copied: random_depth", best[GROWN].words(2000, *masked), (3200, 4000))
-    yield Trunk("controls", "grown untrained, at step 1", best[GROWN].words(1), BUDGETS[-2:])
+    """What could kill the claim: other ways to the same loss, with nothing of the small model in the large one.
 
-
-def trunks(ends: Iterable[dict[str, Any]]) -> list[Trunk]:
-    """Everything, in the order in which it is trained. What needs the tuning's winners follows when they are known."""
-    best = tuned(ends)
-    return [*tuning(), *(() if best is None else (*headline(best), *controls(best)))]
+    Models of other depths, each at the FLOPs of 12 layers at 2,600 steps, at the rate tuned for 12 and at twice that;
+    3 layers at the tokens of 4,000 steps too, which is the small model continued.
+    """
+    for layers, ends in ((6, (5000,)), (3, (4000, 9000)), (1, (20000,))):
+        for multiple in (1, 2):
+            choice = replace(best[SCRATCH], lr=multiple * best[SCRATCH].lr)
+            words = choice.words(more=("--model.n_layers", str(layers)))
+            yield Trunk("controls", f"{many(layers, 'layer')} {SCRATCH}, lr {choice.lr:g}", words, ends)
+    masked = {"at": steps(2000), "operator": "random_depth", "mask_steps": 200}
+    yield Trunk("controls", "nothing copied: random_depth", best[GROWN].words(masked), (3200, 4000))
+    yield Trunk("controls", "grown untrained, at step 1", best[GROWN].words({"at": steps(1)}), BUDGETS[-2:])
+    cosine = ("--lr_scheduler.decay_type", "cosine", "--lr_scheduler.decay_ratio", "0.975")
+    for side, growths in ((SCRATCH, ()), (GROWN, ({"at": steps(2000)},))):
+        words = best[side].words(*growths, more=cosine)
+        yield Trunk("controls", f"{side}, cosine", words, (BUDGETS[-1],), is_whole=True)
