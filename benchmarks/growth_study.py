@@ -52,23 +52,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--files", action="store_true", help="print every file of the corpus with its SHA-256")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "growth_study")
     options = parser.parse_args(argv)
-    chosen = [
-        trunk
-        for trunk in trunks(results())
-        if (not options.study or trunk.study in options.study) and (not options.seeds or trunk.seed in options.seeds)
-    ]
     if options.page:
         write_page(results())
         return 0
     if options.list:
-        _list(chosen)
+        _list(_chosen(options))
         return 0
     if options.files:
         print_files()
         return 0
     tokens = _tokens_of_all()
-    with ThreadPoolExecutor(options.jobs) as pool:
-        failures = [failure for failure in pool.map(lambda one: _train_or_say(one, options, tokens), chosen) if failure]
+    failures: list[str] = []
+    tried: set[Trunk] = set()
+    while new := [trunk for trunk in _chosen(options) if trunk not in tried]:
+        tried.update(new)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            failures += [told for told in pool.map(lambda one: _train_or_say(one, options, tokens), new) if told]
     write_page(results())
     print("\n".join(failures))
     return 1 if failures else 0
@@ -80,6 +79,15 @@ def results() -> list[dict[str, Any]]:
         return []
     entries: list[dict[str, Any]] = json.loads(RESULT.read_text(encoding="utf-8"))["ends"]
     return entries
+
+
+def _chosen(options: argparse.Namespace) -> list[Trunk]:
+    """What the words ask for and can be trained by now: what follows the tuning is known after it."""
+    return [
+        trunk
+        for trunk in trunks(results())
+        if (not options.study or trunk.study in options.study) and (not options.seeds or trunk.seed in options.seeds)
+    ]
 
 
 def _tokens_of_all() -> str:

@@ -21,9 +21,8 @@ from benchmarks.growth_study_runs import (
     controls,
     headline,
     steps,
-    tuned,
-    tuning,
 )
+from benchmarks.growth_study_tuning import Tuning
 
 _HALF = SMALL_BUDGET // 2
 _COSINE = ("--lr_scheduler.decay_type", "cosine", "--lr_scheduler.decay_ratio", "0.9")
@@ -36,15 +35,16 @@ _MASK = {"mask_steps": 100}
 
 def trunks(ends: Iterable[dict[str, Any]]) -> list[Trunk]:
     """Everything, in the order in which it is trained. What needs the tuning's winners follows when they are known."""
-    best = tuned(ends)
+    tuning = Tuning.of(ends)
+    best = tuning.winners()
     if best is None:
-        return list(tuning())
+        return tuning.trunks()
     grown = best[GROWN]
     tables = (operators(grown), timing(grown), factors(grown), policies(grown), maturity(grown), meshes(grown),
               optimizers(best), paper(grown))  # fmt: skip
     varied = list(itertools.chain(*tables))
     seeded = [replace(trunk, seed=seed) for seed in _TABLE_SEEDS for trunk in varied]
-    return [*tuning(), *headline(best), *controls(best), *seeded]
+    return [*tuning.trunks(), *headline(best), *controls(best), *seeded]
 
 
 def operators(grown: Choice) -> Iterator[Trunk]:
