@@ -1,12 +1,13 @@
 """Does growing pay, at annealed ends, tuned on both sides? Trains what `growth_study_runs.py` lists; keeps the results.
 
-    python -m benchmarks.growth_study [--study tuning ...] [--jobs 2] [--list | --page | --files] [--folder ...]
+    python -m benchmarks.growth_study [--study tuning ...] [--jobs 2] [--again | --list | --page | --files]
 
 Every run goes through `run_train.sh`, its cool-downs through `titan_growth branch`, with one thread for each job.
 A finished end is appended to `benchmarks/results/growth_study.json` at once and is never trained again; a run that was
 stopped goes on from its checkpoint if its folder is still there. FLOPs and losses do not mind what else the machine
-does; the seconds in the file do, and are not for quoting. `--page` makes page and pictures anew from the file alone,
-`--files` prints the files of the corpus with their hashes.
+does; the seconds do, and are not for quoting. `--again --jobs 1` on a machine that does nothing else trains the chosen
+runs anew, for seconds that can be quoted, and to see whether the losses are the same. `--page` makes page and pictures
+anew from the file alone, `--files` prints the files of the corpus with their hashes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,12 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, of one thread each")
     parser.add_argument("--list", action="store_true", help="show what is left and what it takes, and train nothing")
+    parser.add_argument("--again", action="store_true", help="train the chosen runs anew beside what there is")
     parser.add_argument("--page", action="store_true", help="make page and pictures anew, and train nothing")
     parser.add_argument("--files", action="store_true", help="print every file of the corpus with its SHA-256")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "growth_study")
     options = parser.parse_args(argv)
     if options.page:
-        write_page(results())
+        write_page(results(), repeats())
         return 0
     if options.list:
         _list(_chosen(options))
@@ -68,17 +71,35 @@ def main(argv: list[str] | None = None) -> int:
         tried.update(new)
         with ThreadPoolExecutor(options.jobs) as pool:
             failures += [told for told in pool.map(lambda one: _train_or_say(one, options, tokens), new) if told]
-    write_page(results())
+    write_page(results(), repeats())
     print("\n".join(failures))
     return 1 if failures else 0
 
 
 def results() -> list[dict[str, Any]]:
     """The ends that have been trained."""
+    return _read()["ends"]
+
+
+def repeats() -> list[dict[str, Any]]:
+    """The ends that have been trained once more, on a machine that did nothing else."""
+    return _read()["repeats"]
+
+
+def _read() -> dict[str, list[dict[str, Any]]]:
     if not RESULT.exists():
-        return []
-    entries: list[dict[str, Any]] = json.loads(RESULT.read_text(encoding="utf-8"))["ends"]
-    return entries
+        return {"ends": [], "repeats": []}
+    read: dict[str, list[dict[str, Any]]] = json.loads(RESULT.read_text(encoding="utf-8"))
+    return read
+
+
+def _append(kind: str, entry: dict[str, Any]) -> None:
+    """Adds an end to the file, for good."""
+    with _writing:
+        read = _read()
+        read[kind].append(entry)
+        lists = (f'"{name}": [\n' + ",\n".join(map(json.dumps, entries)) + "\n]" for name, entries in read.items())
+        write_atomic(RESULT, "{" + ",\n".join(lists) + "}\n")
 
 
 def _chosen(options: argparse.Namespace) -> list[Trunk]:
@@ -120,18 +141,30 @@ def _list(chosen: list[Trunk]) -> None:
 
 def _train_or_say(trunk: Trunk, options: argparse.Namespace, tokens: str) -> str | None:
     """Trains a trunk and its ends; what went wrong, if anything did: the other trunks do not depend on it."""
-    done = {entry["key"] for entry in results()}
+    found = repeats() if options.again else results()
+    done = {entry["key"] for entry in found}
     left = [end for end in trunk.ends if trunk.key(end) not in done]
     if not left:
         return None
+    folder = options.folder / "again" if options.again else options.folder
     try:
-        _train(replace(trunk, ends=tuple(left)), trunk.interval, options.folder, tokens)
+        for ended in _train(replace(trunk, ends=tuple(left)), trunk.interval, folder):
+            _append("repeats" if options.again else "ends", _entry(trunk, ended, tokens))
     except (subprocess.CalledProcessError, OSError) as error:
         return f"{trunk.study}, {trunk.arm}, seed {trunk.seed}: {error}"
     return None
 
 
-def _train(trunk: Trunk, interval: int, folder: Path, tokens: str) -> None:
+class Ended(NamedTuple):
+    """A run that has come to its end, and its folders."""
+
+    end: int
+    stem: Path
+    branch: Path
+    """Of the cool-down; that of the trunk for a run that is whole."""
+
+
+def _train(trunk: Trunk, interval: int, folder: Path) -> Iterator[Ended]:
     """Trains a trunk and its ends, some of which may have been trained before.
 
     Args:
@@ -143,7 +176,7 @@ def _train(trunk: Trunk, interval: int, folder: Path, tokens: str) -> None:
         (end,) = trunk.ends
         steps = ["--training.steps", str(end), "--validation.freq", str(end)]
         _run([*common, *steps, *_HELD_OUT, *trunk.words])
-        _keep(trunk, end, stem, stem, tokens)
+        yield Ended(end, stem, stem)
         return
     _run(
         [
@@ -162,7 +195,7 @@ def _train(trunk: Trunk, interval: int, folder: Path, tokens: str) -> None:
             words = ["--from", str(source), "--steps", str(cool_down_steps(end)), "--to", str(branch)]
             subprocess.run([sys.executable, "-m", "titan_growth", "branch", *words], cwd=ROOT, check=True)
         _run(["--job.config_file", str(branch / "branch.toml"), *_HELD_OUT])
-        _keep(trunk, end, stem, branch, tokens)
+        yield Ended(end, stem, branch)
 
 
 def _run(words: list[str]) -> None:
@@ -170,11 +203,12 @@ def _run(words: list[str]) -> None:
     subprocess.run([str(ROOT / "run_train.sh"), *words], env=environment, cwd=ROOT, check=True)
 
 
-def _keep(trunk: Trunk, end: int, stem: Path, branch: Path, tokens: str) -> None:
-    """Appends an end to the file, for good."""
+def _entry(trunk: Trunk, ended: Ended, tokens: str) -> dict[str, Any]:
+    """What the file holds of an end."""
+    end, stem, branch = ended
     last, stem_step = _validations(branch)[-1], end - cool_down_steps(end)
     trunk_losses = [[one["step"], round(one["validation_loss"], 5)] for one in _validations(stem)]
-    entry = {
+    return {
         "key": trunk.key(end),
         "study": trunk.study,
         "arm": trunk.arm,
@@ -191,9 +225,6 @@ def _keep(trunk: Trunk, end: int, stem: Path, branch: Path, tokens: str) -> None
         "version": __version__,
         "commit": _commit(),
     }
-    with _writing:
-        lines = ",\n".join(json.dumps(one) for one in [*results(), entry])
-        write_atomic(RESULT, f'{{"ends": [\n{lines}\n]}}\n')
 
 
 def _around_growths(folder: Path) -> list[dict[str, Any]]:
