@@ -39,7 +39,7 @@ from titan_growth.version import __version__
 RESULT = ROOT / "benchmarks" / "results" / "growth_study.json"
 _HELD_OUT = ("--validation.steps", "128")
 """Batches that judge an end: 0.5M tokens, of which the standard error is worth 1 % of FLOPs."""
-_USUAL_FLOPS_PER_SECOND = 3e10
+_USUAL_FLOPS_PER_SECOND = 6e10
 _writing = threading.Lock()
 
 

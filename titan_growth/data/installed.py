@@ -28,6 +28,8 @@ from titan_growth.tools.errors import DataError
 
 _NOT_STDLIB_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 _PACKAGE_SUFFIXES = frozenset({".py", ".md", ".rst"})
+_NOT_PACKAGES = ("__editable__", "pip/")
+"""How names begin of what tells of the environment and not of its packages: a checkout's path, the pip of a Python."""
 _HELD_OUT_SHARE = 0.02
 """Of the bytes of all packages."""
 _LARGEST_HELD_OUT_SHARE = 0.01
@@ -118,7 +120,8 @@ class SitePackagesCorpus(InstalledText):
     def __init__(self) -> None:
         root = Path(sysconfig.get_path("purelib"))
         found = (path.relative_to(root) for path in root.rglob("*") if path.suffix in _PACKAGE_SUFFIXES)
-        super().__init__(root, (name.as_posix() for name in found))
+        names = (name.as_posix() for name in found)
+        super().__init__(root, (name for name in names if not name.startswith(_NOT_PACKAGES)))
         sizes: Counter[str] = Counter()
         for name, size in self._sizes.items():
             sizes[package_of(name)] += size

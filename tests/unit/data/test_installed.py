@@ -59,6 +59,15 @@ def test_a_copy_of_held_out_text_is_not_trained_on(packages: Path) -> None:
     assert account.left_out["near-duplicates of files before them"].names == ["large/vendored.py"]
 
 
+def test_what_tells_of_the_environment_is_no_package(packages: Path) -> None:
+    """The finder of an editable installation has the path of a checkout in it; pip comes with Python."""
+    before = text_of(open_corpus(CorpusSpec("site_packages")))
+    (packages / "__editable___mine_0_1_finder.py").write_text("MAPPING = {'mine': '/home/me/mine'}\n", encoding="utf-8")
+    (packages / "pip").mkdir()
+    (packages / "pip" / "__init__.py").write_text("\n".join(lines(3)), encoding="utf-8")
+    assert text_of(open_corpus(CorpusSpec("site_packages"))) == before
+
+
 def test_nothing_to_hold_out_is_refused(packages: Path) -> None:
     for path in packages.glob("small*/*"):
         path.unlink()
