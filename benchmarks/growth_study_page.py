@@ -11,17 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import ROOT
 from benchmarks.growth_study_frontier import Speedup, side_of, speedup
 from benchmarks.growth_study_pictures import draw_headline, draw_timing
-from benchmarks.growth_study_runs import GROWN, SCRATCH, SEEDS, SMALL_BUDGET, Trunk
+from benchmarks.growth_study_runs import GROWN, SCRATCH, SEEDS, SMALL_BUDGET, Scale, Trunk
 from benchmarks.growth_study_spikes import spikes
 from benchmarks.growth_study_tables import trunks
-from benchmarks.growth_study_tuning import UNTUNED, Tuning
+from benchmarks.growth_study_tuning import Tuning
 from titan_growth.metrics.frontier import Side
 from titan_growth.tools.text import many
 
-PAGE = ROOT / "benchmarks" / "results" / "growth_study.md"
 _INTRODUCTION = """\
 # Does growing pay?
 
@@ -29,7 +27,7 @@ Every loss is that of a finished run: annealed over its last fifth, judged on 0.
 seen. FLOPs count the whole run: base, head and attention, and the small model's part of a grown run. A speedup is the
 FLOPs from scratch over those of the grown run at equal loss, minus one, as Du et al. count theirs (7B: 54.6 %, which
 is 35.3 % fewer FLOPs). `python -m benchmarks.growth_study` trains what is left; with `--page` it makes this page anew
-from [growth_study.json](growth_study.json), which has each end with its words, seed, commit and machine."""
+from [{json}]({json}), which has each end with its words, seed, commit and machine."""
 TITLES = {
     "tuning": "Tuning: both sides on one grid",
     "headline": "(a) The headline",
@@ -45,26 +43,27 @@ TITLES = {
 }
 
 
-def write_page(ends: list[dict[str, Any]], repeats: list[dict[str, Any]], target: Path = PAGE) -> None:
-    """Writes the page and its pictures anew."""
-    target.write_text(page(ends, repeats), encoding="utf-8")
-    draw(ends, target.parent)
+def write_page(results: dict[str, list[dict[str, Any]]], scale: Scale, folder: Path | None = None) -> None:
+    """Writes the page and its pictures anew, beside the JSON if no folder is given.
+
+    Args:
+        results: "ends", and "repeats", which are ends that were trained once more.
+    """
+    target = (folder or scale.result.parent) / f"{scale.result.stem}.md"
+    target.write_text(page(results, scale), encoding="utf-8")
+    study = _Study(results["ends"], scale)
+    if picture := study.pictures.get("headline"):
+        draw_headline(study.arms("headline"), target.parent / picture)
+    if picture := study.pictures.get("timing"):
+        draw_timing(study.timing(), target.parent / picture)
 
 
-def draw(ends: list[dict[str, Any]], folder: Path) -> None:
-    """Draws what the page shows."""
-    study = _Study(ends)
-    if "headline" in study.pictures:
-        draw_headline(study.arms("headline"), folder / study.pictures["headline"])
-    if "timing" in study.pictures:
-        draw_timing(study.timing(), folder / study.pictures["timing"])
-
-
-def page(ends: list[dict[str, Any]], repeats: list[dict[str, Any]]) -> str:
+def page(results: dict[str, list[dict[str, Any]]], scale: Scale) -> str:
     """All tables, each as far as it has been trained."""
-    study = _Study(ends)
+    ends, repeats = results["ends"], results["repeats"]
+    study = _Study(ends, scale)
     special: dict[str, Callable[[_Study], list[str]]] = {"tuning": _tuning, "headline": _headline}
-    parts = [_INTRODUCTION]
+    parts = [_INTRODUCTION.format(json=scale.result.name)]
     for name, title in TITLES.items():
         wanted = [trunk for trunk in study.trunks if trunk.study == name]
         total = sum(len(trunk.ends) for trunk in wanted)
@@ -86,10 +85,11 @@ def page(ends: list[dict[str, Any]], repeats: list[dict[str, Any]]) -> str:
 class _Study:
     """What was to be trained, and what has been."""
 
-    def __init__(self, ends: list[dict[str, Any]]) -> None:
+    def __init__(self, ends: list[dict[str, Any]], scale: Scale) -> None:
         self.by_key = {entry["key"]: entry for entry in ends}
-        self.tuning = Tuning.of(ends)
-        self.trunks = trunks(ends)
+        self.tuning = Tuning.of(ends, scale)
+        self.trunks = trunks(ends, scale)
+        self.name = scale.result.stem
 
     def entries(self, trunk: Trunk) -> list[dict[str, Any]]:
         """The ends of a trunk that have been trained."""
@@ -100,9 +100,9 @@ class _Study:
         """Study -> the file of its picture, of those for which enough has been trained."""
         found = {}
         if all(sum(arm == name for arm, _ in self.arms("headline")) > 1 for name in (SCRATCH, GROWN)):
-            found["headline"] = "growth_study.png"
+            found["headline"] = f"{self.name}.png"
         if len(self.timing()["stack"]) > 2:
-            found["timing"] = "growth_study_timing.png"
+            found["timing"] = f"{self.name}_timing.png"
         return found
 
     def arms(self, study: str) -> dict[tuple[str, int], list[dict[str, Any]]]:
@@ -139,11 +139,12 @@ def _tuning(study: _Study) -> list[str]:
         " base's rate. Then other warmups for the best of each side, then two more seeds for its best two."
     ]
     for side in (SCRATCH, GROWN):
-        if (winner := study.tuning.winner(side)) and (untuned := study.tuning.loss(UNTUNED[side])) is not None:
+        untuned_choice = study.tuning.untuned[side]
+        if (winner := study.tuning.winner(side)) and (untuned := study.tuning.loss(untuned_choice)) is not None:
             tuned = study.tuning.loss(winner)
             assert tuned is not None, "a winner has been trained"
             parts.append(
-                f"Tuning gave the side *{side}* {untuned - tuned:.4f} nats: {untuned:.4f} with {UNTUNED[side].name}, "
+                f"Tuning gave the side *{side}* {untuned - tuned:.4f} nats: {untuned:.4f} with {untuned_choice.name}, "
                 f"{tuned:.4f} with **{winner.name}** (seed {SEEDS[0]})."
             )
     rows = sorted(study.arms("tuning").items(), key=lambda row: _mean(row[1], "loss"))

@@ -3,7 +3,7 @@
 A *trunk* is a run in the stable phase of warmup-stable-decay, from scratch or grown. Every budget is an *end*: a
 cool-down over the last fifth, branched from the trunk by `titan_growth branch`, a run of its own. So an end at T steps
 costs what a whole run of T steps costs, warmup, stable phase and decay, and a trunk pays for the steps that its ends
-share only once. Numbers of steps are of 4,096 tokens.
+share only once. Numbers of steps are the same at both scales: 4,096 tokens each for a CPU, 16,384 for a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks.arms import ROOT
@@ -24,7 +25,6 @@ from titan_growth.models.registry import model_config_of
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.text import many
 
-RECIPE = ROOT / "train_configs" / "study_12x64.toml"
 DECAY = 0.2
 SMALL_BUDGET = 1000
 """Steps of the runs that tune."""
@@ -32,13 +32,53 @@ BUDGETS = (1600, 2100, 2600, 3200, 4000)
 """Steps of the ends of the headline. 2,600 is 65 % of the largest: what 54.6 % more speed leaves."""
 SCRATCH_BUDGETS = (800, 1000, 1300, *BUDGETS)
 """Steps of the ends of the baseline; the first ones are for the losses of the runs that tune."""
-RATES = (2e-3, 4e-3, 8e-3, 16e-3)
 WARMUP = 100
-"""Steps of warmup that the recipe has."""
+"""Steps of warmup that the recipes have."""
 SCRATCH, GROWN = "from scratch", "grown"
 SEEDS = (1, 2, 3)
 STACK = {"operator": "stack", "factor": 4, "optimizer_state": "asymmetric", "lr_policy": "continue"}
 """The growth of the headline."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A size of model that the study is made at."""
+
+    recipe: Path
+    result: Path
+    rates: tuple[float, ...]
+    """The grid of peak learning rates."""
+    untuned_lr: float
+    """A usual one for this width, which a user has who tunes nothing."""
+    dim: int
+    """Width of the model."""
+    usual_flops_per_second: float
+    """Of one job, until there are results to go by."""
+
+
+def _scale(name: str, result: str, **facts: Any) -> Scale:
+    return Scale(ROOT / "train_configs" / f"{name}.toml", ROOT / "benchmarks" / "results" / f"{result}.json", **facts)
+
+
+SCALES = {
+    "cpu": _scale(
+        "study_12x64",
+        "growth_study",
+        rates=(2e-3, 4e-3, 8e-3, 16e-3),
+        untuned_lr=4e-3,
+        dim=64,
+        usual_flops_per_second=6e10,
+    ),
+    "cuda": _scale(
+        "study_12x512",
+        "growth_study_cuda",
+        rates=(5e-4, 1e-3, 2e-3, 4e-3),
+        untuned_lr=1e-3,
+        dim=512,
+        usual_flops_per_second=3e14,
+    ),
+}
+"""By the device that has the speed for it."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +99,7 @@ class Trunk:
     ends: tuple[int, ...]
     seed: int = 1
     is_whole: bool = False
+    scale: Scale = SCALES["cpu"]
 
     @property
     def stems(self) -> tuple[int, ...]:
@@ -72,12 +113,13 @@ class Trunk:
 
     def key(self, end: int) -> str:
         """What a run is known by: its recipe, the words, the seed and its end; not its name."""
-        facts = [RECIPE.read_text(encoding="utf-8"), self.words, self.seed, end, None if self.is_whole else DECAY]
+        recipe = self.scale.recipe.read_text(encoding="utf-8")
+        facts = [recipe, self.words, self.seed, end, None if self.is_whole else DECAY]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def flops_of(self, end: int) -> float:
         """FLOPs of the run that ends there, all models together; as if grown at half where no step is given."""
-        recipe = load_recipe(["--job.config_file", str(RECIPE), *self.words])
+        recipe = load_recipe(["--job.config_file", str(self.scale.recipe), *self.words])
         target = model_config_of(recipe.model, found := Findings())
         chain = chain_of(recipe.growth, target, found)
         assert chain is not None, found.problems

@@ -13,10 +13,10 @@ from typing import Any
 
 from benchmarks.growth_study_runs import (
     GROWN,
-    RATES,
     SCRATCH,
     SMALL_BUDGET,
     Choice,
+    Scale,
     Trunk,
     controls,
     headline,
@@ -33,23 +33,24 @@ _TABLE_SEEDS = (1, 2)
 _MASK = {"mask_steps": 100}
 
 
-def trunks(ends: Iterable[dict[str, Any]]) -> list[Trunk]:
+def trunks(ends: Iterable[dict[str, Any]], scale: Scale) -> list[Trunk]:
     """Everything, in the order in which it is trained. What needs the tuning's winners follows when they are known."""
-    tuning = Tuning.of(ends)
+    tuning = Tuning.of(ends, scale)
     best = tuning.winners()
     if best is None:
         return tuning.trunks()
     grown = best[GROWN]
-    tables = (operators(grown), timing(grown), factors(grown), policies(grown), maturity(grown), meshes(grown),
-              optimizers(best), paper(grown))  # fmt: skip
+    tables = (operators(grown, scale), timing(grown), factors(grown), policies(grown), maturity(grown), meshes(grown),
+              optimizers(best, scale), paper(grown))  # fmt: skip
     varied = list(itertools.chain(*tables))
     seeded = [replace(trunk, seed=seed) for seed in _TABLE_SEEDS for trunk in varied]
-    return [*tuning.trunks(), *headline(best), *controls(best), *seeded]
+    rest = [*headline(best), *controls(best), *seeded]
+    return [*tuning.trunks(), *(replace(trunk, scale=scale) for trunk in rest)]
 
 
-def operators(grown: Choice) -> Iterator[Trunk]:
+def operators(grown: Choice, scale: Scale) -> Iterator[Trunk]:
     """(b) Every operator over depth and width, at the FLOPs of `stack`."""
-    budget = _small("operators", "stack", grown.words(_at())).flops_of(SMALL_BUDGET)
+    budget = replace(_small("operators", "stack", grown.words(_at())), scale=scale).flops_of(SMALL_BUDGET)
     depth: dict[str, dict[str, Any]] = {
         "stack": {},
         "interpose": {"operator": "interpose"},
@@ -67,9 +68,9 @@ def operators(grown: Choice) -> Iterator[Trunk]:
         "random_width": {"operator": "random_width", **_MASK},
     }
     for name, growth in depth.items():
-        yield _at_flops("operators", f"depth: {name}", grown.words(_at(**growth)), budget)
+        yield _at_flops(f"depth: {name}", grown.words(_at(**growth)), budget, scale)
     for name, growth in width.items():
-        yield _at_flops("operators", f"width: {name}", grown.words(_at(factor=2, **growth)), budget)
+        yield _at_flops(f"width: {name}", grown.words(_at(factor=2, **growth)), budget, scale)
 
 
 def timing(grown: Choice) -> Iterator[Trunk]:
@@ -117,12 +118,13 @@ def meshes(grown: Choice) -> Iterator[Trunk]:
     yield _small("meshes", "one rank", grown.words(_at()), is_whole=True)
 
 
-def optimizers(best: dict[str, Choice]) -> Iterator[Trunk]:
+def optimizers(best: dict[str, Choice], scale: Scale) -> Iterator[Trunk]:
     """(i) Muon, and depth-muP, on the grid of rates, from scratch and grown."""
     muon = ("--optimizer.name", "Muon")
-    completep = ("--model.parametrization", "completep", "--model.mup.base_dim", "64", "--model.mup.base_n_layers", "3")
+    base = ("--model.mup.base_dim", str(scale.dim), "--model.mup.base_n_layers", "3")
+    completep = ("--model.parametrization", "completep", *base)
     for name, more in (("Muon", muon), ("CompleteP", completep)):
-        for side, lr in itertools.product((SCRATCH, GROWN), RATES):
+        for side, lr in itertools.product((SCRATCH, GROWN), scale.rates):
             choice = replace(best[side], lr=lr)
             growths = () if side == SCRATCH else (_at(),)
             yield _small("optimizers", f"{name}, {side}, lr {lr:g}", choice.words(*growths, more=more))
@@ -145,9 +147,9 @@ def _small(study: str, arm: str, words: tuple[str, ...], *, is_whole: bool = Fal
     return Trunk(study, arm, words, (SMALL_BUDGET,), is_whole=is_whole)
 
 
-def _at_flops(study: str, arm: str, words: tuple[str, ...], budget: float) -> Trunk:
+def _at_flops(arm: str, words: tuple[str, ...], budget: float, scale: Scale) -> Trunk:
     """A run that ends at the multiple of 10 steps whose FLOPs are nearest."""
-    trunk = Trunk(study, arm, words, ())
+    trunk = Trunk("operators", arm, words, (), scale=scale)
     grown = trunk.flops_of(_HALF)
     step = trunk.flops_of(_HALF + 1) - grown
     return replace(trunk, ends=(_HALF + 10 * round((budget - grown) / step / 10),))

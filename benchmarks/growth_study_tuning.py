@@ -11,13 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.growth_study_runs import GROWN, RATES, SCRATCH, SEEDS, SMALL_BUDGET, Choice, Trunk, steps
+from benchmarks.growth_study_runs import GROWN, SCRATCH, SEEDS, SMALL_BUDGET, Choice, Scale, Trunk, steps
 
 SCHEMES = ("torchtitan", "small")
-GRID = [Choice(lr, scheme, base) for scheme in SCHEMES for lr in RATES for base in (None, 1.0, 2.0)]
 WARMUPS = (50, 200)
-UNTUNED = {SCRATCH: Choice(4e-3, "torchtitan"), GROWN: Choice(4e-3, "torchtitan", 1.0)}
-"""What a user has who tunes nothing: a usual rate for this width, and the initial weights of the default."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +26,36 @@ class Tuning:
     """
 
     losses: dict[str, float]
+    scale: Scale
 
     @classmethod
-    def of(cls, ends: Iterable[dict[str, Any]]) -> Tuning:
-        return cls({entry["key"]: entry["loss"] for entry in ends})
+    def of(cls, ends: Iterable[dict[str, Any]], scale: Scale) -> Tuning:
+        return cls({entry["key"]: entry["loss"] for entry in ends}, scale)
+
+    @property
+    def grid(self) -> list[Choice]:
+        """The choices of both sides."""
+        rates = self.scale.rates
+        return [Choice(lr, scheme, base) for scheme in SCHEMES for lr in rates for base in (None, 1.0, 2.0)]
+
+    @property
+    def untuned(self) -> dict[str, Choice]:
+        """Side -> what a user has who tunes nothing: a usual rate, and the initial weights of the default."""
+        lr = self.scale.untuned_lr
+        return {SCRATCH: Choice(lr, "torchtitan"), GROWN: Choice(lr, "torchtitan", 1.0)}
+
+    def trunk(self, choice: Choice, seed: int = SEEDS[0]) -> Trunk:
+        """The run that judges a choice; a grown one grows at half of its steps."""
+        words = choice.words({"at": steps(SMALL_BUDGET // 2)})
+        return Trunk("tuning", choice.name, words, (SMALL_BUDGET,), seed, scale=self.scale)
 
     def loss(self, choice: Choice, seed: int = SEEDS[0]) -> float | None:
         """None for a run that has not been trained."""
-        return self.losses.get(tuning_trunk(choice, seed).key(SMALL_BUDGET))
+        return self.losses.get(self.trunk(choice, seed).key(SMALL_BUDGET))
 
     def candidates(self, side: str) -> list[Choice]:
         """What is trained with the first seed: the grid, and the best of it with other warmups once it is known."""
-        grid = [choice for choice in GRID if choice.side == side]
+        grid = [choice for choice in self.grid if choice.side == side]
         best = self._best(grid, 1)
         return [*grid, *(replace(one, warmup_steps=warmup) for one in best for warmup in WARMUPS)]
 
@@ -67,17 +82,12 @@ class Tuning:
     def trunks(self) -> list[Trunk]:
         """The rounds that can be trained, in their order."""
         sides = (SCRATCH, GROWN)
-        first = [tuning_trunk(choice) for choice in GRID]
-        warmups = [tuning_trunk(one) for side in sides for one in self.candidates(side) if one.warmup_steps in WARMUPS]
-        seeds = [tuning_trunk(one, seed) for side in sides for one in self.finalists(side) for seed in SEEDS[1:]]
+        first = [self.trunk(choice) for choice in self.grid]
+        warmups = [self.trunk(one) for side in sides for one in self.candidates(side) if one.warmup_steps in WARMUPS]
+        seeds = [self.trunk(one, seed) for side in sides for one in self.finalists(side) for seed in SEEDS[1:]]
         return [*first, *warmups, *seeds]
 
     def _best(self, choices: list[Choice], number: int) -> list[Choice]:
         """The best so many; none as long as one of them has not been trained."""
         losses = {choice: loss for choice in choices if (loss := self.loss(choice)) is not None}
         return sorted(losses, key=losses.__getitem__)[:number] if len(losses) == len(choices) else []
-
-
-def tuning_trunk(choice: Choice, seed: int = SEEDS[0]) -> Trunk:
-    """The run that judges a choice; a grown one grows at half of its steps."""
-    return Trunk("tuning", choice.name, choice.words({"at": steps(SMALL_BUDGET // 2)}), (SMALL_BUDGET,), seed)

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from matplotlib.testing.compare import compare_images
 
-from benchmarks import growth_study, growth_study_page
+from benchmarks import growth_study_page
 from benchmarks.growth_study_frontier import side_of, speedup
 from benchmarks.growth_study_page import page, write_page
-from benchmarks.growth_study_runs import SCRATCH
+from benchmarks.growth_study_results import read_results
+from benchmarks.growth_study_runs import SCALES, SCRATCH
 from benchmarks.growth_study_spikes import spikes
 from benchmarks.growth_study_tables import trunks
-from tests.unit.test_benchmark_growth_study import tuning_ends
+from tests.unit.test_benchmark_growth_study import CPU, tuning_ends
 
 FLOPS_PER_TOKEN = 100.0
 
@@ -59,9 +60,9 @@ def test_a_spike_is_measured_from_the_mean_before_it() -> None:
 
 def all_ends() -> list[dict[str, Any]]:
     """An end of every trunk; those of the tuning as its test has them."""
-    tuned = {entry["key"]: entry["loss"] for entry in tuning_ends()}
+    tuned = {entry["key"]: entry["loss"] for entry in tuning_ends(CPU)}
     ends = {}
-    for trunk in trunks(tuning_ends()):
+    for trunk in trunks(tuning_ends(CPU), CPU):
         for end in trunk.ends:
             flops = trunk.flops_of(end)
             ends[trunk.key(end)] = {
@@ -76,9 +77,9 @@ def test_all_tables_and_pictures(tmp_path: Path) -> None:
     """Each study has its heading and a row for every arm, the repeated runs their losses twice."""
     ends = all_ends()
     repeats = [one for one in ends if one["study"] == "headline" and one["end"] == 4000 and one["seed"] == 1]
-    write_page(ends, repeats, tmp_path / "page.md")
-    text = (tmp_path / "page.md").read_text()
-    for trunk in trunks(ends):
+    write_page({"ends": ends, "repeats": repeats}, CPU, tmp_path)
+    text = (tmp_path / "growth_study.md").read_text()
+    for trunk in trunks(ends, CPU):
         assert f"| {trunk.arm} |" in text
     for title in growth_study_page.TITLES.values():
         assert f"## {title}\n" in text
@@ -88,14 +89,22 @@ def test_all_tables_and_pictures(tmp_path: Path) -> None:
 
 
 def test_a_part_of_the_study_is_called_a_part() -> None:
-    assert "1 of 24 ends are trained." in page(all_ends()[:1], [])
+    assert "1 of 24 ends are trained." in page({"ends": all_ends()[:1], "repeats": []}, CPU)
 
 
-def test_the_committed_page_is_made_of_the_committed_results(tmp_path: Path) -> None:
-    """Text to the letter; pictures as far as another version of the fonts may differ."""
-    write_page(growth_study.results(), growth_study.repeats(), tmp_path / growth_study_page.PAGE.name)
-    assert (tmp_path / growth_study_page.PAGE.name).read_text() == growth_study_page.PAGE.read_text()
-    committed = {path.name for path in growth_study_page.PAGE.parent.glob("growth_study*.png")}
-    assert {path.name for path in tmp_path.glob("*.png")} == committed
-    for name in committed:
-        assert compare_images(str(growth_study_page.PAGE.parent / name), str(tmp_path / name), tol=5) is None
+@pytest.mark.parametrize("device", SCALES)
+def test_the_committed_page_is_made_of_the_committed_results(device: str, tmp_path: Path) -> None:
+    """Text to the letter; pictures as far as another version of the fonts may differ. No results, no page."""
+    scale = SCALES[device]
+    if scale.result.exists():
+        write_page(read_results(scale.result), scale, tmp_path)
+    folder, made = scale.result.parent, {path.name for path in tmp_path.iterdir()}
+    stem = scale.result.stem
+    assert made == {
+        path.name for path in folder.iterdir() if path.name in (f"{stem}.md", f"{stem}.png", f"{stem}_timing.png")
+    }
+    for name in made:
+        if name.endswith(".md"):
+            assert (tmp_path / name).read_text() == (folder / name).read_text()
+        else:
+            assert compare_images(str(folder / name), str(tmp_path / name), tol=5) is None
