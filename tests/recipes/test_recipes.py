@@ -25,7 +25,7 @@ RECIPES = sorted((ROOT / "train_configs").glob("*.toml"))
 GOLDEN = ROOT / "tests" / "golden" / "plans"
 
 
-WORLD_SIZES = {"study_12x64": 1, "llama3_70b": 256, "llama3_405b": 512}
+WORLD_SIZES = {"study_12x64": 1, "study_12x512": 1, "llama3_70b": 256, "llama3_405b": 512}
 """How many ranks a recipe is made for, where that is not 8."""
 
 
