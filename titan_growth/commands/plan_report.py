@@ -7,9 +7,12 @@ recipe: it names no absolute paths and no times.
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from titan_growth.commands.plan_advice import remarks, worth
 from titan_growth.config.schema.recipe import Recipe
 from titan_growth.engine.parameter_groups import SizedModel, treatments
 from titan_growth.growth.schedule import ends_of_phases
@@ -167,7 +170,21 @@ def _growth(plan: RunPlan) -> list[str]:
             lines.append(f"    layers from {sources(plan.growth_plan.chain.maps[index].layers)}")
     if plan.recipe.data.document_mask:
         lines.append("  (data.document_mask leaves some positions out, so tokens and FLOPs are upper bounds)")
-    return lines
+    wrapped = (textwrap.wrap(text, 118, initial_indent="  ", subsequent_indent="    ") for text in _advice(plan))
+    return [*lines, *itertools.chain.from_iterable(wrapped)]
+
+
+def _advice(plan: RunPlan) -> Iterator[str]:
+    """What the growths are worth, and what is known about such ones. A slope is left out: its step is not known."""
+    phases, stretches = zip(*timeline(plan), strict=True)
+    if any(point.unit == "slope" for point in plan.growth_plan.points):
+        return
+    last = phases[-1]
+    yield worth(stretches[-1].tokens, stretches[-1].flops, last.config.flops_per_token(last.recipe.training.seq_len))
+    grown_at, tokens = [one.last_step for one in stretches[:-1]], [one.tokens for one in stretches[:-1]]
+    models = [phase.config for phase in phases]
+    for remark in remarks(plan.growth_plan.planned, models, grown_at, tokens, plan.schedule):
+        yield f"note: {remark}"
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
