@@ -31,8 +31,8 @@ def worth(tokens: int, flops: int, target_flops_per_token: int) -> str:
     """
     ratio = tokens * target_flops_per_token / flops
     return (
-        f"{1 - 1 / ratio:.1%} fewer FLOPs than as many tokens from scratch: a speedup of {ratio - 1:.1%} if the loss is "
-        f"equal, and none if growing needs {ratio:.2f} times the tokens"
+        f"{1 - 1 / ratio:.1%} fewer FLOPs than as many tokens from scratch: a speedup of {ratio - 1:.1%} if the loss "
+        f"is equal, and none if growing needs {ratio:.2f} times the tokens"
     )
 
 
@@ -59,8 +59,8 @@ def remarks(
         late = schedule.stands(step, grown_at[:number]) == "decay" and rate < LATE_SHARE_OF_RATE * peak
         if late and deeper and growth.lr_policy != "restart":
             yield (
-                f"{where}the decay has brought the learning rate to {rate / peak:.0%} of its peak. Late growths pay in a "
-                "stable phase (lr_scheduler.decay_ratio); under a cosine one at half of the run ended above the run "
+                f"{where}the decay has brought the learning rate to {rate / peak:.0%} of its peak. Late growths pay in "
+                "a stable phase (lr_scheduler.decay_ratio); under a cosine one at half of the run ended above the run "
                 "from scratch (measured: benchmarks/results/growth_pays.md; arXiv 2511.04981)"
             )
         if growth.optimizer_state == "reset" and growth.lr_policy == "continue":
@@ -70,8 +70,8 @@ def remarks(
             )
         if before.num_layers > 1 and after.num_layers > LARGEST_USUAL_FACTOR * before.num_layers:
             yield (
-                f"{where}{after.num_layers / before.num_layers:.3g} times the layers. Du et al. found factors of 2 to 4 "
-                "best; under tuned controls 2 is the surest (arXiv 2605.13405)"
+                f"{where}{after.num_layers / before.num_layers:.3g} times the layers. Du et al. found factors of 2 to "
+                "4 best; under tuned controls 2 is the surest (arXiv 2605.13405)"
             )
         maturity = tokens[number] / before.num_params
         if growth.operator == "stack" and deeper and maturity > MATURE_TOKENS_PER_PARAMETER:
