@@ -18,6 +18,11 @@ import torch.distributed.tensor
 import torch.distributed.tensor.parallel
 
 from tests.harness import WarmRanks
+from tests.thinning import thin
+
+pytest_plugins = ("pytester",)
+DEFAULT = "not slow and not exhaustive and not gpu"
+"""What pyproject.toml chooses when nothing is asked for."""
 
 torch.set_num_threads(1)
 
@@ -28,7 +33,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     The slow tests fill two cores with their ranks.
     """
     chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.option.keyword
-    return 0 if chosen or config.option.markexpr != "not slow and not gpu" else 2
+    return 0 if chosen or config.option.markexpr != DEFAULT else 2
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before anything is chosen by marks."""
+    thin(items)
 
 
 @pytest.fixture(scope="session")
