@@ -54,11 +54,13 @@ def chosen(rows: Sequence[Row], others: Iterable[Row] = (), offset: int = 0, lar
     facts = [_pairs(row) for row in rows]
     covered = set(itertools.chain.from_iterable(map(_pairs, others)))
     left, kept, used = list(range(len(rows))), list[int](), Counter[tuple[str, str]]()
+
+    def rank(place: int) -> tuple[int, int]:
+        """New pairs first; among as many, values that were chosen least often, so that none is left out."""
+        return len(facts[place] - covered), -sum(used[value] for value in rows[place].items())
+
     while len(kept) < largest:
-        # Among rows with as many new pairs, one whose values were chosen least often: no value is left out for long.
-        best = max(
-            left, key=lambda place: (len(facts[place] - covered), -max(used[one] for one in rows[place].items()))
-        )
+        best = max(left, key=rank)
         left.remove(best)
         kept.append(best)
         covered |= facts[best]
