@@ -4,8 +4,8 @@
 
 Each run is `benchmarks/growth_pays.toml` without growth: steps of 2,048 tokens under a cosine that ends with them, in
 float32. Widths are compared at the smallest depth, depths at the smallest width; muP and CompleteP scale from there. A
-best rate at the edge of the grid says nothing about the best one, and the page says so. Finished runs are not trained
-again. Writes `benchmarks/results/lr_transfer.json`, `.md` and `.png` (elsewhere with --result); losses do not mind what
+best rate at the edge of the grid says nothing about the best one: there the grid is extended, by factors of 2 and twice
+at most, and the best rate of the smallest model is trained at every size. Finished runs are not trained again. Writes `benchmarks/results/lr_transfer.json`, `.md` and `.png` (elsewhere with --result); losses do not mind what
 else the machine does.
 """
 
@@ -34,6 +34,7 @@ COMMON = [
 ]  # fmt: skip
 NAMES = ("standard", "mup", "completep")
 HEAD_DIM = 32
+MOST_EXTENSIONS = 2
 HIDDEN = 3
 """SwiGLU width over dim: no rounding, so all sizes have the same proportions."""
 
@@ -52,12 +53,21 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     command = " ".join(["python -m benchmarks.lr_transfer", *(sys.argv[1:] if argv is None else argv)])
     runs: list[dict[str, Any]] = []
-    for words, run in _runs(options):
-        folder = options.folder / "-".join(str(value) for value in run.values())
-        losses = validation_losses(folder, RECIPE, words)
-        runs.append({**run, "loss": list(losses.values())[-1]})
-        result = write(options.result, command, runs)
-        options.result.with_suffix(".md").write_text(page(result), encoding="utf-8")
+    for at in _sizes(options):
+        for lr in options.rates:
+            runs += _trained(at, lr, options)
+    for at in _sizes(options):
+        for _ in range(MOST_EXTENSIONS):
+            row = curves({"runs": runs})[at]
+            if (lr := beyond(row)) is not None:
+                runs += _trained(at, lr, options)
+    for at in _sizes(options):
+        found = curves({"runs": runs})
+        base = found[at[0], options.widths[0], options.depths[0]]
+        if (lr := min(base, key=lambda lr: base[lr])) not in found[at]:
+            runs += _trained(at, lr, options)
+    result = write(options.result, command, runs)
+    options.result.with_suffix(".md").write_text(page(result), encoding="utf-8")
     draw(result, options.result.with_suffix(".png"))
     return 0
 
@@ -70,19 +80,31 @@ def _floats(text: str) -> list[float]:
     return [float(word) for word in text.split(",")]
 
 
-def _runs(options: argparse.Namespace) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """(words of the recipe, what tells a run from the others), the smallest models first."""
+def _sizes(options: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """(parametrisation, dim, layers), the smallest models first."""
     width, depth = options.widths[0], options.depths[0]
     sizes = dict.fromkeys([*((one, depth) for one in options.widths), *((width, one) for one in options.depths)])
-    for dim, layers in sizes:
-        for name in NAMES:
-            for seed in range(1, options.seeds + 1):
-                for lr in options.rates:
-                    yield (
-                        [*COMMON, *_model(name, dim, layers, width, depth), *_schedule(options, lr, seed)],
-                        {"parametrization": name, "optimizer": options.optimizer, "steps": options.steps,
-                         "dim": dim, "layers": layers, "lr": lr, "seed": seed},
-                    )  # fmt: skip
+    return [(name, dim, layers) for dim, layers in sizes for name in NAMES]
+
+
+def _trained(at: tuple[str, int, int], lr: float, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The runs of a size at one rate, one for each seed."""
+    name, dim, layers = at
+    for seed in range(1, options.seeds + 1):
+        run = {"parametrization": name, "optimizer": options.optimizer, "steps": options.steps,
+               "dim": dim, "layers": layers, "lr": lr, "seed": seed}  # fmt: skip
+        model = _model(name, dim, layers, options.widths[0], options.depths[0])
+        folder = options.folder / "-".join(str(value) for value in run.values())
+        losses = validation_losses(folder, RECIPE, [*COMMON, *model, *_schedule(options, lr, seed)])
+        yield {**run, "loss": list(losses.values())[-1]}
+
+
+def beyond(row: dict[float, float]) -> float | None:
+    """The rate with which to extend a row of losses: beyond the best one, if that is the first or the last."""
+    best = min(row, key=lambda lr: row[lr])
+    if best == max(row):
+        return 2 * best
+    return best / 2 if best == min(row) else None
 
 
 def _model(name: str, dim: int, layers: int, base_dim: int, base_layers: int) -> list[str]:
@@ -125,7 +147,7 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`, torch {result['torch']}: validation loss after {first['steps']} steps of 2,048 tokens "
         f"under {first['optimizer']}, annealed. Last column is the loss at the best rate of dim {first['dim']} with "
-        f"{first['layers']} layers, less the best of the row; * is at the edge of the grid.",
+        f"{first['layers']} layers, less the best of the row; * is at the edge of what was trained.",
     ]
     for name in NAMES:
         rows = {(dim, layers): row for (one, dim, layers), row in found.items() if one == name}
@@ -142,7 +164,7 @@ def page(result: dict[str, Any]) -> str:
         ]
         for (dim, layers), row in rows.items():
             best = min(row, key=lambda lr: row[lr])
-            edge = "*" if best in (rates[0], rates[-1]) else ""
+            edge = "*" if best in (min(row), max(row)) else ""
             cost = f"{row[transferred] - row[best]:+.3f}" if transferred in row else ""
             losses = " | ".join(f"{row[lr]:.3f}" if lr in row else "" for lr in rates)
             lines.append(f"| {dim} | {layers} | {losses} | {best:g}{edge} | {cost} |")
@@ -158,7 +180,7 @@ def draw(result: dict[str, Any], target: Path) -> None:
             for panel, label in ((panels[0][column], f"dim {dim}"), (panels[1][column], f"{layers} layers")):
                 other = layers != first["layers"] if panel is panels[0][column] else dim != first["dim"]
                 if one == name and not other:
-                    panel.plot(list(row), list(row.values()), marker=".", label=label)
+                    panel.plot(sorted(row), [row[lr] for lr in sorted(row)], marker=".", label=label)
         panels[0][column].set_title(name)
         for panel in (panels[0][column], panels[1][column]):
             panel.set_xscale("log", base=2)

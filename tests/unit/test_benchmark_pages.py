@@ -10,7 +10,7 @@ import pytest
 from benchmarks import lr_transfer
 from benchmarks.arms import ROOT
 
-PAGES = ("initial_weights", "optimizers", "coordinates")
+PAGES = ("initial_weights", "optimizers", "coordinates", "lr_transfer")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -35,3 +35,12 @@ def test_learning_rates_across_sizes() -> None:
     assert "| 64 | 2 | 4.000 | 3.500 | 3.700 | 0.002 | +0.000 |" in page
     assert "| 128 | 2 | 3.200 | 3.300 | 3.900 | 0.001* | +0.100 |" in page
     assert "## standard" not in page
+
+
+@pytest.mark.parametrize(
+    ("losses", "rate"),
+    [([3.0, 2.0, 2.5], None), ([2.0, 2.1, 2.5], 0.5), ([3.0, 2.2, 2.1], 8.0)],
+    ids=["no", "down", "up"],
+)
+def test_a_grid_is_extended_beyond_its_best_rate(losses: list[float], rate: float | None) -> None:
+    assert lr_transfer.beyond(dict(zip([1.0, 2.0, 4.0], losses, strict=True))) == rate
