@@ -43,7 +43,7 @@ from titan_growth.data.shard_writer import SplitWriter
 from titan_growth.data.splitting import TRAIN, VALIDATION, SplitRule, split_rule
 from titan_growth.data.storage import cache_root, exclusive, writing
 from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train, require_ends
-from titan_growth.data.windows import SEGMENT_CHARS, Beginning, Window, windows_of
+from titan_growth.data.windows import ROUNDING_SCALE, SEGMENT_CHARS, Beginning, Window, windows_of
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
@@ -200,7 +200,7 @@ class _Job:
         num_chars, num_done = 0, self.at.segments_of_document
         at = Beginning(self.at.document, self.at.pieces_before_document)
         documents = self.corpus.document_parts(at.document, self.account)
-        for window in windows_of(documents, at, self.rule, self.tokenizer.special_texts):
+        for window in windows_of(documents, at, self.rule, self.tokenizer.special_texts, self._scale):
             if num_done and window.segments[0].document == at.document:
                 num_done -= len(window.segments)
                 continue
@@ -211,6 +211,10 @@ class _Job:
                 batch, num_chars = [], 0
         if batch:
             yield batch
+
+    @property
+    def _scale(self) -> int:
+        return ROUNDING_SCALE if self.tokenizer.rounds_long_texts else 1
 
     def _ends(self, what: str) -> list[int]:
         """The token that begins or ends documents, if one is wanted."""
@@ -230,7 +234,7 @@ class _Job:
             return None  # finished, and then damaged
         try:
             journal = json.loads((self.folder / _JOURNAL_NAME).read_bytes())
-            if (journal["shard_tokens"], journal["rule"]) != (self.shard_tokens, repr(self.rule)):
+            if any(journal[key] != value for key, value in self._settings.items()):
                 return None
             writers = {name: self._writer(name, journal["splits"][name]) for name in self._split_names}
             at = Position(**journal["position"])
@@ -244,10 +248,15 @@ class _Job:
         logger.info("continuing an interrupted preparation at document %d", self.at.document)
         return writers
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What a position counts by: a preparation with others starts again."""
+        segment_chars = SEGMENT_CHARS * self._scale
+        return {"shard_tokens": self.shard_tokens, "rule": repr(self.rule), "segment_chars": segment_chars}
+
     def _write_journal(self, writers: dict[str, SplitWriter]) -> None:
         journal = {
-            "shard_tokens": self.shard_tokens,
-            "rule": repr(self.rule),
+            **self._settings,
             "splits": {name: writer.state() for name, writer in writers.items()},
             "position": asdict(self.at),
             "account": self.account.state(),

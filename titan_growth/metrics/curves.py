@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import tomli
 
 from titan_growth.metrics.lines import read_lines
-from titan_growth.metrics.records import SHADOW_LOSS
+from titan_growth.metrics.records import shadow_losses_of
 from titan_growth.tools.errors import ConfigError, Problem
 from titan_growth.tools.run_folder import METRICS_FILE, RECIPE_FILE
 from titan_growth.tools.text import many, one_line
@@ -163,8 +163,7 @@ def _costs(entry: dict[str, Any]) -> dict[str, float]:
 
 
 def _shadows(entry: dict[str, Any]) -> dict[str, float]:
-    suffixed = {key.removesuffix(SHADOW_LOSS): value for key, value in entry.items() if key.endswith(SHADOW_LOSS)}
-    return {kind: _finite(value) for kind, value in suffixed.items() if value is not None}
+    return {kind: _finite(value) for kind, value in shadow_losses_of(entry).items() if value is not None}
 
 
 def _finite(value: Any) -> float:

@@ -21,10 +21,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
-from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from titan_growth.checkpoint.history import GrowthEvent
 from titan_growth.metrics.formatting import COLORS, format_duration
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class Metric:
 
 SHADOW_LOSS = "_validation_loss"
 """Ends the key of a validation loss with shadow weights; their kind comes before."""
+
+
+def shadow_losses_of(line: Mapping[str, Value]) -> dict[str, Value]:
+    """Kind of shadow weights -> what a line of `metrics.jsonl` has of the loss with them."""
+    return {key.removesuffix(SHADOW_LOSS): loss for key, loss in line.items() if key.endswith(SHADOW_LOSS)}
 
 
 def metric(default: Any = MISSING, **shown: Any) -> Any:

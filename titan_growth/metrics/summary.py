@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from titan_growth.metrics.records import SHADOW_LOSS, GrowthRecord, Record, ValidationRecord
+from titan_growth.metrics.records import GrowthRecord, Record, ValidationRecord, shadow_losses_of
 from titan_growth.tools.logs import logger
 
 
@@ -53,9 +53,7 @@ class RunSummary:
             growth |= {key: _number(line[key]) for key in ("loss_before", "loss_after")}
             self.growths.append(GrowthRecord(step=step, **growth))
         elif "validation_loss" in line:
-            shadows = {
-                key.removesuffix(SHADOW_LOSS): _number(loss) for key, loss in line.items() if key.endswith(SHADOW_LOSS)
-            }
+            shadows = {kind: _number(loss) for kind, loss in shadow_losses_of(line).items()}
             record = ValidationRecord.of({"": _number(line["validation_loss"]), **shadows})
             self.validations.append(replace(record, step=step))
 

@@ -14,7 +14,6 @@ this rank's shards, to know the update whatever the optimizer is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -31,6 +30,7 @@ from titan_growth.stages.attention_observer import observe_attention
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage, never_due
 from titan_growth.stages.layer_hooks import ForwardMeter, hook_activations
 from titan_growth.stages.order import register_stage
+from titan_growth.tools.collectives import reduce_maxima
 from titan_growth.tools.errors import Problem
 from titan_growth.tools.gradients import reduced
 from titan_growth.tools.shards import local_of
@@ -174,12 +174,10 @@ def _counts(parameter: Tensor, mesh: Mesh) -> bool:
 
 
 def _reduce(sums: Tensor | None, maxima: Tensor) -> None:
-    """Over all ranks, in place. A NaN, which backends may drop from a maximum, becomes infinite."""
-    maxima.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        if sums is not None:
-            dist.all_reduce(sums)
+    """Over all ranks, in place."""
+    reduce_maxima(maxima)
+    if sums is not None and dist.get_world_size() > 1:
+        dist.all_reduce(sums)
 
 
 def _tables(groups: LayerGroups, sums: Tensor, largest: Tensor, *, has_head: bool) -> dict[str, ByGroup]:

@@ -36,6 +36,7 @@ from titan_growth.models.initialize import local_and_offset
 from titan_growth.stages.attention_observer import observe_attention
 from titan_growth.stages.base import BuildContext, ModelParts, PlanContext, Stage, never_due
 from titan_growth.stages.order import register_stage
+from titan_growth.tools.collectives import reduce_maxima
 from titan_growth.tools.errors import Problem
 
 
@@ -138,10 +139,8 @@ class QKClip(Stage):
 
 def _reduce(largest: Tensor, mesh: Mesh) -> None:
     """The maxima over all ranks that hold the same heads and see other tokens, in place; NaN counts as infinite."""
-    largest.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # backends may drop a NaN
     for axis in ("dp_replicate", "dp_shard", "cp"):
-        if getattr(mesh.shape, axis) > 1:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.group_of(axis))
+        reduce_maxima(largest, mesh.group_of(axis))
 
 
 def _scale_heads(weight: Tensor, factors: Tensor, context: BuildContext) -> None:

@@ -6,6 +6,7 @@ collective until it times out.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from titan_growth.tools.errors import ConfigError, TitanGrowthError
 from titan_growth.tools.torch_private import FakeStore, process_groups, set_group_timeout
@@ -128,6 +130,13 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     values: list[Any] = [None] * num_ranks
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def reduce_maxima(values: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """The largest of each value over the ranks, in place. A NaN, which backends may drop, becomes infinite first."""
+    values.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
 
 
 def fail_together(errors: Sequence[str], kind: type[TitanGrowthError], group: dist.ProcessGroup | None = None) -> None:
