@@ -5,8 +5,9 @@
 Each run is `benchmarks/growth_pays.toml` without growth: steps of 2,048 tokens under a cosine that ends with them, in
 float32. Widths are compared at the smallest depth, depths at the smallest width; muP and CompleteP scale from there. A
 best rate at the edge of the grid says nothing about the best one: there the grid is extended, by factors of 2 and twice
-at most, and the best rate of the smallest model is trained at every size. Finished runs are not trained again. Writes `benchmarks/results/lr_transfer.json`, `.md` and `.png` (elsewhere with --result); losses do not mind what
-else the machine does.
+at most, and the best rate of the smallest model is trained at every size. Finished runs are not trained again. Writes
+`benchmarks/results/lr_transfer.json`, `.md` and `.png` (elsewhere with --result); losses do not mind what else the
+machine does.
 """
 
 from __future__ import annotations
