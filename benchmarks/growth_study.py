@@ -1,7 +1,9 @@
 """Does growing pay, at annealed ends, tuned on both sides? Trains what `growth_study_runs.py` lists; keeps the results.
 
     python -m benchmarks.growth_study [--study tuning ...] [--jobs 2] [--again | --list | --page | --files]
-    python -m benchmarks.growth_study --device cuda --study tuning headline --jobs 4    # half an hour of one H100
+    python -m benchmarks.growth_study --device cuda --study tuning headline --jobs 4
+
+The second is meant for half an hour of one H100; it has been planned (`--list`), and not been run yet.
 
 Every run goes through `run_train.sh`, its cool-downs through `titan_growth branch`, with one thread for each job.
 A finished end is appended to `benchmarks/results/growth_study.json` at once and is never trained again; a run that was
