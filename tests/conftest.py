@@ -17,7 +17,7 @@ import torch.distributed.pipelining
 import torch.distributed.tensor
 import torch.distributed.tensor.parallel
 
-from tests.harness import WarmRanks
+from tests.harness import PATIENCE, WarmRanks
 from tests.thinning import thin
 
 pytest_plugins = ("pytester",)
@@ -38,8 +38,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Before anything is chosen by marks."""
+    """Before anything is chosen by marks; limits of single tests are as patient as those of ranks."""
     thin(items)
+    for item in items:
+        if PATIENCE != 1 and (limit := item.get_closest_marker("timeout")):
+            item.add_marker(pytest.mark.timeout(PATIENCE * limit.args[0]), append=False)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ A rank that fails reports its traceback, and the others are killed at once.
 
 `run_ranks` forks for one call. `WarmRanks` keeps the ranks for the calls that follow: DTensor's sharding rules and the
 meshes are cached in a process, so the second run of a mesh takes half the time of the first.
+
+Time limits are for a machine that does nothing else. Where it does, `TEST_PATIENCE=4` makes them four times as long.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+PATIENCE = float(os.environ.get("TEST_PATIENCE", "1"))
+"""What limits of tests, in seconds, are multiplied by; not those of the product, which tests set on purpose."""
 
 # Autograd starts a thread per device in its first backward pass, and then none can run in a forked process. FakeTensors
 # make PyTorch's CUDA builds count 8 devices where there are none: the first backward pass comes before them.
@@ -96,6 +101,7 @@ class Ranks:
         rank_of = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
+        timeout_seconds *= PATIENCE
         deadline = time.monotonic() + timeout_seconds
         while rank_of and time.monotonic() < deadline:
             for pipe in wait(list(rank_of), timeout=max(0.0, deadline - time.monotonic())):
@@ -113,7 +119,7 @@ class Ranks:
         if failures:
             raise AssertionError("\n".join(failures.values()))
         if rank_of:
-            raise AssertionError(f"{len(results)} of {len(self._pipes)} ranks were done within {timeout_seconds} s")
+            raise AssertionError(f"{len(results)} of {len(self._pipes)} ranks were done within {timeout_seconds:g} s")
         return [results[rank] for rank in range(len(self._pipes))]
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.harness import PATIENCE
 from tests.runs import BASE, argv_of, read_metrics, without_timings, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +125,7 @@ class Launched:
 
     def wait(self, limit_seconds: float = LIMIT_SECONDS) -> Ended:
         """Returns when the launcher and all ranks have ended; fails, and ends them, when that takes too long."""
+        limit_seconds *= PATIENCE
         try:
             status = self.process.wait(limit_seconds)
         except subprocess.TimeoutExpired:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import slow_suite
+from tests import harness, slow_suite
 
 TESTS = """
 import time
@@ -89,3 +89,26 @@ def test_the_page_is_made_of_its_json() -> None:
     result = json.loads(slow_suite.RESULT.read_text(encoding="utf-8"))
     assert slow_suite.RESULT.with_suffix(".md").read_text(encoding="utf-8") == slow_suite.page(result)
     assert result["runs"]
+
+
+PATIENT = """
+import os
+import pytest
+
+@pytest.mark.slow
+def test_it_is_patient(request):
+    assert os.environ["TEST_PATIENCE"] == "4"
+    assert request.config.getoption("--timeout") == 1200
+"""
+
+
+def sleep_for(rank: int, seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def test_limits_are_as_patient_as_one_likes(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkout / "tests" / "test_some.py").write_text(PATIENT)
+    assert slow_suite.run_file("tests/test_some.py", 60, checkout, patience=4).passed == 1
+    monkeypatch.setattr(harness, "PATIENCE", 0.001)
+    with pytest.raises(AssertionError, match=r"0 of 1 ranks were done within 0\.09 s"):
+        harness.run_ranks(sleep_for, 1, 5)
