@@ -44,12 +44,13 @@ from titan_growth.data.splitting import TRAIN, VALIDATION, SplitRule, split_rule
 from titan_growth.data.storage import cache_root, exclusive, writing
 from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train, require_ends
 from titan_growth.data.windows import SEGMENT_CHARS, Beginning, Window, windows_of
+from titan_growth.tools.cores import num_cores
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
 
 _JOURNAL_NAME = "journal.json"
-_BATCH_CHARS = min(max(1 << 20, (os.cpu_count() or 1) * SEGMENT_CHARS), 1 << 23)  # a window for every core
+_BATCH_CHARS = SEGMENT_CHARS
 _BATCH_WINDOWS = 1024
 _TRIES = 3
 """How often a corpus may turn out to be another one than remembered before its preparation begins."""
@@ -165,7 +166,7 @@ class _Job:
         try:
             with self._bar() as bar:
                 parts_writer = PartWriter(writers, self._ends("bos"), self._ends("eos"), self.at, self.account)
-                encoder = DocumentEncoder(self.tokenizer)
+                encoder = DocumentEncoder(self.tokenizer, num_cores() + 1)
                 for parts in encoder.encode(self._batches()):
                     chars = self.at.chars
                     for part in parts:

@@ -53,9 +53,7 @@ class LaunchSettings:
     @property
     def threads(self) -> int:
         """CPU threads of a rank: its share of the cores that this process may use."""
-        # A container or scheduler may allow fewer than the machine has; macOS cannot tell.
-        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        return max(1, len(allowed) // self.ranks)
+        return max(1, num_cores() // self.ranks)
 
 
 class _Reader:
