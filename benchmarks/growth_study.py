@@ -209,7 +209,7 @@ def _entry(trunk: Trunk, ended: Ended, tokens: str) -> dict[str, Any]:
         "loss": last["validation_loss"],
         **{cost: last[cost] for cost in ("tokens", "flops", "seconds")},
         "trunk": [one for one in trunk_losses if one[0] <= stem_step],
-        "growths": _around_growths(stem),
+        "growths": around_growths(stem),
         "tokens_trained_on": tokens,
         "machine": machine(),
         "torch": torch.__version__,
@@ -218,14 +218,14 @@ def _entry(trunk: Trunk, ended: Ended, tokens: str) -> dict[str, Any]:
     }
 
 
-def _around_growths(folder: Path) -> list[dict[str, Any]]:
+def around_growths(folder: Path) -> list[dict[str, Any]]:
     """Of each growth its step, and the training losses around it: how high they jump, and how soon they are back."""
     lines = read_lines(folder / METRICS_FILE, lambda line: line)
     found = []
     for growth in (line for line in lines if line.get("event") == "growth"):
         near = range(growth["step"] - 100, growth["step"] + 401)
         losses = [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line and line["step"] in near]
-        found.append({"step": growth["step"], "num_layers": growth["num_layers"], "losses": losses})
+        found.append({"step": growth["step"], "to_layers": growth["to_layers"], "losses": losses})
     return found
 
 

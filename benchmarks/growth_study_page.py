@@ -75,11 +75,15 @@ def page(results: dict[str, list[dict[str, Any]]], scale: Scale) -> str:
             if picture := study.pictures.get(name):
                 parts.append(f"![{title}]({picture})")
             parts += special.get(name, lambda study, name=name: [_table(study, name)])(study)
-    if rows := spikes(ends):
+    if rows := spikes(study.firsts(_WITH_SPIKES)):
         parts += ["## (h) The spike after a growth, and its recovery", *rows]
     if repeats:
         parts += ["## The same runs again", *_again(study, repeats)]
     return "\n\n".join(parts) + "\n"
+
+
+_WITH_SPIKES = ("headline", "operators", "factor", "policies", "paper")
+"""Studies of which the growths are looked at."""
 
 
 class _Study:
@@ -113,6 +117,11 @@ class _Study:
                 for entry in self.entries(trunk):
                     found.setdefault((trunk.arm, entry["end"]), []).append({**entry, "seed": trunk.seed})
         return found
+
+    def firsts(self, studies: Sequence[str]) -> list[dict[str, Any]]:
+        """One end of each arm of some studies, by its name there."""
+        arms = [(arm, entries) for name in studies for (arm, _), entries in self.arms(name).items()]
+        return [{**entries[0], "arm": arm} for arm, entries in arms]
 
     def timing(self) -> dict[str, dict[float, list[float]]]:
         """Operator -> share of the steps before the growth -> losses of the seeds."""

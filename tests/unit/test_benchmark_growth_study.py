@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from benchmarks.growth_study_runs import GROWN, SCALES, SCRATCH, Choice, Scale
 from benchmarks.growth_study_tables import trunks
 from benchmarks.growth_study_tuning import Tuning
 from titan_growth.config.loader import inspect_recipe
+from titan_growth.metrics.records import GrowthRecord
 from titan_growth.run.start import RunStart, Site, resolve
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.run_folder import RunFolder
@@ -92,3 +94,14 @@ def test_the_study_of_gpus_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(SystemExit, match="no GPU that torch can use"):
         growth_study.main(["--device", "cuda"])
+
+
+def test_losses_around_a_growth_are_kept(tmp_path: Path) -> None:
+    """From the lines that a run writes: 100 steps before it and 400 after."""
+    growth = GrowthRecord(step=500, from_layers=3, to_layers=12, loss_before=3.0, loss_after=3.5)
+    lines = [json.dumps({"step": step, "loss": 3.0 + step / 1000}) for step in range(10, 1001, 10)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, growth.to_line()]) + "\n")
+    (found,) = growth_study.around_growths(tmp_path)
+    assert (found["step"], found["to_layers"]) == (500, 12)
+    assert found["losses"][0] == [400, 3.4]
+    assert found["losses"][-1] == [900, 3.9]

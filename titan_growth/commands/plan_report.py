@@ -64,7 +64,7 @@ def _stages(plan: RunPlan, device_type: str) -> Iterator[list[str]]:
 
 
 def _model(plan: RunPlan, shards: ModelShards) -> list[str]:
-    config, seq_len = shards.config, plan.recipe.training.seq_len
+    config, seq_len = shards.config, plan.phases[-1].recipe.training.seq_len
     head = "tied head" if config.tie_word_embeddings else f"head {shards.numel(HEAD):,}"
     which = " in the end" if plan.growth_plan.planned else ""
     return [

@@ -25,8 +25,6 @@ from titan_growth.data.tokenizer import Encoded, Tokenizer
 from titan_growth.data.windows import CONTEXT_CHARS, Segment, Window
 from titan_growth.tools.errors import DataError
 
-_BATCHES_AHEAD = 2
-
 
 @dataclass(frozen=True)
 class Part:
@@ -87,6 +85,11 @@ class DocumentEncoder:
     """Encodes windows in batches, ahead of whoever uses them, and puts their tokens together."""
 
     def __init__(self, tokenizer: Tokenizer, num_threads: int) -> None:
+        """num_threads: each gives a batch to the library, which encodes outside of Python's lock on its own threads.
+
+        They should be more than the cores, and the batches small: then no core waits for a batch's last window, nor
+        for Python to take over its tokens.
+        """
         self._tokenizer = tokenizer
         self._num_threads = num_threads
         self._left: EncodedWindow | None = None

@@ -142,7 +142,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return library_errors(self._path, "cannot encode the corpus", fix)
 
     def _true(self, ids: list[int]) -> list[int]:
-        return [self._true_ids.get(token, token) for token in ids] if self._true_ids else ids
+        if self._true_ids.keys().isdisjoint(ids):
+            return ids
+        return [self._true_ids.get(token, token) for token in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False))
@@ -158,6 +160,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return dict(self._files)
 
 
+_OTHER_WAYS_TO_WHOLE_WORDS = ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+"""Settings of a BPE with which a token may come about that no pair of the merges spells."""
+
+
 def _without_spellings(table: dict[str, Any], special: set[str]) -> dict[str, Any] | None:
     """A tokenizer.json whose model makes none of the special tokens out of a text; None if it makes none anyway.
 
@@ -166,7 +172,11 @@ def _without_spellings(table: dict[str, Any], special: set[str]) -> dict[str, An
     """
     model = table["model"]
     vocabulary = model["vocab"]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
     hidden = special - {model.get("unk_token")}
+    if pairs and not any(model.get(key) for key in _OTHER_WAYS_TO_WHOLE_WORDS):
+        made = {"".join(pair) for pair in pairs}
+        hidden = {name for name in hidden if name in made or len(name) == 1}
     if isinstance(vocabulary, list):
         hidden = {entry[0] for number, entry in enumerate(vocabulary) if number != model.get("unk_id")} & hidden
         model["vocab"] = [[_UNSPELLABLE + name if name in hidden else name, score] for name, score in vocabulary]
@@ -176,6 +186,5 @@ def _without_spellings(table: dict[str, Any], special: set[str]) -> dict[str, An
     if not hidden:
         return None
     if "merges" in model:
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [pair for pair in pairs if not hidden & {*pair, "".join(pair)}]
     return table

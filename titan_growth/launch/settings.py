@@ -7,13 +7,13 @@ reported together, each with the name of its variable.
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from titan_growth.tools.cores import num_cores
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import local_path
 
