@@ -25,8 +25,6 @@ from titan_growth.data.tokenizer import Encoded, Tokenizer
 from titan_growth.data.windows import CONTEXT_CHARS, Segment, Window
 from titan_growth.tools.errors import DataError
 
-_BATCHES_AHEAD = 2
-
 
 @dataclass(frozen=True)
 class Part:
@@ -86,20 +84,25 @@ class EncodedWindow:
 class DocumentEncoder:
     """Encodes windows in batches, ahead of whoever uses them, and puts their tokens together."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_threads: int) -> None:
+        """num_threads: each gives a batch to the library, which encodes outside of Python's lock on its own threads.
+
+        They should be more than the cores, and the batches small: then no core waits for a batch's last window, nor
+        for Python to take over its tokens.
+        """
         self._tokenizer = tokenizer
+        self._num_threads = num_threads
         self._left: EncodedWindow | None = None
         self._wanted_chars = 0
 
     def encode(self, batches: Iterable[list[Window]]) -> Iterator[list[Part]]:
         """The parts of each batch of windows that are known once it is encoded. Raises DataError."""
-        # The libraries encode outside of Python's lock. With two batches at a time no core waits for a batch's last.
-        with ThreadPoolExecutor(_BATCHES_AHEAD) as threads:
+        with ThreadPoolExecutor(self._num_threads) as threads:
             waiting: list[Future[list[EncodedWindow]]] = []
             try:
                 for batch in batches:
                     waiting.append(threads.submit(self._encoded, batch))
-                    if len(waiting) > _BATCHES_AHEAD:
+                    if len(waiting) > 2 * self._num_threads:
                         yield self._parts(waiting.pop(0).result())
                 while waiting:
                     yield self._parts(waiting.pop(0).result())

@@ -12,9 +12,9 @@ stream does not precede it in the text; document_mask separates them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -43,13 +43,15 @@ from titan_growth.data.shard_writer import SplitWriter
 from titan_growth.data.splitting import TRAIN, VALIDATION, SplitRule, split_rule
 from titan_growth.data.storage import cache_root, exclusive, writing
 from titan_growth.data.tokenizers import Tokenizer, TokenizerSpec, load_or_train, require_ends
-from titan_growth.data.windows import ROUNDING_SCALE, SEGMENT_CHARS, Beginning, Window, windows_of
+from titan_growth.data.windows import ROUNDING_SCALE, SEGMENT_CHARS, Beginning, Window, batched, windows_of
+from titan_growth.tools.cores import num_cores
 from titan_growth.tools.errors import DataError
 from titan_growth.tools.files import write_atomic
 from titan_growth.tools.logs import logger
 
 _JOURNAL_NAME = "journal.json"
-_BATCH_CHARS = min(max(1 << 20, (os.cpu_count() or 1) * SEGMENT_CHARS), 1 << 23)  # a window for every core
+_BATCH_CHARS = 1 << 17
+"""Of a batch, of which every core has more than one: together, memory for many is small."""
 _BATCH_WINDOWS = 1024
 _TRIES = 3
 """How often a corpus may turn out to be another one than remembered before its preparation begins."""
@@ -165,12 +167,13 @@ class _Job:
         try:
             with self._bar() as bar:
                 parts_writer = PartWriter(writers, self._ends("bos"), self._ends("eos"), self.at, self.account)
-                encoder = DocumentEncoder(self.tokenizer)
+                encoder = DocumentEncoder(self.tokenizer, num_cores() + 1)
                 for parts in encoder.encode(self._batches()):
                     chars = self.at.chars
                     for part in parts:
                         parts_writer.write(part)
-                    bar.update(self.at.chars - chars)
+                    if bar is not None:
+                        bar.update(self.at.chars - chars)
                     now_complete = sum(writer.num_complete_shards for writer in writers.values())
                     if now_complete > num_shards:
                         num_shards = now_complete
@@ -189,28 +192,16 @@ class _Job:
                 writer.close()
             if not (self.folder / META_NAME).exists() and not (self.folder / _JOURNAL_NAME).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)  # nothing to go on from
-        seconds = time.monotonic() - started
-        logger.info("prepared %s tokens in %.1f s (%s)", f"{num_tokens:,}", seconds, self.folder)
+        logger.info("prepared %s tokens in %.1f s (%s)", f"{num_tokens:,}", time.monotonic() - started, self.folder)
         log_table(self.account.to_json())
         self.at.log_spellings(as_tokens=self.tokenizer.allows_special_tokens)
 
     def _batches(self) -> Iterator[list[Window]]:
-        """The remaining windows, in batches of about `_BATCH_CHARS` characters."""
-        batch: list[Window] = []
-        num_chars, num_done = 0, self.at.segments_of_document
-        at = Beginning(self.at.document, self.at.pieces_before_document)
+        """The remaining windows, in batches."""
+        at = Beginning(self.at.document, self.at.pieces_before_document, self.at.segments_of_document)
         documents = self.corpus.document_parts(at.document, self.account)
-        for window in windows_of(documents, at, self.rule, self.tokenizer.special_texts, self._scale):
-            if num_done and window.segments[0].document == at.document:
-                num_done -= len(window.segments)
-                continue
-            batch.append(window)
-            num_chars += window.num_chars
-            if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_WINDOWS:
-                yield batch
-                batch, num_chars = [], 0
-        if batch:
-            yield batch
+        windows = windows_of(documents, at, self.rule, self.tokenizer.special_texts, self._scale)
+        return batched(windows, _BATCH_CHARS, _BATCH_WINDOWS)
 
     @property
     def _scale(self) -> int:
@@ -302,8 +293,8 @@ class _Job:
         return SplitWriter(self.folder, name, self._dtype, self.shard_tokens, state)
 
     def _bar(self) -> Any:
+        if not (self.progress and sys.stderr.isatty()):
+            return contextlib.nullcontext()
         from tqdm import tqdm
 
-        shown = self.progress and sys.stderr.isatty()
-        size = self.corpus.num_bytes
-        return tqdm(total=size, initial=self.at.chars, unit="B", unit_scale=True, desc="preparing", disable=not shown)
+        return tqdm(total=self.corpus.num_bytes, initial=self.at.chars, unit="B", unit_scale=True, desc="preparing")

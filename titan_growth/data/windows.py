@@ -66,29 +66,50 @@ class Window:
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where a preparation begins to read: a document of the corpus, and the number of its first piece."""
+    """Where a preparation begins to read: a document of the corpus, and the number of its first piece.
+
+    segments: how many segments of the document are done.
+    """
 
     document: int = 0
     piece: int = 0
+    segments: int = 0
 
 
 def windows_of(
     documents: Iterable[Document], at: Beginning, rule: SplitRule, special: Iterable[str], scale: int = 1
 ) -> Iterator[Window]:
-    """The windows of documents, the first of which is the one of the beginning.
+    """The windows of documents, the first of which is the one of the beginning, without what is done of it.
 
     Args:
         special: the texts whose occurrences are counted.
         scale: what the lengths of windows and segments are multiplied by.
     """
     counter = SpellingCounter(special)
-    num_pieces = at.piece
+    num_pieces, num_done = at.piece, at.segments
     for number, parts in enumerate(documents, start=at.document):
         counter.begin()
         segments = _segments(number, parts, rule, num_pieces, SEGMENT_CHARS * scale)
         for window in _windows(_counted(segments, counter), scale):
-            yield window
+            if num_done <= 0:
+                yield window
+            num_done -= len(window.segments)
             num_pieces += sum(segment.ends_piece for segment in window.segments)
+        num_done = 0
+
+
+def batched(windows: Iterable[Window], num_chars: int, num_windows: int) -> Iterator[list[Window]]:
+    """Windows in batches of that many characters or more, but of no more than that many windows."""
+    batch: list[Window] = []
+    missing = num_chars
+    for window in windows:
+        batch.append(window)
+        missing -= window.num_chars
+        if missing <= 0 or len(batch) >= num_windows:
+            yield batch
+            batch, missing = [], num_chars
+    if batch:
+        yield batch
 
 
 def _segments(

@@ -7,13 +7,13 @@ reported together, each with the name of its variable.
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from titan_growth.tools.cores import num_cores
 from titan_growth.tools.findings import Findings
 from titan_growth.tools.location import local_path
 
@@ -53,9 +53,7 @@ class LaunchSettings:
     @property
     def threads(self) -> int:
         """CPU threads of a rank: its share of the cores that this process may use."""
-        # A container or scheduler may allow fewer than the machine has; macOS cannot tell.
-        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        return max(1, len(allowed) // self.ranks)
+        return max(1, num_cores() // self.ranks)
 
 
 class _Reader:

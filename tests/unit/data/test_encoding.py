@@ -40,7 +40,7 @@ def batches(found: Iterator[Window], size: int = 3) -> Iterator[list[Window]]:
 def parts_of(tokenizer: Tokenizer, texts: Sequence[str], period: int = 2) -> list[Part]:
     rule = SplitRule(PIECE_CHARS, period)
     found = windows_of([(text,) for text in texts], Beginning(), rule, tokenizer.special_texts)
-    return [part for batch in DocumentEncoder(tokenizer).encode(batches(found)) for part in batch]
+    return [part for batch in DocumentEncoder(tokenizer, 2).encode(batches(found)) for part in batch]
 
 
 def assert_whole(tokenizer: Tokenizer, text: str) -> None:
