@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.meshes import MESHES, slow_ones
+from tests.distributed.test_parity import Trained, assert_agrees_with_one_rank
 from tests.harness import WarmRanks
 from tests.runs import make_recipe, read_steps, train
 from titan_growth.commands.plan_report import report_lines
@@ -98,3 +100,29 @@ def test_resumes_in_every_stretch(
 ) -> None:
     (tmp_path / "corpus.txt").write_bytes((whole.parent / "corpus.txt").read_bytes())
     require_same(whole, resumed(warm_ranks, whole, tmp_path / "run", step, num_ranks), exact=num_ranks == 2)
+
+
+ON_MESHES = ("pp2", "tp2", "cp2", "fsdp2 x tp2", "pp2 x fsdp2", "pp2 x tp2", "pp2 x cp2", "cp2 x fsdp2", "cp2 x tp2")
+GROWING_BATCH = {
+    "training__steps": 6,
+    "training__batch_schedule__0__at": "512 tokens",
+    "training__batch_schedule__0__global_batch_size": 16,
+    "training__batch_schedule__1__at": "4 steps",
+    "training__batch_schedule__1__global_batch_size": 24,
+    "lr_scheduler__decay_ratio": 0.6,
+    "model__n_layers": 2,
+    "debug__log_batch_hash": True,
+}
+"""8 x 32 tokens for 2 steps, 16 x 32 for 2, and 24 x 32 for 2, under a warmup of 2 steps and a decay in tokens."""
+
+
+@pytest.mark.parametrize("name", slow_ones(ON_MESHES, *ON_MESHES[1:]))
+def test_meshes_agree_with_one_rank(name: str, trained: Trained) -> None:
+    """The same sequences, learning rates and losses: what grows is how many batches of the mesh are accumulated."""
+    case = MESHES[name]
+    lines = assert_agrees_with_one_rank(case, trained, **GROWING_BATCH)
+    expected = trained(1, **GROWING_BATCH, training__local_batch_size=8)
+    assert [line["tokens"] for line in lines] == [256, 512, 1024, 1536, 2304, 3072]
+    for key in ("batch_hash", "tokens", "lr"):
+        assert [line[key] for line in lines] == [line[key] for line in expected], key
+    assert lines[-1]["lr"] < PEAK == lines[2]["lr"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from tests.distributed.test_parity import Trained, assert_agrees_with_one_rank
 from tests.faults.elastic import MESHES as ELASTIC_MESHES
 from tests.faults.elastic import QUICK, TOLERANCE, Elastic
 from tests.harness import WarmRanks
+from tests.runs import make_recipe, trainer_of
+from titan_growth.config.schema.recipe import Recipe
+from titan_growth.layout.mesh import Mesh
 
 SETTINGS = {**MUON, "training__steps": 3, "model__n_layers": 3}
 SOME = ("fsdp2", "tp2", "pp2 x fsdp2", "hsdp 2x2")
@@ -30,6 +34,23 @@ def test_meshes_agree_with_one_rank(name: str, trained: Trained) -> None:
     expected = trained(1, **settings, **MESHES[name].model, training__local_batch_size=GLOBAL_BATCH)
     for line, reference in zip(lines, expected, strict=True):
         assert line["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+
+
+def asks_for_group(rank: int, recipe: Recipe) -> bool:
+    """Whether starting a run asks for the group of the ranks that share matrices, which is then made."""
+    asked: list[Mesh] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mesh, "part_group", property(asked.append))
+        with trainer_of(recipe, 2):
+            return bool(asked)
+
+
+@pytest.mark.parametrize(("name", "asks"), [("AdamW", False), ("Muon", True)])
+def test_only_a_rule_for_whole_matrices_gets_a_group(
+    name: str, asks: bool, warm_ranks: WarmRanks, tmp_path: Path
+) -> None:
+    recipe = make_recipe(tmp_path / "run", optimizer__name=name, parallelism__tensor_parallel_degree=2)
+    assert warm_ranks(asks_for_group, 2, recipe) == [asks] * 2
 
 
 def test_it_is_another_optimizer(trained: Trained) -> None:

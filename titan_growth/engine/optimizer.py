@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from titan_growth.config.schema.optimizer import OptimizerConfig
 from titan_growth.engine.build import BuiltModel
 from titan_growth.engine.parameter_groups import SizedModel, Treatment, treatment_of
-from titan_growth.optimizers.base import Site, StateTensor, UpdateRule, optimizer_named
+from titan_growth.optimizers.base import Site, StateTensor, UpdateRule, needs_group, optimizer_named
 from titan_growth.tools.gradients import reduced
 from titan_growth.tools.shards import local_of
 from titan_growth.tools.torch_private import foreach_norm
@@ -84,7 +84,8 @@ class Optimizer:
         """The optimizer for a built model."""
         mesh, tied = model.context.mesh, model.context.model_config.tied
         group = mesh.group_of("pp") if mesh.shape.pp > 1 else None
-        site = Site(torch.device(model.context.device_type), mesh.part_group)
+        shard_group = mesh.part_group if needs_group(section) else None
+        site = Site(torch.device(model.context.device_type), shard_group)
         sized = SizedModel(model.context.model_config, model.context.family.ROLES)
         return cls(model.parts, section, max_norm=max_norm, site=site, tied=tied, pipeline_group=group, model=sized)
 

@@ -20,6 +20,7 @@ class AdamRule:
     kind: type[torch.optim.Adam]
     state = (StateTensor("exp_avg", 1), StateTensor("exp_avg_sq", 2), StateTensor("step", None))
     width_factor = staticmethod(elementwise_width_factor)
+    needs_group = False
 
     def make(self, groups: list[dict[str, Any]], section: OptimizerConfig, site: Site) -> torch.optim.Optimizer:
         """Everything is elementwise, so PyTorch's own works on shards."""

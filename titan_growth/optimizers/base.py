@@ -43,7 +43,8 @@ class Site:
     device: torch.device
     """Where the model computes; with host offload the parameters are elsewhere."""
     group: ProcessGroup | None = None
-    """The ranks that hold shards of the same parameters; None for this one alone."""
+    """The ranks that hold shards of the same parameters; None for this one alone, and where no rule of the optimizer
+    asks for it."""
 
 
 class UpdateRule(Protocol):
@@ -66,9 +67,10 @@ class UpdateRule(Protocol):
         """
         ...
 
-    # One more that may be left out:
+    # Two more that may be left out:
     # width_factor(shape, base_shape, reads, section) -> float, the factor on the learning rate of a hidden matrix under
     # muP. Without it, the update is taken to be like Adam's: of elements whose size does not depend on the width.
+    # needs_group: bool, whether `make` reads `site.group`. Without it, it may.
 
 
 class OptimizerKind(Protocol):
@@ -170,6 +172,12 @@ def optimizer_named(name: str) -> OptimizerKind:
 def state_of(section: OptimizerConfig, name: str, num_dims: int) -> Sequence[StateTensor]:
     """What a recipe's optimizer keeps of a parameter. Raises ConfigError when there is no such optimizer."""
     return optimizer_named(section.name).rule_of(name, num_dims).state
+
+
+def needs_group(section: OptimizerConfig) -> bool:
+    """Whether a recipe's optimizer works across ranks. It is asked of all its rules, those included that no parameter
+    of this rank has: a group is made by all ranks together."""
+    return any(getattr(rule, "needs_group", True) for rule in optimizer_named(section.name).rules)
 
 
 def options_of(section: OptimizerConfig) -> dict[str, Any]:
