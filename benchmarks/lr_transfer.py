@@ -175,7 +175,7 @@ def page(result: dict[str, Any]) -> str:
 def draw(result: dict[str, Any], target: Path) -> None:
     """Loss against learning rate: widths above, depths below, a column for each parametrisation."""
     found, first = curves(result), result["runs"][0]
-    panels = panels_of(2, len(NAMES), figsize=(3.6 * len(NAMES), 6.0), sharey=True)
+    panels = panels_of(2, len(NAMES), figsize=(3.6 * len(NAMES), 6.0), sharex=True, sharey=True)
     for column, name in enumerate(NAMES):
         for (one, dim, layers), row in found.items():
             for panel, label in ((panels[0][column], f"dim {dim}"), (panels[1][column], f"{layers} layers")):
