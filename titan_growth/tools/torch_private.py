@@ -195,7 +195,23 @@ def drop_activations(schedule: Any) -> None:
         pipeline_stage.clear_runtime_states()
 
 
-def answer_votes(pipeline_stage: PipelineStage) -> None:
-    """For a dry run of torch 2.13: no other rank answers, but all parts have static metadata, so the vote is known."""
+def stand_in_for_neighbors(pipeline_stage: PipelineStage) -> None:
+    """For a dry run, in which no other rank answers or sends: their votes are known, and their tensors are zeros.
+
+    Parts have static metadata, so a vote (torch 2.13) has one outcome. The fake backend leaves what it receives as the
+    memory was, which made the gradient norm of rank 0 NaN.
+    """
     for vote in ("_warmup_forward_vote", "_warmup_backward_result"):
         setattr(pipeline_stage, vote, lambda *_args, **_kwargs: torch.ones(1, dtype=torch.int32))
+    for name in ("get_fwd_recv_ops", "get_bwd_recv_ops"):
+        setattr(pipeline_stage, name, _receiving_zeros(getattr(pipeline_stage, name)))
+
+
+def _receiving_zeros(receives_of: Callable[[int], list[dist.P2POp]]) -> Callable[[int], list[dist.P2POp]]:
+    def emptied(microbatch: int) -> list[dist.P2POp]:
+        receives = receives_of(microbatch)
+        for receive in receives:
+            receive.tensor.detach().zero_()
+        return receives
+
+    return emptied
