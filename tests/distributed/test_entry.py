@@ -98,3 +98,27 @@ def test_help_of_the_module() -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0
     assert "--growth.stages.N.at" in result.stdout
+
+
+DRY_RUN_MESHES = {
+    "pp2 tp2": {"pipeline_parallel_degree": 2, "tensor_parallel_degree": 2},
+    "dp2 cp2": {"data_parallel_shard_degree": 2, "context_parallel_degree": 2},
+    "pp2 V-shaped": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "ZBVZeroBubble"},
+}
+
+
+@pytest.mark.parametrize("mesh", DRY_RUN_MESHES)
+def test_dry_run_succeeds_without_other_ranks(tmp_path: Path, mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 alone on a mesh: what others would send must not be memory that happens to be there.
+
+    Under `debug.deterministic` PyTorch fills such memory with NaN, so one use of it makes the gradient norm NaN.
+    """
+    degrees = DRY_RUN_MESHES[mesh]
+    num_ranks = 2 if mesh == "pp2 V-shaped" else 4
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": num_ranks}.items():
+        monkeypatch.setenv(name, str(value))
+    parallelism = {f"parallelism__{key}": value for key, value in degrees.items()}
+    output = run(tmp_path / "run", comm__mode="fake_backend", debug__deterministic=True, **parallelism)
+    assert "step 1/1" in output
+    assert "nan" not in output
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -24,7 +24,7 @@ from titan_growth.engine.build import BuiltModel
 from titan_growth.engine.engine import Engine, Microbatch
 from titan_growth.layout.pipeline_layout import PipelineLayout
 from titan_growth.stages.pipeline import Pipeline, layout_of
-from titan_growth.tools.torch_private import answer_votes, drop_activations, forward_schedule_of, schedule_of
+from titan_growth.tools.torch_private import drop_activations, forward_schedule_of, schedule_of, stand_in_for_peers
 
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.ERROR)  # it logs its class at each build
 
@@ -138,7 +138,7 @@ class PipelineEngine(Engine):
         ]
         if dist.get_backend(self.group) == "fake":
             for pipeline_stage in pipeline_stages:
-                answer_votes(pipeline_stage)
+                stand_in_for_peers(pipeline_stage)
         return pipeline_stages
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -195,7 +196,17 @@ def drop_activations(schedule: Any) -> None:
         pipeline_stage.clear_runtime_states()
 
 
-def answer_votes(pipeline_stage: PipelineStage) -> None:
-    """For a dry run of torch 2.13: no other rank answers, but all parts have static metadata, so the vote is known."""
+def stand_in_for_peers(pipeline_stage: PipelineStage) -> None:
+    """For a dry run, without other ranks: their votes (of torch 2.13) are known, and what they send is zeros."""
     for vote in ("_warmup_forward_vote", "_warmup_backward_result"):
         setattr(pipeline_stage, vote, lambda *_args, **_kwargs: torch.ones(1, dtype=torch.int32))
+    for name in ("get_fwd_recv_ops", "get_bwd_recv_ops"):
+        setattr(pipeline_stage, name, partial(_zeroed, getattr(pipeline_stage, name)))
+
+
+def _zeroed(receives_of: Callable[[int], list[dist.P2POp]], microbatch: int) -> list[dist.P2POp]:
+    """The receives of a microbatch; the fake backend leaves their memory as it is."""
+    receives = receives_of(microbatch)
+    for receive in receives:
+        receive.tensor.detach().zero_()
+    return receives

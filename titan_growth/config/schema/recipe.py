@@ -206,7 +206,7 @@ class CommConfig(Section):
     save_traces_file_prefix: str = "rank_"
     """File name prefix of those dumps."""
     mode: Literal["default", "fake_backend"] = "default"
-    """fake_backend: a dry run of one rank in one process, without the others."""
+    """fake_backend: a dry run of rank 0 in one process. The others send zeros or copies, so its loss means nothing."""
 
 
 class DebugConfig(Section):
