@@ -119,6 +119,40 @@ def test_more_meshes_agree_with_one_rank(name: str, measured: Measured) -> None:
     assert_same(measured(case.num_ranks, **settings | case.layout), measured(1, **settings | ONE_RANK.layout))
 
 
+FLOAT8_SIZES = {"model__dim": 64, "model__vocab_size": 288}
+FLOAT8 = {"model__converters": ["quantize.linear.float8"]}
+KIND = "quantize__linear__float8__"
+FLOAT8_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "1 rank": ("1 rank", {}),
+    "1 rank, rowwise": ("1 rank", {f"{KIND}recipe_name": "rowwise"}),
+    "fsdp2, gathered": ("fsdp2", {f"{KIND}enable_fsdp_float8_all_gather": True}),
+    "tp2": ("tp2", {}),
+    "pp2": ("pp2", {}),
+    "cp2": ("cp2", {}),
+    "compiled": ("1 rank", COMPILED),
+}
+
+
+@pytest.mark.usefixtures("warm_imports")
+@pytest.mark.parametrize("name", slow_ones(FLOAT8_KINDS, "1 rank, rowwise", "tp2", "pp2", "cp2", "compiled"))
+def test_float8_is_measured(name: str, measured: Measured) -> None:
+    """Weights as they are stored, before any cast; the rest is near the numbers of the same run without Float8."""
+    mesh, settings = FLOAT8_KINDS[name]
+    case = {"1 rank": ONE_RANK, **MESHES}[mesh]
+    found = measured(case.num_ranks, **FLOAT8_SIZES, **FLOAT8, **settings, **case.layout)[0]
+    expected = measured(1, **FLOAT8_SIZES, **ONE_RANK.layout)[0]
+    for metric, tolerance in (
+        ("weight_norm", 1e-6),
+        ("activation_rms", 5e-2),
+        ("gradient_norm", 1e-1),
+        ("update_ratio", 1e-1),
+    ):
+        numbers, exact = (flat({"layers": {metric: line["layers"][metric]}}) for line in (found, expected))
+        assert numbers == pytest.approx(exact, rel=tolerance), metric
+    assert found["layers"]["gradient_norm"] != expected["layers"]["gradient_norm"], "Float8 is off"
+    assert found["layers"].keys() == expected["layers"].keys()
+
+
 def ring_logits(rank: int, balancer: str) -> tuple[list[float], list[float]]:
     """(the largest logit of each head, this rank's share of it) with its own keys alone, as under ring attention."""
     generator = torch.Generator().manual_seed(0)

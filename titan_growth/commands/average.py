@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from titan_growth.checkpoint.folder import open_step, root_of
+from titan_growth.checkpoint.folder import MANIFEST, StepFolder, open_step, root_of
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.checkpoint.steps import CommittedSteps, committed_steps, step_of
 from titan_growth.commands.args import CommandLine
@@ -66,6 +66,7 @@ def main(args: Namespace) -> int:
         if len(newest) == args.last:
             break
         try:
+            _require_kept(folder)
             newest.insert(0, open_source(folder.path))
         except RefusedCheckpointError as error:
             refused.append(error)
@@ -75,8 +76,21 @@ def main(args: Namespace) -> int:
     if len(newest) < args.last:
         message = f"{source} has {many(len(newest), 'checkpoint')} that can be read, fewer than {args.last}"
         raise CheckpointError(message)
-    print(average(newest, target))
+    try:
+        print(average(newest, target))
+    except CheckpointError:
+        for one in newest:
+            _require_kept(one.folder)
+        raise
     return 0
+
+
+def _require_kept(folder: StepFolder) -> None:
+    """Raises RefusedCheckpointError when a checkpoint that was there is not any more: a run that goes on removes old
+    ones."""
+    if not (folder.path / MANIFEST).is_file():
+        kept = "The run keeps the newest checkpoint.keep_latest_k"
+        raise folder.refused(f"it was removed while the mean was made. {kept}: average fewer, or raise it")
 
 
 def _checkpoints(source: Path) -> CommittedSteps:

@@ -71,7 +71,13 @@ def _event(event: GrowthEvent, prefix: str) -> Iterator[str]:
     if event.loss_before is not None and event.loss_after is not None:
         losses = f"; held-out loss {event.loss_before:.4f} -> {event.loss_after:.4f}"
     took = "" if event.seconds is None else f" in {event.seconds:.1f} s"
-    yield f"    on {event.mesh} ({many(event.num_ranks, 'rank')}), {event.bytes_read:,} bytes read{took}{losses}"
+    where = _made(event.mesh, "on ", f" ({many(event.num_ranks, 'rank')})")
+    yield f"    {where}, {event.bytes_read:,} bytes read{took}{losses}"
+
+
+def _made(mesh: str, on: str, ranks: str = "") -> str:
+    """`written on 2 x fsdp`, or what a command has done instead of ranks: `averaged on disk`."""
+    return mesh if mesh.endswith(" on disk") else f"{on}{mesh}{ranks}"
 
 
 def _roll_back(roll_back: RollBack) -> str:
@@ -87,5 +93,5 @@ def _now(folder: StepFolder) -> Iterator[str]:
     progress = manifest.progress
     yield (
         f"step {progress.step:,}: {manifest.num_layers} layers, {progress.tokens:,} tokens, "
-        f"{progress.flops:.4e} FLOPs, written on {manifest.mesh}"
+        f"{progress.flops:.4e} FLOPs, {_made(manifest.mesh, 'written on ')}"
     )

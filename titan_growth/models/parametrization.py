@@ -6,6 +6,7 @@ layers, relative to the standard parametrisation with the same keys at the base 
                                muP                         CompleteP, in addition
     initial deviation          hidden: n ** -0.5           depth counts as at the base size
     learning rate, Adam        hidden: 1 / n
+    learning rate, Muon        hidden: spectral norm of the update ~ sqrt(outputs / inputs)
     weight decay, decoupled    hidden: n                   (learning rate x weight decay stays)
     eps of Adam                1 / N                       layers: 1 / L
     attention                  sqrt(base head) / head instead of 1 / sqrt(head)
@@ -15,7 +16,9 @@ layers, relative to the standard parametrisation with the same keys at the base 
 Hidden are the matrices of the layers; embedding, head and norms keep initial values, learning rate and decay. At its
 base size a model is the standard one. muP is that of Yang et al., Tensor Programs V (2022), table 8; CompleteP that of
 Dey et al. (2025, arXiv 2505.01618), table 1 with alpha = 1, under which learning rate and decay do not depend on depth.
-Eps: gradients shrink by 1 / N with the logits' factor, and by 1 / L within a branch.
+Eps: gradients shrink by 1 / N with the logits' factor, and by 1 / L within a branch. A rule of the optimizer brings its
+own factor (`optimizers/base.py: width_factor`); that of Muon is the spectral condition of Yang, Simon and Bernstein
+(2023, arXiv 2310.17813).
 
 The factors of the forward pass are numbers of the model's math, so no stage knows of them. They follow from the
 `DecoderConfig`, so each phase of a growing run has its own (`growth/multipliers.py` keeps the function).

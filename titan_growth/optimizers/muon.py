@@ -219,10 +219,13 @@ class MuonRule:
     def width_factor(
         self, shape: Sequence[int], base_shape: Sequence[int], reads: int, section: OptimizerConfig
     ) -> float:
-        """Under muP a matrix's update has a spectral norm in proportion to sqrt(outputs / inputs) (Yang et al., 2023).
+        """Under muP a matrix's update has a spectral norm in proportion to sqrt(outputs / inputs) (Yang, Simon and
+        Bernstein, 2023, arXiv 2310.17813, condition 1).
 
-        Here it is `lr_factor`, since singular values are near 1. For matrices that keep their proportions the target is
-        that of the base, so "original" needs no factor, and "match_rms_adamw" the root of Adam's.
+        With all singular values near s, an input x of elements near 1 has |x| = sqrt(inputs), and its output changes by
+        s sqrt(inputs / outputs) an element, however x is aligned. So Adam's 1 / n, for updates whose alignment grows
+        with the width, would be wrong. Here s is the learning rate times `lr_factor`. For matrices that keep their
+        proportions the target is that of the base: "original" needs no factor, "match_rms_adamw" the root of Adam's.
         """
         adjust = options_of(section)["adjust_lr_fn"]
         wanted = math.sqrt(shape[1 - reads] / shape[reads] * base_shape[reads] / base_shape[1 - reads])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,17 @@ def test_it_is_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["verify", str(target)]) == 0
     assert "21 tensors of the model and no optimizer state" in capsys.readouterr().out
     assert main(["lineage", str(target)]) == 0
-    assert f"weights: the mean of {names[0]}, {names[1]}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert " FLOPs, averaged on disk\n" in out
+    assert f"weights: the mean of {names[0]}, {names[1]}" in out
     assert main(["export", "--from", str(target), "--to", str(tmp_path / "exported")]) == 0
     grown = ["grow", "--from", str(target), "--operator", "stack", "--factor", "2", "--to", str(tmp_path / "grown")]
     assert main(grown) == 0
+    capsys.readouterr()
+    assert main(["lineage", str(tmp_path / "grown")]) == 0
+    out = capsys.readouterr().out
+    assert "\n    grown on disk, " in out
+    assert " FLOPs, grown on disk\n" in out
 
 
 def started(rank: int, num_ranks: int, recipe: Any) -> dict[str, Tensor]:
@@ -169,6 +177,41 @@ def test_bits_that_flipped_are_noticed(run: Path, tmp_path: Path, capsys: pytest
     assert "the mean of steps 2, 6: " in lines[1]
     assert average(tmp_path / "run", 3, tmp_path / "more") == 1
     assert "has 2 checkpoints that can be read, fewer than 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [1, 9])
+def test_a_run_that_removes_a_checkpoint_meanwhile(
+    number: int, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its first tensor, or later: the message names that checkpoint, and nothing is committed."""
+    shutil.copytree(run, tmp_path / "run")
+    calls = itertools.count(1)
+
+    def removed(*args: Any) -> Tensor:
+        if next(calls) == number:
+            shutil.rmtree(tmp_path / "run/checkpoint/step-4")
+        return whole_tensor(*args)
+
+    monkeypatch.setattr("titan_growth.commands.average.whole_tensor", removed)
+    assert average(tmp_path / "run", 2, tmp_path / "mean") == 1
+    assert capsys.readouterr().out == (
+        "error: step-4 refused: it was removed while the mean was made. The run keeps the newest "
+        "checkpoint.keep_latest_k: average fewer, or raise it\n"
+    )
+    assert not list((tmp_path / "mean").iterdir())
+
+
+def test_a_run_that_removes_a_checkpoint_before_it_is_opened(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+
+    def removed(target: Path, source: Path) -> None:
+        shutil.rmtree(tmp_path / "run/checkpoint/step-4", ignore_errors=True)
+
+    monkeypatch.setattr("titan_growth.commands.average.require_new", removed)
+    assert average(tmp_path / "run", 2, tmp_path / "mean") == 0
+    assert "left out: step-4 refused: it was removed while the mean was made." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from titan_growth.commands.coordinate_check import main
 from titan_growth.commands.coordinates import GROUPS, Coordinates, Scan, sized
 from titan_growth.config.schema.model import ModelConfig
 from titan_growth.models.registry import model_config_of
+from titan_growth.optimizers.base import elementwise_width_factor
+from titan_growth.optimizers.muon import MuonRule
 from titan_growth.tools.findings import Findings
 
 STEPS = 4
@@ -65,6 +67,32 @@ def test_depths_change_alike_under_completep(exponents: Exponents) -> None:
         assert exponents["mup", "depth", group] == pytest.approx(exponents["standard", "depth", group], abs=0.02)
     assert exponents["standard", "depth", "residual"] > 0.25
     assert exponents["standard", "depth", "attention"] < -0.25
+
+
+def muon_exponents(table: Path) -> dict[str, float]:
+    """Group -> the power of the width that its change after four steps of Muon goes with, under muP.
+
+    On 16 tokens, fewer than any of the widths: of more, an update of a narrow matrix cannot tell one from another.
+    """
+    words = [*words_of(parametrization="mup", **BASE["mup"], **MODEL), "--optimizer.name", "Muon"]
+    sizes = ["--widths", "64,128,256", "--depths", "2,3", "--batch-size", "1", "--seq-len", "16"]
+    assert main([*sizes, *words, "--optimizer.lr", "1e-2", "--steps", str(STEPS), "--json", str(table)]) == 0
+    raw = json.loads(table.read_text())["scans"][0]
+    coordinates = [[Coordinates(**step) for step in of_size] for of_size in raw.pop("coordinates")]
+    return {group: Scan(**raw, coordinates=coordinates).exponent("change", group, STEPS) for group in GROUPS}
+
+
+def test_widths_change_alike_under_muon(tmp_path: Path) -> None:
+    for group, exponent in muon_exponents(tmp_path / "own.json").items():
+        assert abs(exponent) < 0.15, group
+
+
+def test_the_factor_of_adam_is_not_that_of_muon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 / n makes the updates of wide matrices too small, by the root of n."""
+    monkeypatch.setattr(MuonRule, "width_factor", staticmethod(elementwise_width_factor))
+    found = muon_exponents(tmp_path / "adam.json")
+    assert found["attention"] < -0.3
+    assert found["mlp"] < -0.4
 
 
 def test_exponents_and_models() -> None:
