@@ -18,11 +18,11 @@ def package() -> Structure:
 
 def test_the_package_keeps_its_shape(package: Structure) -> None:
     assert len(package.top_modules) <= 8
-    # 9,000 above 25,000: more kinds of corpora and the account of what is left out, tokens of whole documents, special
+    # 9,400 above 25,000: more kinds of corpora and the account of what is left out, tokens of whole documents, special
     # tokens, initial weights, parametrisations, parameter groups, rotary scaling, optimizers, schedules of the batch,
     # frontiers, what plugins are told, folders of other programs, measurements by layer, QK-clip, the SDC
-    # check, averages of weights.
-    assert sum(package.lines.values()) <= 34_000
+    # check, averages of weights, what is known about planned growths.
+    assert sum(package.lines.values()) <= 34_400
     assert package.long_files == []
     assert package.mean_length <= 9.7
     assert package.longest.length <= 57, package.longest

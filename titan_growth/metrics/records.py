@@ -21,12 +21,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from titan_growth.checkpoint.history import GrowthEvent
 from titan_growth.metrics.formatting import COLORS, format_duration
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ SHADOW_LOSS = "_validation_loss"
 """Ends the key of a validation loss with shadow weights; their kind comes before."""
 
 
-def shadow_losses_of(line: Mapping[str, Value]) -> dict[str, Value]:
+def shadow_losses_of(line: Mapping[str, Any]) -> dict[str, Any]:
     """Kind of shadow weights -> what a line of `metrics.jsonl` has of the loss with them."""
     return {key.removesuffix(SHADOW_LOSS): loss for key, loss in line.items() if key.endswith(SHADOW_LOSS)}
 
