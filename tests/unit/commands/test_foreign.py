@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli
 import torch
 import torch.distributed.checkpoint as dcp
 
@@ -15,6 +16,7 @@ from tests.runs import BASE, make_recipe
 from titan_growth.__main__ import main
 from titan_growth.checkpoint.reader import SafeReader
 from titan_growth.commands.described import described
+from titan_growth.config.loader import to_toml
 from titan_growth.interchange.reader import HuggingFaceReader
 from titan_growth.models.registry import family_module, model_config_of
 from titan_growth.tools.findings import Findings
@@ -83,7 +85,58 @@ def test_lineage_and_probe_say_what_there_is(theirs: Path, capsys: pytest.Captur
     assert main(["lineage", str(theirs / "step-9")]) == 1
     assert capsys.readouterr().err.endswith("step-9: no such folder. Name a step-N folder\n")
     status, text = said(capsys, "probe", "--from", theirs / "step-3", "--operator", "stack", "--factor", "2")
-    assert (status, "Train from it for a step or more with checkpoint.initial_load_path" in text) == (2, True)
+    assert (status, "DCP folder of another program, such as torchtitan. Give --recipe FILE" in text) == (1, True)
+    own = ("probe", "--from", theirs / "step-3", "--operator", "stack", "--settle", "3")
+    assert said(capsys, *own) == (
+        2,
+        "error: --settle: is for a folder of another program. Give its --recipe, or leave it out\n",
+    )
+
+
+GROWTH = "[growth]\nstages = [{at = '50%', factor = 2}]\n"
+PROBE = ("--operator", "stack", "--factor", "2", "--steps", "2", "--settle", "3")
+
+
+def test_a_probe_trains_its_weights_by_the_recipe_first(
+    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE + "steps = 50\n[checkpoint]\nenable = true\n" + GROWTH)
+    monkeypatch.setattr("titan_growth.commands.probe.runs._launched", lambda *more: "error: no space")
+    words = ("probe", "--from", theirs / "step-3", "--recipe", recipe, "--to", tmp_path / "out", *PROBE)
+    status, text = said(capsys, *words)
+    assert (status, text.splitlines()) == (
+        2,
+        ["for moments: 3 steps on 1 rank ...", "error: --recipe: its run does not get to step 3: error: no space"],
+    )
+    written: dict[str, Any] = {}
+
+    def launched(recipe_file: Path, num_ranks: int, keys: list[str]) -> str:
+        written.update(tomli.loads(recipe_file.read_text()), num_ranks=num_ranks, keys=keys)
+        return "error: no space"
+
+    monkeypatch.setattr("titan_growth.commands.probe.runs._launched", launched)
+    keys = ("--num-ranks", "2", "--", "--training.local_batch_size", "4")
+    assert said(capsys, *words, *keys)[0] == 2
+    assert (written["num_ranks"], written["keys"]) == (2, ["--training.local_batch_size", "4"])
+    assert (written["training"]["steps"], written["lr_scheduler"]["total_steps"]) == (3, 50)
+    assert written["checkpoint"]["initial_load_path"] == str(theirs / "step-3")
+    assert written["growth"].get("stages", []) == []
+
+
+@pytest.mark.slow
+def test_a_probe_ranks_growths_of_its_weights(theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(to_toml(make_recipe(tmp_path / "none", validation__enable=True)))
+    before = sorted(theirs.rglob("*"))
+    words = ("probe", "--from", theirs / "step-3", "--recipe", recipe, "--to", tmp_path / "out", *PROBE)
+    status, text = said(capsys, *words)
+    assert status == 0, text
+    table = [" ".join(line.split()[:2]) for line in text.splitlines()]
+    assert {"1. stack", "(not grown)"} <= {*table}, text
+    assert "started from the weights of" in (tmp_path / "out" / "settled" / "probe.log").read_text()
+    assert not list((tmp_path / "out").glob("*/checkpoint"))
+    assert sorted(theirs.rglob("*")) == before
 
 
 def test_what_is_wrong_is_one_line(theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,9 @@ Every candidate is a real run: its folder links the checkpoint's shards, its rec
 growth, and the launcher starts it. So whatever a run can do can be probed, on the mesh it will have. All candidates
 continue at the same batch on the same learning rate schedule, which still ends where the checkpoint's run does, or with
 the probe if that is later. The small model continues too, for comparison.
+
+A step folder of torchtitan has weights whose moments mean nothing here. With a recipe for them they are trained for
+some steps first, and that run's checkpoint is probed.
 """
 
 from __future__ import annotations
@@ -15,11 +18,11 @@ from functools import partial
 from pathlib import Path
 
 from titan_growth.commands.args import CommandLine, positive
-from titan_growth.commands.described import is_foreign
+from titan_growth.commands.foreign import open_with_recipe
 from titan_growth.commands.growth_args import add_settings, settings_of
 from titan_growth.commands.probe.candidates import SHARED, candidates_of, doubts, key_problems
 from titan_growth.commands.probe.report import Outcome, report
-from titan_growth.commands.probe.runs import carried_out, prepared, work_folder
+from titan_growth.commands.probe.runs import carried_out, prepared, settled, work_folder
 from titan_growth.commands.source import open_source
 from titan_growth.config.plugins import load_plugins
 from titan_growth.tools.errors import ConfigError, Problem
@@ -36,9 +39,17 @@ _LINE = CommandLine(
     -- --parallelism.tensor_parallel_degree 2 --training.local_batch_size 4""",
     statuses="0 all candidates ran, 1 one or more failed, 2 wrong arguments, 130 interrupted",
 )
+_SETTLE = 20
+_SETTLE_TEXT = (
+    f"With --recipe: steps by which the weights first get moments, from step 0 of the recipe (default: {_SETTLE})."
+)
 _RANKS = "Ranks to run on, on this machine. The mesh is that of the checkpoint's recipe."
 _TARGET = "Keep recipes, logs and metrics of the candidates there. Must not exist, or be empty."
-_LINE.option("--from", "FOLDER", "A committed step folder with moments.", required=True, dest="source")
+_LINE.option(
+    "--from", "FOLDER", "A committed step folder with moments, or one of torchtitan.", required=True, dest="source"
+)
+_LINE.recipe_of_another()
+_LINE.option("--settle", "K", _SETTLE_TEXT, positive)
 _LINE.option("--operator", "NAME", "A candidate. Give it several times.", repeated=True)
 _LINE.option("--stage", "TOML", "A candidate with settings of its own. Give it several times.", repeated=True)
 _LINE.option("--steps", "K", "Steps after each growth.", positive, default=50)
@@ -68,14 +79,19 @@ def _probe(args: Namespace, keys: list[str]) -> int:
     if problems := list(key_problems(keys)):
         raise ConfigError(problems)
     load_plugins(args.plugins)
+    settle = args.settle or _SETTLE
+    if args.recipe_file is None and args.settle is not None:
+        raise ConfigError(
+            [Problem("--settle", "is for a folder of another program", "Give its --recipe, or leave it out")]
+        )
     path = Path(args.source)
-    if path.is_dir() and is_foreign(path):
-        hint = "Train from it for a step or more with checkpoint.initial_load_path, and probe a checkpoint of that run"
-        raise ConfigError([Problem("--from", f"{path} is of another program, and a probe needs moments", hint)])
-    source = open_source(path)
+    source = open_source(path) if args.recipe_file is None else open_with_recipe(path, args.recipe_file)
     candidates = candidates_of(args.operator, args.stage, settings_of(args, SHARED), source)
     outcomes: list[Outcome] = []
     with work_folder(args.to, source) as folder:
+        if args.recipe_file is not None:
+            print(f"for moments: {many(settle, 'step')} on {many(args.num_ranks, 'rank')} ...", flush=True)
+            source = settled(source, folder / "settled", settle, args.num_ranks, keys)
         # All of them are prepared and checked before any is started.
         runs = [
             prepared(
@@ -95,8 +111,9 @@ def _probe(args: Namespace, keys: list[str]) -> int:
                 outcomes.append(carried_out(source, run, args.num_ranks, keys))
         finally:
             if outcomes:
-                lines = report(outcomes, args.steps, str(source.folder.path))
+                lines = report(outcomes, args.steps, args.source)
                 print("\n".join([*lines, *doubts(source, candidates, args.steps)]))
+            shutil.rmtree(folder / "settled" / "checkpoint", ignore_errors=True)
         failed = any(one.failure for one in outcomes)
         if args.to is None and not failed:
             shutil.rmtree(folder)

@@ -20,7 +20,7 @@ from titan_growth.checkpoint.manifest import Manifest
 from titan_growth.checkpoint.steps import step_path
 from titan_growth.commands.probe.candidates import Candidate, candidate_recipe
 from titan_growth.commands.probe.report import Outcome, outcome_of
-from titan_growth.commands.source import Source
+from titan_growth.commands.source import Source, open_source
 from titan_growth.commands.target import commit, require_new
 from titan_growth.config.loader import load_recipe, to_toml, with_values
 from titan_growth.config.schema.recipe import Recipe
@@ -110,15 +110,52 @@ def linked(source: Source, manifest: Manifest, target: Path, recipe: Recipe) -> 
     commit(target, recipe, lineage, replace(manifest, **fresh), manifest.files)
 
 
+def settled(foreign: Source, folder: Path, steps: int, num_ranks: int, keys: Sequence[str]) -> Source:
+    """A checkpoint with moments of weights that have none: trains them by their recipe, from its first step on.
+
+    Args:
+        folder: of the run; does not exist yet.
+
+    Raises:
+        ConfigError: when the run cannot be started with the recipe, or does not reach its end.
+    """
+    folder.mkdir()
+    scheduler = foreign.recipe.lr_scheduler
+    values: dict[str, Any] = {
+        "job.dump_folder": str(folder.resolve()),
+        "training.steps": steps,
+        "checkpoint": {"enable": True, "interval": steps, "initial_load_path": str(foreign.folder.path.resolve())},
+        "profiling": {},
+    }
+    if scheduler.total is None and scheduler.total_steps is None:
+        values["lr_scheduler.total_steps"] = max(foreign.recipe.training.steps, steps)
+    recipe_file = folder / "probe.toml"
+    recipe_file.write_text(to_toml(with_values(foreign.recipe, values)), encoding="utf-8")
+    if failure := _launched(recipe_file, num_ranks, keys):
+        raise ConfigError([Problem("--recipe", f"its run does not get to step {steps}: {failure}")])
+    return open_source(step_path(folder / "checkpoint", steps))
+
+
 def carried_out(source: Source, run: ProbeRun, num_ranks: int, keys: Sequence[str]) -> Outcome:
-    """Trains a candidate and removes its checkpoints.
+    """Trains a candidate and removes its checkpoints."""
+    failure = _launched(run.recipe_file, num_ranks, keys)
+    try:
+        lines = [json.loads(line) for line in (run.folder / METRICS_FILE).read_text().splitlines()]
+    except (OSError, ValueError):
+        lines = []
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    return outcome_of(run.name, run.model, lines, source.folder.manifest, failure)
+
+
+def _launched(recipe_file: Path, num_ranks: int, keys: Sequence[str]) -> str:
+    """Runs a recipe to its end, with a log beside it. Returns why that failed, or nothing.
 
     The launcher has a session of its own: when the probe is interrupted, it is terminated and waited for.
     """
-    command = [sys.executable, "-m", "titan_growth", "launch", "--job.config_file", str(run.recipe_file), *keys]
+    command = [sys.executable, "-m", "titan_growth", "launch", "--job.config_file", str(recipe_file), *keys]
     environ = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON}
     environ["NGPU"] = str(num_ranks)
-    with open(run.folder / "probe.log", "w+b") as log:
+    with open(recipe_file.with_name("probe.log"), "w+b") as log:
         process = subprocess.Popen(command, env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = process.wait()
@@ -128,13 +165,7 @@ def carried_out(source: Source, run: ProbeRun, num_ranks: int, keys: Sequence[st
             raise
         log.seek(0)
         output = log.read().decode(errors="replace").strip().splitlines() or [f"status {status}"]
-    failure = "" if status == 0 else next((line for line in reversed(output) if "error: " in line), output[-1])
-    try:
-        lines = [json.loads(line) for line in (run.folder / METRICS_FILE).read_text().splitlines()]
-    except (OSError, ValueError):
-        lines = []
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-    return outcome_of(run.name, run.model, lines, source.folder.manifest, failure)
+    return "" if status == 0 else next((line for line in reversed(output) if "error: " in line), output[-1])
 
 
 @contextlib.contextmanager
