@@ -68,8 +68,8 @@ def page(result: dict[str, Any]) -> str:
         f"`{result['command']}`, torch {result['torch']}, lr {LR}: with which power of the width and of the depth "
         "activations go (their root mean square), and the change in them after four steps. Under the right "
         "parametrisation none is far above 0. Negative ones fade: initial logits shrink with N^-1/2 and give way to "
-        "what is learned. The SwiGLU's of muP under Muon come from the batch of 256 tokens, more than the channels of "
-        "most widths: with 16 tokens (`--batch-size 1 --seq-len 16`) the change goes with -0.08.",
+        "what is learned. Those of the SwiGLU of muP under Muon follow the number of tokens: with 16 of them "
+        "(`--batch-size 1 --seq-len 16`), for 256 here, the change goes with -0.08.",
     ]
     for axis in ("width", "depth"):
         runs = [run for run in result["runs"] if run["axis"] == axis]
