@@ -121,7 +121,10 @@ def run_train(folder: Path, num_ranks: int, *words: str) -> Lines:
 
 
 def words_of(degrees: dict[str, int]) -> list[str]:
-    return [word for name, degree in degrees.items() for word in (f"--parallelism.{name}_degree", str(degree))]
+    """Degrees as words. A pipeline needs a sequence for each of its parts; the default recipe has one at a time."""
+    words = [word for name, degree in degrees.items() for word in (f"--parallelism.{name}_degree", str(degree))]
+    num_parts = degrees.get("pipeline_parallel")
+    return [*words, "--training.local_batch_size", str(num_parts)] if num_parts else words
 
 
 @dataclass(frozen=True)

@@ -312,7 +312,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     for name in ("run_train.sh", "train_configs"):
         (folder / name).symlink_to(ROOT / name)
-    tiny = f"{shlex.join(TINY)} --training.steps 90"
+    tiny = f"{shlex.join(TINY)} --training.steps 200"  # beyond the growth of the default recipe
     run(folder, f"./run_train.sh {tiny}")
     run(folder, f"./run_train.sh --growth.enable false --job.dump_folder outputs/scratch {tiny}")
     run(folder, "titan_growth export --from outputs/debug_model/checkpoint/step-160 --to Llama-3.2-1B")
@@ -346,6 +346,16 @@ TRAININGS = [
 ]
 
 
+MADE_BEFORE = {
+    "averaged/step-5000": (
+        f"./run_train.sh --job.dump_folder outputs/run --growth.enable false {shlex.join(TINY)} --training.steps 4"
+        " --checkpoint.interval 2",
+        "titan_growth average --from outputs/run --last 2 --to averaged/step-5000",
+    )
+}
+"""What a training starts from -> the commands that make such a thing; the page makes it of a longer run."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("block", "command"), TRAININGS, ids=[f"{b}: {c.text[:60]}" for b, c in TRAININGS])
@@ -353,6 +363,9 @@ def test_trainings_run(block: Block, command: Command, tmp_path: Path) -> None:
     """The same words on a model of a few thousand parameters for a few steps."""
     for name in ("run_train.sh", "train_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    for commands in (made for path, made in MADE_BEFORE.items() if path in command.program):
+        for made in commands:
+            run(tmp_path, made)
     words = shlex.join([*TINY, "--training.steps", "4", "--growth.stages.0.at", "2 steps"])
     environment = " ".join(f"{name}={value}" for name, value in command.environment.items())
     run(tmp_path, f"{environment} {shlex.join(command.program)} {words}")
