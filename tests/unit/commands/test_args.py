@@ -22,8 +22,9 @@ OWN = {
     "verify": "--recipe --plugins FOLDER",
     "lineage": "STEP_FOLDER",
     "probe": "--from --recipe --settle --operator --stage --steps --num-ranks --to --plugins --factor --layer-map "
-    "--n-layers --dim --n-heads --n-kv-heads --hidden-dim --noise --rescale-to-depth --optimizer-state --optimizer-step "
-    "--rope-theta --options --mask-steps --lr-policy --lr --warmup-steps --warmup --global-batch-size --local-batch-size --seq-len",
+    "--n-layers --dim --n-heads --n-kv-heads --hidden-dim --noise --rescale-to-depth --optimizer-state "
+    "--optimizer-step --rope-theta --options --mask-steps --lr-policy --lr --warmup-steps --warmup "
+    "--global-batch-size --local-batch-size --seq-len",
     "plot": "NAME=RUN --to --frontier --layers --title",
     "coordinate_check": "--widths --depths --steps --batch-size --seq-len --to --json --job.config_file --section.key",
     "plan": "--world-size --device --job.config_file --section.key",
